@@ -1,0 +1,97 @@
+# What a developer runs. Needs Python 3.10 or newer and make; everything else goes into $(VENV).
+#
+#   make demo                   train on real data and draw the learning curves
+#   make test                   all tests, with branch coverage
+#   make check                  what a change must pass: format-check, lint, types, tests, docs
+#   make test PYTHON=python3.12 choose the interpreter for a new environment
+#   make test TESTS=tests/callbacks PYTEST_ARGS="-x -k early"
+#
+# A stamp in the environment remembers what is installed, so only a change of pyproject.toml or
+# constraints.txt installs again.
+
+PYTHON ?= python3
+VENV ?= .venv
+TESTS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+CODE := src tests $(wildcard examples benchmarks) docs/conf.py
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # two installations into one environment get in each other's way
+.PHONY: help demo test check format format-check lint types docs build clean distclean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+	@echo "also: make format, format-check, lint, types, docs, build, clean, distclean"
+
+# --- Environment --------------------------------------------------------------------------------------------------
+
+$(VENV)/.stamp-venv:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "error: no interpreter called '$(PYTHON)'. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: '$(PYTHON)' is $$($(PYTHON) --version 2>&1); Python 3.10 or newer is needed. Name one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: '$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@# Editable installs of a pyproject-only project came with pip 21.3; Python 3.10.0 brings an older one.
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet "pip>=22.3"
+	@touch $@
+
+# A bigger set of extras contains the smaller one, but each is installed only when its target is asked for.
+$(VENV)/.stamp-examples: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	@echo "Installing the package and what the examples need into $(VENV) (PyTorch is large; minutes on a slow line)"
+	$(INSTALL) --editable '.[examples]'
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	@echo "Installing the package and the development tools into $(VENV) (PyTorch is large; minutes on a slow line)"
+	$(INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/.stamp-examples
+
+$(VENV)/.stamp-docs: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	@echo "Installing the package and the documentation tools into $(VENV)"
+	$(INSTALL) --editable '.[docs]'
+	@touch $@
+
+# --- What to run --------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.stamp-examples
+	$(BIN)/python examples/train_digits.py
+
+# One thread per process: the models in the tests are tiny, and the distributed tests start several processes.
+test: $(VENV)/.stamp-dev
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) $(if $(TESTS),,--cov --cov-report=term) $(PYTEST_ARGS)
+
+check: format-check lint types test docs
+
+format: $(VENV)/.stamp-dev
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+format-check: $(VENV)/.stamp-dev
+	$(BIN)/ruff format --check $(CODE)
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check $(CODE)
+
+types: $(VENV)/.stamp-dev
+	$(BIN)/mypy
+
+docs: $(VENV)/.stamp-docs
+	$(BIN)/python -m sphinx -b html -n -W --keep-going -q docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+build: $(VENV)/.stamp-dev
+	rm -rf dist
+	$(BIN)/python -m build
+
+clean:
+	rm -rf build dist docs/_build htmlcov .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache
+	find src tests docs $(wildcard examples benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) .ci/venv

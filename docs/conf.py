@@ -1,0 +1,99 @@
+"""How Sphinx builds this site; `make docs` runs it with every warning an error."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sphinx.util.nodes import make_refnode
+
+from pytorch_accelerated import __version__
+
+if TYPE_CHECKING:
+    from docutils.nodes import Element, reference
+    from sphinx.addnodes import pending_xref
+    from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
+
+project = "pytorch-accelerated"
+author = "pytorch-accelerated contributors"
+project_copyright = author
+version = release = __version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"pytorch-accelerated {version}"
+copybutton_prompt_text = "$ "
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+default_role = "code"  # single backticks in docstrings are names, not references
+nitpicky = True
+nitpick_ignore_regex = [
+    # Names of Python and of other projects: no inventory is downloaded, the site builds without a network.
+    (
+        r"py:.*",
+        r"(abc|accelerate|argparse|collections|contextlib|enum|logging|matplotlib|nn|np|numpy|os|pathlib|torch|tqdm"
+        r"|types|typing)\..*",
+    ),
+    (r"py:class", r"(Accelerator|DataLoader|Dataset|Optimizer|Path|PathLike)"),
+    # Private names: base classes and type aliases that signatures show but the reference does not have.
+    (r"py:class", r"pytorch_accelerated\.(.*\.)?_\w.*"),
+    (r"py:class", r"(KnownValues|Number|NumberOrPlaceholder)"),
+]
+
+OWN_NAME = "pytorch_accelerated."
+ATTRIBUTES = {"attribute", "data", "property"}
+_attribute_docstrings: dict[str, list[str]] = {}
+
+
+def find_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: Element) -> reference | None:
+    """Link a name of ours that is written short, or by its defining module, to where it is documented.
+
+    Annotations name `Trainer` under `TYPE_CHECKING` only; base classes appear under their defining module.
+    The reference documents each object once, under its public import path. A short name that several objects
+    have stays unresolved, which is a warning.
+    """
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or ("." in target and not target.startswith(OWN_NAME)):
+        return None
+    ending = "." + target.rpartition(".")[2]
+    found = {name: entry for name, entry in env.domains["py"].objects.items() if name.endswith(ending)}
+    if len(found) != 1:
+        return None
+    ((name, entry),) = found.items()
+    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, name)
+
+
+def keep_attribute_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Put the docstring of an attribute aside: napoleon would read `words: more` as `type: description`."""
+    if what in ATTRIBUTES:
+        _attribute_docstrings[name] = list(lines)
+
+
+def restore_attribute_docstring(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Bring back what `keep_attribute_docstring` put aside; types come from annotations."""
+    if what in ATTRIBUTES:
+        lines[:] = _attribute_docstrings.pop(name)
+
+
+def setup(app: Sphinx) -> None:
+    """Register what this file adds to Sphinx."""
+    app.connect("missing-reference", find_public_name)
+    app.connect("autodoc-process-docstring", keep_attribute_docstring, priority=100)  # napoleon has 500
+    app.connect("autodoc-process-docstring", restore_attribute_docstring, priority=900)

@@ -1,0 +1,411 @@
+"""Datasets and loaders: sensible defaults, reproducible order, whole-batch fetching, limits, batch sizes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from pytorch_accelerated._rng import derive_seed
+
+LIMIT_BATCHES_ENV_VAR = "PT_ACC_LIMIT_BATCHES"
+"""Environment variable: when set to a number, every epoch uses at most so many batches."""
+
+_MAX_DEFAULT_WORKERS = 8
+_SHUFFLING_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+# --- what a loader is made of ------------------------------------------------------------------------------------
+
+
+def is_dataset(data: Any) -> bool:
+    """Tell a dataset of samples, which a `DataLoader` batches, from an iterable that gives batches already."""
+    return isinstance(data, Dataset) or hasattr(data, "__getitem__") or not hasattr(data, "__iter__")
+
+
+def num_batches_of(loader: Any) -> int | None:
+    """Return how many batches a loader gives per epoch, ``None`` if it cannot tell."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def enumerate_batches(loader: Any, first_step: int = 0) -> Iterator[tuple[int, Any, bool]]:
+    """Yield the index of each batch in its epoch, the batch, and whether it is the last.
+
+    Where the number of batches is not known, or only an estimate, this looks one batch ahead.
+
+    Args:
+        loader: Gives the batches from ``first_step`` on.
+        first_step: Index of its first batch.
+
+    Example:
+        >>> list(enumerate_batches(iter("ab")))
+        [(0, 'a', False), (1, 'b', True)]
+    """
+    num_batches = num_batches_of(loader)
+    if num_batches is not None and not isinstance(getattr(loader, "dataset", None), IterableDataset):
+        last_step = first_step + num_batches - 1
+        for step, batch in enumerate(loader, first_step):
+            yield step, batch, step == last_step
+        return
+    batches = iter(loader)
+    nothing = object()
+    batch, step = next(batches, nothing), first_step
+    while batch is not nothing:
+        following = next(batches, nothing)
+        yield step, batch, following is nothing
+        batch, step = following, step + 1
+
+
+def default_num_workers(dataset: Any, num_local_processes: int) -> int:
+    """Return how many worker processes suit a dataset on this machine.
+
+    None for data that is in memory already, where starting workers costs more than they save, and for iterable
+    datasets, of which every worker would give all samples again. Otherwise the processors this process may use, shared
+    among the training processes of the node, less one for the training itself, and at most 8.
+    """
+    if isinstance(dataset, (IterableDataset, Sequence)) or sliceable_tensors(dataset) is not None:
+        return 0
+    can_ask = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
+    num_processors = len(os.sched_getaffinity(0)) if can_ask else os.cpu_count() or 1
+    return max(0, min(num_processors // max(num_local_processes, 1) - 1, _MAX_DEFAULT_WORKERS))
+
+
+def merge_dl_kwargs(defaults: Mapping[str, Any], given: Mapping[str, Any] | None, dataset: Any) -> dict[str, Any]:
+    """Let the user's keyword arguments for the loader win, and drop the defaults that contradict them."""
+    given = {
+        name: value
+        for name, value in (given or {}).items()
+        if not (name in ("sampler", "batch_sampler") and value is None)
+    }
+    contradicted: set[str] = set()
+    if isinstance(dataset, IterableDataset) or "sampler" in given:
+        contradicted |= {"shuffle"}
+    if "batch_sampler" in given:
+        contradicted |= {"batch_size", "shuffle", "sampler", "drop_last"}
+    if given.get("num_workers") == 0:
+        contradicted |= {"persistent_workers", "prefetch_factor"}
+    return {name: value for name, value in defaults.items() if name not in contradicted} | given
+
+
+def loader_arguments(
+    dataset: Any, collate_fn: Callable[..., Any] | None, dl_kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments to make a `DataLoader` with; whole batches are fetched where that changes nothing else."""
+    arguments = {"dataset": dataset, "collate_fn": collate_fn, **dl_kwargs}
+    has_own_batches = any(arguments.get(name) is not None for name in ("collate_fn", "sampler", "batch_sampler"))
+    if not has_own_batches and sliceable_tensors(dataset) is not None:
+        arguments |= {"dataset": WholeBatchDataset(dataset), "collate_fn": unchanged}
+    return arguments
+
+
+def batch_size_of(dl_kwargs: Mapping[str, Any] | None, otherwise: int) -> int | None:
+    """Return the batch size that keyword arguments for a loader lead to; ``None`` if it varies."""
+    dl_kwargs = dl_kwargs or {}
+    if "batch_sampler" in dl_kwargs:
+        return getattr(dl_kwargs["batch_sampler"], "batch_size", None)
+    batch_size: int | None = dl_kwargs.get("batch_size", otherwise)
+    return batch_size
+
+
+def find_batch_size(batch: Any) -> int:
+    """Return the length of the first dimension of the first tensor in a batch, however deeply it is nested.
+
+    Args:
+        batch: A tensor, or tuples, lists, mappings and dataclasses of them.
+
+    Raises:
+        ValueError: There is no tensor with a dimension in it.
+
+    Example:
+        >>> find_batch_size({"id": ["a", "b"], "image": (torch.zeros(2, 3), torch.zeros(2))})
+        2
+    """
+    for tensor in _tensors_in(batch):
+        if tensor.ndim > 0:
+            return int(tensor.shape[0])
+    raise ValueError(
+        f"No batch size was found: the batch, a {type(batch).__name__}, holds no tensor with at least one dimension. "
+        "Override `calculate_train_batch_loss` and `calculate_eval_batch_loss` and return the `batch_size` yourself."
+    )
+
+
+def _tensors_in(batch: Any) -> Iterator[torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors_in(value)
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            yield from _tensors_in(value)
+    elif is_dataclass(batch):
+        for field in fields(batch):
+            yield from _tensors_in(getattr(batch, field.name))
+
+
+# --- whole batches out of memory ---------------------------------------------------------------------------------
+
+
+def sliceable_tensors(dataset: Any) -> tuple[torch.Tensor, ...] | None:
+    """Return the tensors of a plain in-memory `TensorDataset`, or of a `Subset` of one; ``None`` for anything else.
+
+    Only where a batch taken by one indexing operation is the very same as one collated from single samples.
+    """
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    if type(dataset) is not TensorDataset:
+        return None
+    is_plain = all(
+        type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.requires_grad
+        for tensor in dataset.tensors
+    )
+    return dataset.tensors if is_plain else None
+
+
+class WholeBatchDataset(Dataset[list[torch.Tensor]]):
+    """A view of an in-memory dataset which gives a `DataLoader` whole batches instead of single samples.
+
+    Use it with `unchanged` as ``collate_fn``. The batches and their order are those of the plain dataset.
+
+    Args:
+        dataset: A dataset for which `sliceable_tensors` finds the tensors.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.tensors = sliceable_tensors(dataset) or ()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """Return the batch of the samples at ``indices``, as the default collation would."""
+        dataset: Any = self.dataset
+        while isinstance(dataset, Subset):
+            indices = [dataset.indices[index] for index in indices]
+            dataset = dataset.dataset
+        rows = torch.as_tensor(indices)
+        return [tensor[rows] for tensor in self.tensors]
+
+
+def unchanged(batch: Any) -> Any:
+    """Return a batch as it is: the ``collate_fn`` for batches that are whole already."""
+    return batch
+
+
+class RestOfEpoch:
+    """The batches of an iterable after the first, which it has to make and throw away.
+
+    Args:
+        batches: Any iterable of batches.
+        num_skipped: How many to leave out.
+    """
+
+    def __init__(self, batches: Iterable[Any], num_skipped: int) -> None:
+        self.batches = batches
+        self.num_skipped = num_skipped
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self.batches, self.num_skipped, None)
+
+    def __len__(self) -> int:
+        return max(0, len(self.batches) - self.num_skipped)  # type: ignore[arg-type]  # a TypeError is the answer
+
+
+class PlacedBatches:
+    """Moves the batches of an iterable that is no `DataLoader` to the training device.
+
+    Args:
+        batches: Any iterable of batches.
+        device: Where the batches should go.
+    """
+
+    def __init__(self, batches: Iterable[Any], device: torch.device) -> None:
+        self.batches = batches
+        self.device = device
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            yield move_to_device(batch, self.device)
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]  # a TypeError is the answer
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the iterable which epoch comes, if it wants to know."""
+        if hasattr(self.batches, "set_epoch"):
+            self.batches.set_epoch(epoch)
+
+
+def move_to_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch with all its tensors on ``device``: in mappings, sequences, dataclasses, whatever has ``.to``."""
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return type(batch)({name: move_to_device(value, device) for name, value in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move_to_device(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(move_to_device(value, device) for value in batch)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        moved = {field.name: move_to_device(getattr(batch, field.name), device) for field in fields(batch)}
+        return type(batch)(**moved)
+    return batch
+
+
+# --- order and randomness ----------------------------------------------------------------------------------------
+
+
+class EpochRandomness:
+    """Makes the order of a loader, and the seeds of its workers, functions of (seed, epoch).
+
+    The samplers of PyTorch that shuffle get a generator of their own, alike on all processes, so that all agree on the
+    order. The workers' seeds come from another one which differs between processes. Nothing is drawn from the global
+    generators, which belong to the model.
+
+    Args:
+        loader: The loader before it is prepared; anything that is no `DataLoader` is left alone. A generator which the
+            user gave to a sampler keeps its own seed.
+        process_index: Rank of this process.
+    """
+
+    def __init__(self, loader: Any, process_index: int) -> None:
+        self._process_index = process_index
+        self._orders: list[tuple[torch.Generator, int | None]] = []
+        self._workers: torch.Generator | None = None
+        if not isinstance(loader, DataLoader):
+            return
+        for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
+            if isinstance(sampler, _SHUFFLING_SAMPLERS):
+                self._own_order(sampler)
+        self._workers = torch.Generator()
+        loader.generator = self._workers
+
+    def _own_order(self, sampler: Any) -> None:
+        if sampler.generator is None:
+            sampler.generator = torch.Generator()
+            self._orders.append((sampler.generator, None))
+        elif all(sampler.generator is not generator for generator, _ in self._orders):
+            self._orders.append((sampler.generator, sampler.generator.initial_seed()))
+
+    def set_epoch(self, epoch: int, seed: int) -> None:
+        """Stand before the first batch of ``epoch``, counted from 0, in a run with this ``seed``."""
+        for generator, own_seed in self._orders:
+            generator.manual_seed(derive_seed(seed if own_seed is None else own_seed, "order", epoch))
+        if self._workers is not None:
+            self._workers.manual_seed(derive_seed(seed, "workers", epoch, self._process_index))
+
+
+def worker_init_fn(worker_id: int) -> None:
+    """Seed NumPy and `random` in a worker process of a loader from the seed PyTorch gave it.
+
+    PyTorch does this by itself now; the function remains for loaders that name it.
+    """
+    del worker_id  # PyTorch has put it into the worker's seed
+    seed = torch.initial_seed()
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+# --- limits ------------------------------------------------------------------------------------------------------
+
+
+class DataLoaderSlice:
+    """The first batches of a loader; everything else is the loader's.
+
+    Args:
+        dl: Any loader.
+        slice_size: How many batches an epoch has at the most.
+
+    Example:
+        >>> list(DataLoaderSlice([10, 20, 30], 2))
+        [10, 20]
+    """
+
+    def __init__(self, dl: Any, slice_size: int) -> None:
+        self.dl = dl
+        self.slice_size = slice_size
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self.dl, self.slice_size)
+
+    def __len__(self) -> int:
+        num_batches = num_batches_of(self.dl)
+        return self.slice_size if num_batches is None else min(num_batches, self.slice_size)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dl":  # asked for by copy and pickle before it is set
+            raise AttributeError(name)
+        return getattr(self.dl, name)
+
+
+class LimitBatches:
+    """Limits every epoch to a number of batches: of one loader, or of all trainers made in a ``with`` block.
+
+    Args:
+        num_batches: How many batches an epoch has at the most.
+
+    Example:
+        >>> len(list(LimitBatches(2)(range(10))))
+        2
+        >>> with LimitBatches(2):
+        ...     pass  # a Trainer made here uses two batches per epoch
+    """
+
+    def __init__(self, num_batches: int) -> None:
+        self.num_batches = num_batches
+        self._outer_limit: str | None = None
+
+    def __call__(self, dl: Any) -> DataLoaderSlice:
+        """Return the first batches of a loader."""
+        return DataLoaderSlice(dl, self.num_batches)
+
+    def __enter__(self) -> LimitBatches:
+        self._outer_limit = os.environ.get(LIMIT_BATCHES_ENV_VAR)
+        os.environ[LIMIT_BATCHES_ENV_VAR] = str(self.num_batches)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._outer_limit is None:
+            os.environ.pop(LIMIT_BATCHES_ENV_VAR, None)
+        else:
+            os.environ[LIMIT_BATCHES_ENV_VAR] = self._outer_limit
+
+
+def remove_padding(padded_tensor: torch.Tensor, pad_value: float) -> torch.Tensor:
+    """Return the rows of a tensor that are not all ``pad_value``; for one dimension, the entries that differ from it.
+
+    Args:
+        padded_tensor: Shape ``(rows, ...)``.
+        pad_value: What the padding consists of.
+
+    Example:
+        >>> remove_padding(torch.tensor([[1, -1], [-1, -1]]), -1)
+        tensor([[ 1, -1]])
+    """
+    is_real = padded_tensor != pad_value
+    if is_real.ndim > 1:
+        is_real = is_real.flatten(1).any(dim=1)
+    return padded_tensor[is_real]

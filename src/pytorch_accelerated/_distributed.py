@@ -1,0 +1,278 @@
+"""Several processes: who writes, what is gathered, and how objects enter and leave Accelerate."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
+from torch.utils.data import DataLoader
+
+from pytorch_accelerated._data import PlacedBatches, RestOfEpoch
+from pytorch_accelerated._rng import derive_seed, seed_generators
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+_FORWARD_ATTRIBUTES = ("forward", "_original_forward", "_is_accelerate_prepared")
+
+
+# --- decorators --------------------------------------------------------------------------------------------------
+
+
+def world_process_zero_only(func: Function) -> Function:
+    """Call the function on the main process of all only; on the others it returns ``None`` at once."""
+
+    @functools.wraps(func)
+    def on_main_process(*args: Any, **kwargs: Any) -> Any:
+        return func(*args, **kwargs) if _rank("RANK", "process_index") == 0 else None
+
+    return on_main_process  # type: ignore[return-value]
+
+
+def local_process_zero_only(func: Function) -> Function:
+    """Call the function on the main process of each node only; on the others it returns ``None`` at once."""
+
+    @functools.wraps(func)
+    def on_local_main_process(*args: Any, **kwargs: Any) -> Any:
+        return func(*args, **kwargs) if _rank("LOCAL_RANK", "local_process_index") == 0 else None
+
+    return on_local_main_process  # type: ignore[return-value]
+
+
+def local_process_zero_first(func: Function) -> Function:
+    """Call the function on the main process of each node, and then on its others: for downloads and caches.
+
+    Must be called on every process.
+    """
+
+    @functools.wraps(func)
+    def main_process_first(*args: Any, **kwargs: Any) -> Any:
+        with PartialState().local_main_process_first():
+            return func(*args, **kwargs)
+
+    return main_process_first  # type: ignore[return-value]
+
+
+def _rank(variable: str, attribute: str) -> int:
+    # Before an Accelerator exists, asking the state would make one with default settings that nobody chose.
+    if PartialState._shared_state:
+        return int(getattr(PartialState(), attribute))
+    return int(os.environ.get(variable, "0"))
+
+
+def num_local_processes(num_processes: int) -> int:
+    """Return how many of the processes run on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+
+
+# --- exchanging values -------------------------------------------------------------------------------------------
+
+
+def broadcast_from_main(value: Any, num_processes: int) -> Any:
+    """Return the main process's value on every process. Must be called on every process."""
+    if num_processes == 1:
+        return value
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
+def sum_over_processes(accelerator: Accelerator, *numbers: float | torch.Tensor) -> list[torch.Tensor]:
+    """Add up each number over the processes, all in one collective. Must be called on every process."""
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    stacked = torch.stack([torch.as_tensor(n, dtype=dtype, device=accelerator.device) for n in numbers])
+    return list(accelerator.reduce(stacked, reduction="sum").unbind())
+
+
+def gather_uneven(accelerator: Accelerator, value: Any, padding_value: float) -> Any:
+    """Concatenate the rows that each process has, however many, in the order of the processes.
+
+    Rows are exchanged with padding, and cut off again by their number, so real values that equal the padding stay.
+    Other dimensions are padded to the largest size and stay so. Must be called on every process.
+
+    Args:
+        accelerator: The accelerator.
+        value: A tensor of shape ``(rows, ...)``, or tuples, lists and mappings of them, nested alike everywhere.
+        padding_value: Fills up the dimensions after the first.
+
+    Returns:
+        ``value``'s structure with tensors of shape ``(sum of rows, ...)``.
+    """
+    if isinstance(value, Mapping):
+        gathered = {name: gather_uneven(accelerator, item, padding_value) for name, item in value.items()}
+        return type(value)(gathered)  # type: ignore[call-arg]
+    if isinstance(value, (tuple, list)):
+        items = [gather_uneven(accelerator, item, padding_value) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if value.ndim == 0:
+        return accelerator.gather(value)
+    own_shape = torch.tensor([value.shape], device=value.device)
+    shapes = accelerator.gather(own_shape)  # (num_processes, ndim)
+    padded = value.new_full(shapes.max(dim=0).values.tolist(), padding_value)
+    padded[tuple(slice(size) for size in value.shape)] = value
+    blocks = accelerator.gather(padded).split(padded.shape[0])
+    return torch.cat([block[:rows] for block, rows in zip(blocks, shapes[:, 0].tolist(), strict=True)])
+
+
+def choose_seed(accelerator: Accelerator, seed: int | None) -> int:
+    """Return the seed of a run, the same on every process. Must be called on every process.
+
+    Without one from the user it is the seed that the main process gave to ``torch.manual_seed``. Another process that
+    was seeded alike is seeded anew, because dropout and augmentation should differ between processes.
+    """
+    if seed is not None:
+        return seed
+    own_seed = torch.initial_seed()
+    common_seed: int = broadcast_from_main(own_seed, int(accelerator.num_processes))
+    if accelerator.process_index != 0 and own_seed == common_seed:
+        seed_generators(derive_seed(common_seed, "rank", accelerator.process_index))
+    return common_seed
+
+
+# --- entering and leaving Accelerate -----------------------------------------------------------------------------
+
+
+def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_precision: str | None) -> Accelerator:
+    """Make an accelerator, or take the user's own.
+
+    Args:
+        source: A ready accelerator, keyword arguments to make one with, or ``None``.
+        mixed_precision: The precision asked for; ``None`` for whatever is configured.
+
+    Raises:
+        TypeError: ``source`` is something else.
+        ValueError: The precision contradicts ``source``, or an accelerator made earlier in this process.
+    """
+    if source is not None and not isinstance(source, (Accelerator, Mapping)):
+        raise TypeError(
+            f"`accelerator` is a {type(source).__name__}. Expected an `accelerate.Accelerator`, or a dictionary of "
+            "keyword arguments for one, such as `{'cpu': True}`."
+        )
+    settings = {"mixed_precision": source.mixed_precision} if isinstance(source, Accelerator) else dict(source or {})
+    if mixed_precision is not None and settings.get("mixed_precision") not in (None, mixed_precision):
+        raise ValueError(
+            f"`mixed_precision` is {mixed_precision!r}, but the `accelerator` has {settings['mixed_precision']!r}. "
+            "Give it in one place only."
+        )
+    if isinstance(source, Accelerator):
+        return source
+    if mixed_precision is not None:
+        settings["mixed_precision"] = mixed_precision
+    try:
+        return Accelerator(**settings)
+    except ValueError as error:
+        current = AcceleratorState._shared_state.get("_mixed_precision")
+        if current is None or settings.get("mixed_precision") in (None, current):
+            raise
+        raise ValueError(
+            f"`mixed_precision` is {settings['mixed_precision']!r}, but this process already uses {current!r}: "
+            "Accelerate keeps one setting for all accelerators of a process. Restart it (in a notebook, the kernel), "
+            "or leave `mixed_precision` out to go on with the present one."
+        ) from error
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Tell whether the wrapped model holds the parameters in a form of its own, as FSDP and DeepSpeed do."""
+    return accelerator.distributed_type in _SHARDED
+
+
+class PreparedModel:
+    """Remembers a model as it was before Accelerate prepared it, to leave it so after the run.
+
+    Args:
+        plain: The model before.
+    """
+
+    def __init__(self, plain: Any) -> None:
+        self._plain = plain
+        self._attributes = _forward_attributes(plain)
+        self.prepared: Any = plain
+
+    def restore(self, accelerator: Accelerator, model: Any) -> Any:
+        """Return the plain model, its ``forward`` as it was, so that it can be used, pickled and prepared again.
+
+        Args:
+            accelerator: The accelerator.
+            model: The trainer's model at the end of the run; if a callback put another one there, that one is kept.
+        """
+        for name in _forward_attributes(self._plain):
+            del vars(self._plain)[name]
+        getattr(self._plain, "__dict__", {}).update(self._attributes)
+        return self._plain if model is self.prepared else accelerator.unwrap_model(model)
+
+
+def _forward_attributes(model: Any) -> dict[str, Any]:
+    attributes = getattr(model, "__dict__", {})
+    return {name: attributes[name] for name in _FORWARD_ATTRIBUTES if name in attributes}
+
+
+def prepare(
+    accelerator: Accelerator, model: Any, optimizer: Any, train_dl: Any, eval_dl: Any
+) -> tuple[Any, Any, Any, Any]:
+    """Let Accelerate wrap model, optimizer and loaders for the way the program was started.
+
+    Args:
+        accelerator: The accelerator.
+        model: The model.
+        optimizer: The optimizer or ``None``.
+        train_dl: The training loader or ``None``.
+        eval_dl: The evaluation loader, a dictionary of loaders, or ``None``.
+
+    Returns:
+        All four, prepared. Loaders that are no `DataLoader` only move their batches to the device.
+    """
+    eval_dls = eval_dl if isinstance(eval_dl, dict) else {} if eval_dl is None else {"": eval_dl}
+    objects = [model, optimizer, train_dl, *eval_dls.values()]
+    present = [item for item in objects if item is not None]
+    # DeepSpeed and FSDP have to see all objects at once. A single one is returned bare.
+    results = accelerator.prepare(*present)
+    prepared = iter(results if len(present) > 1 else (results,))
+    model, optimizer, train_dl, *loaders = [None if item is None else next(prepared) for item in objects]
+    placed = {name: _place(accelerator, loader) for name, loader in zip(eval_dls, loaders, strict=True)}
+    return model, optimizer, _place(accelerator, train_dl), placed if isinstance(eval_dl, dict) else placed.get("")
+
+
+def _place(accelerator: Accelerator, loader: Any) -> Any:
+    needs_placing = not isinstance(loader, DataLoader) and hasattr(loader, "__iter__")
+    return PlacedBatches(loader, accelerator.device) if needs_placing and accelerator.device.type != "cpu" else loader
+
+
+def skip_batches(accelerator: Accelerator, loader: Any, num_batches: int) -> Any:
+    """Return the rest of a loader's epoch, without loading what is skipped where that is possible."""
+    if num_batches == 0:
+        return loader
+    if isinstance(loader, DataLoader):
+        return accelerator.skip_first_batches(loader, num_batches)
+    return RestOfEpoch(loader, num_batches)
+
+
+def release(accelerator: Accelerator, *prepared: Any) -> None:
+    """Let Accelerate forget objects it prepared, and only these: the user may have prepared others.
+
+    `Accelerator.free_memory` forgets all of them and runs a full garbage collection, which can take longer than a run.
+    """
+    for registry in ("_models", "_optimizers", "_dataloaders", "_schedulers"):
+        kept = [item for item in getattr(accelerator, registry, []) if all(item is not o for o in prepared)]
+        setattr(accelerator, registry, kept)
+
+
+@contextmanager
+def registered(accelerator: Accelerator, model: Any, optimizer: Any) -> Iterator[None]:
+    """Let Accelerate save and load this model and this optimizer, and nothing else."""
+    registries = ("_models", "_optimizers", "_dataloaders", "_schedulers", "_custom_objects")
+    before = {name: getattr(accelerator, name) for name in registries}
+    now = {"_models": [model], "_optimizers": [] if optimizer is None else [optimizer]}
+    try:
+        for name in registries:
+            setattr(accelerator, name, now.get(name, []))
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(accelerator, name, value)

@@ -1,0 +1,396 @@
+"""The loop: what happens in a run, in which order, and what a subclass may change of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pytorch_accelerated import _data, _distributed
+from pytorch_accelerated._accumulation import AccumulationWindow, scale_gradients
+from pytorch_accelerated._losses import batch_loss, read_batch_output
+from pytorch_accelerated._rng import preserved_rng_state
+from pytorch_accelerated._stopping import InterruptFlag
+from pytorch_accelerated._validation import raise_bad_loss
+from pytorch_accelerated.exceptions import StopTrainingError
+from pytorch_accelerated.progress import TrainingProgress
+from pytorch_accelerated.tracking import (
+    EpochMeans,
+    InMemoryRunHistory,
+    LossTracker,
+    RunHistory,
+    weighted_mean,
+)
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from pytorch_accelerated.callbacks import CallbackHandler
+    from pytorch_accelerated.run_config import TrainerRunConfig
+
+
+class TrainingLoop:
+    """Trains and evaluates a model that is ready for it; `Trainer` makes it ready.
+
+    This class holds the hooks and calls them, and the events of the callbacks, in their order. Read it from
+    `_run_training` down.
+
+    Args:
+        model: The model.
+        loss_func: The loss function, or ``None`` if the model returns its loss.
+        optimizer: The optimizer.
+        run_history: Where metrics are recorded; in memory by default.
+    """
+
+    callback_handler: CallbackHandler
+    _accelerator: Accelerator
+
+    def __init__(self, model: Any, loss_func: Any, optimizer: Any, run_history: RunHistory | None = None) -> None:
+        self.model = model
+        self.loss_func = loss_func
+        self.optimizer = optimizer
+        self.scheduler: Any = None
+        self.run_history: RunHistory = InMemoryRunHistory() if run_history is None else run_history
+        self.run_config: TrainerRunConfig = None  # type: ignore[assignment]  # there is one from the first run on
+        self.progress = TrainingProgress()
+        self.stop_reason: str | None = None
+        self.is_resumed = False
+        self.is_intermediate_evaluation = False
+
+        self._train_dataloader: Any = None
+        self._eval_dataloader: Any = None
+        self._current_eval_dataloader: Any = None
+        self._train_randomness: list[_data.EpochRandomness] = []
+        self._eval_randomness: list[_data.EpochRandomness] = []
+        self._run_seed = 0
+        self._last_epoch = 0
+        self._num_batches_to_skip = 0
+        self._num_batches_per_epoch: int | None = None
+        self._num_eval_steps: int | None = None
+        self._means = EpochMeans()
+        self._window = AccumulationWindow()
+        self._batch_output: Mapping[str, Any] | None = None
+        self._interrupt = InterruptFlag()
+
+    # --- hooks: override them to change what happens -------------------------------------------------------------
+
+    def training_run_start(self) -> None:
+        """Called once when a training run starts, before the event of the same moment."""
+
+    def train_epoch_start(self) -> None:
+        """Called at the start of each training epoch; puts the model into training mode."""
+        self.model.train()
+
+    def calculate_train_batch_loss(self, batch: Any) -> Mapping[str, Any]:
+        """Compute the loss of one training batch; called for each batch, on each process.
+
+        By default the batch is a pair: the model is called with its first item, the loss function with the outputs and
+        the second. Without a loss function the model is called with the whole batch (as keyword arguments if it is a
+        mapping) and has to return its loss as ``outputs.loss`` or ``outputs["loss"]``.
+
+        Args:
+            batch: What the loader gave, on the training device.
+
+        Returns:
+            A dictionary with ``loss``, a scalar tensor: the mean over the batch, and ``batch_size``. Further keys reach
+            the callbacks; ``metrics``, a dictionary of scalars, is averaged over the epoch as the loss is, and
+            ``num_items_in_batch`` tells what the loss is the mean over, if not over samples.
+        """
+        return batch_loss(self.model, self.loss_func, batch)
+
+    def backward_step(self, loss: torch.Tensor) -> None:
+        """Compute the gradients.
+
+        Args:
+            loss: The loss of the batch, scaled to its share of the update.
+        """
+        try:
+            self._accelerator.backward(loss)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise_bad_loss(loss, error)
+
+    def optimizer_step(self) -> None:
+        """Update the parameters; called once per update."""
+        self.optimizer.step()
+
+    def scheduler_step(self) -> None:
+        """Step the scheduler; called after each update, unless mixed precision skipped it."""
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def optimizer_zero_grad(self) -> None:
+        """Discard the gradients; called after each update."""
+        self.optimizer.zero_grad()
+
+    def train_epoch_end(self) -> None:
+        """Called at the end of each training epoch; the training loss is in the run history."""
+
+    def eval_epoch_start(self) -> None:
+        """Called at the start of each evaluation; puts the model into evaluation mode."""
+        self.model.eval()
+
+    def calculate_eval_batch_loss(self, batch: Any) -> Mapping[str, Any]:
+        """Compute the loss of one evaluation batch, without gradients; see `calculate_train_batch_loss`."""
+        with torch.no_grad():
+            return batch_loss(self.model, self.loss_func, batch)
+
+    def eval_epoch_end(self) -> None:
+        """Called at the end of each evaluation; its loss is in the run history."""
+
+    def training_run_epoch_end(self) -> None:
+        """Called at the end of each epoch, after training and evaluation."""
+
+    def training_run_end(self) -> None:
+        """Called once at the end of a training run that finished or was stopped."""
+
+    def evaluation_run_start(self) -> None:
+        """Called when `evaluate` starts."""
+
+    def evaluation_run_end(self) -> None:
+        """Called when `evaluate` ends."""
+
+    # --- the training loop ---------------------------------------------------------------------------------------
+
+    def _run_training(self) -> None:
+        with self._interrupt:
+            try:
+                self.training_run_start()
+                self._call("on_training_run_start")
+                self._run_epochs()
+            except StopTrainingError as stop:
+                self._stop(stop)
+        self.training_run_end()
+        with suppress(StopTrainingError):  # the run has ended already
+            self._call("on_training_run_end")
+
+    def _run_epochs(self) -> None:
+        is_limit_reached = self._is_update_limit_reached()
+        while self.progress.num_epochs_completed < self._last_epoch and not is_limit_reached:
+            is_limit_reached = self._run_epoch()
+        if self.progress.num_epochs_completed < self._last_epoch:
+            self.stop_reason = f"{self.progress.num_updates} updates are done (`max_num_train_steps`)"
+        else:
+            self.stop_reason = f"{self.progress.num_epochs_completed} epochs are done"
+
+    def _run_epoch(self) -> bool:
+        is_limit_reached = False
+        try:
+            if self.progress.phase == "training":  # a resumed run may have been through with it
+                is_limit_reached = self._run_train_epoch(self._train_dataloader)
+            self._run_eval_epochs()
+            self.progress.phase = "end"
+            self.training_run_epoch_end()
+            self._call("on_training_run_epoch_end")
+        finally:
+            if self.progress.phase != "training":  # an epoch counts once its training is done
+                self.progress.end_epoch()
+                self.run_history._increment_epoch()
+        return is_limit_reached
+
+    def _run_train_epoch(self, train_dl: Any) -> bool:
+        """Train on the batches of an epoch, and return whether the limit of updates was reached."""
+        num_done = self._begin_train_epoch(train_dl)
+        self.train_epoch_start()
+        self._call("on_train_epoch_start")
+
+        is_limit_reached = False
+        remaining = _distributed.skip_batches(self._accelerator, train_dl, num_done)
+        for step, batch, is_last in _data.enumerate_batches(remaining, num_done):
+            is_update_due = is_last or (step + 1) % self.run_config.gradient_accumulation_steps == 0
+            if is_update_due:
+                self._perform_forward_and_backward_passes(batch, step)
+                self._update_parameters()
+                is_limit_reached = self._is_update_limit_reached()
+            else:
+                with self._accelerator.no_sync(self.model):
+                    self._perform_forward_and_backward_passes(batch, step)
+            self._end_train_step(batch, step)
+            if is_limit_reached:
+                break
+
+        self.progress.phase = "evaluation"
+        self._add_epoch_loss_to_run_history("train_loss_epoch")
+        self.train_epoch_end()
+        self._call("on_train_epoch_end")
+        return is_limit_reached
+
+    def _begin_train_epoch(self, train_dl: Any) -> int:
+        """Bring data and sums to the start of the epoch, and return how many batches a resumed run has done of it."""
+        num_done, self._num_batches_to_skip = self._num_batches_to_skip, 0
+        if num_done == 0:
+            self._means = EpochMeans()
+        self._window.reset()
+        self._num_batches_per_epoch = _data.num_batches_of(train_dl)
+        self._set_data_epoch(self._train_randomness, train_dl, self.run_history.current_epoch - 1)
+        return num_done
+
+    def _perform_forward_and_backward_passes(self, batch: Any, step: int) -> None:
+        self._call("on_train_step_start", batch=batch, step=step)
+        batch_output = self.calculate_train_batch_loss(batch)
+        weight, batch_size = read_batch_output(batch_output, "calculate_train_batch_loss")
+        self._call("on_backward_start", batch=batch, batch_output=batch_output, step=step)
+        loss = batch_output["loss"]
+        share = self._window.add(weight, self._window_size(step))
+        self.backward_step(loss if share is None else loss * share)
+        self._update_loss_tracker(loss, weight)
+        self._means.update_metrics(batch_output, weight)
+        self.progress.num_samples += batch_size * self.run_config.num_processes
+        self._batch_output = batch_output
+
+    def _update_parameters(self) -> None:
+        correction = self._window.close()
+        if correction is not None:
+            scale_gradients(self.model.parameters(), correction)
+        if self._accelerator.scaler is not None:
+            self._accelerator.unscale_gradients(self.optimizer)
+        self._call("on_optimizer_step_start")
+        self._clip_gradients()
+        self.optimizer_step()
+        self.progress.num_updates += 1
+        if self._accelerator.optimizer_step_was_skipped is not True:
+            self.scheduler_step()
+        self._call("on_optimizer_step_end")
+        self.optimizer_zero_grad()
+
+    def _end_train_step(self, batch: Any, step: int) -> None:
+        self.progress.num_batches_in_epoch = step + 1
+        batch_output, self._batch_output = self._batch_output, None
+        if batch_output is not None:  # a subclass may have replaced the whole step
+            self._call("on_train_step_end", batch=batch, batch_output=batch_output, step=step)
+        self._check_interrupt()
+
+    def _window_size(self, step: int) -> int:
+        num_steps = self.run_config.gradient_accumulation_steps
+        if self._num_batches_per_epoch is None:
+            return num_steps
+        return min(num_steps, self._num_batches_per_epoch - step)
+
+    def _clip_gradients(self) -> None:
+        clip_value = self.run_config.gradient_clip_value
+        if clip_value is None:
+            return
+        if self._accelerator.scaler is None:
+            self._accelerator.clip_grad_value_(self.model.parameters(), clip_value)
+        else:  # Accelerate would unscale them a second time
+            nn.utils.clip_grad_value_(self.model.parameters(), clip_value)
+
+    def _is_update_limit_reached(self) -> bool:
+        limit = self.run_config.max_num_train_steps
+        return limit is not None and self.progress.num_updates >= limit
+
+    # --- evaluation ----------------------------------------------------------------------------------------------
+
+    def _run_evaluation(self) -> None:
+        try:
+            self.evaluation_run_start()
+            self._call("on_evaluation_run_start")
+            self._run_eval_epochs(is_training=False)
+        except StopTrainingError as stop:
+            self._stop(stop)
+        self.evaluation_run_end()
+        with suppress(StopTrainingError):  # the run has ended already
+            self._call("on_evaluation_run_end")
+
+    def _run_eval_epochs(self, is_training: bool = True, is_intermediate: bool = False) -> None:
+        """Evaluate on each evaluation dataset; those with a name put it before the names of their metrics."""
+        loaders = self._eval_dataloader
+        for name, loader in (loaders if isinstance(loaders, dict) else {"": loaders}).items():
+            if loader is not None:
+                with self._metric_prefix(f"{name}_" if name else ""):
+                    self._run_eval_epoch(loader, is_training, is_intermediate)
+
+    def _run_eval_epoch(self, valid_dl: Any, is_training: bool = True, is_intermediate: bool = False) -> None:
+        with self._training_set_aside(is_intermediate), preserved_rng_state():
+            self._current_eval_dataloader = valid_dl
+            self._set_data_epoch(self._eval_randomness, valid_dl, 0)
+            self.eval_epoch_start()
+            self._call("on_eval_epoch_start", is_intermediate=is_intermediate)
+            for step, batch in enumerate(islice(valid_dl, self._num_eval_steps)):
+                self._perform_eval_step(batch, step)
+            self._add_epoch_loss_to_run_history("eval_loss_epoch" if is_training else "evaluation_loss")
+            self.eval_epoch_end()
+            self._call("on_eval_epoch_end", is_intermediate=is_intermediate)
+
+    def _perform_eval_step(self, batch: Any, step: int) -> None:
+        self._call("on_eval_step_start", batch=batch, step=step)
+        batch_output = self.calculate_eval_batch_loss(batch)
+        weight, _ = read_batch_output(batch_output, "calculate_eval_batch_loss")
+        self._update_loss_tracker(batch_output["loss"], weight)
+        self._means.update_metrics(batch_output, weight)
+        self._call("on_eval_step_end", batch=batch, batch_output=batch_output, step=step)
+        self._check_interrupt()
+
+    @contextmanager
+    def _training_set_aside(self, is_intermediate: bool) -> Iterator[None]:
+        """Keep the sums of the training epoch, and, if it goes on afterwards, the mode of each module."""
+        means, self._means = self._means, EpochMeans()
+        modes = [(module, module.training) for module in self.model.modules()] if is_intermediate else []
+        self._num_eval_steps = None
+        self.is_intermediate_evaluation = is_intermediate
+        try:
+            with self._metric_prefix("intermediate_" if is_intermediate else ""):
+                if is_intermediate:
+                    self.run_history.update_metric("update", self.progress.num_updates)
+                yield
+        finally:
+            self._means = means
+            self.is_intermediate_evaluation = False
+            for module, mode in modes:
+                module.training = mode
+
+    # --- what a run records --------------------------------------------------------------------------------------
+
+    def _update_loss_tracker(self, loss: Any, batch_size: Any) -> None:
+        self._loss_tracker.update(loss, batch_size)
+
+    def _add_epoch_loss_to_run_history(self, name: str) -> None:
+        """Record the means over the epoch and all processes; the loss as ``name``."""
+        means = self._means.sums(name)
+        sums: Sequence[float | torch.Tensor] = [number for mean in means.values() for number in mean]
+        if self.run_config.is_distributed:
+            sums = _distributed.sum_over_processes(self._accelerator, *sums)
+        for metric, total, weight in zip(means, sums[::2], sums[1::2], strict=True):
+            self.run_history.update_metric(metric, weighted_mean(total, weight))
+
+    @contextmanager
+    def _metric_prefix(self, prefix: str) -> Iterator[None]:
+        outer = self.run_history.metric_name_prefix
+        self.run_history.set_metric_name_prefix(outer + prefix)
+        try:
+            yield
+        finally:
+            self.run_history.set_metric_name_prefix(outer)
+
+    @property
+    def _loss_tracker(self) -> LossTracker:
+        return self._means.loss
+
+    @_loss_tracker.setter
+    def _loss_tracker(self, tracker: LossTracker) -> None:
+        self._means.loss = tracker
+
+    def _set_data_epoch(self, randomness: list[_data.EpochRandomness], loader: Any, epoch: int) -> None:
+        for source in randomness:
+            source.set_epoch(epoch, self._run_seed)
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
+
+    def limit_eval_steps(self, num_eval_steps: int) -> None:
+        """End the evaluation that starts after so many batches; call it in ``on_eval_epoch_start``."""
+        self._num_eval_steps = num_eval_steps
+
+    def _call(self, event: str, **kwargs: Any) -> None:
+        self.callback_handler.call_event(event, self, **kwargs)
+
+    def _check_interrupt(self) -> None:
+        if self._interrupt.is_set:
+            raise StopTrainingError("interrupted by Ctrl-C")
+
+    def _stop(self, stop: StopTrainingError) -> None:
+        self.stop_reason = str(stop) or "a callback asked to stop"
+        with suppress(StopTrainingError):  # that is what is being done
+            self._call("on_stop_training_error")

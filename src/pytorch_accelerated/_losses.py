@@ -1,0 +1,91 @@
+"""What a step does by default: the loss of a batch, from a loss function or from the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+from pytorch_accelerated._data import find_batch_size
+from pytorch_accelerated._validation import raise_bad_batch_output
+
+
+def batch_loss(model: Callable[..., Any], loss_func: Callable[..., Any] | None, batch: Any) -> dict[str, Any]:
+    """Compute the loss of a batch.
+
+    Args:
+        model: The model.
+        loss_func: The loss function, or ``None`` if the model returns its loss.
+        batch: A pair of inputs and targets; without a loss function whatever the model takes.
+
+    Returns:
+        ``loss``, ``model_outputs`` and ``batch_size``.
+
+    Raises:
+        TypeError: The batch is no pair although there is a loss function.
+        ValueError: There is no loss function, and the model returned no loss.
+    """
+    if loss_func is None:
+        return _loss_of_model(model, batch)
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        raise TypeError(
+            f"The batch is a {type(batch).__name__}, but with a loss function it should be a pair of inputs and "
+            "targets. Override `calculate_train_batch_loss` and `calculate_eval_batch_loss` to say what to do with it, "
+            "or pass `loss_func=None` if the model returns its loss."
+        )
+    inputs, targets = batch[0], batch[1]
+    model_outputs = model(inputs)
+    return {
+        "loss": loss_func(model_outputs, targets),
+        "model_outputs": model_outputs,
+        "batch_size": find_batch_size(inputs),
+    }
+
+
+def _loss_of_model(model: Callable[..., Any], batch: Any) -> dict[str, Any]:
+    if is_dataclass(batch) and not isinstance(batch, type):
+        batch = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    if isinstance(batch, Mapping):
+        model_outputs = model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        model_outputs = model(*batch)
+    else:
+        model_outputs = model(batch)
+    loss = getattr(model_outputs, "loss", None)
+    if loss is None and isinstance(model_outputs, Mapping):
+        loss = model_outputs.get("loss")
+    if loss is None:
+        raise ValueError(
+            "`loss_func` is None, so the model has to return its loss as `outputs.loss` or `outputs['loss']`; it "
+            f"returned a {type(model_outputs).__name__} without one. Does the batch hold the labels? "
+            "Otherwise pass a `loss_func`."
+        )
+    return {"loss": loss, "model_outputs": model_outputs, "batch_size": find_batch_size(batch)}
+
+
+class StepResult(NamedTuple):
+    """What the loop needs to know of a batch's loss."""
+
+    weight: Any
+    """How many items the loss is the mean over: tokens, if the step says so, or samples."""
+
+    batch_size: int
+
+
+def read_batch_output(batch_output: Any, hook: str) -> StepResult:
+    """Return the weight and the size of a batch.
+
+    Args:
+        batch_output: What the step returned.
+        hook: The method that returned it, for the message.
+
+    Raises:
+        TypeError: It is no mapping.
+        ValueError: ``loss`` or ``batch_size`` is missing.
+    """
+    try:
+        batch_output["loss"]
+        batch_size = batch_output["batch_size"]
+    except (KeyError, TypeError, IndexError):
+        raise_bad_batch_output(batch_output, hook)
+    return StepResult(batch_output.get("num_items_in_batch", batch_size), batch_size)

@@ -1,0 +1,95 @@
+"""Callbacks that print how a run goes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytorch_accelerated.callbacks.base import TrainerCallback
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from pytorch_accelerated.tracking import RunHistory
+    from pytorch_accelerated.trainer import Trainer
+
+
+class PrintProgressCallback(TrainerCallback):
+    """Prints a line when a run, or an epoch of training, starts or ends, and why a run was stopped."""
+
+    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Announce the run."""
+        trainer.print("\nStarting training run")
+
+    def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Announce the epoch."""
+        trainer.print(f"\nStarting epoch {trainer.run_history.current_epoch}")
+
+    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Announce the end."""
+        trainer.print("Finishing training run")
+
+    def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Announce the evaluation."""
+        trainer.print("\nStarting evaluation run")
+
+    def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Announce its end."""
+        trainer.print("Finishing evaluation run")
+
+    def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Say why the run stops early."""
+        trainer.print(f"\nStopping: {trainer.stop_reason}")
+
+
+class LogMetricsCallback(TrainerCallback):
+    """Prints the metrics that were recorded since it last looked; override `log_metrics` to send them elsewhere.
+
+    Metrics whose name starts with ``train`` are logged at the end of the training epoch, all others after evaluation.
+    Place it behind the callbacks that record metrics.
+    """
+
+    def __init__(self) -> None:
+        self._num_logged: dict[str, int] = {}
+
+    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Regard what an earlier run recorded as logged."""
+        self._num_logged = _num_values(trainer.run_history)
+
+    def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Regard what an earlier run recorded as logged."""
+        self._num_logged = _num_values(trainer.run_history)
+
+    def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Log the metrics of training."""
+        self._log_new_metrics(trainer, lambda name: name.startswith("train"))
+
+    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Log all others."""
+        self._log_new_metrics(trainer, lambda name: not name.startswith("train"))
+
+    def log_metrics(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
+        """Print the metrics, a line each.
+
+        Args:
+            trainer: The trainer.
+            metrics: The newest value of each metric, by name.
+        """
+        for name, value in metrics.items():
+            trainer.print(f"{name}: {value}")
+
+    def _log_new_metrics(self, trainer: Trainer, is_wanted: Callable[[str], bool]) -> None:
+        history = trainer.run_history
+        num_logged: Mapping[str, int] = getattr(self, "_num_logged", {})  # a subclass may not have called __init__
+        num_values = {name: num for name, num in _num_values(history).items() if is_wanted(name)}
+        metrics = {
+            name: history.get_latest_metric(name)
+            for name in sorted(num_values)
+            if num_values[name] != num_logged.get(name, 0)
+        }
+        self._num_logged = {**num_logged, **num_values}
+        if metrics:
+            self.log_metrics(trainer, metrics)
+
+
+def _num_values(history: RunHistory) -> dict[str, int]:
+    return {name: len(list(history.get_metric_values(name))) for name in history.get_metric_names()}

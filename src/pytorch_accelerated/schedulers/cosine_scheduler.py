@@ -1,0 +1,226 @@
+"""A cosine with k-decay between a linear warm-up and a cooldown at the minimum."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+from pytorch_accelerated._placeholders import NumberOrPlaceholder, TrainerPlaceholderValues
+from pytorch_accelerated.exceptions import SchedulerSettingsError
+from pytorch_accelerated.schedulers.scheduler_base import (
+    StatefulSchedulerBase,
+    check_number,
+    check_rate,
+    interpolate,
+)
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from typing_extensions import Self
+
+
+def cosine_lr(
+    update: float,
+    *,
+    total_updates: float,
+    lr: float,
+    lr_min: float = 0.0,
+    k_decay: float = 1.0,
+    num_warmup_updates: float = 0.0,
+    warmup_starting_lr: float = 0.0,
+    num_cooldown_updates: float = 0.0,
+) -> float:
+    r"""Return the learning rate with which the update of 0-based index ``update`` trains.
+
+    .. math::
+
+        \eta(t) = \begin{cases}
+            \eta_w + (\eta_0 - \eta_w) \, t / W & t < W \\
+            \eta_e + \frac{1}{2} (\eta_0 - \eta_e) \left(1 + \cos(\pi \, p^k)\right), \quad
+                p = \frac{t - W}{T - C - W} & W \le t < T - C \\
+            \eta_e & t \ge T - C
+        \end{cases}
+
+    The parts meet: the warm-up ends where the cosine starts, at ``lr``, and the cosine ends where the
+    cooldown starts, at ``lr_min``. Without warm-up and cooldown this is the cosine with k-decay of Zhang and
+    Li, "k-decay: A New Method For Learning Rate Schedule" (2020), arXiv:2004.05909, and with ``k_decay=1``
+    the cosine of Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts" (2017),
+    arXiv:1608.03983.
+
+    Args:
+        update: Index :math:`t` of the update, that is, the number of updates done before it.
+        total_updates: Number :math:`T` of updates of the whole run.
+        lr: Learning rate :math:`\eta_0` at the end of the warm-up.
+        lr_min: Learning rate :math:`\eta_e` at the end.
+        k_decay: Exponent :math:`k`. Above 1 the rate stays high for longer and then falls faster.
+        num_warmup_updates: Length :math:`W` of the warm-up.
+        warmup_starting_lr: Learning rate :math:`\eta_w` of the first update of a warm-up.
+        num_cooldown_updates: Length :math:`C` of the cooldown.
+
+    Example:
+        >>> [cosine_lr(update, total_updates=4, lr=1.0) for update in (0, 2, 4)]
+        [1.0, 0.5, 0.0]
+        >>> [cosine_lr(update, total_updates=8, lr=1.0, num_warmup_updates=4) for update in (0, 1, 4, 6)]
+        [0.0, 0.25, 1.0, 0.5]
+    """
+    decay_end = total_updates - num_cooldown_updates
+    if update < num_warmup_updates:
+        return interpolate(warmup_starting_lr, lr, update / num_warmup_updates)
+    if update >= decay_end:
+        return lr_min
+    progress = (update - num_warmup_updates) / (decay_end - num_warmup_updates)
+    return interpolate(lr_min, lr, (1 + math.cos(math.pi * progress**k_decay)) / 2)
+
+
+class CosineLrScheduler(StatefulSchedulerBase):
+    """Lowers the learning rate along a cosine, after a linear warm-up and before a cooldown at the minimum.
+
+    The curve is :func:`cosine_lr`, applied to the base value of each parameter group. A group never goes
+    above its base value: one that starts below ``lr_min`` or ``warmup_starting_lr`` stays where it is during
+    that part.
+
+    Args:
+        optimizer: The optimizer whose learning rates are scheduled.
+        total_num_epochs: Epochs of the whole run, warm-up and cooldown included.
+        num_update_steps_per_epoch: Updates per epoch.
+        k_decay: Exponent of the k-decay; 1 gives the plain cosine.
+        lr_min: Learning rate at the end.
+        min_lr_ratio: The same as a share of each group's base value, from 0 to 1; where given, it takes the
+            place of ``lr_min``.
+        num_warmup_epochs: Epochs of warm-up, which may be a fraction; 0 means none.
+        warmup_starting_lr: Learning rate of the first update of the warm-up.
+        warmup_starting_lr_ratio: The same as a share of each group's base value, from 0 to 1; where given, it
+            takes the place of ``warmup_starting_lr``.
+        num_cooldown_epochs: Epochs at the minimum at the end of the run, which may be a fraction.
+
+    Raises:
+        SchedulerSettingsError: If a setting is out of range, if warm-up and cooldown are longer than the run,
+            or if ``lr_min`` or the start of the warm-up is above the initial learning rate of the optimizer.
+        TypeError: If a setting is not a number.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.8)
+        >>> scheduler = CosineLrScheduler(
+        ...     optimizer, total_num_epochs=2, num_update_steps_per_epoch=4, min_lr_ratio=0.0
+        ... )
+        >>> for _ in range(5):
+        ...     scheduler.step()
+        >>> round(optimizer.param_groups[0]["lr"], 6)
+        0.4
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_num_epochs: float,
+        num_update_steps_per_epoch: int,
+        k_decay: float = 1.0,
+        lr_min: float = 1e-6,
+        min_lr_ratio: float | None = None,
+        num_warmup_epochs: float = 0,
+        warmup_starting_lr: float = 1e-6,
+        warmup_starting_lr_ratio: float | None = None,
+        num_cooldown_epochs: float = 0,
+    ) -> None:
+        super().__init__(optimizer)
+        self.total_num_epochs = total_num_epochs
+        self.num_update_steps_per_epoch = num_update_steps_per_epoch
+        self.k_decay = k_decay
+        self.lr_min = lr_min
+        self.min_lr_ratio = min_lr_ratio
+        self.num_warmup_epochs = num_warmup_epochs
+        self.warmup_starting_lr = warmup_starting_lr
+        self.warmup_starting_lr_ratio = warmup_starting_lr_ratio
+        self.num_cooldown_epochs = num_cooldown_epochs
+        self._check_settings()
+
+    @classmethod
+    def create_scheduler_fn(
+        cls,
+        total_num_epochs: NumberOrPlaceholder = TrainerPlaceholderValues.NUM_EPOCHS,
+        num_update_steps_per_epoch: NumberOrPlaceholder = TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH,
+        k_decay: NumberOrPlaceholder = 1.0,
+        lr_min: NumberOrPlaceholder = 1e-6,
+        min_lr_ratio: NumberOrPlaceholder | None = None,
+        num_warmup_epochs: NumberOrPlaceholder = 0,
+        warmup_starting_lr: NumberOrPlaceholder = 1e-6,
+        warmup_starting_lr_ratio: NumberOrPlaceholder | None = None,
+        num_cooldown_epochs: NumberOrPlaceholder = 0,
+    ) -> functools.partial[Self]:
+        """Return a function that makes this scheduler for an optimizer, to be given to ``Trainer.train``.
+
+        The arguments are those of the class. Each may be a placeholder, or arithmetic with placeholders,
+        which the trainer replaces by the numbers of the run; by default the schedule is as long as the run.
+
+        Example:
+            >>> create = CosineLrScheduler.create_scheduler_fn(
+            ...     num_warmup_epochs=TrainerPlaceholderValues.NUM_EPOCHS / 10
+            ... )
+            >>> create.keywords["num_warmup_epochs"]
+            TrainerPlaceholderValues.NUM_EPOCHS / 10
+        """
+        settings: dict[str, Any] = {
+            "total_num_epochs": total_num_epochs,
+            "num_update_steps_per_epoch": num_update_steps_per_epoch,
+            "k_decay": k_decay,
+            "lr_min": lr_min,
+            "min_lr_ratio": min_lr_ratio,
+            "num_warmup_epochs": num_warmup_epochs,
+            "warmup_starting_lr": warmup_starting_lr,
+            "warmup_starting_lr_ratio": warmup_starting_lr_ratio,
+            "num_cooldown_epochs": num_cooldown_epochs,
+        }
+        return functools.partial(cls, **settings)
+
+    def get_updated_values(self, num_updates: int) -> list[float]:
+        """Return the learning rate of each parameter group after ``num_updates`` updates."""
+        return [self._lr(num_updates, base_lr) for base_lr in self.base_values]
+
+    def _lr(self, num_updates: int, base_lr: float) -> float:
+        return cosine_lr(
+            num_updates,
+            total_updates=self.total_num_epochs * self.num_update_steps_per_epoch,
+            lr=base_lr,
+            lr_min=_lower_end(self.lr_min, self.min_lr_ratio, base_lr),
+            k_decay=self.k_decay,
+            num_warmup_updates=self.num_warmup_epochs * self.num_update_steps_per_epoch,
+            warmup_starting_lr=_lower_end(self.warmup_starting_lr, self.warmup_starting_lr_ratio, base_lr),
+            num_cooldown_updates=self.num_cooldown_epochs * self.num_update_steps_per_epoch,
+        )
+
+    def _check_settings(self) -> None:
+        num_updates = self.num_update_steps_per_epoch
+        check_number(
+            "total_num_epochs", self.total_num_epochs, "the length of the run", is_zero_allowed=False
+        )
+        check_number(
+            "num_update_steps_per_epoch", num_updates, "the length of an epoch", is_zero_allowed=False
+        )
+        check_number("k_decay", self.k_decay, "the exponent of the decay", is_zero_allowed=False)
+        check_number("num_warmup_epochs", self.num_warmup_epochs, "the length of the warm-up")
+        check_number("num_cooldown_epochs", self.num_cooldown_epochs, "the length of the cooldown")
+        if self.num_warmup_epochs + self.num_cooldown_epochs > self.total_num_epochs:
+            raise SchedulerSettingsError(
+                f"`num_warmup_epochs` is {self.num_warmup_epochs!r} and `num_cooldown_epochs` is "
+                f"{self.num_cooldown_epochs!r}, but both are parts of the run, which has only "
+                f"{self.total_num_epochs!r} epochs. Shorten them, or train for longer."
+            )
+        self._check_lower_end("lr_min", self.lr_min, "min_lr_ratio", self.min_lr_ratio)
+        self._check_lower_end(
+            "warmup_starting_lr",
+            self.warmup_starting_lr,
+            "warmup_starting_lr_ratio",
+            self.warmup_starting_lr_ratio,
+        )
+
+    def _check_lower_end(self, rate_name: str, rate: float, ratio_name: str, ratio: float | None) -> None:
+        if ratio is None:
+            check_rate(rate_name, rate, self.base_values)
+        else:
+            check_number(ratio_name, ratio, "a share of the initial learning rate", maximum=1)
+
+
+def _lower_end(rate: float, ratio: float | None, base_lr: float) -> float:
+    return min(rate, base_lr) if ratio is None else ratio * base_lr

@@ -1,0 +1,619 @@
+"""`Trainer`: makes model, data and schedule ready, and runs the loop over them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from pytorch_accelerated import _checkpointing, _data, _distributed, _validation
+from pytorch_accelerated._data import LIMIT_BATCHES_ENV_VAR
+from pytorch_accelerated._loop import TrainingLoop
+from pytorch_accelerated._placeholders import TrainerPlaceholderValues, resolve_placeholders
+from pytorch_accelerated._rng import derive_seed, seed_generators
+from pytorch_accelerated.callbacks import CallbackHandler, LimitBatchesCallback, get_default_callbacks
+from pytorch_accelerated.exceptions import add_note
+from pytorch_accelerated.progress import TrainingProgress
+from pytorch_accelerated.run_config import TrainerRunConfig, count_steps
+from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
+from pytorch_accelerated.tracking import (
+    EpochMeans,
+    RunHistory,
+)
+
+__all__ = [
+    "DEFAULT_CALLBACKS",
+    "LIMIT_BATCHES_ENV_VAR",
+    "Trainer",
+    "TrainerPlaceholderValues",
+    "TrainerWithTimmScheduler",
+    "replace_trainer_placeholder_values",
+]
+
+DEFAULT_CALLBACKS = get_default_callbacks()
+
+
+class Trainer(TrainingLoop):
+    """Trains and evaluates a model, on one process or many, and lets subclasses and callbacks take part.
+
+    The trainer asks nothing of its parts when it is made; they are checked when a run starts. Override the methods
+    named below to change what a step does; write a :class:`~pytorch_accelerated.callbacks.TrainerCallback` to act
+    beside it.
+
+    Args:
+        model: The model. Called with the first item of a batch; see `calculate_train_batch_loss`.
+        loss_func: Called with the model's outputs and the second item of a batch. ``None`` if the model returns its
+            loss.
+        optimizer: The optimizer of the model's parameters. ``None`` if the trainer only evaluates.
+        callbacks: Callbacks, as instances or classes, called in this order.
+        run_history: Where metrics are recorded; in memory by default.
+        mixed_precision: ``"no"``, ``"fp16"``, ``"bf16"`` or ``"fp8"``; ``None`` leaves it to Accelerate's
+            configuration.
+        seed: Seeds all random number generators now, and the order of the data in each run. With ``None`` nothing is
+            seeded and the order derives from the seed that the program gave to ``torch.manual_seed``.
+        accelerator: A ready `accelerate.Accelerator`, or keyword arguments to make it with.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> dataset = TensorDataset(torch.randn(64, 3), torch.randn(64, 1))
+        >>> model = nn.Linear(3, 1)
+        >>> trainer = Trainer(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), callbacks=())
+        >>> trainer.train(dataset, num_epochs=2, eval_dataset=dataset, per_device_batch_size=16)
+        >>> sorted(trainer.run_history.get_metric_names())
+        ['eval_loss_epoch', 'train_loss_epoch']
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        loss_func: Any,
+        optimizer: Any,
+        callbacks: Iterable[Any] = DEFAULT_CALLBACKS,
+        run_history: RunHistory | None = None,
+        *,
+        mixed_precision: str | None = None,
+        seed: int | None = None,
+        accelerator: Accelerator | Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(model, loss_func, optimizer, run_history)
+        self.train_dataset: Any = None
+        self.eval_dataset: Any = None
+        self.collate_fn: Callable[..., Any] | None = None
+        self.create_scheduler_fn: Callable[..., Any] | None = None
+        self._train_dl_kwargs: dict[str, Any] | None = None
+        self._eval_dl_kwargs: dict[str, Any] | None = None
+        self._prepared_model: _distributed.PreparedModel | None = None
+        self._waiting_scheduler_state: Mapping[str, Any] | None = None
+        self._seed = seed
+        self._mixed_precision = mixed_precision
+        self._accelerator_source = accelerator
+        self._accelerator = self._create_accelerator()
+        if seed is not None:
+            seed_generators(derive_seed(seed, "rank", self.process_index) if self.process_index else seed)
+        self.callback_handler = self._create_callback_handler(callbacks)
+        self.callback_handler.call_event("on_init_end", self)
+
+    # --- entry points --------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        train_dataset: Any,
+        num_epochs: int,
+        eval_dataset: Any = None,
+        per_device_batch_size: int = 8,
+        max_num_train_steps: int | None = None,
+        gradient_accumulation_steps: int = 1,
+        gradient_clip_value: float | None = None,
+        create_scheduler_fn: Callable[..., Any] | None = None,
+        train_dataloader_kwargs: Mapping[str, Any] | None = None,
+        eval_dataloader_kwargs: Mapping[str, Any] | None = None,
+        reset_run_history: bool = True,
+        collate_fn: Callable[..., Any] | None = None,
+        resume_from: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Train the model.
+
+        In short, leaving out the events, which :class:`~pytorch_accelerated.callbacks.TrainerCallback` lists::
+
+            for epoch in range(num_epochs):
+                train_epoch_start()
+                for batch in train_dataloader:
+                    loss = calculate_train_batch_loss(batch)["loss"]
+                    backward_step(loss)
+                    if an update is due:  # after gradient_accumulation_steps batches
+                        optimizer_step()
+                        scheduler_step()
+                        optimizer_zero_grad()
+                train_epoch_end()
+                for batch in eval_dataloader:
+                    calculate_eval_batch_loss(batch)
+
+        Args:
+            train_dataset: A dataset of samples, or an iterable of batches.
+            num_epochs: Passes over the training data; at least 1.
+            eval_dataset: Evaluated after each epoch: a dataset, or a dictionary of them. The metrics of each then carry
+                its name in front. ``None`` for no evaluation.
+            per_device_batch_size: Samples in a batch of one process.
+            max_num_train_steps: Updates after which the run ends, if ``num_epochs`` do not end it before.
+            gradient_accumulation_steps: Batches per process that make one update.
+            gradient_clip_value: Bound for the absolute value of each entry of the gradient, applied before each update.
+            create_scheduler_fn: Makes the learning-rate scheduler from the optimizer. In a `functools.partial` the
+                arguments may be :class:`TrainerPlaceholderValues`. The scheduler is stepped after each update.
+            train_dataloader_kwargs: Keyword arguments for the training `DataLoader`; they win over the defaults.
+            eval_dataloader_kwargs: Keyword arguments for the evaluation `DataLoader`.
+            reset_run_history: Whether metrics and epoch count of an earlier run are forgotten.
+            collate_fn: Makes a batch from samples, in both loaders.
+            resume_from: A directory that `save_training_state` wrote. The run goes on from there up to ``num_epochs``.
+
+        Raises:
+            ValueError: An argument has an impossible value, or model and optimizer do not belong together.
+            TypeError: An argument is of the wrong kind.
+            KeyboardInterrupt: Ctrl-C was pressed; the run has ended in good order before.
+        """
+        _validation.check_positive_integer("num_epochs", num_epochs, "epochs")
+        _validation.check_positive_integer("per_device_batch_size", per_device_batch_size, "samples")
+        _validation.check_positive_integer("gradient_accumulation_steps", gradient_accumulation_steps, "batches")
+        if max_num_train_steps is not None:
+            _validation.check_positive_integer("max_num_train_steps", max_num_train_steps, "updates")
+        _validation.check_create_scheduler_fn(create_scheduler_fn)
+        _validation.check_trainable(self.model, self.loss_func, self.optimizer)
+
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
+        self.collate_fn = collate_fn
+        self.create_scheduler_fn = create_scheduler_fn
+        if reset_run_history:
+            self.run_history.reset()
+        with self._tidy_run():
+            self._make_train_loader(per_device_batch_size, train_dataloader_kwargs)
+            if eval_dataset is not None:
+                self._make_eval_loaders(per_device_batch_size, eval_dataloader_kwargs)
+            self._prepare_model_optimizer_and_dataloaders()
+            self.run_config = self._create_run_config(
+                num_epochs=num_epochs,
+                per_device_batch_size=per_device_batch_size,
+                gradient_accumulation_steps=gradient_accumulation_steps,
+                max_num_train_steps=max_num_train_steps,
+                gradient_clip_value=gradient_clip_value,
+            )
+            self._set_up_training(num_epochs, resume_from)
+            self._run_training()
+        if self._interrupt.is_set:
+            raise KeyboardInterrupt(self.stop_reason)
+
+    def evaluate(
+        self,
+        dataset: Any = None,
+        per_device_batch_size: int = 8,
+        dataloader_kwargs: Mapping[str, Any] | None = None,
+        collate_fn: Callable[..., Any] | None = None,
+    ) -> None:
+        """Evaluate the model, before, after or without training; needs no optimizer.
+
+        The loss is recorded as ``evaluation_loss`` in the run history, which keeps what training recorded.
+
+        Args:
+            dataset: A dataset of samples, an iterable of batches, or a dictionary of such. ``None`` for the one that
+                was evaluated last.
+            per_device_batch_size: Samples in a batch of one process.
+            dataloader_kwargs: Keyword arguments for the `DataLoader`; they win over the defaults.
+            collate_fn: Makes a batch from samples.
+
+        Raises:
+            ValueError: There is nothing to evaluate.
+        """
+        _validation.check_positive_integer("per_device_batch_size", per_device_batch_size, "samples")
+        if dataset is not None:
+            self.eval_dataset = dataset
+        self.collate_fn = collate_fn
+        with self._tidy_run():
+            self._make_eval_loaders(per_device_batch_size, dataloader_kwargs)
+            self._prepare_model_optimizer_and_dataloaders()
+            self.run_config = self._create_run_config(num_epochs=1, per_device_batch_size=per_device_batch_size)
+            self._check_eval_batch_size()
+            self._run_evaluation()
+
+    # --- hooks: override them to change what happens -------------------------------------------------------------
+
+    def get_default_train_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
+        """Return the keyword arguments of the training loader which the user's are merged into."""
+        return {"shuffle": True, **self._default_dl_kwargs(self.train_dataset, batch_size)}
+
+    def get_default_eval_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
+        """Return the keyword arguments of the evaluation loader which the user's are merged into."""
+        return {"shuffle": False, **self._default_dl_kwargs(self.eval_dataset, batch_size)}
+
+    def create_train_dataloader(
+        self, batch_size: int, train_dl_kwargs: Mapping[str, Any] | None = None
+    ) -> Iterable[Any]:
+        """Make the loader of ``self.train_dataset``; any iterable of batches will do."""
+        defaults = self.get_default_train_dl_kwargs(batch_size)
+        self._train_dl_kwargs = _data.merge_dl_kwargs(defaults, train_dl_kwargs, self.train_dataset)
+        return self._create_dataloader("train_dataset", self.train_dataset, self._train_dl_kwargs)
+
+    def create_eval_dataloader(self, batch_size: int, eval_dl_kwargs: Mapping[str, Any] | None = None) -> Iterable[Any]:
+        """Make the loader of ``self.eval_dataset``; any iterable of batches will do."""
+        defaults = self.get_default_eval_dl_kwargs(batch_size)
+        self._eval_dl_kwargs = _data.merge_dl_kwargs(defaults, eval_dl_kwargs, self.eval_dataset)
+        return self._create_dataloader("eval_dataset", self.eval_dataset, self._eval_dl_kwargs)
+
+    def create_scheduler(self) -> Any:
+        """Make the learning-rate scheduler of a run; ``None`` for none."""
+        if self.create_scheduler_fn is None:
+            return None
+        return replace_trainer_placeholder_values(self, self.create_scheduler_fn)(self.optimizer)
+
+    # --- tools for hooks and callbacks ---------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are put and the model runs, on this process."""
+        device: torch.device = self._accelerator.device
+        return device
+
+    @property
+    def process_index(self) -> int:
+        """The rank of this process, from 0."""
+        return int(self._accelerator.process_index)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on the main process of each node only."""
+        self._accelerator.print(*args, **kwargs)
+
+    def gather(self, tensor: Any, padding_value: float | None = None) -> Any:
+        """Concatenate what each process has, in the order of the processes. Must be called on every process.
+
+        Args:
+            tensor: A tensor of shape ``(rows, ...)``, or tuples, lists and mappings of them.
+            padding_value: Give one if the processes may have different shapes: dimensions after the first are filled up
+                with it. Rows are never padded in the result, and real values that equal it stay.
+
+        Returns:
+            The same structure with tensors of shape ``(sum of rows, ...)``; with one process ``tensor`` itself.
+        """
+        if padding_value is None or self._accelerator.num_processes == 1:
+            return self._accelerator.gather(tensor)
+        return _distributed.gather_uneven(self._accelerator, tensor, padding_value)
+
+    def get_model(self, keep_torch_compile: bool = True) -> Any:
+        """Return the model without what Accelerate wrapped around it.
+
+        Args:
+            keep_torch_compile: Whether a compiled model is returned as such.
+        """
+        return self._accelerator.unwrap_model(self.model, keep_torch_compile=keep_torch_compile)
+
+    def save_checkpoint(
+        self,
+        save_path: str | os.PathLike[str],
+        checkpoint_kwargs: Mapping[str, Any] | None = None,
+        save_optimizer: bool = True,
+        save_scheduler: bool = True,
+        save_per_node: bool = True,
+    ) -> None:
+        """Write the model, and what belongs to it, to one file. Must be called on every process.
+
+        Args:
+            save_path: Where to; folders are made, and an older file is replaced only by a complete one.
+            checkpoint_kwargs: More entries: tensors, numbers, strings and containers of them.
+            save_optimizer: Whether the state of the optimizer goes with it, as ``optimizer_state_dict``.
+            save_scheduler: Whether the state of the scheduler goes with it, as ``scheduler_state_dict``.
+            save_per_node: Whether every node writes the file, or the main process of all alone.
+
+        Raises:
+            CheckpointError: The file cannot be written.
+        """
+        accelerator = self._accelerator
+        is_sharded = _distributed.is_sharded(accelerator)
+        checkpoint = _checkpointing.build_checkpoint(
+            accelerator.get_state_dict(self.model) if is_sharded else self.get_model().state_dict(),
+            self.optimizer if save_optimizer else None,
+            self.scheduler if save_scheduler else None,
+            checkpoint_kwargs,
+        )
+        accelerator.wait_for_everyone()
+        is_writer = accelerator.is_local_main_process if save_per_node else accelerator.is_main_process
+        if is_writer:
+            _checkpointing.save_file(checkpoint, save_path)
+        accelerator.wait_for_everyone()
+
+    def load_checkpoint(
+        self, checkpoint_path: str | os.PathLike[str], load_optimizer: bool = True, load_scheduler: bool = True
+    ) -> dict[str, Any]:
+        """Load what `save_checkpoint` wrote, before, during or after training.
+
+        Args:
+            checkpoint_path: The file.
+            load_optimizer: Whether to load the state of the optimizer, if there is one in the file.
+            load_scheduler: Likewise. Before training it is kept until the scheduler is made.
+
+        Returns:
+            The further entries of the file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            CheckpointError: It is damaged, or belongs to another model; nothing has been changed.
+        """
+        checkpoint = _checkpointing.load_file(checkpoint_path)
+        source = f"The checkpoint {os.fspath(checkpoint_path)!r}"
+        model_state = _checkpointing.take_model_state(checkpoint, source)
+        _checkpointing.load_model_state(self.get_model(), model_state, source)
+        optimizer_state = checkpoint.pop("optimizer_state_dict", None)
+        if load_optimizer and optimizer_state is not None and self.optimizer is not None:
+            self.optimizer.load_state_dict(optimizer_state)
+        scheduler_state = checkpoint.pop("scheduler_state_dict", None)
+        if load_scheduler and scheduler_state is not None:
+            self._load_scheduler_state(scheduler_state)
+        return checkpoint
+
+    def save_training_state(
+        self, output_dir: str | os.PathLike[str], checkpoint_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write everything that ``train(..., resume_from=output_dir)`` needs. Must be called on every process.
+
+        Args:
+            output_dir: The directory; it is complete or not there, and an older state in it stays until then.
+            checkpoint_kwargs: More entries, which `load_training_state` returns.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        resume_point = self.progress.resume_point()
+        num_epochs_ahead = resume_point.num_epochs_completed - self.progress.num_epochs_completed
+        state = {
+            **(checkpoint_kwargs or {}),
+            "current_epoch": self.run_history.current_epoch + num_epochs_ahead,
+            "trainer": {
+                **_checkpointing.states_of({**self._stateful_parts(), "progress": resume_point}),
+                "seed": self._run_seed,
+            },
+        }
+        _checkpointing.save_state(output_dir, self._accelerator, self.model, self.optimizer, state)
+
+    def load_training_state(self, input_dir: str | os.PathLike[str]) -> dict[str, Any]:
+        """Restore what `save_training_state` wrote. Must be called on every process.
+
+        Args:
+            input_dir: The directory.
+
+        Returns:
+            ``current_epoch``, the number of the epoch in which training goes on, and the ``checkpoint_kwargs``.
+
+        Raises:
+            FileNotFoundError: There is no such directory.
+            CheckpointError: It is incomplete, damaged, or of another model; nothing has been changed.
+        """
+        state = _checkpointing.load_state(input_dir, self._accelerator, self.model, self.optimizer)
+        own_state = state.pop("trainer")
+        self._run_seed = own_state["seed"]
+        _checkpointing.load_states(self._stateful_parts(), own_state)
+        if "scheduler" in own_state:
+            self._load_scheduler_state(own_state["scheduler"])
+        return state
+
+    # --- the start and the end of a run --------------------------------------------------------------------------
+
+    def _create_accelerator(self) -> Accelerator:
+        """Make the accelerator that serves all runs of this trainer."""
+        return _distributed.create_accelerator(self._accelerator_source, self._mixed_precision)
+
+    def _create_callback_handler(self, callbacks: Iterable[Any]) -> CallbackHandler:
+        limit = os.environ.get(LIMIT_BATCHES_ENV_VAR)
+        return CallbackHandler([*([LimitBatchesCallback(int(limit))] if limit else []), *callbacks])
+
+    @contextmanager
+    def _tidy_run(self) -> Iterator[None]:
+        """Forget the run before, tell the callbacks of an exception, and tidy up however the run ends."""
+        self.stop_reason = None
+        self.is_resumed = False
+        self._train_dataloader = self._eval_dataloader = self._current_eval_dataloader = None
+        self._train_dl_kwargs = self._eval_dl_kwargs = None
+        self._train_randomness, self._eval_randomness = [], []
+        self._run_seed = _distributed.choose_seed(self._accelerator, self._seed)
+        self.callback_handler.refresh()
+        try:
+            yield
+        except BaseException as error:
+            self._report_exception(error)
+            raise
+        finally:
+            self._tidy_up()
+
+    def _make_train_loader(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
+        self._train_dataloader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
+        _validation.check_loader_not_empty("train_dataset", self._train_dataloader)
+        self._train_randomness = [_data.EpochRandomness(self._train_dataloader, self.process_index)]
+
+    def _make_eval_loaders(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
+        datasets = self.eval_dataset
+        loaders = {}
+        try:
+            for name, self.eval_dataset in (datasets if isinstance(datasets, dict) else {"": datasets}).items():
+                loaders[name] = self.create_eval_dataloader(batch_size=batch_size, eval_dl_kwargs=dl_kwargs)
+        finally:
+            self.eval_dataset = datasets
+        self._eval_randomness = [_data.EpochRandomness(dl, self.process_index) for dl in loaders.values()]
+        self._eval_dataloader = loaders if isinstance(datasets, dict) else loaders[""]
+
+    def _default_dl_kwargs(self, dataset: Any, batch_size: int) -> dict[str, Any]:
+        num_local_processes = _distributed.num_local_processes(int(self._accelerator.num_processes))
+        num_workers = _data.default_num_workers(dataset, num_local_processes)
+        return {
+            "batch_size": batch_size,
+            "num_workers": num_workers,
+            "pin_memory": self._accelerator.device.type == "cuda",
+            **({"persistent_workers": True} if num_workers else {}),
+        }
+
+    def _create_dataloader(self, name: str, dataset: Any, dl_kwargs: Mapping[str, Any]) -> Iterable[Any]:
+        _validation.check_data_not_empty(name, dataset)
+        if not _data.is_dataset(dataset):
+            batches: Iterable[Any] = dataset
+            return batches
+        return DataLoader(**_data.loader_arguments(dataset, self.collate_fn, dl_kwargs))
+
+    def _prepare_model_optimizer_and_dataloaders(self) -> None:
+        self._prepared_model = _distributed.PreparedModel(self.model)
+        self.model, self.optimizer, self._train_dataloader, self._eval_dataloader = _distributed.prepare(
+            self._accelerator, self.model, self.optimizer, self._train_dataloader, self._eval_dataloader
+        )
+        self._prepared_model.prepared = self.model
+
+    def _create_run_config(
+        self,
+        num_epochs: int,
+        per_device_batch_size: int,
+        gradient_accumulation_steps: int = 1,
+        max_num_train_steps: int | None = None,
+        gradient_clip_value: float | None = None,
+    ) -> TrainerRunConfig:
+        accelerator = self._accelerator
+        num_processes = int(accelerator.num_processes)
+        train_batch_size = _data.batch_size_of(self._train_dl_kwargs, per_device_batch_size)
+        eval_batch_size = _data.batch_size_of(self._eval_dl_kwargs, per_device_batch_size)
+        num_batches = _data.num_batches_of(self._train_dataloader)
+        steps = count_steps(num_epochs, num_batches, gradient_accumulation_steps, max_num_train_steps)
+        return TrainerRunConfig(
+            num_epochs=num_epochs,
+            train_per_device_batch_size=train_batch_size,
+            train_dl_kwargs=self._train_dl_kwargs,
+            eval_per_device_batch_size=eval_batch_size,
+            eval_dl_kwargs=self._eval_dl_kwargs,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            gradient_clip_value=gradient_clip_value,
+            train_total_batch_size=_times(train_batch_size, num_processes * gradient_accumulation_steps),
+            eval_total_batch_size=_times(eval_batch_size, num_processes),
+            num_update_steps_per_epoch=steps.num_update_steps_per_epoch,
+            num_local_update_steps_per_epoch=steps.num_update_steps_per_epoch,
+            max_num_train_steps=steps.max_num_train_steps,
+            is_local_process_zero=accelerator.is_local_main_process,
+            is_world_process_zero=accelerator.is_main_process,
+            is_distributed=num_processes > 1,
+            mixed_precision=accelerator.mixed_precision,
+            num_processes=num_processes,
+            seed=self._run_seed,
+        )
+
+    def _set_up_training(self, num_epochs: int, resume_from: str | os.PathLike[str] | None) -> None:
+        self._check_eval_batch_size()
+        self._discard_gradients()
+        self._accelerator.sync_gradients = True
+        self.scheduler = self.create_scheduler()
+        if isinstance(self.scheduler, StatefulSchedulerBase) and self.scheduler.num_updates < 0:
+            self.scheduler.step()  # so that update k trains at curve(k)
+        if self.scheduler is not None and self._waiting_scheduler_state is not None:
+            self._load_scheduler_state(self._waiting_scheduler_state)
+            self._waiting_scheduler_state = None
+        self._means = EpochMeans()
+        self._num_batches_to_skip = 0
+        self.progress = TrainingProgress(num_epochs_completed=self.run_history.current_epoch - 1)
+        self._last_epoch = self.progress.num_epochs_completed + num_epochs
+        if resume_from is not None:
+            self._resume(resume_from, num_epochs)
+
+    def _resume(self, resume_from: str | os.PathLike[str], num_epochs: int) -> None:
+        state = self.load_training_state(resume_from)
+        self.run_history._set_epoch(state["current_epoch"])
+        self.progress.num_epochs_completed = state["current_epoch"] - 1
+        self._num_batches_to_skip = self.progress.num_batches_in_epoch
+        self._last_epoch = num_epochs
+        self.is_resumed = True
+
+    def _check_eval_batch_size(self) -> None:
+        """Refuse evaluation data that gives no batch; a subclass may demand more."""
+        loaders = self._eval_dataloader
+        for loader in loaders.values() if isinstance(loaders, dict) else [loaders]:
+            _validation.check_loader_not_empty("eval_dataset", loader)
+
+    def _discard_gradients(self) -> None:
+        """Drop what was left in ``.grad`` before the run, also of parameters that the optimizer does not hold."""
+        if isinstance(self.model, nn.Module):
+            self.model.zero_grad()
+        self.optimizer.zero_grad()
+
+    def _stateful_parts(self) -> dict[str, Any]:
+        return {
+            "progress": self.progress,
+            "run_history": self.run_history,
+            "means": self._means,
+            "scheduler": self.scheduler,
+            "callbacks": self.callback_handler,
+        }
+
+    def _load_scheduler_state(self, state: Mapping[str, Any]) -> None:
+        if self.scheduler is None:
+            self._waiting_scheduler_state = state
+        else:
+            self.scheduler.load_state_dict(state)
+
+    def _report_exception(self, error: BaseException) -> None:
+        self.stop_reason = f"{type(error).__name__}: {error}"
+        try:
+            self._call("on_exception", exception=error)
+        except Exception as secondary:
+            add_note(error, f"a callback failed in `on_exception` too: {secondary!r}")
+
+    def _tidy_up(self) -> None:
+        loaders = self._eval_dataloader
+        eval_dls = loaders.values() if isinstance(loaders, dict) else [loaders]
+        _distributed.release(self._accelerator, self.model, self.optimizer, self._train_dataloader, *eval_dls)
+        if self._prepared_model is not None:
+            self.model = self._prepared_model.restore(self._accelerator, self.model)
+            self._prepared_model = None
+        self._batch_output = None
+
+
+class TrainerWithTimmScheduler(Trainer):
+    """A `Trainer` for the schedulers of timm, which are told the number of updates, and of epochs, done so far."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+    @property
+    def num_updates(self) -> int:
+        """How many updates the run has made."""
+        return self.progress.num_updates
+
+    def scheduler_step(self) -> None:
+        """Tell the scheduler the number of updates: 1, 2, 3, ..."""
+        if self.scheduler is not None:
+            self.scheduler.step_update(num_updates=self.num_updates)
+
+    def training_run_epoch_end(self) -> None:
+        """Tell the scheduler the number of epochs: 1, 2, 3, ..."""
+        if self.scheduler is not None:
+            self.scheduler.step(self.run_history.current_epoch)
+
+
+def replace_trainer_placeholder_values(trainer: Trainer, instance: Any) -> Any:
+    """Put the facts of a run in the place of `TrainerPlaceholderValues`.
+
+    Args:
+        trainer: A trainer with a run configuration.
+        instance: A `functools.partial`, or containers, whose values may be placeholders or expressions of them.
+
+    Returns:
+        The same with numbers; ``instance`` is not changed.
+
+    Raises:
+        ValueError: A loader without length is asked for its length.
+    """
+    run_config = trainer.run_config
+    values = {
+        TrainerPlaceholderValues.NUM_EPOCHS: run_config.num_epochs,
+        TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH: run_config.num_update_steps_per_epoch,
+        TrainerPlaceholderValues.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH: run_config.num_local_update_steps_per_epoch,
+        TrainerPlaceholderValues.TRAIN_DATALOADER_LEN: _data.num_batches_of(trainer._train_dataloader),
+        TrainerPlaceholderValues.EVAL_DATALOADER_LEN: _data.num_batches_of(trainer._eval_dataloader),
+    }
+    return resolve_placeholders(instance, values)
+
+
+def _times(size: int | None, factor: int) -> int | None:
+    return None if size is None else size * factor

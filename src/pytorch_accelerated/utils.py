@@ -1,0 +1,27 @@
+"""Public helpers, gathered under one import path."""
+
+from pytorch_accelerated._data import (
+    LIMIT_BATCHES_ENV_VAR,
+    DataLoaderSlice,
+    LimitBatches,
+    remove_padding,
+    worker_init_fn,
+)
+from pytorch_accelerated._distributed import (
+    local_process_zero_first,
+    local_process_zero_only,
+    world_process_zero_only,
+)
+from pytorch_accelerated._ema import ModelEma
+
+__all__ = [
+    "LIMIT_BATCHES_ENV_VAR",
+    "DataLoaderSlice",
+    "LimitBatches",
+    "ModelEma",
+    "local_process_zero_first",
+    "local_process_zero_only",
+    "remove_padding",
+    "worker_init_fn",
+    "world_process_zero_only",
+]

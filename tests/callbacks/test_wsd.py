@@ -1,0 +1,326 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback, WSDCheckpointCallback
+from pytorch_accelerated.exceptions import SchedulerSettingsError
+from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
+
+NUM_UPDATES_PER_EPOCH = 5
+
+
+# --- the rule, driven update by update -----------------------------------------------------------------------------
+
+
+class StandIn:
+    """Offers what the callback asks of a trainer, and keeps what it is told to save and load."""
+
+    def __init__(self, scheduler, is_resumed=False):
+        self.scheduler = scheduler
+        self.is_resumed = is_resumed
+        self.progress = SimpleNamespace(num_updates=0)
+        self.saved = []
+        self.save_arguments = []
+        self.loaded = []
+
+    def save_checkpoint(self, save_path, checkpoint_kwargs, **arguments):
+        self.saved.append((save_path.name, self.progress.num_updates, self.lr))
+        self.save_arguments.append({"path": save_path, "kwargs": checkpoint_kwargs, **arguments})
+
+    def load_checkpoint(self, checkpoint_path, **arguments):
+        self.loaded.append((checkpoint_path, arguments))
+
+    @property
+    def lr(self):
+        return self.scheduler.optimizer.param_groups[0]["lr"]
+
+
+def make_scheduler(lr=0.1, **settings):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    return WSDLrScheduler(optimizer, **{"lr_min": 0.0, **settings})
+
+
+def start_run(callback, is_resumed=False, **settings):
+    trainer = StandIn(make_scheduler(**settings), is_resumed)
+    trainer.scheduler.step()
+    callback.on_training_run_start(trainer)
+    return trainer
+
+
+def update(callback, trainer, num_updates, skipped=()):
+    """Make updates in the order of the trainer's loop; those in `skipped` change nothing, as in mixed precision."""
+    for _ in range(num_updates):
+        trainer.progress.num_updates += 1
+        if trainer.progress.num_updates not in skipped:
+            trainer.scheduler.step()
+        callback.on_optimizer_step_end(trainer)
+
+
+def names(trainer):
+    return [name for name, _, _ in trainer.saved]
+
+
+def test_each_decay_is_saved_at_the_stable_rate_before_it_and_at_the_minimum_after_it(tmp_path):
+    callback = WSDCheckpointCallback(tmp_path)
+    trainer = start_run(callback, total_steps=40, num_checkpoints=3, num_warmup_steps=3, decay_phase_ratio=0.2)
+    update(callback, trainer, 40)
+    callback.on_training_run_end(trainer)
+    assert trainer.saved == [
+        ("checkpoint_10_pre_decay.pt", 8, 0.1),
+        ("checkpoint_10_post_decay.pt", 10, 0.0),
+        ("checkpoint_20_pre_decay.pt", 16, 0.1),
+        ("checkpoint_20_post_decay.pt", 20, 0.0),
+        ("checkpoint_40_pre_decay.pt", 32, 0.1),
+        ("checkpoint_40_post_decay.pt", 40, 0.0),
+    ]
+
+
+def test_a_decay_that_starts_with_the_run_is_saved_before_the_first_update(tmp_path):
+    callback = WSDCheckpointCallback(tmp_path)
+    trainer = start_run(callback, total_steps=4, decay_phase_ratio=1.0)
+    assert trainer.saved == [("checkpoint_4_pre_decay.pt", 0, 0.1)]
+
+
+def test_a_checkpoint_at_which_the_next_decay_starts_saves_both(tmp_path):
+    callback = WSDCheckpointCallback(tmp_path)
+    trainer = start_run(callback, total_steps=4, num_checkpoints=2, decay_phase_ratio=1.0)
+    update(callback, trainer, 4)
+    assert [(name, num_updates) for name, num_updates, _ in trainer.saved] == [
+        ("checkpoint_2_pre_decay.pt", 0),
+        ("checkpoint_2_post_decay.pt", 2),
+        ("checkpoint_4_pre_decay.pt", 2),
+        ("checkpoint_4_post_decay.pt", 4),
+    ]
+
+
+def test_a_continuation_saves_its_stable_state_too(tmp_path):
+    callback = WSDCheckpointCallback(tmp_path, initial_checkpoint=tmp_path / "earlier.pt")
+    trainer = start_run(callback, total_steps=10, is_continuation_from_checkpoint=True)
+    update(callback, trainer, 10)
+    assert names(trainer) == ["checkpoint_10_pre_decay.pt", "checkpoint_10_post_decay.pt"]
+
+
+@pytest.mark.parametrize("skipped", [{1, 2, 3}, {9, 10}, {16, 17, 18}, {20}, {19, 20}])
+def test_updates_that_mixed_precision_skips_neither_repeat_nor_lose_a_checkpoint(tmp_path, skipped):
+    callback = WSDCheckpointCallback(tmp_path)
+    trainer = start_run(callback, total_steps=20, num_checkpoints=2, decay_phase_ratio=0.3)
+    update(callback, trainer, 20, skipped)
+    callback.on_training_run_end(trainer)
+    assert names(trainer) == [
+        "checkpoint_10_pre_decay.pt",
+        "checkpoint_10_post_decay.pt",
+        "checkpoint_20_pre_decay.pt",
+        "checkpoint_20_post_decay.pt",
+    ]
+
+
+def test_a_run_that_is_stopped_within_a_decay_saves_no_decayed_model(tmp_path):
+    callback = WSDCheckpointCallback(tmp_path)
+    trainer = start_run(callback, total_steps=20)
+    update(callback, trainer, 19)
+    callback.on_training_run_end(trainer)
+    assert names(trainer) == ["checkpoint_20_pre_decay.pt"]
+
+
+@pytest.mark.parametrize("position", range(21))
+def test_a_resumed_run_saves_what_the_interrupted_one_did_not_and_nothing_twice(tmp_path, position):
+    settings = {"total_steps": 20, "num_checkpoints": 2, "decay_phase_ratio": 0.3}
+    callback = WSDCheckpointCallback(tmp_path)
+    first = start_run(callback, **settings)
+    update(callback, first, position)
+
+    resumed_callback = WSDCheckpointCallback(tmp_path)
+    resumed_callback.load_state_dict(callback.state_dict())
+    second = StandIn(make_scheduler(**settings), is_resumed=True)
+    second.scheduler.load_state_dict(first.scheduler.state_dict())
+    second.progress.num_updates = position
+    resumed_callback.on_training_run_start(second)
+    update(resumed_callback, second, 20 - position)
+    resumed_callback.on_training_run_end(second)
+    assert names(first) + names(second) == [
+        "checkpoint_10_pre_decay.pt",
+        "checkpoint_10_post_decay.pt",
+        "checkpoint_20_pre_decay.pt",
+        "checkpoint_20_post_decay.pt",
+    ]
+
+
+def test_a_second_run_with_the_same_callback_saves_its_own_checkpoints(tmp_path):
+    callback = WSDCheckpointCallback(tmp_path)
+    for _ in range(2):
+        trainer = start_run(callback, total_steps=10)
+        update(callback, trainer, 10)
+        callback.on_training_run_end(trainer)
+        assert names(trainer) == ["checkpoint_10_pre_decay.pt", "checkpoint_10_post_decay.pt"]
+
+
+@pytest.mark.parametrize("save_optimizer", [True, False])
+@pytest.mark.parametrize("save_scheduler", [True, False])
+def test_what_is_saved_and_loaded_is_for_the_user_to_choose(tmp_path, save_optimizer, save_scheduler):
+    initial = tmp_path / "earlier.pt"
+    callback = WSDCheckpointCallback(str(tmp_path), save_optimizer, save_scheduler, str(initial))
+    trainer = start_run(callback, total_steps=10)
+    update(callback, trainer, 10)
+    assert trainer.loaded == [
+        (initial, {"load_optimizer": save_optimizer, "load_scheduler": save_scheduler}),
+    ]
+    assert trainer.save_arguments[0] == {
+        "path": tmp_path / "checkpoint_10_pre_decay.pt",
+        "kwargs": {"checkpoint_step": 10, "phase": "pre_decay", "num_updates": 9},
+        "save_optimizer": save_optimizer,
+        "save_scheduler": save_scheduler,
+    }
+    assert trainer.save_arguments[1]["kwargs"] == {
+        "checkpoint_step": 10,
+        "phase": "post_decay",
+        "num_updates": 10,
+    }
+
+
+def test_a_resumed_run_does_not_load_the_initial_checkpoint_again(tmp_path):
+    callback = WSDCheckpointCallback(tmp_path, initial_checkpoint=tmp_path / "earlier.pt")
+    assert start_run(callback, is_resumed=True, total_steps=10).loaded == []
+
+
+def test_the_folder_is_made_at_the_start_of_the_run(tmp_path):
+    start_run(WSDCheckpointCallback(tmp_path / "new" / "folder"), total_steps=10)
+    assert (tmp_path / "new" / "folder").is_dir()
+
+
+@pytest.mark.parametrize("name", ["checkpoint_10_pre_decay.pt", "checkpoint_20_post_decay.pt"])
+def test_a_run_that_would_overwrite_its_initial_checkpoint_is_refused(tmp_path, name):
+    callback = WSDCheckpointCallback(tmp_path, initial_checkpoint=tmp_path / "x" / ".." / name)
+    with pytest.raises(ValueError, match=r"a file that this run would overwrite .* another `save_dir`"):
+        start_run(callback, total_steps=20, num_checkpoints=2)
+
+
+@pytest.mark.parametrize("make", [lambda optimizer: None, lambda optimizer: CosineLrScheduler(optimizer, 2, 5)])
+def test_a_run_with_another_scheduler_is_refused(tmp_path, make):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(SchedulerSettingsError, match="follows the checkpoints of a `WSDLrScheduler`") as caught:
+        WSDCheckpointCallback(tmp_path).on_training_run_start(StandIn(make(optimizer)))
+    assert isinstance(caught.value, ValueError)
+
+
+# --- real runs -----------------------------------------------------------------------------------------------------
+
+
+class Recorder(TrainerCallback):
+    """Keeps the learning rate and the weights with which each update trains."""
+
+    def __init__(self):
+        self.lrs = []
+        self.weights = []
+
+    def on_optimizer_step_start(self, trainer, **kwargs):
+        self.lrs.append(trainer.optimizer.param_groups[0]["lr"])
+        self.weights.append(trainer.get_model().weight.detach().clone())
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, num_updates, error):
+        self.num_updates = num_updates
+        self.error = error
+
+    def on_train_step_end(self, trainer, **kwargs):
+        if trainer.progress.num_updates == self.num_updates:
+            raise self.error
+
+
+def train(*callbacks, num_epochs=4, seed=0, resume_from=None, **scheduler_settings):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2 * NUM_UPDATES_PER_EPOCH, 3, generator=generator)
+    dataset = TensorDataset(inputs, inputs.sum(1, keepdim=True))
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    trainer = Trainer(model, torch.nn.MSELoss(), optimizer, callbacks=callbacks)
+    trainer.train(
+        dataset,
+        num_epochs=num_epochs,
+        per_device_batch_size=2,
+        create_scheduler_fn=WSDLrScheduler.create_scheduler_fn(decay_phase_ratio=0.3, **scheduler_settings),
+        resume_from=resume_from,
+    )
+    return trainer
+
+
+def test_a_run_writes_the_states_before_and_after_each_decay(tmp_path):
+    recorder = Recorder()
+    trainer = train(recorder, WSDCheckpointCallback(tmp_path), num_checkpoints=2, num_warmup_epochs=0.4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint_10_post_decay.pt",
+        "checkpoint_10_pre_decay.pt",
+        "checkpoint_20_post_decay.pt",
+        "checkpoint_20_pre_decay.pt",
+    ]
+    for name, num_updates, lr in [
+        ("checkpoint_10_pre_decay.pt", 7, 0.1),
+        ("checkpoint_10_post_decay.pt", 10, 1e-6),
+        ("checkpoint_20_pre_decay.pt", 14, 0.1),
+    ]:
+        checkpoint = torch.load(tmp_path / name, weights_only=True)
+        assert checkpoint["num_updates"] == checkpoint["scheduler_state_dict"]["num_updates"] == num_updates
+        assert checkpoint["optimizer_state_dict"]["param_groups"][0]["lr"] == lr
+        assert torch.equal(checkpoint["model_state_dict"]["weight"], recorder.weights[num_updates])
+    last = torch.load(tmp_path / "checkpoint_20_post_decay.pt", weights_only=True)
+    assert torch.equal(last["model_state_dict"]["weight"], trainer.model.weight)
+    assert recorder.lrs[0] == 1e-6
+    assert recorder.lrs[2] == recorder.lrs[7] == recorder.lrs[11] == recorder.lrs[14] == 0.1
+    assert recorder.lrs[10] == last["optimizer_state_dict"]["param_groups"][0]["lr"] == 1e-6
+
+
+def test_a_continuation_starts_from_the_stable_state_at_the_stable_rate_with_a_schedule_of_its_own(tmp_path):
+    train(WSDCheckpointCallback(tmp_path / "first"), num_warmup_epochs=0.4)
+    initial = tmp_path / "first" / "checkpoint_20_pre_decay.pt"
+    earlier = torch.load(initial, weights_only=True)
+    recorder = Recorder()
+    train(
+        recorder,
+        WSDCheckpointCallback(tmp_path / "second", initial_checkpoint=initial),
+        num_epochs=2,
+        seed=1,
+        num_warmup_epochs=0.4,
+        is_continuation_from_checkpoint=True,
+    )
+    assert torch.equal(recorder.weights[0], earlier["model_state_dict"]["weight"])
+    assert recorder.lrs[:8] == [0.1] * 8
+    assert recorder.lrs[8] < 0.1
+    assert sorted(path.name for path in (tmp_path / "second").iterdir()) == [
+        "checkpoint_10_post_decay.pt",
+        "checkpoint_10_pre_decay.pt",
+    ]
+    state = torch.load(tmp_path / "second" / "checkpoint_10_pre_decay.pt", weights_only=True)
+    assert state["scheduler_state_dict"]["is_continuation_from_checkpoint"]
+    assert state["optimizer_state_dict"]["state"][0]["step"] == earlier["num_updates"] + 7
+
+
+@pytest.mark.parametrize("position", [3, 14, 16])
+def test_a_resumed_run_ends_with_the_files_of_an_uninterrupted_one(tmp_path, position):
+    train(WSDCheckpointCallback(tmp_path / "whole"), num_checkpoints=2)
+
+    states = SaveTrainingStateCallback(tmp_path / "states", save_every_n_steps=1)
+    with pytest.raises(InterruptedError):
+        train(
+            WSDCheckpointCallback(tmp_path / "parts"),
+            states,
+            StopAfter(position, InterruptedError()),
+            num_checkpoints=2,
+        )
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
+    train(
+        WSDCheckpointCallback(tmp_path / "parts"),
+        SaveTrainingStateCallback(tmp_path / "states"),
+        num_checkpoints=2,
+        seed=1,
+        resume_from=tmp_path / "states" / f"step_{position}",
+    )
+    for path in (tmp_path / "whole").iterdir():
+        whole = torch.load(path, weights_only=True)
+        parts = torch.load(tmp_path / "parts" / path.name, weights_only=True)
+        assert parts.pop("phase") == whole.pop("phase")
+        torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+    assert {name: (tmp_path / "parts" / name).stat().st_mtime_ns for name in written} == written

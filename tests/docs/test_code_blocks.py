@@ -1,0 +1,100 @@
+"""Every Python block of the README and of the documentation runs, in order, as a reader would paste it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from accelerate.state import AcceleratorState
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BROKEN_PAGE = """\
+# A page
+
+```python
+x = 1
+```
+
+text
+
+```python
+assert x == 1
+assert x == 2
+```
+"""
+FENCED_PYTHON = re.compile(r"^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    """A fenced block and the line of the page on which its code starts."""
+
+    code: str
+    first_line: int
+
+
+def python_blocks(text: str) -> list[Block]:
+    """Return the fenced Python blocks of a page, in order."""
+    return [
+        Block(match["code"], text.count("\n", 0, match.start("code")) + 1) for match in FENCED_PYTHON.finditer(text)
+    ]
+
+
+def run_page(page: Path) -> None:
+    """Run the blocks of a page in one namespace; a failure names the page and the line."""
+    namespace: dict[str, object] = {"__name__": "__docs__"}
+    for block in python_blocks(page.read_text(encoding="utf-8")):
+        padded = "\n" * (block.first_line - 1) + block.code  # so that line numbers are those of the page
+        try:
+            exec(compile(padded, str(page), "exec"), namespace)
+        except Exception as error:
+            pytest.fail(f"{page.name}:{failing_line(error, page, block)}: {error!r}")
+
+
+def failing_line(error: BaseException, page: Path, block: Block) -> int:
+    """Return the line of the page that raised, or was not valid Python."""
+    if isinstance(error, SyntaxError) and error.filename == str(page):
+        return error.lineno or block.first_line
+    traceback, line = error.__traceback__, block.first_line
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == str(page):
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return line
+
+
+@pytest.fixture(autouse=True)
+def a_process_that_chose_no_precision_yet():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_page(page)
+
+
+def test_a_failing_block_is_reported_with_page_and_line(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(BROKEN_PAGE)
+    with pytest.raises(pytest.fail.Exception, match=r"page\.md:11: AssertionError"):
+        run_page(page)
+
+
+def test_a_block_that_is_no_python_is_reported_with_page_and_line(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```python\nx = 1\ny = = 2\n```\n")
+    with pytest.raises(pytest.fail.Exception, match=r"page\.md:3: SyntaxError"):
+        run_page(page)
+
+
+def test_the_readme_names_the_two_commands():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in ("demo", "test"):
+        assert f"make {target}" in readme
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)

@@ -1,0 +1,220 @@
+import numpy as np
+import pytest
+import torch
+
+from pytorch_accelerated.exceptions import SchedulerSettingsError
+from pytorch_accelerated.schedulers import SchedulerBase, StatefulSchedulerBase
+from pytorch_accelerated.schedulers.scheduler_base import interpolate
+
+
+def make_optimizer(*lrs):
+    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs], lr=1.0)
+
+
+def get_lrs(optimizer):
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+class Halving(StatefulSchedulerBase):
+    def get_updated_values(self, num_updates):
+        return [base / 2**num_updates for base in self.base_values]
+
+
+class Returning(SchedulerBase):
+    """Returns whatever it is told to."""
+
+    def __init__(self, optimizer, values, param_group_field="lr"):
+        super().__init__(optimizer, param_group_field)
+        self.values = values
+
+    def get_updated_values(self, num_updates):
+        return self.values
+
+
+def test_a_scheduler_has_to_say_its_values():
+    with pytest.raises(TypeError, match="get_updated_values"):
+        SchedulerBase(make_optimizer(1.0))
+
+
+def test_making_a_scheduler_changes_no_value():
+    optimizer = make_optimizer(0.5, 0.25)
+    Halving(optimizer)
+    assert get_lrs(optimizer) == [0.5, 0.25]
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.5, 0.25]
+
+
+def test_step_update_sets_the_values_of_that_update():
+    optimizer = make_optimizer(0.5, 0.25)
+    Halving(optimizer).step_update(2)
+    assert get_lrs(optimizer) == [0.125, 0.0625]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.1, 0.2], [0.1, 0.2]),
+        ((0.1, 0.2), [0.1, 0.2]),
+        (np.array([0.1, 0.2]), [0.1, 0.2]),
+        (0.3, [0.3, 0.3]),
+        (0, [0.0, 0.0]),
+        (np.float32(0.5), [0.5, 0.5]),
+    ],
+)
+def test_values_are_one_per_group_or_one_for_all(values, expected):
+    optimizer = make_optimizer(1.0, 1.0)
+    Returning(optimizer, values).step_update(0)
+    assert get_lrs(optimizer) == expected
+    assert all(type(lr) is float for lr in get_lrs(optimizer))
+
+
+def test_a_wrong_number_of_values_is_an_error_and_changes_nothing():
+    optimizer = make_optimizer(1.0, 1.0)
+    with pytest.raises(ValueError, match=r"returned 3 values for 2 parameter groups.*`self.base_values`"):
+        Returning(optimizer, [0.1, 0.2, 0.3]).step_update(0)
+    assert get_lrs(optimizer) == [1.0, 1.0]
+
+
+def test_any_field_of_the_groups_can_be_scheduled():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.8)
+    scheduler = Returning(optimizer, 0.9, param_group_field="momentum")
+    scheduler.step_update(0)
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+    assert optimizer.param_groups[0]["initial_momentum"] == 0.8
+    assert get_lrs(optimizer) == [1.0]
+    assert scheduler.base_values == [0.8]
+
+
+def test_a_field_that_the_groups_do_not_have_is_an_error_that_lists_those_they_have():
+    expected = r"'beta'.*parameter group 0.*'lr', 'maximize', 'momentum'"
+    with pytest.raises(SchedulerSettingsError, match=expected):
+        Returning(make_optimizer(1.0), 0.5, param_group_field="beta")
+
+
+def test_anything_with_parameter_groups_will_do():
+    class Wrapper:
+        def __init__(self, optimizer):
+            self._optimizer = optimizer
+
+        @property
+        def param_groups(self):
+            return self._optimizer.param_groups
+
+    optimizer = make_optimizer(0.5)
+    Halving(Wrapper(optimizer)).step_update(1)
+    assert get_lrs(optimizer) == [0.25]
+
+
+def test_a_learning_rate_held_in_a_tensor_is_written_into_that_tensor():
+    lr = torch.tensor(0.5)
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=lr, capturable=False, foreach=False)
+    held = optimizer.param_groups[0]["lr"]
+    Halving(optimizer).step_update(2)
+    assert optimizer.param_groups[0]["lr"] is held
+    assert held.item() == 0.125
+    assert optimizer.param_groups[0]["initial_lr"] == 0.5
+
+
+def test_a_second_scheduler_starts_from_the_base_values_of_the_first():
+    optimizer = make_optimizer(0.5)
+    Halving(optimizer).step_update(3)
+    assert Halving(optimizer).base_values == [0.5]
+
+
+def test_a_group_added_later_is_taken_up_at_the_next_update():
+    optimizer = make_optimizer(0.5)
+    scheduler = Halving(optimizer)
+    scheduler.step()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.25})
+    scheduler.step()
+    assert get_lrs(optimizer) == [0.25, 0.125]
+    assert optimizer.param_groups[1]["initial_lr"] == 0.25
+
+
+def test_base_values_survive_a_loaded_optimizer_that_never_had_a_scheduler():
+    plain = make_optimizer(0.125)
+    optimizer = make_optimizer(0.5)
+    scheduler = Halving(optimizer)
+    optimizer.load_state_dict(plain.state_dict())
+    scheduler.step()
+    scheduler.step()
+    assert get_lrs(optimizer) == [0.25]
+
+
+def test_the_nth_step_sets_the_values_for_n_minus_1_updates():
+    optimizer = make_optimizer(1.0)
+    scheduler = Halving(optimizer)
+    assert scheduler.state_dict()["num_updates"] == -1
+    seen = []
+    for _ in range(4):
+        scheduler.step()
+        seen += get_lrs(optimizer)
+    assert seen == [1.0, 0.5, 0.25, 0.125]
+    assert scheduler.state_dict()["num_updates"] == 3
+
+
+def test_a_loaded_state_restores_position_base_values_and_learning_rates():
+    scheduler = Halving(make_optimizer(1.0, 0.5))
+    for _ in range(3):
+        scheduler.step()
+    optimizer = make_optimizer(8.0, 8.0)
+    restored = Halving(optimizer)
+    restored.load_state_dict(scheduler.state_dict())
+    assert restored.state_dict() == scheduler.state_dict() == {"base_values": [1.0, 0.5], "num_updates": 2}
+    assert get_lrs(optimizer) == [0.25, 0.125]
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [1.0, 0.5]
+    restored.step()
+    assert get_lrs(optimizer) == [0.125, 0.0625]
+
+
+def test_a_state_from_before_the_first_step_sets_no_learning_rate():
+    optimizer = make_optimizer(8.0)
+    restored = Halving(optimizer)
+    restored.load_state_dict(Halving(make_optimizer(1.0)).state_dict())
+    assert get_lrs(optimizer) == [8.0]
+    restored.step()
+    assert get_lrs(optimizer) == [1.0]
+
+
+def test_a_state_without_base_values_keeps_those_of_the_optimizer():
+    optimizer = make_optimizer(8.0)
+    Halving(optimizer).load_state_dict({"num_updates": 1})
+    assert get_lrs(optimizer) == [4.0]
+
+
+def test_a_state_of_fewer_groups_leaves_the_others_their_own_base_value():
+    optimizer = make_optimizer(8.0, 4.0)
+    Halving(optimizer).load_state_dict({"num_updates": 1, "base_values": [1.0]})
+    assert get_lrs(optimizer) == [0.5, 2.0]
+
+
+def test_a_state_of_more_groups_waits_for_them():
+    optimizer = make_optimizer(8.0)
+    scheduler = Halving(optimizer)
+    scheduler.load_state_dict({"num_updates": 1, "base_values": [1.0, 0.5]})
+    assert get_lrs(optimizer) == [0.5]
+    assert scheduler.base_values == [1.0]
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 4.0})
+    scheduler.step()
+    assert get_lrs(optimizer) == [0.25, 0.125]
+
+
+def test_a_state_of_another_kind_is_refused_and_changes_nothing():
+    optimizer = make_optimizer(8.0)
+    scheduler = Halving(optimizer)
+    with pytest.raises(ValueError, match=r"no entry 'num_updates', only \['base_lrs', 'last_epoch'\]"):
+        scheduler.load_state_dict({"last_epoch": 3, "base_lrs": [1.0]})
+    assert scheduler.state_dict() == {"base_values": [8.0], "num_updates": -1}
+
+
+def test_the_state_can_be_loaded_without_running_code(tmp_path):
+    scheduler = Halving(make_optimizer(np.float64(0.5)))
+    scheduler.step()
+    torch.save(scheduler.state_dict(), tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True) == {"base_values": [0.5], "num_updates": 0}
+
+
+@pytest.mark.parametrize(("start", "end"), [(1e-6, 0.1), (0.1, 1e-6), (0.3, 0.7), (1e-9, 3.0)])
+def test_interpolation_is_exact_at_its_ends(start, end):
+    assert interpolate(start, end, 0.0) == start
+    assert interpolate(start, end, 1.0) == end
+    assert interpolate(start, end, 0.25) == pytest.approx(start + 0.25 * (end - start))
