@@ -36,7 +36,8 @@ class AccumulationWindow:
 
     def reset(self) -> None:
         """Forget the batches since the last update."""
-        self._num_batches = 0
+        self._num_batches = self._num_expected = 0
+        self._total = self._expected = 0
 
     def add(self, weight: float | torch.Tensor, num_batches: int) -> float | torch.Tensor | None:
         """Take in the next batch, and return what to multiply its loss by; ``None`` if nothing.
@@ -47,7 +48,6 @@ class AccumulationWindow:
         """
         if self._num_batches == 0:
             self._num_expected = num_batches
-            self._total = 0
             self._expected = _at_least_one(weight) * num_batches
         self._num_batches += 1
         self._total = self._total + weight
@@ -56,8 +56,9 @@ class AccumulationWindow:
     def close(self) -> float | torch.Tensor | None:
         """End the window, and return what to multiply the gradients by; ``None``, the usual case, if nothing."""
         is_right = self._is_single or _are_equal_numbers(self._total, self._expected)
-        self._num_batches = 0
-        return None if is_right else self._expected / _at_least_one(self._total)
+        correction = None if is_right else self._expected / _at_least_one(self._total)
+        self.reset()
+        return correction
 
     @property
     def _is_single(self) -> bool:

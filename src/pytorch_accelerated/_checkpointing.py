@@ -198,11 +198,20 @@ def save_state(
     model: nn.Module,
     optimizer: Any,
     trainer_state: Mapping[str, Any],
+    process_state: Mapping[str, Any],
 ) -> None:
     """Write a training state: all of it under ``directory``, or nothing. Must be called on every process.
 
     Everything goes into a temporary folder beside it, a manifest of all files last; then the folder gets its name.
     A state that was there before stays until the new one is complete.
+
+    Args:
+        directory: Where to.
+        accelerator: The accelerator.
+        model: The model, prepared or not.
+        optimizer: The optimizer or ``None``.
+        trainer_state: What is alike on all processes.
+        process_state: What each process has for itself; the states of its random generators are added.
 
     Raises:
         CheckpointError: It could not be written.
@@ -216,7 +225,7 @@ def save_state(
         accelerator.wait_for_everyone()
         with _saved_by_accelerate(accelerator, model, optimizer):
             accelerator.save_state(str(temporary))
-        torch.save(get_rng_state(), temporary / _rng_file(accelerator))
+        torch.save({"rng": get_rng_state(), **as_plain(process_state)}, temporary / _process_file(accelerator))
         if accelerator.is_main_process:
             torch.save(as_plain(trainer_state), temporary / TRAINER_STATE)
         accelerator.wait_for_everyone()
@@ -234,8 +243,11 @@ def save_state(
 
 def load_state(
     directory: str | os.PathLike[str], accelerator: Accelerator, model: nn.Module, optimizer: Any
-) -> dict[str, Any]:
-    """Restore model, optimizer, scaler and random state, and return the rest. Must be called on every process.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Restore model, optimizer, scaler and random generators. Must be called on every process.
+
+    Returns:
+        What was saved as ``trainer_state`` and as ``process_state``.
 
     Raises:
         FileNotFoundError: There is no such directory.
@@ -244,14 +256,14 @@ def load_state(
     source = Path(directory)
     verify_state(source)
     trainer_state = load_file(source / TRAINER_STATE)
-    rng_state = load_file(source / _rng_file(accelerator))
+    process_state = load_file(source / _process_file(accelerator))
     weights = source / "model.safetensors"
     if weights.is_file() and not is_sharded(accelerator):
         _check_weights(weights, accelerator.unwrap_model(model, keep_torch_compile=False))
     with _saved_by_accelerate(accelerator, model, optimizer):
         accelerator.load_state(str(source))
-    set_rng_state(rng_state)
-    return trainer_state
+    set_rng_state(process_state.pop("rng"))
+    return trainer_state, process_state
 
 
 def verify_state(directory: Path) -> dict[str, Any]:
@@ -299,8 +311,8 @@ def _check_weights(path: Path, model: nn.Module) -> None:
     check_same_model(own, saved, f"The training state {str(path.parent)!r}")
 
 
-def _rng_file(accelerator: Accelerator) -> str:
-    return f"rng_state_{accelerator.process_index}.pt"
+def _process_file(accelerator: Accelerator) -> str:
+    return f"process_{accelerator.process_index}.pt"
 
 
 def _write_manifest(directory: Path, num_processes: int) -> None:

@@ -56,6 +56,9 @@ def enumerate_batches(loader: Any, first_step: int = 0) -> Iterator[tuple[int, A
         loader: Gives the batches from ``first_step`` on.
         first_step: Index of its first batch.
 
+    Raises:
+        ValueError: The epoch has no batch at all, although the loader did not say so by its length.
+
     Example:
         >>> list(enumerate_batches(iter("ab")))
         [(0, 'a', False), (1, 'b', True)]
@@ -69,6 +72,11 @@ def enumerate_batches(loader: Any, first_step: int = 0) -> Iterator[tuple[int, A
     batches = iter(loader)
     nothing = object()
     batch, step = next(batches, nothing), first_step
+    if batch is nothing and first_step == 0:
+        raise ValueError(
+            f"The {type(loader).__name__} gave no batch in this epoch. Is it empty, or an iterator that an earlier "
+            "epoch has used up? Pass an object whose `__iter__` starts anew each time."
+        )
     while batch is not nothing:
         following = next(batches, nothing)
         yield step, batch, following is nothing
@@ -87,6 +95,13 @@ def default_num_workers(dataset: Any, num_local_processes: int) -> int:
     can_ask = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
     num_processors = len(os.sched_getaffinity(0)) if can_ask else os.cpu_count() or 1
     return max(0, min(num_processors // max(num_local_processes, 1) - 1, _MAX_DEFAULT_WORKERS))
+
+
+def default_dl_kwargs(dataset: Any, batch_size: int, num_local_processes: int, pin_memory: bool) -> dict[str, Any]:
+    """Return the keyword arguments that suit the loader of a dataset on this machine, but for the order."""
+    num_workers = default_num_workers(dataset, num_local_processes)
+    workers = {"num_workers": num_workers, **({"persistent_workers": True} if num_workers else {})}
+    return {"batch_size": batch_size, "pin_memory": pin_memory, **workers}
 
 
 def merge_dl_kwargs(defaults: Mapping[str, Any], given: Mapping[str, Any] | None, dataset: Any) -> dict[str, Any]:

@@ -178,6 +178,29 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
         ) from error
 
 
+def take_over_accumulation(accelerator: Accelerator, num_steps: int) -> None:
+    """Keep Accelerate from dividing the losses of an accumulation window: the loop weighs them itself.
+
+    DeepSpeed is left alone, as its engine counts the window.
+
+    Args:
+        accelerator: The accelerator.
+        num_steps: The ``gradient_accumulation_steps`` of the run.
+
+    Raises:
+        ValueError: The accelerator was made with another number.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return
+    own_number = accelerator.gradient_accumulation_steps
+    if isinstance(own_number, int) and own_number not in (1, num_steps):
+        raise ValueError(
+            f"The `accelerator` was made with gradient_accumulation_steps={own_number}, but `train` was called with "
+            f"{num_steps}. Give it in one place: as `gradient_accumulation_steps` of `train`."
+        )
+    accelerator.gradient_accumulation_steps = 1
+
+
 def is_sharded(accelerator: Accelerator) -> bool:
     """Tell whether the wrapped model holds the parameters in a form of its own, as FSDP and DeepSpeed do."""
     return accelerator.distributed_type in _SHARDED

@@ -67,7 +67,7 @@ class ModelEma(nn.Module):
     def __init__(self, model: nn.Module, decay: float = 0.9999, should_average_buffers: bool = True) -> None:
         super().__init__()
         if not 0 <= decay <= 1:
-            raise ValueError(f"`decay` is {decay!r}, but the weight of the past lies between 0 and 1, such as 0.999.")
+            raise ValueError(f"`decay` is {decay!r}. Expected the weight of the past, between 0 and 1.")
         self.decay = decay
         self.module = copy.deepcopy(getattr(model, "_orig_mod", model))
         self.module.eval()
@@ -125,9 +125,10 @@ class ModelEma(nn.Module):
                 f"or shape from the {len(averages)} that are averaged. Expected the same model throughout; "
                 "after replacing or tying layers, make a new average."
             )
+        if [tensor.device for tensor in averages] != [tensor.device for tensor in currents]:
+            self.module.to(currents[0].device)
+            averages = _tensors(self.module)
         for average, current, is_averaged in zip(averages, currents, self._is_averaged, strict=True):
-            if average.device != current.device:
-                average.data = average.data.to(current.device)
             if average.dtype != current.dtype:
                 current = current.to(average.dtype)
             yield average, current, is_averaged

@@ -201,6 +201,7 @@ class TrainingLoop:
         remaining = _distributed.skip_batches(self._accelerator, train_dl, num_done)
         for step, batch, is_last in _data.enumerate_batches(remaining, num_done):
             is_update_due = is_last or (step + 1) % self.run_config.gradient_accumulation_steps == 0
+            self._accelerator.sync_gradients = is_update_due
             if is_update_due:
                 self._perform_forward_and_backward_passes(batch, step)
                 self._update_parameters()
@@ -309,7 +310,7 @@ class TrainingLoop:
             self._set_data_epoch(self._eval_randomness, valid_dl, 0)
             self.eval_epoch_start()
             self._call("on_eval_epoch_start", is_intermediate=is_intermediate)
-            for step, batch in enumerate(islice(valid_dl, self._num_eval_steps)):
+            for step, batch, _ in islice(_data.enumerate_batches(valid_dl), self._num_eval_steps):
                 self._perform_eval_step(batch, step)
             self._add_epoch_loss_to_run_history("eval_loss_epoch" if is_training else "evaluation_loss")
             self.eval_epoch_end()

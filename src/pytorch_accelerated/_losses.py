@@ -88,4 +88,4 @@ def read_batch_output(batch_output: Any, hook: str) -> StepResult:
         batch_size = batch_output["batch_size"]
     except (KeyError, TypeError, IndexError):
         raise_bad_batch_output(batch_output, hook)
-    return StepResult(batch_output.get("num_items_in_batch", batch_size), batch_size)
+    return StepResult(batch_output.get("num_items_in_batch", batch_size), int(batch_size))

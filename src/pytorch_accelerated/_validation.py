@@ -11,7 +11,20 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from pytorch_accelerated._data import num_batches_of
+from pytorch_accelerated._data import is_dataset, num_batches_of
+
+
+def check_no_run(is_running: bool) -> None:
+    """Raise if a run is under way.
+
+    Raises:
+        RuntimeError: `train` was called within a run.
+    """
+    if is_running:
+        raise RuntimeError(
+            "`train` was called while this trainer is running, probably by a callback or a hook. Call it after the "
+            "run; `evaluate` may be called within one."
+        )
 
 
 def check_positive_integer(name: str, value: Any, unit: str) -> None:
@@ -27,10 +40,10 @@ def check_positive_integer(name: str, value: Any, unit: str) -> None:
         number = operator.index(value)
     except TypeError as error:
         raise TypeError(
-            f"`{name}` is {value!r}, a {type(value).__name__}. Expected a whole number of {unit}, at least 1."
+            f"`{name}` is {value!r}, of type {type(value).__name__}. Expected a whole number of {unit}, at least 1."
         ) from error
     if number < 1:
-        raise ValueError(f"`{name}` is {value!r}. Expected at least 1 of {unit}: pass a positive whole number.")
+        raise ValueError(f"`{name}` is {value!r}. Expected a whole number of {unit}, at least 1.")
 
 
 def check_create_scheduler_fn(create_scheduler_fn: Any) -> None:
@@ -93,10 +106,25 @@ def check_data_not_empty(name: str, data: Any) -> None:
     if data is None:
         raise ValueError(f"`{name}` is None. Expected a dataset, or an iterable of batches.")
     if not hasattr(data, "__getitem__") and not hasattr(data, "__iter__"):
-        raise TypeError(f"`{name}` is a {type(data).__name__}. Expected a dataset, or an iterable of batches.")
+        raise TypeError(f"`{name}` is of type {type(data).__name__}. Expected a dataset, or an iterable of batches.")
     if isinstance(data, (Dataset, Sequence, DataLoader)) and num_batches_of(data) == 0:
         raise ValueError(
             f"`{name}` is empty: its length is 0. Expected at least one sample; check how it was made or filtered."
+        )
+
+
+def check_reiterable(name: str, data: Any, num_epochs: int, max_num_train_steps: int | None) -> None:
+    """Raise if data that can be walked through once is needed in several epochs.
+
+    Raises:
+        ValueError: It is an iterator, such as a generator, and only the number of epochs bounds the run.
+    """
+    is_iterator = hasattr(data, "__next__") and not is_dataset(data)
+    if is_iterator and num_epochs > 1 and max_num_train_steps is None:
+        raise ValueError(
+            f"`{name}` is an iterator ({type(data).__name__}), which has nothing left after the first of {num_epochs} "
+            "epochs. Pass an object whose `__iter__` starts anew, such as a list or an `IterableDataset`; or use "
+            "`num_epochs=1`."
         )
 
 
@@ -125,7 +153,7 @@ def raise_bad_batch_output(batch_output: Any, hook: str) -> NoReturn:
     """
     needed = "Return a dictionary with `loss` (a scalar tensor) and `batch_size` (the number of samples)."
     if not isinstance(batch_output, Mapping):
-        raise TypeError(f"`{hook}` returned {batch_output!r}, a {type(batch_output).__name__}. {needed}")
+        raise TypeError(f"`{hook}` returned {batch_output!r}, of type {type(batch_output).__name__}. {needed}")
     missing = [f"`{name}`" for name in ("loss", "batch_size") if name not in batch_output]
     raise ValueError(f"{' and '.join(missing)} missing in what `{hook}` returned, {sorted(batch_output)}. {needed}")
 
@@ -140,8 +168,8 @@ def raise_bad_loss(loss: Any, error: Exception) -> NoReturn:
     """
     if not isinstance(loss, torch.Tensor):
         raise TypeError(
-            f"The loss is {loss!r}, a {type(loss).__name__}. Expected a tensor that depends on the model's parameters; "
-            "do not call `.item()` or `float()` on it."
+            f"The loss is {loss!r}, of type {type(loss).__name__}. Expected a tensor that depends on the model's "
+            "parameters; do not call `.item()` or `float()` on it."
         ) from error
     if loss.numel() != 1:
         raise ValueError(

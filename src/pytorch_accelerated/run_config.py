@@ -59,38 +59,83 @@ class TrainerRunConfig:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-@dataclass(frozen=True)
-class StepCounts:
-    """How many updates an epoch and a run have; ``None`` where the loader has no length."""
-
-    num_update_steps_per_epoch: int | None
-    max_num_train_steps: int | None
-
-
-def count_steps(
+def count_updates(
     num_epochs: int,
     num_batches_per_epoch: int | None,
     gradient_accumulation_steps: int,
     max_num_train_steps: int | None,
-) -> StepCounts:
-    """Derive the number of updates from the number of batches that one process gets per epoch.
+) -> tuple[int | None, int | None]:
+    """Count the updates of an epoch and of a run.
 
-    A short last accumulation window makes an update too, so an epoch has
-    ``ceil(num_batches_per_epoch / gradient_accumulation_steps)`` updates. The smaller of ``max_num_train_steps`` and
-    ``num_epochs`` ends the run.
+    A short last accumulation window makes an update too. The smaller of ``max_num_train_steps`` and ``num_epochs`` ends
+    the run.
+
+    Args:
+        num_epochs: Epochs the run was asked for.
+        num_batches_per_epoch: Batches that one process gets per epoch; ``None`` if that is not known.
+        gradient_accumulation_steps: Batches per process that make one update.
+        max_num_train_steps: Updates after which the run ends at the latest; ``None`` for no such limit.
+
+    Returns:
+        Updates per epoch, ``ceil(num_batches_per_epoch / gradient_accumulation_steps)``, and updates of the run; each
+        ``None`` if not known.
 
     Example:
-        >>> count_steps(num_epochs=3, num_batches_per_epoch=10, gradient_accumulation_steps=4, max_num_train_steps=None)
-        StepCounts(num_update_steps_per_epoch=3, max_num_train_steps=9)
-        >>> count_steps(num_epochs=3, num_batches_per_epoch=10, gradient_accumulation_steps=4, max_num_train_steps=5)
-        StepCounts(num_update_steps_per_epoch=3, max_num_train_steps=5)
-        >>> count_steps(num_epochs=3, num_batches_per_epoch=None, gradient_accumulation_steps=4, max_num_train_steps=5)
-        StepCounts(num_update_steps_per_epoch=None, max_num_train_steps=5)
+        >>> count_updates(3, num_batches_per_epoch=10, gradient_accumulation_steps=4, max_num_train_steps=None)
+        (3, 9)
+        >>> count_updates(3, num_batches_per_epoch=None, gradient_accumulation_steps=4, max_num_train_steps=5)
+        (None, 5)
     """
     if num_batches_per_epoch is None:
-        return StepCounts(None, max_num_train_steps)
+        return None, max_num_train_steps
     num_updates_per_epoch = math.ceil(num_batches_per_epoch / gradient_accumulation_steps)
     num_updates = num_epochs * num_updates_per_epoch
     if max_num_train_steps is not None:
         num_updates = min(num_updates, max_num_train_steps)
-    return StepCounts(num_updates_per_epoch, num_updates)
+    return num_updates_per_epoch, num_updates
+
+
+def derive_run_config(
+    *,
+    num_epochs: int,
+    num_batches_per_epoch: int | None,
+    gradient_accumulation_steps: int,
+    max_num_train_steps: int | None,
+    num_processes: int,
+    train_per_device_batch_size: int | None,
+    eval_per_device_batch_size: int | None,
+    **given: Any,
+) -> TrainerRunConfig:
+    """Derive the totals of a run from what one process is given.
+
+    Args:
+        num_epochs: See `TrainerRunConfig`.
+        num_batches_per_epoch: Training batches that one process gets per epoch; ``None`` if that is not known.
+        gradient_accumulation_steps: See `TrainerRunConfig`.
+        max_num_train_steps: Updates after which the run ends at the latest; ``None`` for no such limit.
+        num_processes: See `TrainerRunConfig`.
+        train_per_device_batch_size: See `TrainerRunConfig`; ``None`` if it varies.
+        eval_per_device_batch_size: Likewise.
+        **given: The fields that need no derivation.
+    """
+    num_updates_per_epoch, num_updates = count_updates(
+        num_epochs, num_batches_per_epoch, gradient_accumulation_steps, max_num_train_steps
+    )
+    return TrainerRunConfig(
+        num_epochs=num_epochs,
+        train_per_device_batch_size=train_per_device_batch_size,
+        eval_per_device_batch_size=eval_per_device_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        train_total_batch_size=_times(train_per_device_batch_size, num_processes * gradient_accumulation_steps),
+        eval_total_batch_size=_times(eval_per_device_batch_size, num_processes),
+        num_update_steps_per_epoch=num_updates_per_epoch,
+        num_local_update_steps_per_epoch=num_updates_per_epoch,
+        max_num_train_steps=num_updates,
+        is_distributed=num_processes > 1,
+        num_processes=num_processes,
+        **given,
+    )
+
+
+def _times(size: int | None, factor: int) -> int | None:
+    return None if size is None else size * factor

@@ -20,7 +20,7 @@ from pytorch_accelerated._rng import derive_seed, seed_generators
 from pytorch_accelerated.callbacks import CallbackHandler, LimitBatchesCallback, get_default_callbacks
 from pytorch_accelerated.exceptions import add_note
 from pytorch_accelerated.progress import TrainingProgress
-from pytorch_accelerated.run_config import TrainerRunConfig, count_steps
+from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
 from pytorch_accelerated.tracking import (
     EpochMeans,
@@ -37,6 +37,21 @@ __all__ = [
 ]
 
 DEFAULT_CALLBACKS = get_default_callbacks()
+
+_ATTRIBUTES_OF_A_RUN = (
+    "run_config",
+    "stop_reason",
+    "is_resumed",
+    "_train_dataloader",
+    "_eval_dataloader",
+    "_current_eval_dataloader",
+    "_train_dl_kwargs",
+    "_eval_dl_kwargs",
+    "_train_randomness",
+    "_eval_randomness",
+    "_prepared_model",
+    "_batch_output",
+)
 
 
 class Trainer(TrainingLoop):
@@ -90,6 +105,7 @@ class Trainer(TrainingLoop):
         self._eval_dl_kwargs: dict[str, Any] | None = None
         self._prepared_model: _distributed.PreparedModel | None = None
         self._waiting_scheduler_state: Mapping[str, Any] | None = None
+        self._is_running = False
         self._seed = seed
         self._mixed_precision = mixed_precision
         self._accelerator_source = accelerator
@@ -156,11 +172,14 @@ class Trainer(TrainingLoop):
             TypeError: An argument is of the wrong kind.
             KeyboardInterrupt: Ctrl-C was pressed; the run has ended in good order before.
         """
+        _validation.check_no_run(self._is_running)
         _validation.check_positive_integer("num_epochs", num_epochs, "epochs")
         _validation.check_positive_integer("per_device_batch_size", per_device_batch_size, "samples")
         _validation.check_positive_integer("gradient_accumulation_steps", gradient_accumulation_steps, "batches")
         if max_num_train_steps is not None:
             _validation.check_positive_integer("max_num_train_steps", max_num_train_steps, "updates")
+        for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            _validation.check_reiterable(name, data, num_epochs, max_num_train_steps)
         _validation.check_create_scheduler_fn(create_scheduler_fn)
         _validation.check_trainable(self.model, self.loss_func, self.optimizer)
 
@@ -370,11 +389,14 @@ class Trainer(TrainingLoop):
             **(checkpoint_kwargs or {}),
             "current_epoch": self.run_history.current_epoch + num_epochs_ahead,
             "trainer": {
-                **_checkpointing.states_of({**self._stateful_parts(), "progress": resume_point}),
+                **_checkpointing.states_of(
+                    {**self._stateful_parts(), "progress": resume_point, "scheduler": self.scheduler}
+                ),
                 "seed": self._run_seed,
             },
         }
-        _checkpointing.save_state(output_dir, self._accelerator, self.model, self.optimizer, state)
+        process_state = {"means": self._means.state_dict()}
+        _checkpointing.save_state(output_dir, self._accelerator, self.model, self.optimizer, state, process_state)
 
     def load_training_state(self, input_dir: str | os.PathLike[str]) -> dict[str, Any]:
         """Restore what `save_training_state` wrote. Must be called on every process.
@@ -389,10 +411,11 @@ class Trainer(TrainingLoop):
             FileNotFoundError: There is no such directory.
             CheckpointError: It is incomplete, damaged, or of another model; nothing has been changed.
         """
-        state = _checkpointing.load_state(input_dir, self._accelerator, self.model, self.optimizer)
+        state, process_state = _checkpointing.load_state(input_dir, self._accelerator, self.model, self.optimizer)
         own_state = state.pop("trainer")
         self._run_seed = own_state["seed"]
         _checkpointing.load_states(self._stateful_parts(), own_state)
+        self._means.load_state_dict(process_state["means"])
         if "scheduler" in own_state:
             self._load_scheduler_state(own_state["scheduler"])
         return state
@@ -409,7 +432,12 @@ class Trainer(TrainingLoop):
 
     @contextmanager
     def _tidy_run(self) -> Iterator[None]:
-        """Forget the run before, tell the callbacks of an exception, and tidy up however the run ends."""
+        """Forget the run before, tell the callbacks of an exception, and tidy up however the run ends.
+
+        An evaluation that a callback starts within a run leaves that run as it was.
+        """
+        outer_run = {name: getattr(self, name) for name in _ATTRIBUTES_OF_A_RUN} if self._is_running else {}
+        self._is_running = True
         self.stop_reason = None
         self.is_resumed = False
         self._train_dataloader = self._eval_dataloader = self._current_eval_dataloader = None
@@ -423,7 +451,9 @@ class Trainer(TrainingLoop):
             self._report_exception(error)
             raise
         finally:
-            self._tidy_up()
+            self._tidy_up(is_nested=bool(outer_run))
+            self._is_running = bool(outer_run)
+            vars(self).update(outer_run)
 
     def _make_train_loader(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
         self._train_dataloader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
@@ -443,13 +473,8 @@ class Trainer(TrainingLoop):
 
     def _default_dl_kwargs(self, dataset: Any, batch_size: int) -> dict[str, Any]:
         num_local_processes = _distributed.num_local_processes(int(self._accelerator.num_processes))
-        num_workers = _data.default_num_workers(dataset, num_local_processes)
-        return {
-            "batch_size": batch_size,
-            "num_workers": num_workers,
-            "pin_memory": self._accelerator.device.type == "cuda",
-            **({"persistent_workers": True} if num_workers else {}),
-        }
+        is_gpu = self._accelerator.device.type == "cuda"
+        return _data.default_dl_kwargs(dataset, batch_size, num_local_processes, pin_memory=is_gpu)
 
     def _create_dataloader(self, name: str, dataset: Any, dl_kwargs: Mapping[str, Any]) -> Iterable[Any]:
         _validation.check_data_not_empty(name, dataset)
@@ -474,36 +499,27 @@ class Trainer(TrainingLoop):
         gradient_clip_value: float | None = None,
     ) -> TrainerRunConfig:
         accelerator = self._accelerator
-        num_processes = int(accelerator.num_processes)
-        train_batch_size = _data.batch_size_of(self._train_dl_kwargs, per_device_batch_size)
-        eval_batch_size = _data.batch_size_of(self._eval_dl_kwargs, per_device_batch_size)
-        num_batches = _data.num_batches_of(self._train_dataloader)
-        steps = count_steps(num_epochs, num_batches, gradient_accumulation_steps, max_num_train_steps)
-        return TrainerRunConfig(
+        return derive_run_config(
             num_epochs=num_epochs,
-            train_per_device_batch_size=train_batch_size,
-            train_dl_kwargs=self._train_dl_kwargs,
-            eval_per_device_batch_size=eval_batch_size,
-            eval_dl_kwargs=self._eval_dl_kwargs,
+            num_batches_per_epoch=_data.num_batches_of(self._train_dataloader),
             gradient_accumulation_steps=gradient_accumulation_steps,
+            max_num_train_steps=max_num_train_steps,
+            num_processes=int(accelerator.num_processes),
             gradient_clip_value=gradient_clip_value,
-            train_total_batch_size=_times(train_batch_size, num_processes * gradient_accumulation_steps),
-            eval_total_batch_size=_times(eval_batch_size, num_processes),
-            num_update_steps_per_epoch=steps.num_update_steps_per_epoch,
-            num_local_update_steps_per_epoch=steps.num_update_steps_per_epoch,
-            max_num_train_steps=steps.max_num_train_steps,
+            train_per_device_batch_size=_data.batch_size_of(self._train_dl_kwargs, per_device_batch_size),
+            train_dl_kwargs=self._train_dl_kwargs,
+            eval_per_device_batch_size=_data.batch_size_of(self._eval_dl_kwargs, per_device_batch_size),
+            eval_dl_kwargs=self._eval_dl_kwargs,
             is_local_process_zero=accelerator.is_local_main_process,
             is_world_process_zero=accelerator.is_main_process,
-            is_distributed=num_processes > 1,
             mixed_precision=accelerator.mixed_precision,
-            num_processes=num_processes,
             seed=self._run_seed,
         )
 
     def _set_up_training(self, num_epochs: int, resume_from: str | os.PathLike[str] | None) -> None:
         self._check_eval_batch_size()
         self._discard_gradients()
-        self._accelerator.sync_gradients = True
+        _distributed.take_over_accumulation(self._accelerator, self.run_config.gradient_accumulation_steps)
         self.scheduler = self.create_scheduler()
         if isinstance(self.scheduler, StatefulSchedulerBase) and self.scheduler.num_updates < 0:
             self.scheduler.step()  # so that update k trains at curve(k)
@@ -541,8 +557,6 @@ class Trainer(TrainingLoop):
         return {
             "progress": self.progress,
             "run_history": self.run_history,
-            "means": self._means,
-            "scheduler": self.scheduler,
             "callbacks": self.callback_handler,
         }
 
@@ -559,10 +573,12 @@ class Trainer(TrainingLoop):
         except Exception as secondary:
             add_note(error, f"a callback failed in `on_exception` too: {secondary!r}")
 
-    def _tidy_up(self) -> None:
+    def _tidy_up(self, is_nested: bool) -> None:
         loaders = self._eval_dataloader
         eval_dls = loaders.values() if isinstance(loaders, dict) else [loaders]
-        _distributed.release(self._accelerator, self.model, self.optimizer, self._train_dataloader, *eval_dls)
+        _distributed.release(self._accelerator, self._train_dataloader, *eval_dls)
+        if not is_nested:
+            _distributed.release(self._accelerator, self.model, self.optimizer)
         if self._prepared_model is not None:
             self.model = self._prepared_model.restore(self._accelerator, self.model)
             self._prepared_model = None
@@ -613,7 +629,3 @@ def replace_trainer_placeholder_values(trainer: Trainer, instance: Any) -> Any:
         TrainerPlaceholderValues.EVAL_DATALOADER_LEN: _data.num_batches_of(trainer._eval_dataloader),
     }
     return resolve_placeholders(instance, values)
-
-
-def _times(size: int | None, factor: int) -> int | None:
-    return None if size is None else size * factor

@@ -102,9 +102,7 @@ class CosineLrScheduler(StatefulSchedulerBase):
     Example:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.8)
-        >>> scheduler = CosineLrScheduler(
-        ...     optimizer, total_num_epochs=2, num_update_steps_per_epoch=4, min_lr_ratio=0.0
-        ... )
+        >>> scheduler = CosineLrScheduler(optimizer, total_num_epochs=2, num_update_steps_per_epoch=4, min_lr_ratio=0.0)
         >>> for _ in range(5):
         ...     scheduler.step()
         >>> round(optimizer.param_groups[0]["lr"], 6)
@@ -178,6 +176,16 @@ class CosineLrScheduler(StatefulSchedulerBase):
         """Return the learning rate of each parameter group after ``num_updates`` updates."""
         return [self._lr(num_updates, base_lr) for base_lr in self.base_values]
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to the position of a saved state, with its base values, and set the values of that position.
+
+        The settings stay those of this scheduler, so a resumed run may be longer than planned at first.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+        """
+        super().load_state_dict(state_dict)
+
     def _lr(self, num_updates: int, base_lr: float) -> float:
         return cosine_lr(
             num_updates,
@@ -192,12 +200,8 @@ class CosineLrScheduler(StatefulSchedulerBase):
 
     def _check_settings(self) -> None:
         num_updates = self.num_update_steps_per_epoch
-        check_number(
-            "total_num_epochs", self.total_num_epochs, "the length of the run", is_zero_allowed=False
-        )
-        check_number(
-            "num_update_steps_per_epoch", num_updates, "the length of an epoch", is_zero_allowed=False
-        )
+        check_number("total_num_epochs", self.total_num_epochs, "the length of the run", is_zero_allowed=False)
+        check_number("num_update_steps_per_epoch", num_updates, "the length of an epoch", is_zero_allowed=False)
         check_number("k_decay", self.k_decay, "the exponent of the decay", is_zero_allowed=False)
         check_number("num_warmup_epochs", self.num_warmup_epochs, "the length of the warm-up")
         check_number("num_cooldown_epochs", self.num_cooldown_epochs, "the length of the cooldown")

@@ -238,9 +238,7 @@ class WSDLrScheduler(StatefulSchedulerBase):
     ) -> None:
         super().__init__(optimizer)
         check_number("num_warmup_steps", num_warmup_steps, "the length of the warm-up")
-        check_number(
-            "decay_phase_ratio", decay_phase_ratio, "a share of the run", is_zero_allowed=False, maximum=1
-        )
+        check_number("decay_phase_ratio", decay_phase_ratio, "a share of the run", is_zero_allowed=False, maximum=1)
         check_rate("lr_min", lr_min, self.base_values)
         check_rate("warmup_starting_lr", warmup_starting_lr, self.base_values)
         self.total_steps = _total_steps(num_epochs, num_update_steps_per_epoch, total_steps)
@@ -386,9 +384,7 @@ class WSDLrScheduler(StatefulSchedulerBase):
         return steps
 
 
-def _total_steps(
-    num_epochs: float | None, num_update_steps_per_epoch: int | None, total_steps: int | None
-) -> int:
+def _total_steps(num_epochs: float | None, num_update_steps_per_epoch: int | None, total_steps: int | None) -> int:
     if num_epochs is None or num_update_steps_per_epoch is None:
         if total_steps is None:
             raise SchedulerSettingsError(
