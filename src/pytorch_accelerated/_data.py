@@ -1,4 +1,4 @@
-"""Datasets and loaders: sensible defaults, reproducible order, whole-batch fetching, limits, batch sizes."""
+"""Datasets and loaders: sensible defaults, whole-batch fetching, limits, batch sizes."""
 
 from __future__ import annotations
 
@@ -12,23 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import (
-    DataLoader,
     Dataset,
     IterableDataset,
-    RandomSampler,
     Subset,
-    SubsetRandomSampler,
     TensorDataset,
-    WeightedRandomSampler,
 )
-
-from pytorch_accelerated._rng import derive_seed
 
 LIMIT_BATCHES_ENV_VAR = "PT_ACC_LIMIT_BATCHES"
 """Environment variable: when set to a number, every epoch uses at most so many batches."""
 
 _MAX_DEFAULT_WORKERS = 8
-_SHUFFLING_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 # --- what a loader is made of ------------------------------------------------------------------------------------
@@ -290,47 +283,7 @@ def move_to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-# --- order and randomness ----------------------------------------------------------------------------------------
-
-
-class EpochRandomness:
-    """Makes the order of a loader, and the seeds of its workers, functions of (seed, epoch).
-
-    The samplers of PyTorch that shuffle get a generator of their own, alike on all processes, so that all agree on the
-    order. The workers' seeds come from another one which differs between processes. Nothing is drawn from the global
-    generators, which belong to the model.
-
-    Args:
-        loader: The loader before it is prepared; anything that is no `DataLoader` is left alone. A generator which the
-            user gave to a sampler keeps its own seed.
-        process_index: Rank of this process.
-    """
-
-    def __init__(self, loader: Any, process_index: int) -> None:
-        self._process_index = process_index
-        self._orders: list[tuple[torch.Generator, int | None]] = []
-        self._workers: torch.Generator | None = None
-        if not isinstance(loader, DataLoader):
-            return
-        for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
-            if isinstance(sampler, _SHUFFLING_SAMPLERS):
-                self._own_order(sampler)
-        self._workers = torch.Generator()
-        loader.generator = self._workers
-
-    def _own_order(self, sampler: Any) -> None:
-        if sampler.generator is None:
-            sampler.generator = torch.Generator()
-            self._orders.append((sampler.generator, None))
-        elif all(sampler.generator is not generator for generator, _ in self._orders):
-            self._orders.append((sampler.generator, sampler.generator.initial_seed()))
-
-    def set_epoch(self, epoch: int, seed: int) -> None:
-        """Stand before the first batch of ``epoch``, counted from 0, in a run with this ``seed``."""
-        for generator, own_seed in self._orders:
-            generator.manual_seed(derive_seed(seed if own_seed is None else own_seed, "order", epoch))
-        if self._workers is not None:
-            self._workers.manual_seed(derive_seed(seed, "workers", epoch, self._process_index))
+# --- helpers of the public `utils` -------------------------------------------------------------------------------
 
 
 def worker_init_fn(worker_id: int) -> None:
@@ -342,9 +295,6 @@ def worker_init_fn(worker_id: int) -> None:
     seed = torch.initial_seed()
     np.random.seed(seed % 2**32)
     random.seed(seed)
-
-
-# --- limits ------------------------------------------------------------------------------------------------------
 
 
 class DataLoaderSlice:

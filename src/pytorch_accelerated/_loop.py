@@ -13,6 +13,7 @@ from torch import nn
 from pytorch_accelerated import _data, _distributed
 from pytorch_accelerated._accumulation import AccumulationWindow, scale_gradients
 from pytorch_accelerated._losses import batch_loss, read_batch_output
+from pytorch_accelerated._order import EpochRandomness
 from pytorch_accelerated._rng import preserved_rng_state
 from pytorch_accelerated._stopping import InterruptFlag
 from pytorch_accelerated._validation import raise_bad_loss
@@ -64,8 +65,8 @@ class TrainingLoop:
         self._train_dataloader: Any = None
         self._eval_dataloader: Any = None
         self._current_eval_dataloader: Any = None
-        self._train_randomness: list[_data.EpochRandomness] = []
-        self._eval_randomness: list[_data.EpochRandomness] = []
+        self._train_randomness: list[EpochRandomness] = []
+        self._eval_randomness: list[EpochRandomness] = []
         self._run_seed = 0
         self._last_epoch = 0
         self._num_batches_to_skip = 0
@@ -374,7 +375,7 @@ class TrainingLoop:
     def _loss_tracker(self, tracker: LossTracker) -> None:
         self._means.loss = tracker
 
-    def _set_data_epoch(self, randomness: list[_data.EpochRandomness], loader: Any, epoch: int) -> None:
+    def _set_data_epoch(self, randomness: list[EpochRandomness], loader: Any, epoch: int) -> None:
         for source in randomness:
             source.set_epoch(epoch, self._run_seed)
         if hasattr(loader, "set_epoch"):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from pytorch_accelerated import _checkpointing, _data, _distributed, _validation
 from pytorch_accelerated._data import LIMIT_BATCHES_ENV_VAR
 from pytorch_accelerated._loop import TrainingLoop
+from pytorch_accelerated._order import EpochRandomness
 from pytorch_accelerated._placeholders import TrainerPlaceholderValues, resolve_placeholders
 from pytorch_accelerated._rng import derive_seed, seed_generators
 from pytorch_accelerated.callbacks import CallbackHandler, LimitBatchesCallback, get_default_callbacks
@@ -458,7 +459,7 @@ class Trainer(TrainingLoop):
     def _make_train_loader(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
         self._train_dataloader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
         _validation.check_loader_not_empty("train_dataset", self._train_dataloader)
-        self._train_randomness = [_data.EpochRandomness(self._train_dataloader, self.process_index)]
+        self._train_randomness = [self._own_randomness(self._train_dataloader)]
 
     def _make_eval_loaders(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
         datasets = self.eval_dataset
@@ -468,8 +469,11 @@ class Trainer(TrainingLoop):
                 loaders[name] = self.create_eval_dataloader(batch_size=batch_size, eval_dl_kwargs=dl_kwargs)
         finally:
             self.eval_dataset = datasets
-        self._eval_randomness = [_data.EpochRandomness(dl, self.process_index) for dl in loaders.values()]
+        self._eval_randomness = [self._own_randomness(loader) for loader in loaders.values()]
         self._eval_dataloader = loaders if isinstance(datasets, dict) else loaders[""]
+
+    def _own_randomness(self, loader: Any) -> EpochRandomness:
+        return EpochRandomness(loader, self.process_index, int(self._accelerator.num_processes))
 
     def _default_dl_kwargs(self, dataset: Any, batch_size: int) -> dict[str, Any]:
         num_local_processes = _distributed.num_local_processes(int(self._accelerator.num_processes))

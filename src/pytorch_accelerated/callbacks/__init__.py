@@ -7,6 +7,7 @@ from pytorch_accelerated.callbacks.evaluation import (
     LimitEvalStepsCallback,
     StepBasedEvaluationCallback,
 )
+from pytorch_accelerated.callbacks.finetuning import GradualUnfreezingCallback
 from pytorch_accelerated.callbacks.handler import CallbackHandler
 from pytorch_accelerated.callbacks.placement import ConvertSyncBatchNormCallback, MoveModulesToDeviceCallback
 from pytorch_accelerated.callbacks.progress_bar import ProgressBarCallback
@@ -22,6 +23,7 @@ __all__ = [
     "CallbackMethodNotImplementedError",
     "ConvertSyncBatchNormCallback",
     "EarlyStoppingCallback",
+    "GradualUnfreezingCallback",
     "LimitBatchesCallback",
     "LimitEvalStepsCallback",
     "LogMetricsCallback",
