@@ -82,7 +82,7 @@ types: $(VENV)/.stamp-dev
 	$(BIN)/mypy
 
 docs: $(VENV)/.stamp-docs
-	$(BIN)/python -m sphinx -b html -n -W --keep-going -q docs docs/_build/html
+	$(BIN)/python -m sphinx -b html -E -n -W --keep-going -q docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 build: $(VENV)/.stamp-dev

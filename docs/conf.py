@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from sphinx.util.nodes import make_refnode
@@ -63,19 +64,34 @@ _attribute_docstrings: dict[str, list[str]] = {}
 def find_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: Element) -> reference | None:
     """Link a name of ours that is written short, or by its defining module, to where it is documented.
 
-    Annotations name `Trainer` under `TYPE_CHECKING` only; base classes appear under their defining module.
-    The reference documents each object once, under its public import path. A short name that several objects
-    have stays unresolved, which is a warning.
+    Annotations name `Trainer` under `TYPE_CHECKING` only; base classes appear under their defining module; a docstring
+    may name an inherited method. The reference documents each object once, under its public import path. A short name
+    that could be several objects stays unresolved, which is a warning.
     """
     target = node.get("reftarget", "")
     if node.get("refdomain") != "py" or ("." in target and not target.startswith(OWN_NAME)):
         return None
-    ending = "." + target.rpartition(".")[2]
-    found = {name: entry for name, entry in env.domains["py"].objects.items() if name.endswith(ending)}
+    name_only = target.rpartition(".")[2]
+    objects = env.domains["py"].objects
+    found = [name for name in objects if name.endswith(f".{name_only}")]
+    if len(found) > 1:
+        found = inherited(found, node, name_only)
     if len(found) != 1:
         return None
-    ((name, entry),) = found.items()
-    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, name)
+    entry = objects[found[0]]
+    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, found[0])
+
+
+def inherited(names: list[str], node: pending_xref, method: str) -> list[str]:
+    """Return the one of `names` that is `method` of the class whose docstring holds the reference, or of its bases."""
+    if not node.get("py:class"):
+        return []
+    owner = getattr(importlib.import_module(node["py:module"]), node["py:class"])
+    for base in owner.__mro__:
+        of_base = [name for name in names if name.endswith(f".{base.__name__}.{method}")]
+        if of_base:
+            return of_base
+    return []
 
 
 def keep_attribute_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:

@@ -67,9 +67,7 @@ class WithIntegerParameter(nn.Module):
 
 
 def make_conv_net():
-    return nn.Sequential(
-        nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)), nn.ReLU(), nn.Linear(4, 2)
-    )
+    return nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)), nn.ReLU(), nn.Linear(4, 2))
 
 
 def trainable_names(model):
@@ -308,6 +306,15 @@ def test_frozen_modules_stay_in_evaluation_mode_and_the_others_follow_the_model(
     assert model[0].train() is model[0]
 
 
+def test_a_module_put_into_a_frozen_group_later_follows_the_model():
+    model = make_conv_net()
+    ModelFreezer(model).freeze(set_modules_as_eval=True)
+    model[0].append(nn.Dropout())
+    model.eval()
+    model.train()
+    assert [module.training for module in model[0]] == [False, False, False, True]
+
+
 def test_frozen_modules_keep_their_modes_by_default():
     model = make_conv_net()
     ModelFreezer(model).freeze()
@@ -409,9 +416,7 @@ def test_unfreeze_returns_what_became_trainable_by_group_from_the_end():
         list(model.norm.parameters()),
         list(model.block.parameters()),
     ]
-    assert [group["params"] for group in freezer.unfreeze()] == [
-        [model.cls_token, *model.patches.parameters()]
-    ]
+    assert [group["params"] for group in freezer.unfreeze()] == [[model.cls_token, *model.patches.parameters()]]
     assert freezer.unfreeze() == []
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,6 +24,7 @@ assert x == 1
 assert x == 2
 ```
 """
+pytestmark = pytest.mark.usefixtures("_fresh_accelerate_state")  # a page may choose a precision
 FENCED_PYTHON = re.compile(r"^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -63,13 +63,6 @@ def failing_line(error: BaseException, page: Path, block: Block) -> int:
             line = traceback.tb_lineno
         traceback = traceback.tb_next
     return line
-
-
-@pytest.fixture(autouse=True)
-def a_process_that_chose_no_precision_yet():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

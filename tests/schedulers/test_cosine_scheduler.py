@@ -132,6 +132,15 @@ def test_a_resumed_schedule_goes_on_as_if_nothing_had_happened():
     np.testing.assert_array_equal(step_through(second, 14), whole[11:])
 
 
+def test_a_resumed_run_may_be_longer_than_planned():
+    first = CosineLrScheduler(make_optimizer(0.1), 2, 6)
+    step_through(first, 9)
+    longer = CosineLrScheduler(make_optimizer(0.1), 4, 6)
+    longer.load_state_dict(state_dict=first.state_dict())
+    whole = step_through(CosineLrScheduler(make_optimizer(0.1), 4, 6), 25)
+    np.testing.assert_array_equal(step_through(longer, 16), whole[9:])
+
+
 def test_create_scheduler_fn_takes_the_length_of_the_run_from_the_trainer():
     create = CosineLrScheduler.create_scheduler_fn(num_warmup_epochs=TrainerPlaceholderValues.NUM_EPOCHS / 4)
     values = {

@@ -145,9 +145,7 @@ def test_a_decay_takes_its_share_at_least_one_update_and_stays_clear_of_what_is_
 
 
 def test_a_group_that_starts_below_the_minimum_never_rises():
-    scheduler = make_scheduler(
-        0.1, 1e-8, total_steps=20, lr_min=1e-3, num_warmup_steps=5, warmup_starting_lr=1e-2
-    )
+    scheduler = make_scheduler(0.1, 1e-8, total_steps=20, lr_min=1e-3, num_warmup_steps=5, warmup_starting_lr=1e-2)
     rates = step_through(scheduler, 21)
     assert rates[-1, 0] == 1e-3
     np.testing.assert_allclose(rates[:, 1], 1e-8)
@@ -244,9 +242,7 @@ def test_a_continuation_keeps_its_own_kind_and_length_when_it_loads_the_state_of
 
 def test_an_ordinary_run_does_not_become_a_continuation_by_loading_one():
     scheduler = make_scheduler(total_steps=20)
-    scheduler.load_state_dict(
-        make_scheduler(total_steps=30, is_continuation_from_checkpoint=True).state_dict()
-    )
+    scheduler.load_state_dict(make_scheduler(total_steps=30, is_continuation_from_checkpoint=True).state_dict())
     assert not scheduler.is_continuation_from_checkpoint
     assert scheduler.total_steps == 20
 
