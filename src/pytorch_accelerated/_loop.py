@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,7 @@ class TrainingLoop:
         self._eval_randomness: list[EpochRandomness] = []
         self._run_seed = 0
         self._last_epoch = 0
+        self._is_epoch_cut_short = False
         self._num_batches_to_skip = 0
         self._num_batches_per_epoch: int | None = None
         self._num_eval_steps: int | None = None
@@ -164,15 +165,14 @@ class TrainingLoop:
                 self._run_epochs()
             except StopTrainingError as stop:
                 self._stop(stop)
-        self.training_run_end()
-        with suppress(StopTrainingError):  # the run has ended already
-            self._call("on_training_run_end")
+        self._end_run(self.training_run_end, "on_training_run_end")
 
     def _run_epochs(self) -> None:
+        self._is_epoch_cut_short = False
         is_limit_reached = self._is_update_limit_reached()
         while self.progress.num_epochs_completed < self._last_epoch and not is_limit_reached:
             is_limit_reached = self._run_epoch()
-        if self.progress.num_epochs_completed < self._last_epoch:
+        if self._is_epoch_cut_short or self.progress.num_epochs_completed < self._last_epoch:
             self.stop_reason = f"{self.progress.num_updates} updates are done (`max_num_train_steps`)"
         else:
             self.stop_reason = f"{self.progress.num_epochs_completed} epochs are done"
@@ -212,6 +212,7 @@ class TrainingLoop:
                     self._perform_forward_and_backward_passes(batch, step)
             self._end_train_step(batch, step)
             if is_limit_reached:
+                self._is_epoch_cut_short = not is_last
                 break
 
         self.progress.phase = "evaluation"
@@ -293,9 +294,7 @@ class TrainingLoop:
             self._run_eval_epochs(is_training=False)
         except StopTrainingError as stop:
             self._stop(stop)
-        self.evaluation_run_end()
-        with suppress(StopTrainingError):  # the run has ended already
-            self._call("on_evaluation_run_end")
+        self._end_run(self.evaluation_run_end, "on_evaluation_run_end")
 
     def _run_eval_epochs(self, is_training: bool = True, is_intermediate: bool = False) -> None:
         """Evaluate on each evaluation dataset; those with a name put it before the names of their metrics."""
@@ -391,6 +390,12 @@ class TrainingLoop:
     def _check_interrupt(self) -> None:
         if self._interrupt.is_set:
             raise StopTrainingError("interrupted by Ctrl-C")
+
+    def _end_run(self, hook: Callable[[], None], event: str) -> None:
+        with suppress(StopTrainingError):  # the run has ended already
+            hook()
+        with suppress(StopTrainingError):
+            self._call(event)
 
     def _stop(self, stop: StopTrainingError) -> None:
         self.stop_reason = str(stop) or "a callback asked to stop"

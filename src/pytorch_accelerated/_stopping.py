@@ -84,10 +84,15 @@ class InterruptFlag:
 
     def __init__(self) -> None:
         self.is_set = False
+        """Whether Ctrl-C was pressed; only within the block."""
+
+        self.was_set = False
+        """Whether Ctrl-C was pressed in the last block."""
+
         self._previous: Any = None
 
     def __enter__(self) -> InterruptFlag:
-        self.is_set = False
+        self.is_set = self.was_set = False
         self._previous = None
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.getsignal(signal.SIGINT)
@@ -96,6 +101,7 @@ class InterruptFlag:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.is_set, self.was_set = False, self.is_set
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
 

@@ -204,7 +204,7 @@ class Trainer(TrainingLoop):
             )
             self._set_up_training(num_epochs, resume_from)
             self._run_training()
-        if self._interrupt.is_set:
+        if self._interrupt.was_set:
             raise KeyboardInterrupt(self.stop_reason)
 
     def evaluate(
