@@ -16,7 +16,8 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
-CODE := src tests $(wildcard examples benchmarks) docs/conf.py
+# ruff formats the Python blocks of Markdown too.
+CODE := src tests $(wildcard examples benchmarks) docs README.md
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

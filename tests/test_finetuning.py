@@ -311,6 +311,7 @@ def test_a_module_put_into_a_frozen_group_later_follows_the_model():
     ModelFreezer(model).freeze(set_modules_as_eval=True)
     model[0].append(nn.Dropout())
     model.eval()
+    assert not model[0][3].training
     model.train()
     assert [module.training for module in model[0]] == [False, False, False, True]
 

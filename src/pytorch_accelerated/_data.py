@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import (
+    DataLoader,
     Dataset,
     IterableDataset,
     Subset,
@@ -43,7 +44,7 @@ def num_batches_of(loader: Any) -> int | None:
 def enumerate_batches(loader: Any, first_step: int = 0) -> Iterator[tuple[int, Any, bool]]:
     """Yield the index of each batch in its epoch, the batch, and whether it is the last.
 
-    Where the number of batches is not known, or only an estimate, this looks one batch ahead.
+    Where the number of batches is not known, or may be an estimate, this looks one batch ahead.
 
     Args:
         loader: Gives the batches from ``first_step`` on.
@@ -56,8 +57,8 @@ def enumerate_batches(loader: Any, first_step: int = 0) -> Iterator[tuple[int, A
         >>> list(enumerate_batches(iter("ab")))
         [(0, 'a', False), (1, 'b', True)]
     """
-    num_batches = num_batches_of(loader)
-    if num_batches is not None and not isinstance(getattr(loader, "dataset", None), IterableDataset):
+    num_batches = reliable_num_batches_of(loader)
+    if num_batches is not None:
         last_step = first_step + num_batches - 1
         for step, batch in enumerate(loader, first_step):
             yield step, batch, step == last_step
@@ -65,7 +66,7 @@ def enumerate_batches(loader: Any, first_step: int = 0) -> Iterator[tuple[int, A
     batches = iter(loader)
     nothing = object()
     batch, step = next(batches, nothing), first_step
-    if batch is nothing and first_step == 0:
+    if batch is nothing and first_step == 0 and num_batches_of(loader) != 0:
         raise ValueError(
             f"The {type(loader).__name__} gave no batch in this epoch. Is it empty, or an iterator that an earlier "
             "epoch has used up? Pass an object whose `__iter__` starts anew each time."
@@ -74,6 +75,20 @@ def enumerate_batches(loader: Any, first_step: int = 0) -> Iterator[tuple[int, A
         following = next(batches, nothing)
         yield step, batch, following is nothing
         batch, step = following, step + 1
+
+
+def reliable_num_batches_of(loader: Any) -> int | None:
+    """Return how many batches a loader gives per epoch if that is certain; other lengths may be estimates."""
+    is_loader_of_samples = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    return num_batches_of(loader) if is_loader_of_samples or isinstance(loader, (list, tuple)) else None
+
+
+def total_num_batches_of(loaders: Any) -> int | None:
+    """Return how many batches a loader, or a dictionary of loaders, gives; ``None`` if it cannot tell."""
+    if not isinstance(loaders, dict):
+        return num_batches_of(loaders)
+    numbers = [num_batches_of(loader) for loader in loaders.values()]
+    return None if None in numbers else sum(number for number in numbers if number is not None)
 
 
 def default_num_workers(dataset: Any, num_local_processes: int) -> int:
@@ -125,9 +140,17 @@ def loader_arguments(
     return arguments
 
 
-def batch_size_of(dl_kwargs: Mapping[str, Any] | None, otherwise: int) -> int | None:
-    """Return the batch size that keyword arguments for a loader lead to; ``None`` if it varies."""
-    dl_kwargs = dl_kwargs or {}
+def batch_size_of(loader: Any, dl_kwargs: Mapping[str, Any] | None, otherwise: int) -> int | None:
+    """Return the batch size of a loader, as far as it can be told; ``None`` if it varies.
+
+    Args:
+        loader: The loader.
+        dl_kwargs: The keyword arguments that it was made with; ``None`` if it came from elsewhere.
+        otherwise: The batch size that was asked for.
+    """
+    if dl_kwargs is None:
+        own_sizes = (getattr(source, "batch_size", None) for source in (loader, getattr(loader, "batch_sampler", None)))
+        return next((size for size in own_sizes if isinstance(size, int)), otherwise)
     if "batch_sampler" in dl_kwargs:
         return getattr(dl_kwargs["batch_sampler"], "batch_size", None)
     batch_size: int | None = dl_kwargs.get("batch_size", otherwise)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 
 from pytorch_accelerated._data import PlacedBatches, RestOfEpoch
@@ -84,11 +84,24 @@ def broadcast_from_main(value: Any, num_processes: int) -> Any:
     return values[0]
 
 
-def sum_over_processes(accelerator: Accelerator, *numbers: float | torch.Tensor) -> list[torch.Tensor]:
-    """Add up each number over the processes, all in one collective. Must be called on every process."""
+def sum_over_processes(
+    accelerator: Accelerator, sums: Mapping[str, tuple[float | torch.Tensor, float | torch.Tensor]]
+) -> dict[str, tuple[float | torch.Tensor, float | torch.Tensor]]:
+    """Add up named pairs of numbers over the processes. Must be called on every process.
+
+    Args:
+        accelerator: The accelerator.
+        sums: A pair for each name. What a process does not have, it adds nothing to.
+
+    Returns:
+        The pairs of all names that any process has, in alphabetical order.
+    """
+    names = sorted({name for own_names in gather_object([sorted(sums)]) for name in own_names})
+    numbers = [number for name in names for number in sums.get(name, (0.0, 0.0))]
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    stacked = torch.stack([torch.as_tensor(n, dtype=dtype, device=accelerator.device) for n in numbers])
-    return list(accelerator.reduce(stacked, reduction="sum").unbind())
+    stacked = torch.stack([torch.as_tensor(number, dtype=dtype, device=accelerator.device) for number in numbers])
+    totals = accelerator.reduce(stacked, reduction="sum").view(-1, 2)
+    return {name: (total, weight) for name, (total, weight) in zip(names, totals.unbind(), strict=True)}
 
 
 def gather_uneven(accelerator: Accelerator, value: Any, padding_value: float) -> Any:
@@ -214,7 +227,7 @@ class PreparedModel:
     """
 
     def __init__(self, plain: Any) -> None:
-        self._plain = plain
+        self.plain = plain
         self._attributes = _forward_attributes(plain)
         self.prepared: Any = plain
 
@@ -225,10 +238,10 @@ class PreparedModel:
             accelerator: The accelerator.
             model: The trainer's model at the end of the run; if a callback put another one there, that one is kept.
         """
-        for name in _forward_attributes(self._plain):
-            del vars(self._plain)[name]
-        getattr(self._plain, "__dict__", {}).update(self._attributes)
-        return self._plain if model is self.prepared else accelerator.unwrap_model(model)
+        for name in _forward_attributes(self.plain):
+            del vars(self.plain)[name]
+        getattr(self.plain, "__dict__", {}).update(self._attributes)
+        return self.plain if model is self.prepared else accelerator.unwrap_model(model)
 
 
 def _forward_attributes(model: Any) -> dict[str, Any]:

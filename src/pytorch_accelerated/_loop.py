@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -227,7 +227,7 @@ class TrainingLoop:
         if num_done == 0:
             self._means = EpochMeans()
         self._window.reset()
-        self._num_batches_per_epoch = _data.num_batches_of(train_dl)
+        self._num_batches_per_epoch = _data.reliable_num_batches_of(train_dl)
         self._set_data_epoch(self._train_randomness, train_dl, self.run_history.current_epoch - 1)
         return num_done
 
@@ -282,7 +282,7 @@ class TrainingLoop:
             nn.utils.clip_grad_value_(self.model.parameters(), clip_value)
 
     def _is_update_limit_reached(self) -> bool:
-        limit = self.run_config.max_num_train_steps
+        limit = self.run_config.max_num_train_steps if self.run_config.is_limited_by_steps else None
         return limit is not None and self.progress.num_updates >= limit
 
     # --- evaluation ----------------------------------------------------------------------------------------------
@@ -350,11 +350,10 @@ class TrainingLoop:
 
     def _add_epoch_loss_to_run_history(self, name: str) -> None:
         """Record the means over the epoch and all processes; the loss as ``name``."""
-        means = self._means.sums(name)
-        sums: Sequence[float | torch.Tensor] = [number for mean in means.values() for number in mean]
+        sums = self._means.sums(name)
         if self.run_config.is_distributed:
-            sums = _distributed.sum_over_processes(self._accelerator, *sums)
-        for metric, total, weight in zip(means, sums[::2], sums[1::2], strict=True):
+            sums = _distributed.sum_over_processes(self._accelerator, sums)
+        for metric, (total, weight) in sums.items():
             self.run_history.update_metric(metric, weighted_mean(total, weight))
 
     @contextmanager

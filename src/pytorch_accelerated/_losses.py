@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 from pytorch_accelerated._data import find_batch_size
-from pytorch_accelerated._validation import raise_bad_batch_output
+from pytorch_accelerated._validation import check_is_one_number, raise_bad_batch_output
 
 
 def batch_loss(model: Callable[..., Any], loss_func: Callable[..., Any] | None, batch: Any) -> dict[str, Any]:
@@ -81,11 +81,12 @@ def read_batch_output(batch_output: Any, hook: str) -> StepResult:
 
     Raises:
         TypeError: It is no mapping.
-        ValueError: ``loss`` or ``batch_size`` is missing.
+        ValueError: ``loss`` or ``batch_size`` is missing, or the loss is not one number.
     """
     try:
-        batch_output["loss"]
+        loss = batch_output["loss"]
         batch_size = batch_output["batch_size"]
     except (KeyError, TypeError, IndexError):
         raise_bad_batch_output(batch_output, hook)
+    check_is_one_number(loss)
     return StepResult(batch_output.get("num_items_in_batch", batch_size), int(batch_size))

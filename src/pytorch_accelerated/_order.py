@@ -40,9 +40,9 @@ class EpochRandomness:
 
     def __init__(self, loader: Any, process_index: int, num_processes: int) -> None:
         self._process_index = process_index
-        self._orders: list[tuple[torch.Generator, int | None]] = []
+        self._orders: list[_OwnGenerator] = []
         self._common_orders: list[CommonOrder] = []
-        self._workers: torch.Generator | None = None
+        self._workers: _OwnGenerator | None = None
         if not isinstance(loader, DataLoader):
             return
         for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
@@ -50,15 +50,12 @@ class EpochRandomness:
                 self._own_order(sampler)
         if num_processes > 1:
             self._agree_on_order(loader)
-        self._workers = torch.Generator()
-        loader.generator = self._workers
+        self._workers = loader.generator = _OwnGenerator()
 
     def _own_order(self, sampler: Any) -> None:
-        if sampler.generator is None:
-            sampler.generator = torch.Generator()
-            self._orders.append((sampler.generator, None))
-        elif all(sampler.generator is not generator for generator, _ in self._orders):
-            self._orders.append((sampler.generator, sampler.generator.initial_seed()))
+        if not isinstance(sampler.generator, _OwnGenerator):  # otherwise the loader serves another run
+            sampler.generator = _OwnGenerator(sampler.generator)
+        self._orders.append(sampler.generator)
 
     def _agree_on_order(self, loader: Any) -> None:
         batch_sampler = loader.batch_sampler
@@ -77,12 +74,24 @@ class EpochRandomness:
 
     def set_epoch(self, epoch: int, seed: int) -> None:
         """Stand before the first batch of ``epoch``, counted from 0, in a run with this ``seed``."""
-        for generator, own_seed in self._orders:
-            generator.manual_seed(derive_seed(seed if own_seed is None else own_seed, "order", epoch))
+        for generator in self._orders:
+            given_seed = generator.given_seed
+            generator.manual_seed(derive_seed(seed if given_seed is None else given_seed, "order", epoch))
         for order in self._common_orders:
             order.seed = derive_seed(seed, "order", epoch)
         if self._workers is not None:
             self._workers.manual_seed(derive_seed(seed, "workers", epoch, self._process_index))
+
+
+class _OwnGenerator(torch.Generator):
+    """A generator in the place of the user's, which it leaves as it is but for remembering its seed."""
+
+    given_seed: int | None
+
+    def __new__(cls, given: torch.Generator | None = None) -> _OwnGenerator:
+        generator = super().__new__(cls)
+        generator.given_seed = None if given is None else given.initial_seed()
+        return generator
 
 
 class CommonOrder:

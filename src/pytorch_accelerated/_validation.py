@@ -158,6 +158,21 @@ def raise_bad_batch_output(batch_output: Any, hook: str) -> NoReturn:
     raise ValueError(f"{' and '.join(missing)} missing in what `{hook}` returned, {sorted(batch_output)}. {needed}")
 
 
+def check_is_one_number(loss: Any) -> None:
+    """Raise if a loss is ``None``, or a tensor of several elements.
+
+    Raises:
+        TypeError: It is ``None``.
+        ValueError: It has several elements.
+    """
+    if loss is None:
+        raise TypeError("The loss is None. Expected a tensor of one element; does the step return what it computes?")
+    if isinstance(loss, torch.Tensor) and loss.numel() != 1:
+        raise ValueError(
+            f"The loss has the shape {tuple(loss.shape)}. Expected one number: reduce it, for example with `.mean()`."
+        )
+
+
 def raise_bad_loss(loss: Any, error: Exception) -> NoReturn:
     """Explain why no gradient could be computed, or pass the error on if the loss is not to blame.
 
@@ -171,10 +186,7 @@ def raise_bad_loss(loss: Any, error: Exception) -> NoReturn:
             f"The loss is {loss!r}, of type {type(loss).__name__}. Expected a tensor that depends on the model's "
             "parameters; do not call `.item()` or `float()` on it."
         ) from error
-    if loss.numel() != 1:
-        raise ValueError(
-            f"The loss has the shape {tuple(loss.shape)}. Expected one number: reduce it, for example with `.mean()`."
-        ) from error
+    check_is_one_number(loss)
     if not loss.requires_grad:
         raise ValueError(
             "The loss does not depend on any parameter that has `requires_grad`, so there is no gradient. Was it "

@@ -2,8 +2,7 @@
 
 A *layer* is a module without submodules. A *layer group* is a direct child of the model with everything
 inside it; a model without children is one group. Groups are numbered from 0 in the order in which the model
-registers them, usually from input to output. Wrappers of ``torch.compile`` and of data parallelism are looked
-through.
+registers them, usually from input to output. Wrappers, as of ``torch.compile`` or DDP, are looked through.
 
 The parameters of a group are those of its modules. Parameters that hang on the model itself, such as the
 class token of a vision transformer, belong to group 0. A parameter that several groups share counts once, in

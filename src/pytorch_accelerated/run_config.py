@@ -33,6 +33,8 @@ class TrainerRunConfig:
         mixed_precision: ``"no"``, ``"fp16"``, ``"bf16"`` or ``"fp8"``.
         num_processes: How many processes train together.
         seed: Where data order and randomness of the run come from.
+        is_limited_by_steps: Whether ``max_num_train_steps`` was asked for, and ends the run, or is just the number of
+            updates that the epochs are expected to make.
     """
 
     num_epochs: int
@@ -53,6 +55,7 @@ class TrainerRunConfig:
     mixed_precision: str
     num_processes: int
     seed: int | None = None
+    is_limited_by_steps: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a new dictionary; never raises and copies no value."""
@@ -133,6 +136,7 @@ def derive_run_config(
         max_num_train_steps=num_updates,
         is_distributed=num_processes > 1,
         num_processes=num_processes,
+        is_limited_by_steps=max_num_train_steps is not None,
         **given,
     )
 

@@ -253,12 +253,16 @@ class Trainer(TrainingLoop):
         self, batch_size: int, train_dl_kwargs: Mapping[str, Any] | None = None
     ) -> Iterable[Any]:
         """Make the loader of ``self.train_dataset``; any iterable of batches will do."""
+        if not _data.is_dataset(self.train_dataset):
+            return self._take_batches("train_dataset", self.train_dataset)
         defaults = self.get_default_train_dl_kwargs(batch_size)
         self._train_dl_kwargs = _data.merge_dl_kwargs(defaults, train_dl_kwargs, self.train_dataset)
         return self._create_dataloader("train_dataset", self.train_dataset, self._train_dl_kwargs)
 
     def create_eval_dataloader(self, batch_size: int, eval_dl_kwargs: Mapping[str, Any] | None = None) -> Iterable[Any]:
         """Make the loader of ``self.eval_dataset``; any iterable of batches will do."""
+        if not _data.is_dataset(self.eval_dataset):
+            return self._take_batches("eval_dataset", self.eval_dataset)
         defaults = self.get_default_eval_dl_kwargs(batch_size)
         self._eval_dl_kwargs = _data.merge_dl_kwargs(defaults, eval_dl_kwargs, self.eval_dataset)
         return self._create_dataloader("eval_dataset", self.eval_dataset, self._eval_dl_kwargs)
@@ -463,6 +467,8 @@ class Trainer(TrainingLoop):
 
     def _make_eval_loaders(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
         datasets = self.eval_dataset
+        if isinstance(datasets, dict):
+            _validation.check_data_not_empty("eval_dataset", list(datasets))
         loaders = {}
         try:
             for name, self.eval_dataset in (datasets if isinstance(datasets, dict) else {"": datasets}).items():
@@ -480,11 +486,12 @@ class Trainer(TrainingLoop):
         is_gpu = self._accelerator.device.type == "cuda"
         return _data.default_dl_kwargs(dataset, batch_size, num_local_processes, pin_memory=is_gpu)
 
+    def _take_batches(self, name: str, batches: Iterable[Any]) -> Iterable[Any]:
+        _validation.check_data_not_empty(name, batches)
+        return batches
+
     def _create_dataloader(self, name: str, dataset: Any, dl_kwargs: Mapping[str, Any]) -> Iterable[Any]:
         _validation.check_data_not_empty(name, dataset)
-        if not _data.is_dataset(dataset):
-            batches: Iterable[Any] = dataset
-            return batches
         return DataLoader(**_data.loader_arguments(dataset, self.collate_fn, dl_kwargs))
 
     def _prepare_model_optimizer_and_dataloaders(self) -> None:
@@ -510,9 +517,13 @@ class Trainer(TrainingLoop):
             max_num_train_steps=max_num_train_steps,
             num_processes=int(accelerator.num_processes),
             gradient_clip_value=gradient_clip_value,
-            train_per_device_batch_size=_data.batch_size_of(self._train_dl_kwargs, per_device_batch_size),
+            train_per_device_batch_size=_data.batch_size_of(
+                self._train_dataloader, self._train_dl_kwargs, per_device_batch_size
+            ),
             train_dl_kwargs=self._train_dl_kwargs,
-            eval_per_device_batch_size=_data.batch_size_of(self._eval_dl_kwargs, per_device_batch_size),
+            eval_per_device_batch_size=_data.batch_size_of(
+                self._eval_dataloader, self._eval_dl_kwargs, per_device_batch_size
+            ),
             eval_dl_kwargs=self._eval_dl_kwargs,
             is_local_process_zero=accelerator.is_local_main_process,
             is_world_process_zero=accelerator.is_main_process,
@@ -581,11 +592,11 @@ class Trainer(TrainingLoop):
         loaders = self._eval_dataloader
         eval_dls = loaders.values() if isinstance(loaders, dict) else [loaders]
         _distributed.release(self._accelerator, self._train_dataloader, *eval_dls)
-        if not is_nested:
-            _distributed.release(self._accelerator, self.model, self.optimizer)
-        if self._prepared_model is not None:
-            self.model = self._prepared_model.restore(self._accelerator, self.model)
-            self._prepared_model = None
+        model, self._prepared_model = self._prepared_model, None
+        if model is not None:
+            if not is_nested:
+                _distributed.release(self._accelerator, self.optimizer, model.prepared, model.plain)
+            self.model = model.restore(self._accelerator, self.model)
         self._batch_output = None
 
 
@@ -630,6 +641,6 @@ def replace_trainer_placeholder_values(trainer: Trainer, instance: Any) -> Any:
         TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH: run_config.num_update_steps_per_epoch,
         TrainerPlaceholderValues.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH: run_config.num_local_update_steps_per_epoch,
         TrainerPlaceholderValues.TRAIN_DATALOADER_LEN: _data.num_batches_of(trainer._train_dataloader),
-        TrainerPlaceholderValues.EVAL_DATALOADER_LEN: _data.num_batches_of(trainer._eval_dataloader),
+        TrainerPlaceholderValues.EVAL_DATALOADER_LEN: _data.total_num_batches_of(trainer._eval_dataloader),
     }
     return resolve_placeholders(instance, values)

@@ -1,0 +1,158 @@
+"""Train a small convolutional network on handwritten digits.
+
+The data come with scikit-learn: 1,797 real images of 8x8 pixels. Run it with
+
+    python examples/train_digits.py
+
+It shows the loss and the accuracy of each epoch, and at the end the accuracy of the best model on images that took no
+part in training it or in choosing it. It leaves `best_model.pt` and `learning_curves.png` in the current folder.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from pytorch_accelerated import Trainer, TrainerPlaceholderValues
+from pytorch_accelerated.callbacks import SaveBestModelCallback, get_default_callbacks
+from pytorch_accelerated.schedulers import CosineLrScheduler
+
+# 1. The data: 1,077 images to train on, 360 to choose the best model by, 360 to test it with. The split never changes.
+
+
+def load_datasets():
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # (1797, 1, 8, 8), from 0 to 1
+    labels = torch.tensor(digits.target)
+    rest, test = train_test_split(range(len(labels)), test_size=360, stratify=labels, random_state=0)
+    train, validation = train_test_split(rest, test_size=360, stratify=labels[rest], random_state=0)
+    return [TensorDataset(images[indices], labels[indices]) for indices in (train, validation, test)]
+
+
+# 2. The model: nothing but PyTorch.
+
+
+def create_model():
+    return nn.Sequential(
+        *convolution(1, 32),
+        *convolution(32, 64),
+        nn.MaxPool2d(2),  # 8x8 -> 4x4
+        *convolution(64, 128),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(128, 10),
+    )
+
+
+def convolution(num_inputs, num_outputs):
+    return (
+        nn.Conv2d(num_inputs, num_outputs, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(num_outputs),
+        nn.ReLU(),
+    )
+
+
+# 3. The trainer: a step may return `metrics` beside its loss. They are averaged and recorded just as the loss is.
+
+
+class ClassifierTrainer(Trainer):
+    """A trainer that also tells how many answers are right."""
+
+    def calculate_train_batch_loss(self, batch):
+        """Take a step as usual, and add the accuracy to what it returns."""
+        return with_accuracy(super().calculate_train_batch_loss(batch), batch)
+
+    def calculate_eval_batch_loss(self, batch):
+        """Do the same for evaluation."""
+        return with_accuracy(super().calculate_eval_batch_loss(batch), batch)
+
+
+def with_accuracy(batch_output, batch):
+    _, labels = batch
+    predictions = batch_output["model_outputs"].argmax(dim=1)
+    return {**batch_output, "metrics": {"accuracy": (predictions == labels).float().mean()}}
+
+
+# 4. The run: train, then test the model whose validation loss was the lowest.
+
+
+def main():
+    arguments = parse_arguments()
+    torch.manual_seed(arguments.seed)
+    train_dataset, validation_dataset, test_dataset = load_datasets()
+    model = create_model()
+    save_best_model = SaveBestModelCallback(arguments.output_dir / "best_model.pt")
+
+    trainer = ClassifierTrainer(
+        model=model,
+        loss_func=nn.CrossEntropyLoss(),
+        optimizer=torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.05),
+        callbacks=[*get_default_callbacks(), save_best_model],
+    )
+    start = time.perf_counter()
+    trainer.train(
+        train_dataset=train_dataset,
+        eval_dataset=validation_dataset,
+        num_epochs=arguments.epochs,
+        per_device_batch_size=64,
+        create_scheduler_fn=CosineLrScheduler.create_scheduler_fn(
+            num_warmup_epochs=TrainerPlaceholderValues.NUM_EPOCHS / 10
+        ),
+    )
+    seconds = time.perf_counter() - start
+
+    trainer.evaluate(test_dataset, per_device_batch_size=64)  # the callback has loaded the best model
+    accuracy = trainer.run_history.get_latest_metric("evaluation_accuracy")
+    best_epoch = save_best_model.best_metric_epoch
+    trainer.print(f"\nTrained for {arguments.epochs} epochs in {seconds:.1f} s; the best was epoch {best_epoch}.")
+    trainer.print(f"Test accuracy of the best model: {accuracy:.4f}")
+
+    if trainer.run_config.is_world_process_zero:  # one drawing, however many processes train
+        draw_learning_curves(trainer.run_history, best_epoch, accuracy, arguments.output_dir / "learning_curves.png")
+
+
+def draw_learning_curves(history, best_epoch, test_accuracy, path):
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure.suptitle(f"Handwritten digits: test accuracy {test_accuracy:.1%}", fontsize="x-large")
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    draw_metric(loss_axes, history, "train_loss_epoch", "eval_loss_epoch", best_epoch)
+    loss_axes.set(title="Loss", ylabel="cross-entropy (logarithmic)", yscale="log")
+    draw_metric(accuracy_axes, history, "train_accuracy", "eval_accuracy", best_epoch)
+    accuracy_axes.set(title="Accuracy", ylabel="right answers")
+    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    figure.savefig(path, dpi=150)
+
+
+def draw_metric(axes, history, train_metric, validation_metric, best_epoch):
+    for label, metric, color in (
+        ("training", train_metric, "tab:blue"),
+        ("validation", validation_metric, "tab:orange"),
+    ):
+        values = history.get_metric_values(metric)
+        axes.plot(range(1, len(values) + 1), values, ".-", color=color, label=label)
+    axes.axvline(best_epoch, color="tab:gray", linestyle=":", label=f"best model (epoch {best_epoch})")
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(framealpha=1)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the training images (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="for the weights and the order of the images (default: 0)")
+    parser.add_argument("--output-dir", type=Path, default=Path(), help="where the files go (default: here)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

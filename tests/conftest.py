@@ -1,0 +1,27 @@
+"""Fixtures for all tests: a fixed seed before each of them, and a way out of Accelerate's settings per process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `_support`: pytest's import mode leaves the path alone
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def _fresh_accelerate_state():
+    """For tests that make an accelerator with settings of its own, which Accelerate would keep for the others."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -1,0 +1,362 @@
+"""What each of two processes does for the tests beside it; run as a script, once per process.
+
+Every function `case_<name>` returns plain values and tensors, which are stored for the test of that name.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _support import Batches, Probe, Samples, make_dataset, make_indexed_dataset, make_model, make_trainer, weights_of
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import nn
+from torch.utils.data import Sampler
+
+from pytorch_accelerated import Trainer, _checkpointing, _distributed
+from pytorch_accelerated.callbacks import EarlyStoppingCallback, StepBasedEvaluationCallback
+from pytorch_accelerated.schedulers import CosineLrScheduler
+from pytorch_accelerated.utils import local_process_zero_first, local_process_zero_only, world_process_zero_only
+
+mse = torch.nn.functional.mse_loss
+
+
+def train(trainer: Any, dataset: Any, **kwargs: Any) -> None:
+    trainer.train(dataset, **{"num_epochs": 1, "per_device_batch_size": 4, **kwargs})
+
+
+def metrics_of(trainer: Any) -> dict[str, list[float]]:
+    history = trainer.run_history
+    return {name: history.get_metric_values(name) for name in sorted(history.get_metric_names())}
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------
+
+
+class ByRank(Trainer):
+    """Loss, weight and metric are those of the rank."""
+
+    def calculate_train_batch_loss(self, batch: Any) -> Any:
+        rank = self.process_index
+        loss = self.model(batch[0]).mean() * 0 + rank + 1
+        items = 1 + 2 * rank
+        return {"loss": loss, "batch_size": len(batch[0]), "num_items_in_batch": items, "metrics": {"rank": rank}}
+
+    def calculate_eval_batch_loss(self, batch: Any) -> Any:
+        return self.calculate_train_batch_loss(batch)
+
+
+def case_means(rank: int, directory: Path) -> Any:
+    trainer = make_trainer(cls=ByRank, lr=0.0)
+    train(trainer, make_dataset(16), eval_dataset=make_dataset(16))
+    trainer.evaluate({"a": make_dataset(8)}, per_device_batch_size=4)
+    return metrics_of(trainer)
+
+
+def case_weights(rank: int, directory: Path) -> Any:
+    """Training over processes, with accumulation, is training with the big batch; twice."""
+    model = make_model()
+    trainer = make_trainer(model)
+    dataset = make_dataset(32)
+    wrapped = []
+    trainer.callback_handler.add_callback(
+        Probe(on_training_run_start=lambda trainer, **kwargs: wrapped.append(type(trainer.model).__name__))
+    )
+    kwargs = {"train_dataloader_kwargs": {"shuffle": False}, "gradient_accumulation_steps": 2}
+    runs = []
+    for _ in range(2):
+        train(trainer, dataset, **kwargs)
+        runs.append(weights_of(model))
+    reference = make_model()
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    expected = []
+    for _ in range(2):
+        for start in (0, 16):
+            inputs, targets = dataset[start : start + 16]
+            mse(reference(inputs), targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        expected.append(weights_of(reference))
+    return {
+        "runs": runs,
+        "expected": expected,
+        "wrapped": wrapped,
+        "is_plain": trainer.model is model and trainer.get_model() is model,
+        "output": trainer.model(dataset.tensors[0]).detach(),
+        "attributes": sorted(set(vars(model)) - set(vars(make_model()))),
+        "registries": [len(registry) for registry in (trainer._accelerator._models, trainer._accelerator._optimizers)],
+    }
+
+
+def case_updates(rank: int, directory: Path) -> Any:
+    """All processes together make one update."""
+    rates = []
+    probe = Probe(on_optimizer_step_start=lambda trainer, **k: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    trainer = make_trainer(callbacks=[probe])
+    create = CosineLrScheduler.create_scheduler_fn(lr_min=0.0)
+    train(trainer, make_dataset(40), num_epochs=2, gradient_accumulation_steps=2, create_scheduler_fn=create)
+    config = trainer.run_config.to_dict()
+    limited = make_trainer()
+    train(limited, make_dataset(40), num_epochs=2, max_num_train_steps=7)
+    names = ("num_update_steps_per_epoch", "num_local_update_steps_per_epoch", "max_num_train_steps", "is_distributed")
+    names += ("train_total_batch_size", "num_processes", "is_world_process_zero", "is_local_process_zero")
+    return {
+        "config": {name: config[name] for name in names},
+        "num_updates": trainer.progress.num_updates,
+        "num_samples": trainer.progress.num_samples,
+        "scheduler": trainer.scheduler.num_updates,
+        "rates": rates,
+        "limited": limited.progress.num_updates,
+    }
+
+
+def case_evaluation(rank: int, directory: Path) -> Any:
+    trainer = make_trainer(lr=0.0, callbacks=[StepBasedEvaluationCallback(1)])
+    train(trainer, make_dataset(16), eval_dataset={"a": make_dataset(16, seed=4), "b": make_dataset(8, seed=5)})
+    expected = {
+        name: mse(trainer.model(inputs), targets).item()
+        for name, (inputs, targets) in {"a": make_dataset(16, seed=4)[:], "b": make_dataset(8, seed=5)[:]}.items()
+    }
+    return {"metrics": metrics_of(trainer), "expected": expected}
+
+
+def case_early_stopping(rank: int, directory: Path) -> Any:
+    """What is watched is alike on all processes, so they stop together."""
+    trainer = make_trainer(lr=0.0, callbacks=[EarlyStoppingCallback(early_stopping_patience=1)])
+    train(trainer, make_dataset(16), num_epochs=9, eval_dataset=make_dataset(16))
+    return {"epoch": trainer.run_history.current_epoch, "reason": trainer.stop_reason}
+
+
+# --- exchange ----------------------------------------------------------------------------------------------------
+
+
+def case_gather(rank: int, directory: Path) -> Any:
+    trainer = make_trainer()
+    rows = torch.tensor([[1.0, -1.0], [-1.0, -1.0]]) if rank == 0 else torch.tensor([[-1.0, 2.0]])
+    wide = torch.ones(1, 2 + rank) * (rank + 1)
+    uneven = {
+        "rows": trainer.gather(rows, padding_value=-1),
+        "vector": trainer.gather(torch.arange(rank + 1), padding_value=0),
+        "none": trainer.gather(torch.ones(2 * rank, 3), padding_value=0),
+        "wide": trainer.gather(wide, padding_value=-5),
+        "scalar": trainer.gather(torch.tensor(float(rank)), padding_value=0),
+        "mask": trainer.gather(torch.tensor([True] * (rank + 1)), padding_value=0),
+        "nested": trainer.gather({"a": [rows, (torch.full((1 + rank,), rank),)]}, padding_value=-1),
+    }
+    return {**uneven, "even": trainer.gather(torch.tensor([rank]))}
+
+
+def case_decorators(rank: int, directory: Path) -> Any:
+    path = directory / "made_first"
+
+    @local_process_zero_first
+    def make() -> bool:
+        was_there = path.exists()
+        path.touch()
+        return was_there
+
+    return {
+        "world": world_process_zero_only(lambda value: value)(rank),
+        "local": local_process_zero_only(lambda value: value)(rank),
+        "was_there": make(),
+    }
+
+
+def case_broadcast(rank: int, directory: Path) -> Any:
+    accelerator = Accelerator()
+    return {
+        "value": _distributed.broadcast_from_main({"rank": rank}, 2),
+        "sums": [float(value) for value in _distributed.sum_over_processes(accelerator, rank, torch.tensor(2.0))],
+    }
+
+
+def case_print(rank: int, directory: Path) -> Any:
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        make_trainer().print("hello")
+    return printed.getvalue()
+
+
+# --- randomness and data -----------------------------------------------------------------------------------------
+
+
+class GlobalSampler(Sampler):
+    """Draws its order from the global generator of numpy, as many samplers of users do."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+
+    def __iter__(self) -> Any:
+        return iter(np.random.permutation(self.num_samples).tolist())
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+
+def order_of(dataset: Any, seed: int | None = None, **kwargs: Any) -> list[list[int]]:
+    """Return which samples this process saw, by epoch."""
+    seen: list[list[int]] = []
+    probe = Probe(
+        on_train_epoch_start=lambda trainer, **k: seen.append([]),
+        on_train_step_start=lambda trainer, batch, **k: seen[-1].extend(batch[0].flatten().int().tolist()),
+    )
+    trainer = make_trainer(make_model(1), callbacks=[probe], lr=0.0, seed=seed)
+    train(trainer, dataset, num_epochs=2, train_dataloader_kwargs=kwargs)
+    return seen
+
+
+def case_order(rank: int, directory: Path) -> Any:
+    dataset = make_indexed_dataset(16)
+    torch.manual_seed(1)
+    np.random.seed(rank)
+    first = order_of(dataset)
+    torch.manual_seed(1)
+    return {
+        "whole batches": first,
+        "again": order_of(dataset),
+        "samples": order_of(Samples(dataset), num_workers=0),
+        "own sampler": order_of(Samples(dataset), num_workers=0, sampler=GlobalSampler(16)),
+        "seeded": order_of(dataset, seed=3),
+        "other seed": order_of(dataset, seed=4),
+    }
+
+
+def case_seeds(rank: int, directory: Path) -> Any:
+    drawn = {}
+    for name, seed in (("own", None), ("given", 7)):
+        torch.manual_seed(5)
+        trainer = make_trainer(seed=seed)
+        train(trainer, make_dataset(8))
+        drawn[name] = (torch.rand(1).item(), np.random.rand(), trainer.run_config.seed)
+    torch.manual_seed(5 + rank)  # seeded differently by the user: left alone
+    trainer = make_trainer()
+    torch.manual_seed(5 + rank)
+    train(trainer, make_dataset(8))
+    drawn["different"] = torch.rand(1).item()
+    torch.manual_seed(5 + rank)
+    drawn["expected"] = torch.rand(1).item()
+    return drawn
+
+
+def case_batches(rank: int, directory: Path) -> Any:
+    """A plain iterable of batches is each process's own."""
+    trainer = make_trainer()
+    train(trainer, Batches(make_dataset(8, seed=rank), 4))
+    return {"weights": weights_of(trainer.model), "samples": trainer.progress.num_samples}
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def case_checkpoint(rank: int, directory: Path) -> Any:
+    written = []
+    save_file = _checkpointing.save_file
+    _checkpointing.save_file = lambda contents, path: (written.append(str(path)), save_file(contents, path))
+    try:
+        trainer = make_trainer()
+        probe = Probe(on_training_run_epoch_end=lambda trainer, **k: trainer.save_checkpoint(directory / "during.pt"))
+        trainer.callback_handler.add_callback(probe)
+        train(trainer, make_dataset(16))
+        trainer.save_checkpoint(directory / "after.pt", save_per_node=False)
+    finally:
+        _checkpointing.save_file = save_file
+    other = make_trainer(make_model(seed=9))
+    other.load_checkpoint(directory / "during.pt")
+    names = sorted(torch.load(directory / "during.pt", weights_only=True)["model_state_dict"])
+    return {
+        "written": written,
+        "names": names,
+        "weights": weights_of(trainer.model),
+        "loaded": weights_of(other.model),
+    }
+
+
+def dropout_trainer(callbacks: Any = ()) -> Any:
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    return Trainer(model, mse, torch.optim.Adam(model.parameters(), lr=0.01), callbacks=callbacks)
+
+
+def case_resume(rank: int, directory: Path) -> Any:
+    dataset = Samples(make_dataset(32))
+    kwargs = {"num_epochs": 2, "eval_dataset": make_dataset(16), "train_dataloader_kwargs": {"num_workers": 0}}
+
+    def save(trainer: Any, **_: Any) -> None:
+        if trainer.progress.num_updates in (2, 4):
+            trainer.save_training_state(directory / f"state_{trainer.progress.num_updates}")
+
+    whole = dropout_trainer([Probe(on_train_step_end=save)])
+    train(whole, dataset, **kwargs)
+    resumed = {}
+    for number in (2, 4):
+        trainer = dropout_trainer()
+        torch.manual_seed(77)
+        train(trainer, dataset, resume_from=directory / f"state_{number}", **kwargs)
+        resumed[number] = {"weights": weights_of(trainer.model), "metrics": metrics_of(trainer)}
+    files = sorted(path.name for path in (directory / "state_2").iterdir())
+    left = sorted(path.name for path in directory.iterdir() if path.name.startswith(".state"))
+    whole_result = {"weights": weights_of(whole.model), "metrics": metrics_of(whole)}
+    return {"whole": whole_result, "resumed": resumed, "files": files, "left": left}
+
+
+# --- what may leave the processes out of step: last ---------------------------------------------------------------
+
+
+def case_exception(rank: int, directory: Path) -> Any:
+    """An error on all processes leaves the session usable."""
+    model = make_model()
+
+    def fail(trainer: Any, **_: Any) -> None:
+        raise LookupError("mine")
+
+    trainer = make_trainer(model, callbacks=[Probe(on_train_step_end=fail)])
+    try:
+        train(trainer, make_dataset(16))
+    except LookupError:
+        is_plain = trainer.model is model
+    trainer.callback_handler.clear_callbacks()
+    train(trainer, make_dataset(16))
+    return {"is_plain": is_plain, "num_losses": len(metrics_of(trainer)["train_loss_epoch"])}
+
+
+def case_metric_of_one_process(rank: int, directory: Path) -> Any:
+    class OnlyMain(Trainer):
+        def calculate_train_batch_loss(self, batch: Any) -> Any:
+            metrics = {"rare": 3.0} if self.process_index == 0 else {}
+            return {**super().calculate_train_batch_loss(batch), "metrics": metrics}
+
+    trainer = make_trainer(cls=OnlyMain, lr=0.0)
+    train(trainer, make_dataset(16))
+    return metrics_of(trainer)
+
+
+CASES = {name.removeprefix("case_"): value for name, value in list(globals().items()) if name.startswith("case_")}
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=20))  # a process that waits in vain gives up
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[process_group])
+    rank = accelerator.process_index
+    for name, case in CASES.items():
+        torch.manual_seed(0)
+        folder = directory / name
+        folder.mkdir(exist_ok=True)
+        try:
+            result = {"value": case(rank, folder)}
+        except Exception:
+            result = {"error": traceback.format_exc()}
+        torch.save(result, directory / f"{name}-{rank}.pt")
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The examples run as a user would run them, only shorter."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pytorch_accelerated
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SOURCE = Path(pytorch_accelerated.__file__).parents[1]
+
+pytest.importorskip("matplotlib", reason="the examples need the extra `examples`")
+pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
+
+
+def run_example(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Where the digits example ran for three epochs, and what it printed."""
+    folder = tmp_path_factory.mktemp("digits")
+    return folder, run_example("train_digits.py", "--epochs", "3", folder=folder)
+
+
+def test_the_digits_are_learnt(trained):
+    _, result = trained
+    last_line = result.stdout.splitlines()[-1]
+    accuracy = re.fullmatch(r"Test accuracy of the best model: ([01]\.\d{4})", last_line)
+    assert accuracy is not None, last_line
+    assert 0.9 < float(accuracy[1]) <= 1
+
+
+def test_the_loss_and_the_accuracy_of_each_epoch_are_shown(trained):
+    _, result = trained
+    for metric in ("train_loss_epoch", "train_accuracy", "eval_loss_epoch", "eval_accuracy"):
+        assert len(re.findall(rf"^{metric}: \d", result.stdout, flags=re.MULTILINE)) == 3, metric
+    assert re.search(r"17/17 .*loss=\d\.\d{4}\]", result.stderr), "the progress bar with the running loss"
+
+
+def test_the_best_model_and_the_learning_curves_are_written(trained):
+    folder, _ = trained
+    assert sorted(path.name for path in folder.iterdir()) == ["best_model.pt", "learning_curves.png"]
+    checkpoint = torch.load(folder / "best_model.pt", weights_only=True)
+    assert 1 <= checkpoint["epoch"] <= 3
+    assert "0.weight" in checkpoint["model_state_dict"]
+    png = (folder / "learning_curves.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert len(png) > 10_000
+
+
+def test_the_files_go_to_the_output_folder(tmp_path):
+    (tmp_path / "here").mkdir()
+    run_example("train_digits.py", "--epochs", "1", "--output-dir", str(tmp_path / "there"), folder=tmp_path / "here")
+    assert not list((tmp_path / "here").iterdir())
+    assert {path.name for path in (tmp_path / "there").iterdir()} == {"best_model.pt", "learning_curves.png"}
+
+
+def test_fine_tuning_changes_only_what_is_unfrozen(tmp_path):
+    result = run_example("finetune_digits.py", "--epochs", "2", folder=tmp_path)
+    header, *rows = [re.split(r"\s{2,}", line.strip()) for line in result.stdout.splitlines() if "  " in line]
+    assert header == ["changed tensors", "stem", "lower", "upper", "head", "accuracy"]
+    trained_groups = {
+        row[0]: [name for name, cell in zip(header[1:-1], row[1:-1], strict=True) if cell != "unchanged"]
+        for row in rows
+    }
+    assert trained_groups == {
+        "pretrain on 0-4": ["stem", "lower", "upper", "head"],
+        "5-9: head only": ["head"],
+        "5-9: head first": ["head"],
+        "5-9: unfreeze upper": ["upper", "head"],
+        "5-9: unfreeze lower": ["lower", "upper", "head"],
+        "5-9: unfreeze stem": ["stem", "lower", "upper", "head"],
+    }
+    assert all(re.fullmatch(r"unchanged|6 of 6|2 of 2", cell) for row in rows for cell in row[1:-1])
+
+    head_only, gradual = re.findall(r"^Test accuracy on 5-9 with .*: (\d\.\d{4})$", result.stdout, flags=re.MULTILINE)
+    assert float(head_only) < float(gradual)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,86 @@
+"""The loss of a batch by default, and what the loop reads of a step's output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pytorch_accelerated._losses import batch_loss, read_batch_output
+
+INPUTS, TARGETS = torch.arange(6.0).reshape(3, 2), torch.ones(3)
+
+
+@dataclass
+class Batch:
+    inputs: torch.Tensor
+    factor: float
+
+
+def model_with_loss(inputs, factor=1.0):
+    return SimpleNamespace(loss=inputs.sum() * factor)
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_with_a_loss_function_a_batch_is_inputs_and_targets(kind):
+    output = batch_loss(
+        lambda inputs: 2 * inputs, lambda outputs, targets: (outputs.sum(), targets), kind((INPUTS, TARGETS, "more"))
+    )
+    assert output["loss"] == (30.0, TARGETS)
+    assert torch.equal(output["model_outputs"], 2 * INPUTS)
+    assert output["batch_size"] == 3
+
+
+@pytest.mark.parametrize("batch", [INPUTS, {"a": INPUTS}, (INPUTS,), None])
+def test_any_other_batch_is_explained(batch):
+    with pytest.raises(TypeError, match=r"batch is a .*pair of inputs and targets"):
+        batch_loss(lambda inputs: inputs, lambda outputs, targets: outputs, batch)
+
+
+@pytest.mark.parametrize(
+    ("batch", "factor"),
+    [(INPUTS, 1.0), ((INPUTS, 2.0), 2.0), ([INPUTS, 2.0], 2.0), ({"inputs": INPUTS, "factor": 3.0}, 3.0)]
+    + [(Batch(INPUTS, 4.0), 4.0)],
+)
+def test_without_a_loss_function_the_model_gets_the_whole_batch(batch, factor):
+    output = batch_loss(model_with_loss, None, batch)
+    assert output["loss"].item() == 15.0 * factor
+    assert output["batch_size"] == 3
+
+
+@pytest.mark.parametrize(
+    "outputs", [SimpleNamespace(loss=None), {"loss": None}, {}, INPUTS, None, SimpleNamespace(logits=INPUTS)]
+)
+def test_a_model_without_a_loss_is_explained(outputs):
+    with pytest.raises(ValueError, match=rf"returned a {type(outputs).__name__} without one.*pass a `loss_func`"):
+        batch_loss(lambda inputs: outputs, None, INPUTS)
+
+
+def test_the_loss_is_taken_from_an_entry_if_there_is_no_attribute():
+    assert batch_loss(lambda inputs: {"loss": 5.0}, None, INPUTS)["loss"] == 5.0
+
+
+def test_the_weight_of_a_batch_is_its_items_or_else_its_size():
+    assert read_batch_output({"loss": 1, "batch_size": 4}, "hook") == (4, 4)
+    assert read_batch_output({"loss": 1, "batch_size": 4, "num_items_in_batch": 9}, "hook") == (9, 4)
+    assert read_batch_output({"loss": 1, "batch_size": torch.tensor(4)}, "hook").batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "words"),
+    [
+        (None, TypeError, "`hook` returned None"),
+        ([1], TypeError, "of type list"),
+        (torch.ones(2), TypeError, "of type Tensor"),
+        ({"loss": 1}, ValueError, "`batch_size` missing"),
+        ({"batch_size": 1, "a": 2}, ValueError, r"`loss` missing in what `hook` returned, \['a', 'batch_size'\]"),
+        ({1: 2}, ValueError, "`loss` and `batch_size` missing"),
+        ({1: 2, "a": 3}, ValueError, "`loss` and `batch_size` missing"),
+        (SimpleNamespace(loss=1), TypeError, "of type SimpleNamespace"),
+    ],
+)
+def test_an_output_that_lacks_something_is_explained(output, error, words):
+    with pytest.raises(error, match=words):
+        read_batch_output(output, "hook")

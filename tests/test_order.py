@@ -1,0 +1,162 @@
+"""The order of the data and the seeds of workers as functions of seed and epoch."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from _support import Stream, make_dataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from pytorch_accelerated._order import CommonOrder, EpochRandomness
+
+DATASET = make_dataset(12)
+
+
+class GlobalSampler(Sampler):
+    """Draws from a global generator."""
+
+    def __len__(self):
+        return 12
+
+    def __iter__(self):
+        return iter(np.random.permutation(12).tolist())
+
+
+def loader_of(**kwargs):
+    return DataLoader(DATASET, **{"batch_size": 4, **kwargs})
+
+
+def orders(loader, epochs=(0, 1, 0), seed=3, num_processes=1, process_index=0):
+    randomness = EpochRandomness(loader, process_index, num_processes)
+    result = []
+    for epoch in epochs:
+        randomness.set_epoch(epoch, seed)
+        result.append([list(indices) for indices in loader.batch_sampler])
+    return result
+
+
+@pytest.mark.parametrize(
+    "make_kwargs",
+    [
+        lambda: {"shuffle": True},
+        lambda: {"sampler": RandomSampler(DATASET)},
+        lambda: {"sampler": RandomSampler(DATASET, replacement=True)},
+        lambda: {"sampler": SubsetRandomSampler(range(12))},
+        lambda: {"sampler": WeightedRandomSampler([1.0] * 12, 12)},
+        lambda: {"batch_size": 1, "batch_sampler": BatchSampler(RandomSampler(DATASET), 4, drop_last=False)},
+    ],
+)
+def test_the_order_is_a_function_of_seed_and_epoch(make_kwargs):
+    first = orders(loader_of(**make_kwargs()))
+    assert first[0] == first[2] != first[1]
+    assert orders(loader_of(**make_kwargs())) == first
+    assert orders(loader_of(**make_kwargs()), seed=4)[0] != first[0]
+    assert orders(loader_of(**make_kwargs()), process_index=1, num_processes=2) == first
+
+
+def test_the_order_is_the_same_when_the_loader_was_used_before():
+    loader = loader_of(shuffle=True)
+    assert orders(loader) == orders(loader)
+
+
+def test_a_generator_of_the_users_keeps_its_seed():
+    def kwargs():
+        return {"sampler": RandomSampler(DATASET, generator=torch.Generator().manual_seed(8))}
+
+    assert orders(loader_of(**kwargs()), seed=1) == orders(loader_of(**kwargs()), seed=2)
+
+
+def test_nothing_is_drawn_from_the_global_generator():
+    state = torch.get_rng_state()
+    loader = loader_of(shuffle=True)
+    EpochRandomness(loader, 0, 1).set_epoch(0, 1)
+    list(loader)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_seeds_of_workers_differ_between_epochs_and_processes_but_not_between_runs():
+    seeds = {}
+    for process in (0, 1):
+        for run in (0, 1):
+            loader = loader_of()
+            randomness = EpochRandomness(loader, process, 2)
+            for epoch in (0, 1):
+                randomness.set_epoch(epoch, 3)
+                seeds[process, run, epoch] = loader.generator.initial_seed()
+    assert len(set(seeds.values())) == 4
+    assert all(seeds[process, 0, epoch] == seeds[process, 1, epoch] for process in (0, 1) for epoch in (0, 1))
+
+
+@pytest.mark.parametrize("loader", [None, [1, 2], DataLoader(Stream(DATASET), batch_size=4)], ids=str)
+def test_loaders_without_an_order_are_left_alone(loader):
+    EpochRandomness(loader, 0, 2).set_epoch(1, 2)
+
+
+def test_a_loader_without_batches_of_its_own_is_ordered_by_its_sampler():
+    loader = DataLoader(DATASET, batch_size=None, shuffle=True)
+    randomness = EpochRandomness(loader, 0, 2)
+    randomness.set_epoch(0, 1)
+    first = list(loader.sampler)
+    randomness.set_epoch(0, 1)
+    assert list(loader.sampler) == first
+
+
+@pytest.mark.parametrize("kind", ["sampler", "batch_sampler"])
+def test_several_processes_agree_on_the_order_of_a_sampler_of_the_users(kind):
+    def make():
+        if kind == "sampler":
+            return loader_of(sampler=GlobalSampler())
+
+        class OwnBatches(GlobalSampler):
+            def __iter__(self):
+                yield from np.random.permutation(12).reshape(3, 4).tolist()
+
+            def __len__(self):
+                return 3
+
+        return DataLoader(DATASET, batch_sampler=OwnBatches())
+
+    results = []
+    for process in (0, 1):
+        np.random.seed(process)
+        results.append(orders(make(), num_processes=2, process_index=process))
+    assert results[0] == results[1]
+    assert results[0][0] == results[0][2] != results[0][1]
+
+
+def test_a_fixed_or_an_endless_order_stays():
+    class Endless(Sampler):
+        def __iter__(self):
+            while True:
+                yield 0
+
+    sequential = loader_of(sampler=SequentialSampler(DATASET))
+    assert orders(sequential, num_processes=2)[0] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    endless = Endless()
+    loader = loader_of(sampler=endless)
+    EpochRandomness(loader, 0, 2)
+    assert loader.batch_sampler.sampler is endless
+
+
+def test_a_common_order_offers_what_its_sampler_does_and_leaves_the_generators_alone():
+    sampler = GlobalSampler()
+    sampler.batch_size = 7
+    order = CommonOrder(sampler)
+    assert (len(order), order.batch_size) == (12, 7)
+    state = np.random.get_state()[1].copy()
+    assert sorted(order) == list(range(12))
+    assert (np.random.get_state()[1] == state).all()
+    assert list(copy.deepcopy(order)) == list(order)
+    with pytest.raises(AttributeError):
+        order.nothing_like_it  # noqa: B018 - the error is what is tested

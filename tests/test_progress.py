@@ -1,0 +1,42 @@
+"""The counters of a run."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytorch_accelerated.progress import TrainingProgress
+
+SOME = {"num_epochs_completed": 2, "num_batches_in_epoch": 5, "num_updates": 9, "num_samples": 40, "phase": "end"}
+
+
+def test_a_run_starts_at_zero():
+    assert TrainingProgress().state_dict() == {**dict.fromkeys(SOME, 0), "phase": "training"}
+
+
+def test_the_end_of_an_epoch_counts_it_and_stands_before_the_next():
+    progress = TrainingProgress(**SOME)
+    progress.end_epoch()
+    assert progress == TrainingProgress(3, 0, 9, 40, "training")
+
+
+@pytest.mark.parametrize(("phase", "num_epochs"), [("training", 2), ("evaluation", 2), ("end", 3)])
+def test_a_run_goes_on_where_it_stopped_or_in_the_next_epoch(phase, num_epochs):
+    progress = TrainingProgress(**{**SOME, "phase": phase})
+    point = progress.resume_point()
+    assert point.num_epochs_completed == num_epochs
+    assert point.phase == ("training" if phase == "end" else phase)
+    assert progress == TrainingProgress(**{**SOME, "phase": phase})
+
+
+def test_a_state_restores_all_counters():
+    progress = TrainingProgress()
+    progress.load_state_dict(SOME)
+    assert progress == TrainingProgress(**SOME)
+    assert progress.state_dict() == SOME
+
+
+def test_a_state_that_lacks_a_counter_is_refused_and_nothing_is_changed():
+    progress = TrainingProgress()
+    with pytest.raises(ValueError, match=r"lacks \['num_updates'\]; expected all of"):
+        progress.load_state_dict({name: value for name, value in SOME.items() if name != "num_updates"})
+    assert progress == TrainingProgress()

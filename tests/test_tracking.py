@@ -1,0 +1,184 @@
+"""Run histories and weighted means."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pytorch_accelerated.tracking import (
+    EpochMeans,
+    InMemoryRunHistory,
+    LossTracker,
+    RunHistory,
+    as_number,
+    weighted_mean,
+)
+
+
+def test_a_history_keeps_any_value_in_its_order():
+    history = InMemoryRunHistory()
+    values = [1.0, -1, np.float64(0.5), torch.tensor(2.0), torch.ones(3), {"a": 1}]
+    for value in values:
+        history.update_metric("metric", value)
+    kept = history.get_metric_values("metric")
+    assert all(one is other for one, other in zip(kept, values, strict=True))
+    assert history.get_latest_metric("metric") is values[-1]
+    kept.clear()
+    assert len(history.get_metric_values("metric")) == 6
+    assert history.get_metric_names() == {"metric"}
+
+
+@pytest.mark.parametrize("method", ["get_metric_values", "get_latest_metric", "delete_metric"])
+def test_an_unknown_metric_is_an_error_that_lists_the_known_ones(method):
+    history = InMemoryRunHistory()
+    history.update_metric("b", 1)
+    history.update_metric("a", 1)
+    with pytest.raises(ValueError, match=r"metric name 'c'. Recorded so far: \['a', 'b'\]"):
+        getattr(history, method)("c")
+    assert history.get_metric_names() == {"a", "b"}
+
+
+def test_a_metric_can_be_deleted():
+    history = InMemoryRunHistory()
+    history.update_metric("a", 1)
+    history.delete_metric("a")
+    assert history.get_metric_names() == set()
+
+
+def test_a_prefix_is_put_before_what_is_recorded_from_now_on():
+    history = InMemoryRunHistory()
+    history.update_metric("a", 1)
+    history.set_metric_name_prefix("ema_")
+    history.update_metric("a", 2)
+    assert history.metric_name_prefix == "ema_"
+    history.set_metric_name_prefix()
+    history.update_metric("a", 3)
+    assert (history.get_metric_values("a"), history.get_metric_values("ema_a")) == ([1, 3], [2])
+
+
+def test_epochs_are_counted_from_one():
+    history = InMemoryRunHistory()
+    assert history.current_epoch == 1
+    history._increment_epoch()
+    history._set_epoch(history.current_epoch + 4)
+    history.update_metric("a", 1)
+    assert history.current_epoch == 6
+    history.reset()
+    assert (history.current_epoch, history.get_metric_names()) == (1, set())
+
+
+def test_a_history_can_be_restored():
+    history, other = InMemoryRunHistory(), InMemoryRunHistory()
+    for value in (1, 2):
+        history.update_metric("a", value)
+    history._set_epoch(3)
+    other.update_metric("b", 9)
+    other.load_state_dict(history.state_dict())
+    assert other.state_dict() == {"current_epoch": 3, "metrics": {"a": [1, 2]}}
+    other.update_metric("a", 3)
+    assert history.get_metric_values("a") == [1, 2]
+
+
+def test_a_history_of_the_users_has_to_implement_all_of_it():
+    with pytest.raises(TypeError, match="abstract"):
+        RunHistory()
+
+
+# --- weighted means ----------------------------------------------------------------------------------------------
+
+UPDATES = [(1.0, 3), (2.0, 1), (4.0, 4)]
+MEAN = (1.0 * 3 + 2.0 + 4.0 * 4) / 8
+
+
+@pytest.mark.parametrize("batch_size", [int, float, torch.tensor])
+@pytest.mark.parametrize("value", [float, torch.tensor, lambda value: torch.tensor([[value]], dtype=torch.float16)])
+def test_the_average_is_weighted(value, batch_size):
+    tracker = LossTracker()
+    assert math.isnan(tracker.average)
+    for loss, size in UPDATES:
+        tracker.update(value(loss), batch_size(size))
+    assert tracker.average == MEAN
+    tracker.reset()
+    assert math.isnan(tracker.average)
+    tracker.update(2.5)
+    assert tracker.average == 2.5
+
+
+def test_numbers_and_tensors_mix():
+    tracker = LossTracker()
+    tracker.update(1.0, 3)
+    tracker.update(torch.tensor(2.0), torch.tensor(1))
+    tracker.update(4.0, 4)
+    assert tracker.average == MEAN
+
+
+def test_the_users_tensors_are_not_changed_and_no_graph_is_kept():
+    tracker = LossTracker()
+    loss, size = torch.tensor(2.0, requires_grad=True), torch.tensor(4)
+    for _ in range(3):
+        tracker.update(loss * 1, size)
+        tracker.update(loss, 2)
+    assert (loss.item(), size.item()) == (2.0, 4)
+    assert not tracker.total_loss.requires_grad
+
+
+def test_many_small_losses_are_summed_without_losing_digits():
+    tracker = LossTracker()
+    loss = torch.tensor(0.1)
+    for _ in range(20_000):
+        tracker.update(loss, 1)
+    assert tracker.average == pytest.approx(loss.item(), rel=1e-12)
+
+
+def test_a_tracker_goes_on_from_its_state():
+    tracker, other = LossTracker(), LossTracker()
+    tracker.update(torch.tensor(1.0), 3)
+    other.load_state_dict(tracker.state_dict())
+    for half in (tracker, other):
+        half.update(torch.tensor(2.0), 1)
+        half.update(torch.tensor(4.0), 4)
+    assert tracker.average == other.average == MEAN
+    assert all(isinstance(value, torch.Tensor) for value in tracker.state_dict().values())
+
+
+def test_the_means_of_an_epoch_have_the_names_they_are_recorded_by():
+    means = EpochMeans()
+    for loss, size in UPDATES:
+        means.loss.update(loss, size)
+        means.update_metrics({"metrics": {"top_1": loss, "auc": 0.5}}, size)
+    means.update_metrics({"metrics": None}, 4)
+    means.update_metrics({}, 4)
+    sums = means.sums("train_loss_epoch")
+    assert list(sums) == ["train_loss_epoch", "train_auc", "train_top_1"]
+    assert [weighted_mean(*sums[name]) for name in sums] == [MEAN, 0.5, MEAN]
+    assert set(means.sums("evaluation_loss")) == {"evaluation_loss", "evaluation_auc", "evaluation_top_1"}
+
+
+def test_the_means_of_an_epoch_go_on_from_their_state():
+    means, other = EpochMeans(), EpochMeans()
+    means.loss.update(1.0, 3)
+    means.update_metrics({"metrics": {"a": 5.0}}, 3)
+    other.load_state_dict(means.state_dict())
+    for half in (means, other):
+        half.loss.update(2.0, 1)
+        half.update_metrics({"metrics": {"a": 1.0}}, 1)
+    assert other.sums("train_loss_epoch") == means.sums("train_loss_epoch")
+
+
+def test_a_mean_of_nothing_is_nan():
+    assert math.isnan(weighted_mean(0.0, 0))
+    assert weighted_mean(torch.tensor(6.0), torch.tensor(4)) == 1.5
+
+
+@pytest.mark.parametrize("value", [2, 2.0, np.float64(2), torch.tensor(2.0), torch.tensor([2.0]), "2"])
+def test_a_metric_of_one_element_is_a_number(value):
+    assert as_number(value) == 2.0
+
+
+@pytest.mark.parametrize("value", [None, torch.ones(2), {"a": 1}, "high"])
+def test_any_other_metric_is_none(value):
+    with pytest.raises(ValueError, match="Expected a metric that is one number"):
+        as_number(value)

@@ -1,0 +1,100 @@
+"""Checks of what a user gives; what `train` makes of them is in `test_trainer.py`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from _support import Batches, Samples, Stream, make_dataset
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader
+
+from pytorch_accelerated import _validation
+
+PARAMETER = nn.Parameter(torch.ones(1))
+OPTIMIZER = torch.optim.SGD([PARAMETER], lr=0.1)
+
+
+@pytest.mark.parametrize("value", [1, 7, np.int64(3), torch.tensor(2)])
+def test_positive_integers_of_any_kind_are_fine(value):
+    _validation.check_positive_integer("num_epochs", value, "epochs")
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(0, ValueError), (-3, ValueError), (np.int64(0), ValueError)]
+    + [(value, TypeError) for value in (1.0, "1", None, True, np.bool_(True), [1])],
+)
+def test_anything_else_is_no_positive_integer(value, error):
+    with pytest.raises(error, match=r"`num_epochs` is .*Expected a whole number of epochs, at least 1") as caught:
+        _validation.check_positive_integer("num_epochs", value, "epochs")
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("function", [None, StepLR, partial(StepLR, step_size=1), lambda optimizer: None])
+def test_what_makes_a_scheduler_is_fine(function):
+    _validation.check_create_scheduler_fn(function)
+
+
+@pytest.mark.parametrize("value", [StepLR(OPTIMIZER, 1), 3, "cosine"])
+def test_a_scheduler_or_what_cannot_be_called_makes_none(value):
+    with pytest.raises(TypeError, match=rf"`create_scheduler_fn` is .*{type(value).__name__}.*functools.partial"):
+        _validation.check_create_scheduler_fn(value)
+
+
+def test_stand_ins_are_not_looked_into():
+    _validation.check_trainable(object(), None, object())
+    _validation.check_trainable(nn.Linear(1, 1), None, object())
+
+
+def test_part_of_the_model_is_enough():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    model[0].requires_grad_(False)
+    _validation.check_trainable(model, None, torch.optim.SGD(model[1].parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("data", [make_dataset(1), [1], Stream([]), Batches(make_dataset(2), 1), iter(())])
+def test_data_that_is_not_known_to_be_empty_is_fine(data):
+    _validation.check_data_not_empty("train_dataset", data)
+
+
+@pytest.mark.parametrize("data", [make_dataset(0), [], (), DataLoader(Samples(make_dataset(0)))])
+def test_empty_data_is_refused(data):
+    with pytest.raises(ValueError, match=r"`train_dataset` is empty: its length is 0"):
+        _validation.check_data_not_empty("train_dataset", data)
+
+
+def test_an_iterator_serves_one_epoch_or_a_number_of_updates():
+    _validation.check_reiterable("train_dataset", iter(()), 1, None)
+    _validation.check_reiterable("train_dataset", iter(()), 2, 5)
+    _validation.check_reiterable("train_dataset", Batches(make_dataset(2), 1), 2, None)
+    with pytest.raises(ValueError, match=r"`train_dataset` is an iterator .*first of 2 epochs.*such as a list"):
+        _validation.check_reiterable("train_dataset", iter(()), 2, None)
+
+
+@pytest.mark.parametrize(
+    "loader", [None, [], DataLoader(make_dataset(3), batch_size=4), DataLoader(Stream([]), batch_size=4)]
+)
+def test_a_loader_that_may_give_a_batch_is_fine(loader):
+    _validation.check_loader_not_empty("train_dataset", loader)
+
+
+def test_a_loader_that_drops_its_only_batch_is_refused():
+    with pytest.raises(ValueError, match=r"`eval_dataset` gives no batch: 3 samples do not fill one batch of 4"):
+        _validation.check_loader_not_empty("eval_dataset", DataLoader(make_dataset(3), batch_size=4, drop_last=True))
+
+
+def test_a_run_within_a_run_is_refused():
+    _validation.check_no_run(False)
+    with pytest.raises(RuntimeError, match="`train` was called while this trainer is running"):
+        _validation.check_no_run(True)
+
+
+def test_an_error_that_the_loss_is_not_to_blame_for_is_passed_on():
+    error = RuntimeError("mine")
+    with pytest.raises(RuntimeError) as caught:
+        _validation.raise_bad_loss(PARAMETER.sum(), error)
+    assert caught.value is error
