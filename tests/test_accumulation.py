@@ -13,9 +13,7 @@ def effective_weights(weights, num_expected):
     window = AccumulationWindow()
     shares = [window.add(weight, num_expected) for weight in weights]
     correction = window.close()
-    return [
-        float((1.0 if share is None else share) * (1.0 if correction is None else correction)) for share in shares
-    ]
+    return [float((1.0 if share is None else share) * (1.0 if correction is None else correction)) for share in shares]
 
 
 @pytest.mark.parametrize("kind", [int, float, torch.tensor, lambda weight: torch.tensor(float(weight))])

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from _support import Batches, Samples, SizedBatches, Stream, make_dataset, make_indexed_dataset
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset, TensorDataset
 
+from _support import Batches, Samples, SizedBatches, Stream, make_dataset, make_indexed_dataset
 from pytorch_accelerated import _data
 from pytorch_accelerated.utils import (
     LIMIT_BATCHES_ENV_VAR,
@@ -24,7 +24,7 @@ from pytorch_accelerated.utils import (
     worker_init_fn,
 )
 
-Pair = namedtuple("Pair", ["left", "right"])  # noqa: PYI024 - what collate functions of users return
+Pair = namedtuple("Pair", ["left", "right"])
 
 
 @dataclass
@@ -149,7 +149,6 @@ def test_a_stream_is_not_shuffled():
 @pytest.mark.parametrize(
     ("dl_kwargs", "expected"),
     [
-        (None, 8),
         ({}, 8),
         ({"batch_size": 3}, 3),
         ({"batch_sampler": BatchSampler(SequentialSampler([1]), 5, drop_last=False)}, 5),
@@ -157,7 +156,21 @@ def test_a_stream_is_not_shuffled():
     ],
 )
 def test_the_batch_size_follows_from_the_arguments_of_the_loader(dl_kwargs, expected):
-    assert _data.batch_size_of(dl_kwargs, 8) == expected
+    assert _data.batch_size_of(None, dl_kwargs, 8) == expected
+
+
+@pytest.mark.parametrize(
+    ("loader", "expected"),
+    [
+        (DataLoader(make_dataset(4), batch_size=3), 3),
+        (DataLoader(make_dataset(4), batch_sampler=BatchSampler(SequentialSampler([1]), 5, drop_last=False)), 5),
+        (Batches(make_dataset(4), 2), 2),
+        ([1, 2], 8),
+        (None, 8),
+    ],
+)
+def test_the_batch_size_of_a_loader_from_elsewhere_is_its_own(loader, expected):
+    assert _data.batch_size_of(loader, None, 8) == expected
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,14 @@ import gc
 import math
 import weakref
 from functools import partial
+from itertools import chain
 
 import pytest
 import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+
 from _support import (
     Batches,
     EventRecorder,
@@ -24,10 +29,6 @@ from _support import (
     run_python,
     weights_of,
 )
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
-
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
@@ -474,7 +475,7 @@ def test_the_order_follows_the_seed_and_differs_between_epochs():
     assert orders_of() == one
     assert one != other
     assert one[:4] != one[4:]
-    assert sorted(sum(one[:4], [])) == sorted(sum(one[4:], []))
+    assert sorted(chain(*one[:4])) == sorted(chain(*one[4:]))
 
 
 def test_the_order_does_not_depend_on_what_was_drawn_before():
@@ -732,6 +733,61 @@ def test_a_bf16_run_leaves_the_forward_method_as_it_found_it_and_can_be_repeated
     assert "`mixed_precision` is 'fp16'" in message
     assert "already uses 'bf16'" in message
     assert "Restart it" in message
+
+
+SCALED = """
+import torch
+from accelerate import AutocastKwargs
+from _support import EventRecorder, Probe, make_dataset, make_trainer, weights_of, assert_same_weights
+from torch.optim.lr_scheduler import StepLR
+
+def use_scaler(accelerator):
+    # Accelerate refuses fp16 without a GPU. Only the scaler is looked at here: the model computes as it is.
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.native_amp = True
+    accelerator.autocast_handler = AutocastKwargs(enabled=False)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+def run(has_scaler, num_steps=2, **kwargs):
+    seen = []
+    probe = Probe(on_optimizer_step_start=lambda trainer, **k: seen.append(trainer.model.weight.grad.clone()))
+    trainer = make_trainer(callbacks=[probe])
+    if has_scaler:
+        use_scaler(trainer._accelerator)
+    for _ in range(2):
+        trainer.train(make_dataset(18), num_epochs=2, per_device_batch_size=4, gradient_clip_value=0.05,
+                      gradient_accumulation_steps=num_steps, **kwargs)
+        trainer.evaluate(make_dataset(4))
+    return trainer, seen
+
+plain, gradients = run(False)
+scaled, unscaled = run(True)
+assert_same_weights(weights_of(plain.model), weights_of(scaled.model))
+assert all(torch.equal(one, other) for one, other in zip(gradients, unscaled, strict=True))
+assert scaled._accelerator.scaler.get_scale() == 1024.0
+
+recorder = EventRecorder()
+trainer = make_trainer(callbacks=[recorder])
+accelerator = trainer._accelerator
+use_scaler(accelerator)
+def overflow(trainer, batch_output, step, **kwargs):
+    if step == 1:
+        batch_output["loss"] = batch_output["loss"] * float("inf")
+recorder.reactions["on_backward_start"] = overflow
+rates = []
+recorder.reactions["on_optimizer_step_end"] = lambda trainer, **k: rates.append(
+    (trainer.optimizer.param_groups[0]["lr"], trainer.model.weight.isfinite().all().item()))
+trainer.train(make_dataset(12), num_epochs=1, per_device_batch_size=4,
+              create_scheduler_fn=lambda optimizer: StepLR(optimizer, 1, gamma=0.5))
+assert rates == [(0.05, True), (0.05, True), (0.025, True)], rates
+assert accelerator.scaler.get_scale() == 512.0
+print("done")
+"""
+
+
+def test_scaled_gradients_are_unscaled_once_and_a_skipped_update_steps_no_scheduler():
+    """The scaler of fp16 works on the host too, where powers of two scale without a rounding error."""
+    assert run_python(SCALED) == "done\n"
 
 
 # --- stopping (S3) -----------------------------------------------------------------------------------------------

@@ -41,8 +41,13 @@ def test_any_other_batch_is_explained(batch):
 
 @pytest.mark.parametrize(
     ("batch", "factor"),
-    [(INPUTS, 1.0), ((INPUTS, 2.0), 2.0), ([INPUTS, 2.0], 2.0), ({"inputs": INPUTS, "factor": 3.0}, 3.0)]
-    + [(Batch(INPUTS, 4.0), 4.0)],
+    [
+        (INPUTS, 1.0),
+        ((INPUTS, 2.0), 2.0),
+        ([INPUTS, 2.0], 2.0),
+        ({"inputs": INPUTS, "factor": 3.0}, 3.0),
+        (Batch(INPUTS, 4.0), 4.0),
+    ],
 )
 def test_without_a_loss_function_the_model_gets_the_whole_batch(batch, factor):
     output = batch_loss(model_with_loss, None, batch)

@@ -7,7 +7,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from _support import Stream, make_dataset
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -18,6 +17,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from _support import Stream, make_dataset
 from pytorch_accelerated._order import CommonOrder, EpochRandomness
 
 DATASET = make_dataset(12)

@@ -48,10 +48,15 @@ def test_generators_are_preserved_whatever_happens():
     seed_generators(3)
     expected = draw()
     seed_generators(3)
-    with pytest.raises(LookupError), preserved_rng_state():
-        draw()
-        seed_generators(9)
-        raise LookupError
+
+    def fail():
+        with preserved_rng_state():
+            draw()
+            seed_generators(9)
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        fail()
     assert draw() == expected
 
 

@@ -10,20 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from _support import (
-    Batches,
-    EventRecorder,
-    Probe,
-    Samples,
-    Stream,
-    assert_same_weights,
-    make_dataset,
-    make_indexed_dataset,
-    make_model,
-    make_trainer,
-    run_python,
-    weights_of,
-)
 from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, StepLR
@@ -38,6 +24,20 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from _support import (
+    Batches,
+    EventRecorder,
+    Probe,
+    Samples,
+    Stream,
+    assert_same_weights,
+    make_dataset,
+    make_indexed_dataset,
+    make_model,
+    make_trainer,
+    run_python,
+    weights_of,
+)
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated.callbacks import (
     LimitBatchesCallback,
@@ -122,7 +122,9 @@ BAD_INPUTS = [
         ("`eval_dataset` gives no batch", "`drop_last` is set"),
     ),
     BadInput("no dataset", {"train_dataset": None}, ValueError, ("`train_dataset` is None", "Expected a dataset")),
-    BadInput("a number as dataset", {"train_dataset": 3}, TypeError, ("`train_dataset` is of type int", "Expected a data")),
+    BadInput(
+        "a number as dataset", {"train_dataset": 3}, TypeError, ("`train_dataset` is of type int", "Expected a data")
+    ),
     BadInput("no epochs", {"num_epochs": 0}, ValueError, ("`num_epochs` is 0", "whole number of epochs, at least 1")),
     BadInput("half an epoch", {"num_epochs": 1.5}, TypeError, ("`num_epochs` is 1.5, of type float", "whole number")),
     BadInput("epochs as text", {"num_epochs": "3"}, TypeError, ("`num_epochs` is '3', of type str", "whole number")),
@@ -172,7 +174,7 @@ def test_bad_input_is_refused_before_training(bad):
 
 def test_evaluating_nothing_is_refused():
     trainer = make_trainer()
-    with pytest.raises(ValueError, match="None. Expected a dataset"):
+    with pytest.raises(ValueError, match=r"None\. Expected a dataset"):
         trainer.evaluate()
     with pytest.raises(ValueError, match="is empty: its length is 0"):
         trainer.evaluate(Empty())
@@ -232,7 +234,11 @@ class NoLoss(Trainer):
 @pytest.mark.parametrize(
     ("make_output", "error", "words"),
     [
-        (lambda loss, batch: loss.mean(), TypeError, ("`calculate_train_batch_loss` returned tensor", "of type Tensor")),
+        (
+            lambda loss, batch: loss.mean(),
+            TypeError,
+            ("`calculate_train_batch_loss` returned tensor", "of type Tensor"),
+        ),
         (lambda loss, batch: None, TypeError, ("returned None", "Return a dictionary with `loss`", "`batch_size`")),
         (lambda loss, batch: (loss.mean(), 4), TypeError, ("of type tuple", "Return a dictionary")),
         (lambda loss, batch: "abc", TypeError, ("'abc', of type str",)),
@@ -321,7 +327,7 @@ def test_training_within_a_run_is_refused():
 # --- models that return their own loss ---------------------------------------------------------------------------
 
 
-Output = namedtuple("Output", ["loss", "logits"])  # noqa: PYI024 - what a model of the user's may return
+Output = namedtuple("Output", ["loss", "logits"])
 
 
 class OwnLoss(nn.Module):
@@ -625,8 +631,9 @@ class Augmented(Dataset):
         return noise, torch.zeros(1)
 
 
-@pytest.mark.parametrize("kwargs", [{"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}], ids=str)
+@pytest.mark.parametrize("kwargs", [{"persistent_workers": False}, {"persistent_workers": True}], ids=str)
 def test_workers_are_reproducible_and_differ_between_epochs(kwargs):
+    kwargs = {"num_workers": 1, **kwargs}
     runs = [[batch[0] for batch in batches_of_run(Augmented(), kwargs, seed=seed)] for seed in (1, 1, 2)]
     for one, other in zip(runs[0], runs[1], strict=True):
         assert torch.equal(one, other)
@@ -998,6 +1005,25 @@ def test_a_training_state_resumes_to_the_weights_of_the_run_that_was_not_interru
         again = dropout_trainer()
         again.run_history._set_epoch(7)
         assert again.load_training_state(tmp_path / f"update_{number}") == {"current_epoch": epoch, "note": "mine"}
+
+
+@pytest.mark.parametrize("event", ["on_train_epoch_end", "on_eval_epoch_end", "on_training_run_epoch_end"])
+def test_a_state_saved_between_epochs_trains_no_epoch_twice_and_leaves_out_none(tmp_path, event):
+    def save(trainer, **_):
+        if trainer.run_history.current_epoch == 2:
+            trainer.save_training_state(tmp_path / "state")
+
+    evaluated = make_dataset(8)
+    whole = make_trainer(callbacks=[Probe(**{event: save})])
+    train(whole, num_epochs=3, eval_dataset=evaluated)
+    recorder = EventRecorder()
+    resumed = make_trainer(callbacks=[recorder])
+    train(resumed, num_epochs=3, eval_dataset=evaluated, resume_from=tmp_path / "state")
+    assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
+    assert losses(resumed) == losses(whole)
+    assert losses(resumed, "eval_loss_epoch")[-1] == losses(whole, "eval_loss_epoch")[-1]
+    assert recorder.log.count("on_train_epoch_end") == 1
+    assert recorder.log.count("on_training_run_epoch_end") == (1 if event == "on_training_run_epoch_end" else 2)
 
 
 def test_a_finished_run_that_is_resumed_trains_no_further(tmp_path):

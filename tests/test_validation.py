@@ -7,11 +7,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from _support import Batches, Samples, Stream, make_dataset
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
+from _support import Batches, Samples, Stream, make_dataset
 from pytorch_accelerated import _validation
 
 PARAMETER = nn.Parameter(torch.ones(1))

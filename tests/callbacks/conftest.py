@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _support import make_dataset, make_model
 
+from _support import make_dataset, make_model
 from pytorch_accelerated import Trainer
 
 

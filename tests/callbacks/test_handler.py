@@ -6,8 +6,8 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
-from _support import EventRecorder, Probe, make_dataset, make_trainer, raiser
 
+from _support import EventRecorder, Probe, make_dataset, make_trainer, raiser
 from pytorch_accelerated.callbacks import CallbackHandler, TrainerCallback
 from pytorch_accelerated.exceptions import StopTrainingError
 
@@ -65,7 +65,7 @@ def test_two_instances_of_a_class_are_two_callbacks():
 
 def test_the_same_object_twice_is_an_error():
     callback = Named()
-    with pytest.raises(ValueError, match="was added twice.*pass a second instance of its class"):
+    with pytest.raises(ValueError, match=r"was added twice.*pass a second instance of its class"):
         CallbackHandler([callback, Counting(), callback])
     handler = CallbackHandler([callback])
     with pytest.raises(ValueError, match="was added twice"):
@@ -124,7 +124,9 @@ def test_a_run_starts_with_the_list_as_it_is_then():
 # --- what is a callback ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("thing", [None, 3, "EarlyStopping", object(), lambda trainer: None, SimpleNamespace(x=1), dict])
+@pytest.mark.parametrize(
+    "thing", [None, 3, "EarlyStopping", object(), lambda trainer: None, SimpleNamespace(x=1), dict]
+)
 def test_what_is_no_callback_is_refused(thing):
     with pytest.raises(TypeError, match=r"is no callback\. Expected a `TrainerCallback`"):
         CallbackHandler([thing])

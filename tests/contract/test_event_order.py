@@ -7,9 +7,9 @@ import signal
 import threading
 
 import pytest
-from _support import EventRecorder, HookRecorder, make_dataset, make_model, make_trainer, raiser
 from torch.optim.lr_scheduler import ConstantLR
 
+from _support import EventRecorder, HookRecorder, make_dataset, make_model, make_trainer, raiser
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import StepBasedEvaluationCallback
 from pytorch_accelerated.exceptions import StopTrainingError

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from _support import SOURCE, run_python
 
 PACKAGE = "pytorch_accelerated"

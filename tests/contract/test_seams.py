@@ -9,10 +9,10 @@ import inspect
 
 import pytest
 import torch
-from _support import Batches, EventRecorder, Probe, make_dataset, make_model, make_trainer
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from _support import Batches, EventRecorder, Probe, make_dataset, make_model, make_trainer
 from pytorch_accelerated import Trainer
 from pytorch_accelerated import trainer as trainer_module
 from pytorch_accelerated.callbacks import CallbackHandler
@@ -251,6 +251,14 @@ def test_the_step_is_called_by_position_within_nothing_but_no_sync():
     train(trainer)
     assert [(len(args), args[1], kwargs) for args, kwargs in calls] == [(2, 0, {}), (2, 1, {})]
     assert recorder.log.count("on_train_step_end") == 2
+
+
+def test_the_accelerator_tells_whether_a_step_ends_in_an_update():
+    """Subclasses ask `_accelerator.sync_gradients`, as users of Accelerate do."""
+    synced = []
+    probe = Probe(on_backward_start=lambda trainer, **kwargs: synced.append(trainer._accelerator.sync_gradients))
+    train(make_trainer(callbacks=[probe]), num_samples=20, gradient_accumulation_steps=2)
+    assert synced == [False, True, False, True, True]
 
 
 def test_a_step_that_returns_none_and_reports_nothing_never_fires_the_end_of_a_step():

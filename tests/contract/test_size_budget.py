@@ -7,6 +7,7 @@ import io
 import tokenize
 
 import pytest
+
 from _support import SOURCE
 
 MAX_FILE_LINES = 650

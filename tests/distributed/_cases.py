@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from _support import Batches, Probe, Samples, make_dataset, make_indexed_dataset, make_model, make_trainer, weights_of
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 from torch.utils.data import Sampler
 
+from _support import Batches, Probe, Samples, make_dataset, make_indexed_dataset, make_model, make_trainer, weights_of
 from pytorch_accelerated import Trainer, _checkpointing, _distributed
 from pytorch_accelerated.callbacks import EarlyStoppingCallback, StepBasedEvaluationCallback
 from pytorch_accelerated.schedulers import CosineLrScheduler
@@ -63,9 +63,12 @@ def case_weights(rank: int, directory: Path) -> Any:
     model = make_model()
     trainer = make_trainer(model)
     dataset = make_dataset(32)
-    wrapped = []
+    wrapped, synced = [], []
     trainer.callback_handler.add_callback(
-        Probe(on_training_run_start=lambda trainer, **kwargs: wrapped.append(type(trainer.model).__name__))
+        Probe(
+            on_training_run_start=lambda trainer, **kwargs: wrapped.append(type(trainer.model).__name__),
+            on_backward_start=lambda trainer, **kwargs: synced.append(trainer.model.require_backward_grad_sync),
+        )
     )
     kwargs = {"train_dataloader_kwargs": {"shuffle": False}, "gradient_accumulation_steps": 2}
     runs = []
@@ -86,6 +89,7 @@ def case_weights(rank: int, directory: Path) -> Any:
         "runs": runs,
         "expected": expected,
         "wrapped": wrapped,
+        "synced": synced,
         "is_plain": trainer.model is model and trainer.get_model() is model,
         "output": trainer.model(dataset.tensors[0]).detach(),
         "attributes": sorted(set(vars(model)) - set(vars(make_model()))),
@@ -168,10 +172,11 @@ def case_decorators(rank: int, directory: Path) -> Any:
 
 
 def case_broadcast(rank: int, directory: Path) -> Any:
-    accelerator = Accelerator()
+    own = {f"of {rank}": (7.0, 1), "both": (rank, torch.tensor(2.0))}
+    sums = _distributed.sum_over_processes(Accelerator(), own)
     return {
         "value": _distributed.broadcast_from_main({"rank": rank}, 2),
-        "sums": [float(value) for value in _distributed.sum_over_processes(accelerator, rank, torch.tensor(2.0))],
+        "sums": {name: [float(number) for number in pair] for name, pair in sums.items()},
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from _support import SOURCE
 
 pytestmark = pytest.mark.distributed
@@ -101,6 +102,7 @@ def test_weights(results):
     for result in results:
         assert_alike(result["runs"], result["expected"], rtol=0, atol=1e-6)
         assert result["wrapped"] == ["DistributedDataParallel"] * 2
+        assert result["synced"] == [False, True] * 4  # gradients travel once per update
         assert result["is_plain"]
         assert result["attributes"] == []
         assert result["registries"] == [0, 0]
@@ -168,7 +170,9 @@ def test_decorators(results):
 
 
 def test_broadcast(results):
-    assert results == [{"value": {"rank": 0}, "sums": [1.0, 4.0]}] * 2
+    """What a process does not have, it adds nothing to."""
+    sums = {"both": [1.0, 4.0], "of 0": [7.0, 1.0], "of 1": [7.0, 1.0]}
+    assert results == [{"value": {"rank": 0}, "sums": sums}] * 2
 
 
 def test_print(results):

@@ -1,0 +1,316 @@
+"""Callbacks that decide how often and how long to evaluate, and how many batches to use at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from _support import EventRecorder, Probe, assert_same_weights, make_dataset, make_trainer, weights_of
+from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import (
+    LimitBatchesCallback,
+    LimitEvalStepsCallback,
+    StepBasedEvaluationCallback,
+    TrainerCallback,
+)
+from pytorch_accelerated.finetuning import ModelFreezer
+from pytorch_accelerated.trainer import LIMIT_BATCHES_ENV_VAR
+from pytorch_accelerated.utils import LimitBatches
+
+
+def train(trainer, num_samples=12, **kwargs):
+    """Three batches per epoch."""
+    trainer.train(make_dataset(num_samples), **{"num_epochs": 1, "per_device_batch_size": 4, **kwargs})
+
+
+def values(trainer, name):
+    return trainer.run_history.get_metric_values(name)
+
+
+class CountSteps(TrainerCallback):
+    """Counts the batches of each epoch of training and of each evaluation."""
+
+    def __init__(self):
+        self.train_steps = []
+        self.eval_steps = []
+        self.intermediate_steps = []
+        self._evaluations = self.eval_steps
+
+    def on_train_epoch_start(self, trainer, **kwargs):
+        self.train_steps.append(0)
+
+    def on_train_step_end(self, trainer, **kwargs):
+        self.train_steps[-1] += 1
+
+    def on_eval_epoch_start(self, trainer, is_intermediate, **kwargs):
+        self._evaluations = self.intermediate_steps if is_intermediate else self.eval_steps
+        self._evaluations.append(0)
+
+    def on_eval_step_end(self, trainer, **kwargs):
+        self._evaluations[-1] += 1
+
+
+# --- evaluation within the epochs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_updates", "accumulation", "expected"),
+    [
+        pytest.param(1, 1, [1, 2, 3, 4, 5, 6, 7, 8, 9], id="after each update"),
+        pytest.param(2, 1, [2, 4, 6, 8], id="across epochs, and after the first step of one"),
+        pytest.param(3, 1, [3, 6, 9], id="at the end of each epoch"),
+        pytest.param(4, 1, [4, 8], id="less often than epochs end"),
+        pytest.param(10, 1, [], id="never"),
+        pytest.param(2, 2, [2, 4, 6], id="updates, not batches, are counted"),
+    ],
+)
+def test_evaluation_comes_after_every_so_many_updates(num_updates, accumulation, expected):
+    trainer = make_trainer(callbacks=[StepBasedEvaluationCallback(num_updates)])
+    train(trainer, num_epochs=3, eval_dataset=make_dataset(8), gradient_accumulation_steps=accumulation)
+    names = {"intermediate_update", "intermediate_eval_loss_epoch"} & trainer.run_history.get_metric_names()
+    assert names == ({"intermediate_update", "intermediate_eval_loss_epoch"} if expected else set())
+    if expected:
+        assert values(trainer, "intermediate_update") == expected
+        assert len(values(trainer, "intermediate_eval_loss_epoch")) == len(expected)
+    assert len(values(trainer, "eval_loss_epoch")) == len(values(trainer, "train_loss_epoch")) == 3
+
+
+def test_an_intermediate_evaluation_measures_the_model_as_it_is_then():
+    data = make_dataset(8, seed=3)
+    expected = []
+
+    def measure(trainer, **kwargs):
+        with torch.no_grad():
+            expected.append(nn.functional.mse_loss(trainer.model(data.tensors[0]), data.tensors[1]).item())
+
+    trainer = make_trainer(callbacks=[StepBasedEvaluationCallback(1), Probe(on_optimizer_step_end=measure)])
+    train(trainer, num_epochs=2, eval_dataset=data)
+    assert values(trainer, "intermediate_eval_loss_epoch") == pytest.approx(expected, rel=1e-6)
+    assert len(set(expected)) == 6
+
+
+def make_frozen_model():
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.Dropout(0.5), nn.Linear(4, 1))
+    ModelFreezer(model, freeze_batch_norms=True).freeze(to_index=0)
+    model[1].eval()
+    return model
+
+
+def test_modes_are_restored_after_an_intermediate_evaluation():
+    """Also of a module that the user set to evaluation mode for this epoch alone."""
+    modes = {"before": [], "during": [], "after": []}
+
+    def remember(when):
+        return lambda trainer, **_: modes[when].append([module.training for module in trainer.model.modules()])
+
+    class OwnMode(Trainer):
+        def train_epoch_start(self):
+            super().train_epoch_start()
+            self.model[1].eval()
+
+    trainer = make_trainer(
+        make_frozen_model(),
+        cls=OwnMode,
+        callbacks=[
+            Probe(on_train_step_start=remember("before"), on_eval_step_start=remember("during")),
+            StepBasedEvaluationCallback(1),
+            Probe(on_train_step_end=remember("after")),
+        ],
+    )
+    model = trainer.model
+    statistics = model[0][1].running_mean.clone()
+    train(trainer, eval_dataset=make_dataset(4))
+    # the root, group 0, its linear layer, its batch norm, dropout, head
+    assert modes["before"] == modes["after"] == [[True, True, True, False, False, True]] * 3
+    assert modes["during"] == [[False] * 6] * 4
+    assert torch.equal(model[0][1].running_mean, statistics)
+
+
+def test_intermediate_evaluation_changes_nothing_in_training():
+    """The same weights and the same losses bit by bit, though dropout and the evaluation draw random numbers."""
+
+    class Noisy(Trainer):
+        def calculate_eval_batch_loss(self, batch):
+            torch.rand(3)
+            return super().calculate_eval_batch_loss(batch)
+
+    results = []
+    for callbacks in ([], [StepBasedEvaluationCallback(1)]):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 1))
+        trainer = make_trainer(model, cls=Noisy, callbacks=callbacks)
+        train(trainer, num_epochs=2, eval_dataset=make_dataset(8), gradient_accumulation_steps=2)
+        results.append((weights_of(model), values(trainer, "train_loss_epoch"), values(trainer, "eval_loss_epoch")))
+    plain, evaluated = results
+    assert_same_weights(plain[0], evaluated[0])
+    assert plain[1:] == evaluated[1:]
+
+
+def test_each_run_counts_its_own_updates():
+    trainer = make_trainer(callbacks=[StepBasedEvaluationCallback(2)])
+    train(trainer, eval_dataset=make_dataset(4))
+    train(trainer, eval_dataset=make_dataset(4), reset_run_history=False)
+    assert values(trainer, "intermediate_update") == [2, 2]
+
+
+def test_a_resumed_run_evaluates_at_the_same_updates(tmp_path):
+    def save(trainer, **_):
+        if trainer.progress.num_updates == 5:
+            trainer.save_training_state(tmp_path / "state")
+
+    kwargs = {"num_epochs": 3, "eval_dataset": make_dataset(4)}
+    train(make_trainer(callbacks=[StepBasedEvaluationCallback(2), Probe(on_train_step_end=save)]), **kwargs)
+    resumed = make_trainer(callbacks=[StepBasedEvaluationCallback(2)])
+    train(resumed, resume_from=tmp_path / "state", **kwargs)
+    assert values(resumed, "intermediate_update") == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("num_updates", [0, -1])
+def test_an_impossible_interval_is_refused(num_updates):
+    with pytest.raises(ValueError, match=f"`eval_every_n_steps` is {num_updates}. Expected at least 1"):
+        StepBasedEvaluationCallback(num_updates)
+
+
+def test_intermediate_evaluation_without_data_is_an_error_before_training():
+    recorder = EventRecorder()
+    trainer = make_trainer(callbacks=[recorder, StepBasedEvaluationCallback(1)])
+    with pytest.raises(ValueError, match="nothing to evaluate on: `train` was called without `eval_dataset`"):
+        train(trainer)
+    assert "on_train_epoch_start" not in recorder.log
+
+
+# --- shorter evaluations -----------------------------------------------------------------------------------------
+
+
+def test_only_intermediate_evaluations_are_limited_by_default():
+    counts = CountSteps()
+    trainer = make_trainer(callbacks=[StepBasedEvaluationCallback(2), LimitEvalStepsCallback(1), counts])
+    train(trainer, num_epochs=2, eval_dataset=make_dataset(12))
+    trainer.evaluate(make_dataset(12), per_device_batch_size=4)
+    assert counts.intermediate_steps == [1, 1, 1]
+    assert counts.eval_steps == [3, 3, 3]
+    assert counts.train_steps == [3, 3]
+
+
+def test_all_evaluations_can_be_limited():
+    counts = CountSteps()
+    limit = LimitEvalStepsCallback(2, limit_intermediate_only=False)
+    trainer = make_trainer(callbacks=[StepBasedEvaluationCallback(2), limit, counts])
+    train(trainer, eval_dataset={"large": make_dataset(12), "small": make_dataset(4)})
+    trainer.evaluate(make_dataset(12), per_device_batch_size=4)
+    assert counts.intermediate_steps == [2, 1]
+    assert counts.eval_steps == [2, 1, 2]
+
+
+def test_a_limited_evaluation_is_the_mean_over_what_it_saw():
+    data = make_dataset(12)
+    trainer = make_trainer(lr=0.0, callbacks=[LimitEvalStepsCallback(2, limit_intermediate_only=False)])
+    train(trainer, eval_dataset=data)
+    inputs, targets = data[:8]
+    expected = nn.functional.mse_loss(trainer.model(inputs), targets).item()
+    assert values(trainer, "eval_loss_epoch") == [pytest.approx(expected, rel=1e-6)]
+
+
+# --- fewer batches altogether ------------------------------------------------------------------------------------
+
+
+def limited_by_callback(num_batches, callbacks, monkeypatch):
+    return make_trainer(callbacks=[LimitBatchesCallback(num_batches), *callbacks])
+
+
+def limited_by_variable(num_batches, callbacks, monkeypatch):
+    monkeypatch.setenv(LIMIT_BATCHES_ENV_VAR, str(num_batches))
+    return make_trainer(callbacks=callbacks)
+
+
+def limited_by_context(num_batches, callbacks, monkeypatch):
+    with LimitBatches(num_batches):
+        return make_trainer(callbacks=callbacks)
+
+
+@pytest.mark.parametrize("make_limited", [limited_by_callback, limited_by_variable, limited_by_context])
+@pytest.mark.parametrize(("num_batches", "expected"), [(1, 1), (2, 2), (7, 3)])
+def test_every_epoch_is_limited(make_limited, num_batches, expected, monkeypatch):
+    counts = CountSteps()
+    trainer = make_limited(num_batches, [counts], monkeypatch)
+    train(trainer, num_epochs=2, eval_dataset=make_dataset(12))
+    train(trainer, eval_dataset={"one": make_dataset(12), "two": make_dataset(12)})
+    trainer.evaluate(make_dataset(12), per_device_batch_size=4)
+    assert counts.train_steps == [expected] * 3
+    assert counts.eval_steps == [expected] * 5
+
+
+def test_the_limit_of_the_variable_comes_before_all_other_callbacks(monkeypatch):
+    assert LIMIT_BATCHES_ENV_VAR == "PT_ACC_LIMIT_BATCHES"
+    lengths = []
+    see = Probe(on_training_run_start=lambda trainer, **_: lengths.append(len(trainer._train_dataloader)))
+    trainer = limited_by_variable(2, [see], monkeypatch)
+    assert [type(callback) for callback in trainer.callback_handler.callbacks] == [LimitBatchesCallback, Probe]
+    train(trainer)
+    assert lengths == [2]
+
+
+def test_there_is_no_limit_without_the_variable(monkeypatch):
+    monkeypatch.delenv(LIMIT_BATCHES_ENV_VAR, raising=False)
+    assert make_trainer().callback_handler.callbacks == []
+
+
+def test_the_last_window_of_a_limited_epoch_makes_an_update():
+    """Three batches in windows of two: the second window holds one, and weighs in full."""
+    data = make_dataset(20)
+    settings = {
+        "num_epochs": 1,
+        "per_device_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "train_dataloader_kwargs": {"shuffle": False},
+    }
+    limited = make_trainer(callbacks=[LimitBatchesCallback(3)])
+    limited.train(data, **settings)
+    short = make_trainer()
+    short.train(TensorDataset(*data[:12]), **settings)
+    assert limited.progress.num_updates == 2
+    assert_same_weights(weights_of(limited.model), weights_of(short.model))
+    assert values(limited, "train_loss_epoch") == values(short, "train_loss_epoch")
+
+
+def test_a_limited_epoch_is_resumed_within_its_limit(tmp_path):
+    def save(trainer, step, **_):
+        if step == 1 and trainer.run_history.current_epoch == 2:
+            trainer.save_training_state(tmp_path / "state")
+
+    counts = CountSteps()
+    whole = make_trainer(callbacks=[LimitBatchesCallback(3), Probe(on_train_step_end=save)])
+    train(whole, 24, num_epochs=3)
+    resumed = make_trainer(callbacks=[LimitBatchesCallback(3), counts])
+    train(resumed, 24, num_epochs=3, resume_from=tmp_path / "state")
+    assert counts.train_steps == [1, 3]
+    assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
+    assert values(resumed, "train_loss_epoch") == values(whole, "train_loss_epoch")
+
+
+def test_nothing_of_a_limit_stays_behind():
+    """Neither in the loaders of a later run, nor in the variable after the block."""
+    counts = CountSteps()
+    trainer = make_trainer(callbacks=[LimitBatchesCallback(1), counts])
+    train(trainer)
+    trainer.callback_handler.callbacks.pop(0)
+    train(trainer)
+    assert counts.train_steps == [1, 3]
+
+
+@pytest.mark.xfail(reason="limits are not checked")
+@pytest.mark.parametrize("number", [0, -1])
+@pytest.mark.parametrize("callback_class", [LimitBatchesCallback, LimitEvalStepsCallback])
+def test_an_impossible_limit_is_refused(callback_class, number):
+    with pytest.raises(ValueError, match=f"is {number}.* Expected at least 1"):
+        callback_class(number)
+
+
+@pytest.mark.xfail(reason="the variable is not checked")
+@pytest.mark.parametrize("value", ["many", "0", "2.5"])
+def test_an_impossible_value_of_the_variable_is_refused(value, monkeypatch):
+    monkeypatch.setenv(LIMIT_BATCHES_ENV_VAR, value)
+    with pytest.raises(ValueError, match=f"PT_ACC_LIMIT_BATCHES.*{value}"):
+        make_trainer()

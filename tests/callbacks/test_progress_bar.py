@@ -1,0 +1,163 @@
+"""The progress bar."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from _support import Batches, Probe, make_dataset, make_trainer, raiser
+from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import ProgressBarCallback, StepBasedEvaluationCallback
+from pytorch_accelerated.callbacks import progress_bar as module
+from pytorch_accelerated.exceptions import StopTrainingError
+
+
+class RecordingBar:
+    """Stands in for tqdm's bar."""
+
+    def __init__(self, total=None, initial=0, disable=False, **kwargs):
+        self.total, self.count, self.disable = total, initial, disable
+        self.initial = initial
+        self.losses = []
+        self.is_closed = False
+
+    def update(self, num_steps):
+        assert not self.is_closed
+        self.count += num_steps
+
+    def set_postfix(self, loss, **kwargs):
+        assert not self.is_closed
+        self.losses.append(loss)
+
+    def close(self):
+        self.is_closed = True
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """All bars that are opened."""
+    opened = []
+
+    def open_bar(**kwargs):
+        opened.append(RecordingBar(**kwargs))
+        return opened[-1]
+
+    monkeypatch.setattr(module, "tqdm", open_bar)
+    return opened
+
+
+def train(trainer, dataset=None, **kwargs):
+    dataset = make_dataset(16) if dataset is None else dataset
+    trainer.train(dataset, **{"num_epochs": 1, "per_device_batch_size": 4, **kwargs})
+
+
+def test_each_epoch_has_a_bar_of_its_length(bars):
+    trainer = make_trainer(callbacks=[ProgressBarCallback])
+    train(trainer, num_epochs=2, eval_dataset=make_dataset(6))
+    trainer.evaluate(make_dataset(9), per_device_batch_size=4)
+    assert [(bar.total, bar.count) for bar in bars] == [(4, 4), (2, 2), (4, 4), (2, 2), (3, 3)]
+    assert all(bar.is_closed for bar in bars)
+
+
+def test_the_last_loss_shown_is_that_of_the_epoch(bars):
+    trainer = make_trainer(callbacks=[ProgressBarCallback])
+    train(trainer, eval_dataset=make_dataset(6))
+    shown = [bar.losses[-1] for bar in bars]
+    names = ("train_loss_epoch", "eval_loss_epoch")
+    assert shown == [f"{trainer.run_history.get_latest_metric(name):.4f}" for name in names]
+
+
+def test_the_running_loss_is_shown_twice_a_second(bars, monkeypatch):
+    """Time is told by a clock that moves 0.2 seconds with each look."""
+    times = iter(range(1000))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(times) / 5)
+    losses = []
+    probe = Probe(on_train_step_end=lambda trainer, **_: losses.append(f"{trainer._loss_tracker.average:.4f}"))
+    train(make_trainer(callbacks=[probe, ProgressBarCallback]), make_dataset(32), per_device_batch_size=4)
+    assert len(losses) == 8
+    assert bars[0].losses == [losses[2], losses[5], losses[7]]
+
+
+def test_a_bar_without_a_total_for_data_without_a_length(bars):
+    train(make_trainer(callbacks=[ProgressBarCallback]), Batches(make_dataset(12), 4))
+    assert [(bar.total, bar.count) for bar in bars] == [(None, 3)]
+
+
+def test_an_intermediate_evaluation_leaves_the_bar_of_the_epoch(bars):
+    train(make_trainer(callbacks=[StepBasedEvaluationCallback(2), ProgressBarCallback]), eval_dataset=make_dataset(8))
+    assert [(bar.total, bar.count) for bar in bars] == [(4, 4), (2, 2)]
+
+
+def test_each_evaluation_dataset_has_a_bar_of_its_length(bars):
+    train(
+        make_trainer(callbacks=[ProgressBarCallback]), eval_dataset={"one": make_dataset(4), "three": make_dataset(12)}
+    )
+    assert [bar.total for bar in bars] == [4, 1, 3]
+
+
+def test_a_resumed_epoch_goes_on_where_it_was(bars, tmp_path):
+    def save(trainer, step, **_):
+        if step == 2:
+            trainer.save_training_state(tmp_path / "state")
+
+    train(make_trainer(callbacks=[Probe(on_train_step_end=save)]))
+    train(make_trainer(callbacks=[ProgressBarCallback]), resume_from=tmp_path / "state")
+    assert [(bar.total, bar.initial, bar.count) for bar in bars] == [(4, 3, 4)]
+
+
+def test_other_processes_of_the_node_show_no_bar(bars):
+    class SecondProcess(Trainer):
+        def _create_run_config(self, **kwargs):
+            return replace(super()._create_run_config(**kwargs), is_local_process_zero=False)
+
+    train(make_trainer(cls=SecondProcess, callbacks=[ProgressBarCallback]))
+    assert [bar.disable for bar in bars] == [True]
+    assert bars[0].losses == [], "reading the loss would stall the device for nothing"
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt("mine"), StopTrainingError("mine")])
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("event", ["on_train_step_end", "on_optimizer_step_start", "on_eval_step_end"])
+def test_bars_are_closed_however_a_run_ends(bars, event, is_first, error):
+    callbacks = [Probe(**{event: raiser(error)}), ProgressBarCallback]
+    trainer = make_trainer(callbacks=callbacks if is_first else callbacks[::-1])
+    if isinstance(error, StopTrainingError):
+        train(trainer, eval_dataset=make_dataset(4))
+    else:
+        with pytest.raises(type(error), match="mine"):
+            train(trainer, eval_dataset=make_dataset(4))
+    assert [bar.is_closed for bar in bars] == ([True, True] if "eval" in event else [True])
+    assert trainer.callback_handler.callbacks[1 if is_first else 0]._bar is None
+
+
+def test_bars_are_closed_when_an_evaluation_fails(bars):
+    trainer = make_trainer(callbacks=[Probe(on_eval_step_end=raiser(ValueError("mine"))), ProgressBarCallback])
+    with pytest.raises(ValueError, match="mine"):
+        trainer.evaluate(make_dataset(4))
+    assert [bar.is_closed for bar in bars] == [True]
+
+
+@pytest.mark.xfail(reason="an error in `on_exception` keeps that event from the later callbacks")
+def test_bars_are_closed_when_another_callback_fails_in_cleaning_up(bars):
+    fail = Probe(on_train_step_end=raiser(ValueError("mine")), on_exception=raiser(RuntimeError("another")))
+    with pytest.raises(ValueError, match="mine"):
+        train(make_trainer(callbacks=[fail, ProgressBarCallback]))
+    assert [bar.is_closed for bar in bars] == [True]
+
+
+def test_a_run_after_one_that_failed_has_bars_of_its_own(bars):
+    trainer = make_trainer(callbacks=[ProgressBarCallback, Probe(on_train_step_end=raiser(ValueError("mine")))])
+    with pytest.raises(ValueError, match="mine"):
+        train(trainer)
+    trainer.callback_handler.callbacks.pop()
+    train(trainer)
+    assert [(bar.total, bar.count, bar.is_closed) for bar in bars] == [(4, 1, True), (4, 4, True)]
+
+
+def test_the_real_bar_goes_to_standard_error(capsys):
+    train(make_trainer(callbacks=[ProgressBarCallback]))
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "4/4" in output.err
+    assert "loss=" in output.err

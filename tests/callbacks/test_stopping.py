@@ -1,0 +1,270 @@
+"""Callbacks that end a run early."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from _support import EventRecorder, Probe, make_dataset, make_trainer
+from pytorch_accelerated.callbacks import EarlyStoppingCallback, SaveBestModelCallback, TerminateOnNaNCallback
+from pytorch_accelerated.exceptions import NonFiniteLossError
+
+NAN = float("nan")
+
+
+def num_epochs_run(trainer):
+    return trainer.run_history.current_epoch - 1
+
+
+# --- early stopping ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("losses", "settings", "expected"),
+    [
+        pytest.param([5, 4, 4, 3, 3, 3, 1], {"early_stopping_patience": 1}, 3, id="one epoch without improvement"),
+        pytest.param([5, 4, 4, 3, 3, 3, 1], {"early_stopping_patience": 2}, 6, id="improvement starts the count anew"),
+        pytest.param([5, 4, 4, 3, 3, 3, 1], {"early_stopping_patience": 3}, 7, id="patience not used up"),
+        pytest.param([1, 2, 2, 2, 0.5], {"early_stopping_patience": 3}, 4, id="worse is no improvement"),
+        pytest.param([1, 0.995, 0.98, 0.1], {}, 2, id="a change up to the threshold is none"),
+        pytest.param([1, 0.98, 0.96, 0.1], {}, 4, id="a change above the threshold is one"),
+        pytest.param(
+            [1, 0.995, 0.985, 0.1], {"early_stopping_patience": 2}, 4, id="small changes add up against the best value"
+        ),
+        pytest.param([1, 0.9999, 0.9998, 0.9999, 0.1], {"early_stopping_threshold": 0.0}, 4, id="no threshold"),
+        pytest.param([1, 2, 3, 3, 9], {"greater_is_better": True}, 4, id="greater is better"),
+        pytest.param([NAN, 1, 0.5, NAN, 0.1], {}, 1, id="nan is no improvement, not even on nothing"),
+        pytest.param([2, NAN, 1, NAN, NAN, 0.1], {"early_stopping_patience": 2}, 5, id="nan is never the best"),
+    ],
+)
+def test_early_stopping_waits_for_an_improvement(scripted, losses, settings, expected):
+    trainer = scripted(losses, [EarlyStoppingCallback(**settings)])
+    trainer.run()
+    assert num_epochs_run(trainer) == expected
+    assert ("has not improved" in trainer.stop_reason) == (expected < len(losses))
+
+
+def test_the_reason_names_the_metric_its_best_value_and_the_epochs(scripted):
+    recorder = EventRecorder()
+    trainer = scripted([2.5, 3, 3, 3], [EarlyStoppingCallback(early_stopping_patience=2), recorder])
+    trainer.run()
+    assert trainer.stop_reason == "eval_loss_epoch has not improved on 2.5 for 2 epochs"
+    assert recorder.log[-3:] == ["on_training_run_epoch_end", "on_stop_training_error", "on_training_run_end"]
+
+
+def test_early_stopping_may_watch_any_metric_of_the_history():
+    record = Probe(on_train_epoch_end=lambda trainer, **_: trainer.run_history.update_metric("f1", torch.tensor(0.5)))
+    stopping = EarlyStoppingCallback(watch_metric="f1", greater_is_better=True)
+    trainer = make_trainer(callbacks=[record, stopping])
+    trainer.train(make_dataset(8), num_epochs=5)
+    assert num_epochs_run(trainer) == 2
+
+
+def test_each_run_counts_anew(scripted):
+    trainer = scripted([1, 2, 2], [EarlyStoppingCallback(early_stopping_patience=2)])
+    trainer.run(num_epochs=2)
+    trainer.run(num_epochs=2)
+    assert trainer.stop_reason == "2 epochs are done"
+
+
+def test_runs_count_together_without_a_reset(scripted):
+    stopping = EarlyStoppingCallback(early_stopping_patience=2, reset_on_train=False)
+    trainer = scripted([1, 2, 2], [stopping])
+    trainer.run(num_epochs=2)
+    trainer.run(num_epochs=2)
+    assert "has not improved on 1.0 for 2 epochs" in trainer.stop_reason
+    assert num_epochs_run(trainer) == 1
+
+
+def test_a_resumed_run_goes_on_counting(scripted, tmp_path):
+    losses = [1, 2, 2, 2, 2]
+    trainer = scripted(losses, [EarlyStoppingCallback(early_stopping_patience=3)])
+    trainer.run(num_epochs=3)
+    trainer.save_training_state(tmp_path / "state")
+    resumed = scripted(losses, [EarlyStoppingCallback(early_stopping_patience=3)])
+    resumed.run(resume_from=tmp_path / "state")
+    assert num_epochs_run(resumed) == 4
+    assert resumed.stop_reason == "eval_loss_epoch has not improved on 1.0 for 3 epochs"
+
+
+# --- what is watched ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("callback_class", [EarlyStoppingCallback, SaveBestModelCallback])
+def test_watching_the_evaluation_without_one_is_an_error_before_training(callback_class, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recorder = EventRecorder()
+    trainer = make_trainer(callbacks=[recorder, callback_class])
+    with pytest.raises(
+        ValueError, match=f"`{callback_class.__name__}` watches 'eval_loss_epoch', but .* without `eval_dataset`"
+    ):
+        trainer.train(make_dataset(8), num_epochs=2)
+    assert "on_train_epoch_start" not in recorder.log
+
+
+@pytest.mark.parametrize("callback_class", [EarlyStoppingCallback, SaveBestModelCallback])
+def test_an_unknown_metric_is_an_error_that_lists_the_known_ones(callback_class, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer(callbacks=[callback_class(watch_metric="eval_acuracy")])
+    known = r"'eval_acuracy'\. Recorded so far: \['eval_loss_epoch', 'train_loss_epoch'\]"
+    with pytest.raises(ValueError, match=known):
+        trainer.train(make_dataset(8), num_epochs=2, eval_dataset=make_dataset(4))
+    assert num_epochs_run(trainer) == 1
+
+
+@pytest.mark.parametrize("callback_class", [EarlyStoppingCallback, SaveBestModelCallback])
+def test_a_metric_that_is_no_number_is_an_error(callback_class, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = Probe(
+        on_train_epoch_end=lambda trainer, **_: trainer.run_history.update_metric("matrix", [[1, 0], [0, 1]])
+    )
+    trainer = make_trainer(callbacks=[record, callback_class(watch_metric="matrix")])
+    with pytest.raises(ValueError, match="Expected a metric that is one number"):
+        trainer.train(make_dataset(8), num_epochs=1)
+
+
+# --- losses that are not finite ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [NAN, float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_spoils_the_model(scripted, loss):
+    def spoil(trainer, batch_output, **kwargs):
+        if trainer.progress.num_updates == 3:
+            batch_output["loss"] = batch_output["loss"] * loss
+
+    trainer = scripted([1, 1, 1], [Probe(on_backward_start=spoil), TerminateOnNaNCallback])
+    with pytest.raises(NonFiniteLossError, match=r"The loss is -?(nan|inf) in training, epoch 2, step 1, rank 0\. Try"):
+        trainer.run()
+    assert trainer.progress.num_updates == 3
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def test_a_loss_that_is_not_finite_in_evaluation_ends_the_run(scripted):
+    trainer = scripted([1, NAN, 1], [TerminateOnNaNCallback])
+    with pytest.raises(NonFiniteLossError, match=r"The loss is nan in evaluation, epoch 2, step 0, rank 0"):
+        trainer.run()
+
+
+def test_finite_losses_end_nothing(scripted):
+    trainer = scripted([1e30, -1e30, 0], [TerminateOnNaNCallback])
+    trainer.run()
+    assert num_epochs_run(trainer) == 3
+
+
+def test_a_batch_can_be_looked_at_by_hand():
+    callback = TerminateOnNaNCallback()
+    callback.check_for_nan_after_batch({"loss": torch.tensor(1.0)})
+    callback.check_for_nan_after_batch({"loss": 1.0}, step="validation")
+    with pytest.raises(NonFiniteLossError, match="The loss is nan at step validation"):
+        callback.check_for_nan_after_batch({"loss": torch.tensor(NAN)}, step="validation")
+    with pytest.raises(ArithmeticError, match=r"The loss is inf\. Try"):
+        callback.check_for_nan_after_batch({"loss": math.inf})
+
+
+class OnDevice(torch.Tensor):
+    """A loss that says it is on an accelerator, and counts how often it is read from there."""
+
+    num_reads = 0
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+    def tolist(self):
+        OnDevice.num_reads += 1
+        return super().tolist()
+
+    def item(self):
+        raise AssertionError("makes the host wait at every step")
+
+
+@pytest.fixture
+def watch():
+    """Let a callback see the losses of training steps as if they were on a device."""
+    OnDevice.num_reads = 0
+    trainer = SimpleNamespace(run_history=SimpleNamespace(current_epoch=4), process_index=2)
+
+    def give(callback, losses, first_step=0, event="on_backward_start"):
+        for step, loss in enumerate(losses, first_step):
+            output = {"loss": torch.tensor(float(loss)).as_subclass(OnDevice)}
+            getattr(callback, event)(trainer, batch=None, batch_output=output, step=step)
+        return trainer
+
+    return give
+
+
+def test_losses_on_a_device_are_read_together(watch):
+    callback = TerminateOnNaNCallback()
+    trainer = watch(callback, [1] * 120)
+    assert OnDevice.num_reads == 2
+    callback.on_train_epoch_end(trainer)
+    assert OnDevice.num_reads == 3
+    callback.on_train_epoch_end(trainer)
+    assert OnDevice.num_reads == 3, "there is nothing left to read"
+
+
+def test_the_first_bad_step_on_a_device_is_named(watch):
+    callback = TerminateOnNaNCallback()
+    trainer = watch(callback, [1, 1, 1, NAN, 1, math.inf])
+    with pytest.raises(NonFiniteLossError, match="The loss is nan in training, epoch 4, step 3, rank 2"):
+        callback.on_train_epoch_end(trainer)
+
+
+def test_bad_losses_on_a_device_are_found_within_an_epoch(watch):
+    with pytest.raises(NonFiniteLossError, match="in training, epoch 4, step 3, rank 2"):
+        watch(TerminateOnNaNCallback(), [1, 1, 1, *[NAN] * 50])
+    assert OnDevice.num_reads == 1
+
+
+def test_bad_losses_of_an_evaluation_on_a_device_are_found(watch):
+    callback = TerminateOnNaNCallback()
+    trainer = watch(callback, [1, NAN], event="on_eval_step_end")
+    with pytest.raises(NonFiniteLossError, match="in evaluation, epoch 4, step 1, rank 2"):
+        callback.on_eval_epoch_end(trainer)
+
+
+def test_losses_of_an_epoch_that_did_not_end_are_forgotten(watch):
+    callback = TerminateOnNaNCallback()
+    trainer = watch(callback, [1, NAN])
+    callback.on_train_epoch_start(trainer)
+    watch(callback, [1, 1])
+    callback.on_train_epoch_end(trainer)
+
+
+@pytest.mark.xfail(reason="losses that wait to be read do not know where they come from")
+def test_a_bad_loss_of_training_is_not_blamed_on_an_evaluation_within_the_epoch(watch):
+    callback = TerminateOnNaNCallback()
+    watch(callback, [1, NAN])
+    trainer = watch(callback, [1, 1], event="on_eval_step_end")
+    with pytest.raises(NonFiniteLossError, match="in training, epoch 4, step 1, rank 2"):
+        callback.on_eval_epoch_end(trainer)
+
+
+@pytest.mark.xfail(reason="losses that wait to be read outlive the run")
+def test_losses_of_a_run_that_failed_are_forgotten(watch):
+    callback = TerminateOnNaNCallback()
+    trainer = watch(callback, [1, NAN])
+    callback.on_exception(trainer, exception=ValueError())
+    callback.on_evaluation_run_start(trainer)
+    watch(callback, [1, 1], event="on_eval_step_end")
+    callback.on_eval_epoch_end(trainer)
+
+
+@pytest.mark.xfail(reason="the patience is not checked")
+@pytest.mark.parametrize("patience", [0, -1])
+def test_an_impossible_patience_is_refused(patience):
+    with pytest.raises(ValueError, match=f"`early_stopping_patience` is {patience}"):
+        EarlyStoppingCallback(early_stopping_patience=patience)
+
+
+@pytest.mark.xfail(reason="found out only after the first epoch")
+@pytest.mark.parametrize("callback_class", [EarlyStoppingCallback, SaveBestModelCallback])
+def test_watching_a_name_that_several_evaluations_do_not_have_is_an_error_before_training(callback_class):
+    recorder = EventRecorder()
+    trainer = make_trainer(callbacks=[recorder, callback_class])
+    with pytest.raises(ValueError, match="'near_eval_loss_epoch'"):
+        trainer.train(make_dataset(8), num_epochs=2, eval_dataset={"near": make_dataset(4)})
+    assert "on_train_epoch_start" not in recorder.log
