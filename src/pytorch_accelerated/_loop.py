@@ -15,6 +15,7 @@ from pytorch_accelerated._accumulation import AccumulationWindow, scale_gradient
 from pytorch_accelerated._agreement import Agreement
 from pytorch_accelerated._losses import batch_loss, read_batch_output
 from pytorch_accelerated._order import EpochRandomness
+from pytorch_accelerated._prediction import concatenate, model_outputs, on_host
 from pytorch_accelerated._rng import preserved_rng_state
 from pytorch_accelerated._sharding import is_stand_in, without_rows
 from pytorch_accelerated._stopping import InterruptFlag
@@ -148,6 +149,15 @@ class TrainingLoop:
         """Compute the loss of one evaluation batch, without gradients; see `calculate_train_batch_loss`."""
         with torch.no_grad():
             return batch_loss(self.model, self.loss_func, batch)
+
+    def calculate_predictions(self, batch: Any) -> Any:
+        """Return the model's outputs for one batch of `Trainer.predict`, without gradients.
+
+        By default the model is called with the batch's first item, or with all of it as keyword arguments if it is a
+        mapping. Returns tensors of one row per sample, nested as you like.
+        """
+        with torch.no_grad():
+            return model_outputs(self.model, batch)
 
     def eval_epoch_end(self) -> None:
         """Called at the end of each evaluation; its loss is in the run history."""
@@ -414,6 +424,20 @@ class TrainingLoop:
             self._means.update_metrics(batch_output, weight)
         self._call("on_eval_step_end", batch=batch, batch_output=batch_output, step=step)
         self._check_interrupt()
+
+    def _run_prediction(self, on_every_process: bool, move_to_host: bool) -> Any:
+        is_kept = on_every_process or self.run_config.is_world_process_zero
+        outputs = []
+        with preserved_rng_state():
+            self.eval_epoch_start()
+            for step, batch, _ in _data.enumerate_batches(self._eval_dataloader):
+                own = self.calculate_predictions(batch)
+                if is_stand_in(self._eval_dataloader, step):
+                    own = without_rows(own, _data.find_batch_size(own))
+                gathered = self.gather(own)
+                if is_kept:
+                    outputs.append(on_host(gathered) if move_to_host else gathered)
+        return concatenate(outputs) if is_kept else None
 
     @contextmanager
     def _training_set_aside(self, is_intermediate: bool) -> Iterator[None]:

@@ -235,17 +235,40 @@ class Trainer(TrainingLoop):
         Raises:
             ValueError: There is nothing to evaluate.
         """
-        _validation.check_positive_integer("per_device_batch_size", per_device_batch_size, "samples")
         if dataset is not None:
             self.eval_dataset = dataset
-        self.collate_fn = collate_fn
-        with self._tidy_run():
-            self._make_eval_loaders(per_device_batch_size, dataloader_kwargs)
-            self._prepare_model_optimizer_and_dataloaders()
-            self.run_config = self._create_run_config(num_epochs=1, per_device_batch_size=per_device_batch_size)
-            self._check_eval_batch_size()
-            self._join_processes()
+        with self._tidy_evaluation(per_device_batch_size, dataloader_kwargs, collate_fn):
             self._run_evaluation()
+
+    def predict(
+        self,
+        dataset: Any,
+        per_device_batch_size: int = 8,
+        dataloader_kwargs: Mapping[str, Any] | None = None,
+        collate_fn: Callable[..., Any] | None = None,
+        *,
+        on_every_process: bool = True,
+        move_to_host: bool = True,
+    ) -> Any:
+        """Return the model's outputs for a dataset, in its order, each sample's once. Must be called on every process.
+
+        Args:
+            dataset: A dataset of samples, or an iterable of batches.
+            per_device_batch_size: Samples in a batch of one process.
+            dataloader_kwargs: Keyword arguments for the `DataLoader`; they win over the defaults.
+            collate_fn: Makes a batch from samples.
+            on_every_process: Whether all processes get the outputs; otherwise the others get ``None``.
+            move_to_host: Whether outputs go to host memory after each batch, or stay on the device.
+
+        Returns:
+            What `calculate_predictions` returns, with the rows of all batches: shape ``(samples, ...)``.
+        """
+        eval_dataset, self.eval_dataset = self.eval_dataset, dataset
+        try:
+            with self._tidy_evaluation(per_device_batch_size, dataloader_kwargs, collate_fn):
+                return self._run_prediction(on_every_process, move_to_host)
+        finally:
+            self.eval_dataset = eval_dataset
 
     # --- hooks: override them to change what happens -------------------------------------------------------------
 
@@ -429,6 +452,21 @@ class Trainer(TrainingLoop):
             self._tidy_up(is_nested=bool(outer_run))
             self._is_running = bool(outer_run)
             vars(self).update(outer_run)
+
+    @contextmanager
+    def _tidy_evaluation(
+        self, batch_size: int, dl_kwargs: Mapping[str, Any] | None, collate_fn: Callable[..., Any] | None
+    ) -> Iterator[None]:
+        """Make everything ready that goes over ``self.eval_dataset``, and tidy up afterwards."""
+        _validation.check_positive_integer("per_device_batch_size", batch_size, "samples")
+        self.collate_fn = collate_fn
+        with self._tidy_run():
+            self._make_eval_loaders(batch_size, dl_kwargs)
+            self._prepare_model_optimizer_and_dataloaders()
+            self.run_config = self._create_run_config(num_epochs=1, per_device_batch_size=batch_size)
+            self._check_eval_batch_size()
+            self._join_processes()
+            yield
 
     def _make_train_loader(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
         self._train_dataloader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
