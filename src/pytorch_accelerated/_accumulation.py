@@ -14,9 +14,10 @@ class AccumulationWindow:
     r"""Makes the gradient of an update that of the mean over all items of its batches, however they are sized.
 
     With :math:`w_i` items in batch :math:`i` and the gradient :math:`g_i` of its mean loss, an update should use
-    :math:`\sum_i w_i g_i / \sum_i w_i`. The sum of weights is known only at the end, so each loss is scaled by
-    :math:`w_i / (n w_1)`, which is right when all :math:`n` batches weigh the same, as they usually do; otherwise the
-    gradients are multiplied once by :math:`n w_1 / \sum_i w_i`.
+    :math:`\sum_i w_i g_i / \sum_i w_i`, where the sums go over the :math:`n` batches of the window on all :math:`R`
+    processes. The sum of weights is known only at the end, so each loss is scaled by :math:`w_i / (n w)` with some
+    usual weight :math:`w`. As the processes' gradients are averaged, that is right when all batches weigh :math:`w`, as
+    they usually do; otherwise the gradients are multiplied once by :math:`R n w / \sum_i w_i`.
 
     Example:
         >>> window = AccumulationWindow()
@@ -29,40 +30,51 @@ class AccumulationWindow:
     """
 
     def __init__(self) -> None:
-        self._num_batches = 0
-        self._num_expected = 0
-        self._total: float | torch.Tensor = 0
+        self.total: float | torch.Tensor = 0
+        """The weight of the window's batches so far, on this process."""
+
         self._expected: float | torch.Tensor = 0
+        self._is_alone = True
 
     def reset(self) -> None:
         """Forget the batches since the last update."""
-        self._num_batches = self._num_expected = 0
-        self._total = self._expected = 0
+        self.total = self._expected = 0
+        self._is_alone = True
 
-    def add(self, weight: float | torch.Tensor, num_batches: int) -> float | torch.Tensor | None:
+    def add(
+        self, weight: float | torch.Tensor, num_batches: int, usual_weight: float | None = None
+    ) -> float | torch.Tensor | None:
         """Take in the next batch, and return what to multiply its loss by; ``None`` if nothing.
 
         Args:
             weight: How many items its mean loss was taken over; a tensor stays on its device.
             num_batches: How many batches the window is going to have, as far as is known when it begins.
+            usual_weight: What a batch weighs as a rule, above 0 and the same on every process. ``None``, if there is
+                one process, for the weight of the window's first batch.
         """
-        if self._num_batches == 0:
-            self._num_expected = num_batches
-            self._expected = _at_least_one(weight) * num_batches
-        self._num_batches += 1
-        self._total = self._total + weight
-        return None if self._is_single else weight / self._expected
+        if _is_zero(self._expected):
+            self._is_alone = num_batches == 1 and usual_weight is None
+            self._expected = num_batches * (_at_least_one(weight) if usual_weight is None else usual_weight)
+        self.total = self.total + weight
+        is_usual = self._is_alone or _are_equal_numbers(weight, self._expected)
+        return None if is_usual else weight / self._expected
 
-    def close(self) -> float | torch.Tensor | None:
-        """End the window, and return what to multiply the gradients by; ``None``, the usual case, if nothing."""
-        is_right = self._is_single or _are_equal_numbers(self._total, self._expected)
-        correction = None if is_right else self._expected / _at_least_one(self._total)
+    def close(self, total: float | torch.Tensor | None = None, num_processes: int = 1) -> float | torch.Tensor | None:
+        """End the window, and return what to multiply the gradients by; ``None``, the usual case, if nothing.
+
+        Args:
+            total: The weight of the window on all processes; ``None`` if there is one.
+            num_processes: How many processes' gradients are averaged.
+        """
+        total = self.total if total is None else total
+        expected = self._expected * num_processes
+        is_right = self._is_alone or _are_equal_numbers(total, expected)
         self.reset()
-        return correction
+        return None if is_right else expected / _at_least_one(total)
 
-    @property
-    def _is_single(self) -> bool:
-        return self._num_batches == self._num_expected == 1
+
+def _is_zero(number: float | torch.Tensor) -> bool:
+    return not isinstance(number, torch.Tensor) and number == 0
 
 
 def _at_least_one(weight: float | torch.Tensor) -> float | torch.Tensor:

@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.data_loader import DataLoaderShard
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 
 from pytorch_accelerated._data import PlacedBatches, RestOfEpoch
 from pytorch_accelerated._rng import derive_seed, seed_generators
+from pytorch_accelerated._sharding import BatchShare, has_indices, loader_settings
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -104,19 +106,22 @@ def sum_over_processes(
     return {name: (total, weight) for name, (total, weight) in zip(names, totals.unbind(), strict=True)}
 
 
-def gather_uneven(accelerator: Accelerator, value: Any, padding_value: float) -> Any:
+def gather_uneven(accelerator: Accelerator, value: Any, padding_value: float | None = None) -> Any:
     """Concatenate the rows that each process has, however many, in the order of the processes.
 
     Rows are exchanged with padding, and cut off again by their number, so real values that equal the padding stay.
-    Other dimensions are padded to the largest size and stay so. Must be called on every process.
+    Must be called on every process.
 
     Args:
         accelerator: The accelerator.
         value: A tensor of shape ``(rows, ...)``, or tuples, lists and mappings of them, nested alike everywhere.
-        padding_value: Fills up the dimensions after the first.
+        padding_value: Fills up the dimensions after the first; ``None`` if they are alike.
 
     Returns:
-        ``value``'s structure with tensors of shape ``(sum of rows, ...)``.
+        ``value``'s structure with tensors of shape ``(sum of rows, ...)``. Tensors without dimension become a vector.
+
+    Raises:
+        ValueError: The dimensions after the first differ, and there is no ``padding_value``.
     """
     if isinstance(value, Mapping):
         gathered = {name: gather_uneven(accelerator, item, padding_value) for name, item in value.items()}
@@ -126,12 +131,17 @@ def gather_uneven(accelerator: Accelerator, value: Any, padding_value: float) ->
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if value.ndim == 0:
         return accelerator.gather(value)
-    own_shape = torch.tensor([value.shape], device=value.device)
-    shapes = accelerator.gather(own_shape)  # (num_processes, ndim)
-    padded = value.new_full(shapes.max(dim=0).values.tolist(), padding_value)
+    shapes = accelerator.gather(torch.tensor([value.shape], device=value.device))  # (num_processes, ndim)
+    num_rows, *sizes = shapes.unbind(dim=1)
+    if padding_value is None and any(size.unique().numel() > 1 for size in sizes):
+        raise ValueError(
+            f"The processes have tensors of the shapes {shapes.tolist()}, which differ in more than the number of "
+            "rows. Give a `padding_value` to fill up the other dimensions."
+        )
+    padded = value.new_full(shapes.max(dim=0).values.tolist(), padding_value or 0)
     padded[tuple(slice(size) for size in value.shape)] = value
-    blocks = accelerator.gather(padded).split(padded.shape[0])
-    return torch.cat([block[:rows] for block, rows in zip(blocks, shapes[:, 0].tolist(), strict=True)])
+    blocks = accelerator.gather(padded).split(padded.shape[0]) if padded.numel() else [padded] * len(num_rows)
+    return torch.cat([block[:rows] for block, rows in zip(blocks, num_rows.tolist(), strict=True)])
 
 
 def choose_seed(accelerator: Accelerator, seed: int | None) -> int:
@@ -265,7 +275,8 @@ def prepare(
         All four, prepared. Loaders that are no `DataLoader` only move their batches to the device.
     """
     eval_dls = eval_dl if isinstance(eval_dl, dict) else {} if eval_dl is None else {"": eval_dl}
-    objects = [model, optimizer, train_dl, *eval_dls.values()]
+    train_dl = _share(accelerator, train_dl)
+    objects = [model, optimizer, train_dl, *(_share(accelerator, loader) for loader in eval_dls.values())]
     present = [item for item in objects if item is not None]
     # DeepSpeed and FSDP have to see all objects at once. A single one is returned bare.
     results = accelerator.prepare(*present)
@@ -273,6 +284,33 @@ def prepare(
     model, optimizer, train_dl, *loaders = [None if item is None else next(prepared) for item in objects]
     placed = {name: _place(accelerator, loader) for name, loader in zip(eval_dls, loaders, strict=True)}
     return model, optimizer, _place(accelerator, train_dl), placed if isinstance(eval_dl, dict) else placed.get("")
+
+
+def _share(accelerator: Accelerator, loader: Any) -> Any:
+    # Accelerate itself would fill up the last batches with samples from the beginning.
+    is_left_to_accelerate = (
+        accelerator.num_processes == 1
+        or not has_indices(loader)
+        or accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
+        or getattr(accelerator, "parallelism_config", None) is not None
+        or accelerator.split_batches
+        or accelerator.dispatch_batches
+        or accelerator.use_stateful_dataloader
+    )
+    if is_left_to_accelerate:
+        return loader
+    share = BatchShare(loader.batch_sampler, accelerator.num_processes, accelerator.process_index)
+    shared = DataLoaderShard(
+        loader.dataset,
+        device=accelerator.device if accelerator.device_placement else None,
+        batch_sampler=share,
+        _drop_last=loader.drop_last,
+        _non_blocking=accelerator.non_blocking,
+        **loader_settings(loader),
+    )
+    shared.share = share
+    shared._is_accelerate_prepared = True
+    return shared
 
 
 def _place(accelerator: Accelerator, loader: Any) -> Any:

@@ -12,18 +12,22 @@ from torch import nn
 
 from pytorch_accelerated import _data, _distributed
 from pytorch_accelerated._accumulation import AccumulationWindow, scale_gradients
+from pytorch_accelerated._agreement import Agreement
 from pytorch_accelerated._losses import batch_loss, read_batch_output
 from pytorch_accelerated._order import EpochRandomness
+from pytorch_accelerated._prediction import concatenate, model_outputs, on_host
 from pytorch_accelerated._rng import preserved_rng_state
+from pytorch_accelerated._sharding import is_stand_in, without_rows
 from pytorch_accelerated._stopping import InterruptFlag
 from pytorch_accelerated._validation import raise_bad_loss
-from pytorch_accelerated.exceptions import StopTrainingError
+from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.tracking import (
     EpochMeans,
     InMemoryRunHistory,
     LossTracker,
     RunHistory,
+    as_number,
     weighted_mean,
 )
 
@@ -59,6 +63,7 @@ class TrainingLoop:
         self.run_config: TrainerRunConfig = None  # type: ignore[assignment]  # there is one from the first run on
         self.progress = TrainingProgress()
         self.stop_reason: str | None = None
+        self.gradient_norm: torch.Tensor | None = None
         self.is_resumed = False
         self.is_intermediate_evaluation = False
 
@@ -75,6 +80,11 @@ class TrainingLoop:
         self._num_eval_steps: int | None = None
         self._means = EpochMeans()
         self._window = AccumulationWindow()
+        self._usual_weight: float | None = None
+        self._is_update_due = False
+        self._num_new_samples = 0
+        self._is_stand_in = False
+        self._agreement = Agreement(num_processes=1)
         self._batch_output: Mapping[str, Any] | None = None
         self._interrupt = InterruptFlag()
 
@@ -140,6 +150,15 @@ class TrainingLoop:
         with torch.no_grad():
             return batch_loss(self.model, self.loss_func, batch)
 
+    def calculate_predictions(self, batch: Any) -> Any:
+        """Return the model's outputs for one batch of `Trainer.predict`, without gradients.
+
+        By default the model is called with the batch's first item, or with all of it as keyword arguments if it is a
+        mapping. Returns tensors of one row per sample, nested as you like.
+        """
+        with torch.no_grad():
+            return model_outputs(self.model, batch)
+
     def eval_epoch_end(self) -> None:
         """Called at the end of each evaluation; its loss is in the run history."""
 
@@ -155,6 +174,66 @@ class TrainingLoop:
     def evaluation_run_end(self) -> None:
         """Called when `evaluate` ends."""
 
+    # --- tools for hooks and callbacks ---------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are put and the model runs, on this process."""
+        device: torch.device = self._accelerator.device
+        return device
+
+    @property
+    def process_index(self) -> int:
+        """The rank of this process, from 0."""
+        return int(self._accelerator.process_index)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on the main process of each node only."""
+        self._accelerator.print(*args, **kwargs)
+
+    def gather(self, tensor: Any, padding_value: float | None = None) -> Any:
+        """Concatenate what each process has, in the order of the processes. Must be called on every process.
+
+        The processes may have different numbers of rows, also none.
+
+        Args:
+            tensor: A tensor of shape ``(rows, ...)``, or tuples, lists and mappings of them.
+            padding_value: Give one if the processes may differ in the other dimensions, which are then filled up with
+                it. Rows are never padded in the result, and real values that equal it stay.
+
+        Returns:
+            The same structure with tensors of shape ``(sum of rows, ...)``; with one process ``tensor`` itself.
+
+        Raises:
+            ValueError: The shapes do not fit together; raised on every process.
+        """
+        if self._accelerator.num_processes == 1:
+            return self._accelerator.gather(tensor)
+        return _distributed.gather_uneven(self._accelerator, tensor, padding_value)
+
+    def get_agreed_metric(self, metric_name: str) -> float:
+        """Return the newest value of a metric as a number, the main process's on every process, to decide by.
+
+        Must be called on every process.
+
+        Raises:
+            ValueError: Nothing was recorded under this name, or it is not one number.
+        """
+        value = as_number(self.run_history.get_latest_metric(metric_name))
+        return float(_distributed.broadcast_from_main(value, self.run_config.num_processes))
+
+    def get_model(self, keep_torch_compile: bool = True) -> Any:
+        """Return the model without what Accelerate wrapped around it.
+
+        Args:
+            keep_torch_compile: Whether a compiled model is returned as such.
+        """
+        return self._accelerator.unwrap_model(self.model, keep_torch_compile=keep_torch_compile)
+
+    def limit_eval_steps(self, num_eval_steps: int) -> None:
+        """End the evaluation that starts after so many batches; call it in ``on_eval_epoch_start``."""
+        self._num_eval_steps = num_eval_steps
+
     # --- the training loop ---------------------------------------------------------------------------------------
 
     def _run_training(self) -> None:
@@ -162,6 +241,7 @@ class TrainingLoop:
             try:
                 self.training_run_start()
                 self._call("on_training_run_start")
+                self._agreement.settle()
                 self._run_epochs()
             except StopTrainingError as stop:
                 self._stop(stop)
@@ -186,6 +266,7 @@ class TrainingLoop:
             self.progress.phase = "end"
             self.training_run_epoch_end()
             self._call("on_training_run_epoch_end")
+            self._agreement.settle()
         finally:
             if self.progress.phase != "training":  # an epoch counts once its training is done
                 self.progress.end_epoch()
@@ -202,7 +283,8 @@ class TrainingLoop:
         remaining = _distributed.skip_batches(self._accelerator, train_dl, num_done)
         for step, batch, is_last in _data.enumerate_batches(remaining, num_done):
             is_update_due = is_last or (step + 1) % self.run_config.gradient_accumulation_steps == 0
-            self._accelerator.sync_gradients = is_update_due
+            self._accelerator.sync_gradients = self._is_update_due = is_update_due
+            self._is_stand_in = is_stand_in(train_dl, step)
             if is_update_due:
                 self._perform_forward_and_backward_passes(batch, step)
                 self._update_parameters()
@@ -219,6 +301,7 @@ class TrainingLoop:
         self._add_epoch_loss_to_run_history("train_loss_epoch")
         self.train_epoch_end()
         self._call("on_train_epoch_end")
+        self._agreement.settle()
         return is_limit_reached
 
     def _begin_train_epoch(self, train_dl: Any) -> int:
@@ -227,6 +310,7 @@ class TrainingLoop:
         if num_done == 0:
             self._means = EpochMeans()
         self._window.reset()
+        self._num_new_samples = 0
         self._num_batches_per_epoch = _data.reliable_num_batches_of(train_dl)
         self._set_data_epoch(self._train_randomness, train_dl, self.run_history.current_epoch - 1)
         return num_done
@@ -235,17 +319,25 @@ class TrainingLoop:
         self._call("on_train_step_start", batch=batch, step=step)
         batch_output = self.calculate_train_batch_loss(batch)
         weight, batch_size = read_batch_output(batch_output, "calculate_train_batch_loss")
+        if self._is_stand_in:
+            weight = batch_size = 0
+        self._num_new_samples += batch_size
         self._call("on_backward_start", batch=batch, batch_output=batch_output, step=step)
         loss = batch_output["loss"]
-        share = self._window.add(weight, self._window_size(step))
+        share = self._window.add(weight, self._window_size(step), self._usual_weight)
+        if self._is_update_due and self._agreement.is_needed:
+            self._agreement.start_exchange(self._window.total, self._num_new_samples)
         self.backward_step(loss if share is None else loss * share)
-        self._update_loss_tracker(loss, weight)
-        self._means.update_metrics(batch_output, weight)
-        self.progress.num_samples += batch_size * self.run_config.num_processes
+        if not self._is_stand_in:
+            self._update_loss_tracker(loss, weight)
+            self._means.update_metrics(batch_output, weight)
         self._batch_output = batch_output
 
     def _update_parameters(self) -> None:
-        correction = self._window.close()
+        total_weight, num_new_samples = None, self._num_new_samples
+        if self._agreement.is_needed:
+            total_weight, num_new_samples = self._agreement.finish_exchange()
+        correction = self._window.close(total_weight, self.run_config.num_processes)
         if correction is not None:
             scale_gradients(self.model.parameters(), correction)
         if self._accelerator.scaler is not None:
@@ -254,6 +346,8 @@ class TrainingLoop:
         self._clip_gradients()
         self.optimizer_step()
         self.progress.num_updates += 1
+        self.progress.num_samples += num_new_samples
+        self._num_new_samples = 0
         if self._accelerator.optimizer_step_was_skipped is not True:
             self.scheduler_step()
         self._call("on_optimizer_step_end")
@@ -273,13 +367,14 @@ class TrainingLoop:
         return min(num_steps, self._num_batches_per_epoch - step)
 
     def _clip_gradients(self) -> None:
-        clip_value = self.run_config.gradient_clip_value
-        if clip_value is None:
-            return
-        if self._accelerator.scaler is None:
-            self._accelerator.clip_grad_value_(self.model.parameters(), clip_value)
-        else:  # Accelerate would unscale them a second time
-            nn.utils.clip_grad_value_(self.model.parameters(), clip_value)
+        # With a scaler the gradients are unscaled already, which Accelerate's functions would do a second time.
+        clip_functions: Any = self._accelerator if self._accelerator.scaler is None else nn.utils
+        if self.run_config.gradient_clip_value is not None:
+            clip_functions.clip_grad_value_(self.model.parameters(), self.run_config.gradient_clip_value)
+        if self.run_config.gradient_clip_norm is not None:
+            self.gradient_norm = clip_functions.clip_grad_norm_(
+                self.model.parameters(), self.run_config.gradient_clip_norm
+            )
 
     def _is_update_limit_reached(self) -> bool:
         limit = self.run_config.max_num_train_steps if self.run_config.is_limited_by_steps else None
@@ -311,19 +406,38 @@ class TrainingLoop:
             self.eval_epoch_start()
             self._call("on_eval_epoch_start", is_intermediate=is_intermediate)
             for step, batch, _ in islice(_data.enumerate_batches(valid_dl), self._num_eval_steps):
+                self._is_stand_in = is_stand_in(valid_dl, step)
                 self._perform_eval_step(batch, step)
             self._add_epoch_loss_to_run_history("eval_loss_epoch" if is_training else "evaluation_loss")
             self.eval_epoch_end()
             self._call("on_eval_epoch_end", is_intermediate=is_intermediate)
+            self._agreement.settle()
 
     def _perform_eval_step(self, batch: Any, step: int) -> None:
         self._call("on_eval_step_start", batch=batch, step=step)
         batch_output = self.calculate_eval_batch_loss(batch)
-        weight, _ = read_batch_output(batch_output, "calculate_eval_batch_loss")
-        self._update_loss_tracker(batch_output["loss"], weight)
-        self._means.update_metrics(batch_output, weight)
+        weight, batch_size = read_batch_output(batch_output, "calculate_eval_batch_loss")
+        if self._is_stand_in:
+            batch, batch_output = without_rows(batch, batch_size), without_rows(batch_output, batch_size)
+        else:
+            self._update_loss_tracker(batch_output["loss"], weight)
+            self._means.update_metrics(batch_output, weight)
         self._call("on_eval_step_end", batch=batch, batch_output=batch_output, step=step)
         self._check_interrupt()
+
+    def _run_prediction(self, on_every_process: bool, move_to_host: bool) -> Any:
+        is_kept = on_every_process or self.run_config.is_world_process_zero
+        outputs = []
+        with preserved_rng_state():
+            self.eval_epoch_start()
+            for step, batch, _ in _data.enumerate_batches(self._eval_dataloader):
+                own = self.calculate_predictions(batch)
+                if is_stand_in(self._eval_dataloader, step):
+                    own = without_rows(own, _data.find_batch_size(own))
+                gathered = self.gather(own)
+                if is_kept:
+                    outputs.append(on_host(gathered) if move_to_host else gathered)
+        return concatenate(outputs) if is_kept else None
 
     @contextmanager
     def _training_set_aside(self, is_intermediate: bool) -> Iterator[None]:
@@ -379,16 +493,20 @@ class TrainingLoop:
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)
 
-    def limit_eval_steps(self, num_eval_steps: int) -> None:
-        """End the evaluation that starts after so many batches; call it in ``on_eval_epoch_start``."""
-        self._num_eval_steps = num_eval_steps
-
     def _call(self, event: str, **kwargs: Any) -> None:
-        self.callback_handler.call_event(event, self, **kwargs)
+        try:
+            self.callback_handler.call_event(event, self, **kwargs)
+        except (StopTrainingError, NonFiniteLossError) as reason:
+            self._end_together(reason)
 
     def _check_interrupt(self) -> None:
         if self._interrupt.is_set:
-            raise StopTrainingError("interrupted by Ctrl-C")
+            self._end_together(StopTrainingError("interrupted by Ctrl-C"))
+
+    def _end_together(self, reason: Exception) -> None:
+        if not self._agreement.is_needed:
+            raise reason
+        self._agreement.request_end(reason)
 
     def _end_run(self, hook: Callable[[], None], event: str) -> None:
         with suppress(StopTrainingError):  # the run has ended already

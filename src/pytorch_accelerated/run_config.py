@@ -35,6 +35,7 @@ class TrainerRunConfig:
         seed: Where data order and randomness of the run come from.
         is_limited_by_steps: Whether ``max_num_train_steps`` was asked for, and ends the run, or is just the number of
             updates that the epochs are expected to make.
+        gradient_clip_norm: Bound for the norm of all gradients together; ``None`` for no clipping.
     """
 
     num_epochs: int
@@ -56,6 +57,7 @@ class TrainerRunConfig:
     num_processes: int
     seed: int | None = None
     is_limited_by_steps: bool = True
+    gradient_clip_norm: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a new dictionary; never raises and copies no value."""

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
 from pytorch_accelerated import _checkpointing, _data, _distributed, _validation
+from pytorch_accelerated._agreement import Agreement
 from pytorch_accelerated._data import LIMIT_BATCHES_ENV_VAR
 from pytorch_accelerated._loop import TrainingLoop
 from pytorch_accelerated._order import EpochRandomness
@@ -52,6 +52,8 @@ _ATTRIBUTES_OF_A_RUN = (
     "_eval_randomness",
     "_prepared_model",
     "_batch_output",
+    "_agreement",
+    "_usual_weight",
 )
 
 
@@ -133,6 +135,8 @@ class Trainer(TrainingLoop):
         reset_run_history: bool = True,
         collate_fn: Callable[..., Any] | None = None,
         resume_from: str | os.PathLike[str] | None = None,
+        *,
+        gradient_clip_norm: float | None = None,
     ) -> None:
         """Train the model.
 
@@ -166,6 +170,8 @@ class Trainer(TrainingLoop):
             eval_dataloader_kwargs: Keyword arguments for the evaluation `DataLoader`.
             reset_run_history: Whether metrics and epoch count of an earlier run are forgotten.
             collate_fn: Makes a batch from samples, in both loaders.
+            gradient_clip_norm: Bound for the norm of all gradients together, applied before each update. Callbacks find
+                the norm before clipping in ``trainer.gradient_norm``, from ``on_optimizer_step_end`` on.
             resume_from: A directory that `save_training_state` wrote. The run goes on from there up to ``num_epochs``.
 
         Raises:
@@ -201,6 +207,7 @@ class Trainer(TrainingLoop):
                 gradient_accumulation_steps=gradient_accumulation_steps,
                 max_num_train_steps=max_num_train_steps,
                 gradient_clip_value=gradient_clip_value,
+                gradient_clip_norm=gradient_clip_norm,
             )
             self._set_up_training(num_epochs, resume_from)
             self._run_training()
@@ -228,16 +235,40 @@ class Trainer(TrainingLoop):
         Raises:
             ValueError: There is nothing to evaluate.
         """
-        _validation.check_positive_integer("per_device_batch_size", per_device_batch_size, "samples")
         if dataset is not None:
             self.eval_dataset = dataset
-        self.collate_fn = collate_fn
-        with self._tidy_run():
-            self._make_eval_loaders(per_device_batch_size, dataloader_kwargs)
-            self._prepare_model_optimizer_and_dataloaders()
-            self.run_config = self._create_run_config(num_epochs=1, per_device_batch_size=per_device_batch_size)
-            self._check_eval_batch_size()
+        with self._tidy_evaluation(per_device_batch_size, dataloader_kwargs, collate_fn):
             self._run_evaluation()
+
+    def predict(
+        self,
+        dataset: Any,
+        per_device_batch_size: int = 8,
+        dataloader_kwargs: Mapping[str, Any] | None = None,
+        collate_fn: Callable[..., Any] | None = None,
+        *,
+        on_every_process: bool = True,
+        move_to_host: bool = True,
+    ) -> Any:
+        """Return the model's outputs for a dataset, in its order, each sample's once. Must be called on every process.
+
+        Args:
+            dataset: A dataset of samples, or an iterable of batches.
+            per_device_batch_size: Samples in a batch of one process.
+            dataloader_kwargs: Keyword arguments for the `DataLoader`; they win over the defaults.
+            collate_fn: Makes a batch from samples.
+            on_every_process: Whether all processes get the outputs; otherwise the others get ``None``.
+            move_to_host: Whether outputs go to host memory after each batch, or stay on the device.
+
+        Returns:
+            What `calculate_predictions` returns, with the rows of all batches: shape ``(samples, ...)``.
+        """
+        eval_dataset, self.eval_dataset = self.eval_dataset, dataset
+        try:
+            with self._tidy_evaluation(per_device_batch_size, dataloader_kwargs, collate_fn):
+                return self._run_prediction(on_every_process, move_to_host)
+        finally:
+            self.eval_dataset = eval_dataset
 
     # --- hooks: override them to change what happens -------------------------------------------------------------
 
@@ -273,45 +304,7 @@ class Trainer(TrainingLoop):
             return None
         return replace_trainer_placeholder_values(self, self.create_scheduler_fn)(self.optimizer)
 
-    # --- tools for hooks and callbacks ---------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches are put and the model runs, on this process."""
-        device: torch.device = self._accelerator.device
-        return device
-
-    @property
-    def process_index(self) -> int:
-        """The rank of this process, from 0."""
-        return int(self._accelerator.process_index)
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print on the main process of each node only."""
-        self._accelerator.print(*args, **kwargs)
-
-    def gather(self, tensor: Any, padding_value: float | None = None) -> Any:
-        """Concatenate what each process has, in the order of the processes. Must be called on every process.
-
-        Args:
-            tensor: A tensor of shape ``(rows, ...)``, or tuples, lists and mappings of them.
-            padding_value: Give one if the processes may have different shapes: dimensions after the first are filled up
-                with it. Rows are never padded in the result, and real values that equal it stay.
-
-        Returns:
-            The same structure with tensors of shape ``(sum of rows, ...)``; with one process ``tensor`` itself.
-        """
-        if padding_value is None or self._accelerator.num_processes == 1:
-            return self._accelerator.gather(tensor)
-        return _distributed.gather_uneven(self._accelerator, tensor, padding_value)
-
-    def get_model(self, keep_torch_compile: bool = True) -> Any:
-        """Return the model without what Accelerate wrapped around it.
-
-        Args:
-            keep_torch_compile: Whether a compiled model is returned as such.
-        """
-        return self._accelerator.unwrap_model(self.model, keep_torch_compile=keep_torch_compile)
+    # --- checkpoints and training states -------------------------------------------------------------------------
 
     def save_checkpoint(
         self,
@@ -460,6 +453,21 @@ class Trainer(TrainingLoop):
             self._is_running = bool(outer_run)
             vars(self).update(outer_run)
 
+    @contextmanager
+    def _tidy_evaluation(
+        self, batch_size: int, dl_kwargs: Mapping[str, Any] | None, collate_fn: Callable[..., Any] | None
+    ) -> Iterator[None]:
+        """Make everything ready that goes over ``self.eval_dataset``, and tidy up afterwards."""
+        _validation.check_positive_integer("per_device_batch_size", batch_size, "samples")
+        self.collate_fn = collate_fn
+        with self._tidy_run():
+            self._make_eval_loaders(batch_size, dl_kwargs)
+            self._prepare_model_optimizer_and_dataloaders()
+            self.run_config = self._create_run_config(num_epochs=1, per_device_batch_size=batch_size)
+            self._check_eval_batch_size()
+            self._join_processes()
+            yield
+
     def _make_train_loader(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
         self._train_dataloader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
         _validation.check_loader_not_empty("train_dataset", self._train_dataloader)
@@ -508,6 +516,7 @@ class Trainer(TrainingLoop):
         gradient_accumulation_steps: int = 1,
         max_num_train_steps: int | None = None,
         gradient_clip_value: float | None = None,
+        gradient_clip_norm: float | None = None,
     ) -> TrainerRunConfig:
         accelerator = self._accelerator
         return derive_run_config(
@@ -517,6 +526,7 @@ class Trainer(TrainingLoop):
             max_num_train_steps=max_num_train_steps,
             num_processes=int(accelerator.num_processes),
             gradient_clip_value=gradient_clip_value,
+            gradient_clip_norm=gradient_clip_norm,
             train_per_device_batch_size=_data.batch_size_of(
                 self._train_dataloader, self._train_dl_kwargs, per_device_batch_size
             ),
@@ -531,8 +541,14 @@ class Trainer(TrainingLoop):
             seed=self._run_seed,
         )
 
+    def _join_processes(self) -> None:
+        self._agreement = Agreement(self.run_config.num_processes)
+        usual_weight = self.run_config.train_per_device_batch_size or 1
+        self._usual_weight = float(usual_weight) if self._agreement.is_needed else None
+
     def _set_up_training(self, num_epochs: int, resume_from: str | os.PathLike[str] | None) -> None:
         self._check_eval_batch_size()
+        self._join_processes()
         self._discard_gradients()
         _distributed.take_over_accumulation(self._accelerator, self.run_config.gradient_accumulation_steps)
         self.scheduler = self.create_scheduler()

@@ -12,7 +12,6 @@ from pytorch_accelerated._ema import ModelEma
 from pytorch_accelerated._stopping import is_better
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.handler import CallbackHandler
-from pytorch_accelerated.tracking import as_number
 
 if TYPE_CHECKING:
     import os
@@ -199,7 +198,7 @@ class ModelEmaCallback(TrainerCallback):
         history = trainer.run_history
         if self.watch_metric not in history.get_metric_names():
             return  # It may come with the next dataset; the end of the epoch checks it.
-        value = as_number(history.get_latest_metric(self.watch_metric))
+        value = trainer.get_agreed_metric(self.watch_metric)
         if is_better(value, self.best_metric, self.greater_is_better):
             self._save(trainer, {self.watch_metric: value, "epoch": history.current_epoch})
             self.best_metric = value

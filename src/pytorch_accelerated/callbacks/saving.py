@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from pytorch_accelerated._stopping import is_better
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.stopping import check_watched_metric
-from pytorch_accelerated.tracking import as_number
 
 if TYPE_CHECKING:
     import os
@@ -63,7 +62,7 @@ class SaveBestModelCallback(TrainerCallback):
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the model if it is the best so far."""
-        value = as_number(trainer.run_history.get_latest_metric(self.watch_metric))
+        value = trainer.get_agreed_metric(self.watch_metric)
         if not is_better(value, self.best_metric, self.greater_is_better):
             return
         epoch = trainer.run_history.current_epoch

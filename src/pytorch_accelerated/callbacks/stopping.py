@@ -10,7 +10,6 @@ import torch
 from pytorch_accelerated._stopping import PatienceCounter
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
-from pytorch_accelerated.tracking import as_number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -145,7 +144,7 @@ class EarlyStoppingCallback(TrainerCallback):
         Raises:
             StopTrainingError: The patience is used up.
         """
-        value = as_number(trainer.run_history.get_latest_metric(self.watch_metric))
+        value = trainer.get_agreed_metric(self.watch_metric)
         if self._counter.update(value):
             raise StopTrainingError(
                 f"{self.watch_metric} has not improved on {self._counter.best} "

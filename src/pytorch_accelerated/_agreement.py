@@ -1,0 +1,85 @@
+"""What the processes of a run tell each other, so that they weigh their batches and end the run together."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+
+from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
+
+_REASONS: dict[str, type[Exception]] = {error.__name__: error for error in (NonFiniteLossError, StopTrainingError)}
+"""The exceptions by which one process ends the run of all; the first that any process has is raised by all."""
+
+
+class Agreement:
+    """Adds up, once per update, the weights of all processes and their requests to end the run.
+
+    A process that wants to end the run must not just do so: the others would wait for it for ever. It makes a request,
+    goes on, and all of them raise the same exception at the same place. The numbers travel between the hosts, beside
+    the backward pass, so no device has to wait. With a single process nothing is sent.
+
+    Args:
+        num_processes: How many processes take part. With several, making this must happen on every one of them.
+        timeout: How long to wait for another process before giving up.
+    """
+
+    def __init__(self, num_processes: int, timeout: timedelta = timedelta(minutes=10)) -> None:
+        self.is_needed = num_processes > 1
+        self._requests: list[Exception] = []
+        self._group: Any = None
+        self._numbers = torch.zeros(3, dtype=torch.float64)
+        self._exchange: Any = None
+        if self.is_needed and distributed.get_backend() != "gloo":
+            self._group = distributed.new_group(backend="gloo", timeout=timeout)
+
+    def request_end(self, reason: Exception) -> None:
+        """Ask for the end of the run: a `StopTrainingError` or a `NonFiniteLossError`."""
+        self._requests.append(reason)
+
+    def start_exchange(self, weight: float | torch.Tensor, num_samples: int) -> None:
+        """Tell the others about this process's share of the update, and whether it wants to end the run.
+
+        Args:
+            weight: The sum of the weights of its batches.
+            num_samples: How many samples were in them.
+        """
+        self._numbers = torch.tensor([float(weight), num_samples, len(self._requests)], dtype=torch.float64)
+        self._exchange = distributed.all_reduce(self._numbers, group=self._group, async_op=True)
+
+    def finish_exchange(self) -> tuple[float, int]:
+        """Wait for the others, and return the weight and the number of samples of the whole update.
+
+        Raises:
+            NonFiniteLossError: The loss of some process is not finite.
+            StopTrainingError: A callback on some process asked to stop.
+        """
+        self._exchange.wait()
+        weight, num_samples, num_requests = self._numbers.tolist()
+        if num_requests > 0:
+            self._end()
+        return weight, int(num_samples)
+
+    def settle(self) -> None:
+        """End the run if any process wants it. Must be called on every process.
+
+        Raises:
+            NonFiniteLossError: The loss of some process is not finite.
+            StopTrainingError: A callback on some process asked to stop.
+        """
+        if self.is_needed:
+            self.start_exchange(weight=0.0, num_samples=0)
+            self.finish_exchange()
+
+    def _end(self) -> None:
+        own = [(type(reason).__name__, str(reason)) for reason in self._requests]
+        self._requests = []
+        reasons_of_all: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(reasons_of_all, own, group=self._group)
+        reasons = [reason for reasons in reasons_of_all for reason in reasons]
+        for name, error in _REASONS.items():
+            for kind, message in reasons:
+                if kind == name:
+                    raise error(message)

@@ -1,0 +1,114 @@
+"""How several processes share the samples of an epoch: each sample once, in step with each other."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+_LOADER_SETTINGS = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+    "pin_memory_device",
+    "in_order",
+)
+
+
+class BatchShare:
+    """The batches of one process, out of those that all processes take together.
+
+    At each step the processes take the next ``num_processes`` batches, one each, in the order of their ranks. What is
+    left at the end for less than a batch each is divided evenly, so that every sample is used once and all processes
+    make the same number of steps. If even that leaves a process without a sample, it gets a *stand-in*, some batch that
+    was used before, so that it can take part in what the processes do together; it has to count for nothing.
+
+    Args:
+        batch_sampler: Gives lists of indices, the same on every process.
+        num_processes: How many processes share them.
+        process_index: Rank of this process.
+
+    Example:
+        >>> [list(BatchShare([[0, 1], [2, 3], [4, 5], [6]], 3, rank)) for rank in range(3)]
+        [[[0, 1], [6]], [[2, 3], [2, 3]], [[4, 5], [4, 5]]]
+    """
+
+    def __init__(self, batch_sampler: Any, num_processes: int, process_index: int) -> None:
+        self.batch_sampler = batch_sampler
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.batch_size = getattr(batch_sampler, "batch_size", None)
+        self.drop_last = getattr(batch_sampler, "drop_last", False)
+        self.stand_in_step: int | None = None
+        """Index of the step whose batch is a stand-in; known when that batch has been given."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.stand_in_step = None
+        batches = iter(self.batch_sampler)
+        own: list[int] = []
+        for step in itertools.count():
+            group = list(itertools.islice(batches, self.num_processes))
+            if len(group) == self.num_processes:
+                own = group[self.process_index]
+                yield own
+                continue
+            if group and not self.drop_last:
+                yield self._part_of_rest([index for batch in group for index in batch], step, own)
+            return
+
+    def _part_of_rest(self, rest: list[int], step: int, last_own: list[int]) -> list[int]:
+        ranks = (self.process_index, self.process_index + 1)
+        start, end = (math.ceil(len(rest) * rank / self.num_processes) for rank in ranks)
+        if start == end:
+            self.stand_in_step = step
+            return last_own or rest
+        return rest[start:end]
+
+    def __len__(self) -> int:
+        num_groups = len(self.batch_sampler) / self.num_processes
+        return math.floor(num_groups) if self.drop_last else math.ceil(num_groups)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "batch_sampler":  # asked for by copy and pickle before it is set
+            raise AttributeError(name)
+        return getattr(self.batch_sampler, name)
+
+
+def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Return the keyword arguments of a `DataLoader` that have nothing to do with which samples it gives."""
+    return {name: getattr(loader, name) for name in _LOADER_SETTINGS if hasattr(loader, name)}
+
+
+def has_indices(loader: Any) -> bool:
+    """Tell whether the samples of a loader are chosen by index, so that they can be shared exactly."""
+    is_loader = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    return is_loader and loader.batch_sampler is not None
+
+
+def is_stand_in(loader: Any, step: int) -> bool:
+    """Tell whether the batch of a step is a stand-in, which counts for nothing; see `BatchShare`."""
+    share = getattr(loader, "share", None)
+    return isinstance(share, BatchShare) and share.stand_in_step == step
+
+
+def without_rows(value: Any, num_rows: int) -> Any:
+    """Return a nested structure with every tensor of ``num_rows`` rows cut down to none."""
+    if isinstance(value, torch.Tensor):
+        return value[:0] if value.ndim > 0 and value.shape[0] == num_rows else value
+    if isinstance(value, dict):
+        return {name: without_rows(item, num_rows) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(without_rows(item, num_rows) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(without_rows(item, num_rows) for item in value)
+    return value
