@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 
 class AccumulationWindow:
@@ -40,6 +40,16 @@ class AccumulationWindow:
         """Forget the batches since the last update."""
         self.total = self._expected = 0
         self._is_alone = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums of a window that waits for more batches."""
+        return {"total": self.total, "expected": self._expected, "is_alone": self._is_alone}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with the window that `state_dict` described."""
+        self.total = state_dict["total"]
+        self._expected = state_dict["expected"]
+        self._is_alone = state_dict["is_alone"]
 
     def add(
         self, weight: float | torch.Tensor, num_batches: int, usual_weight: float | None = None

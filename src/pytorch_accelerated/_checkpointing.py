@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +28,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.pt"
 _COMPILED_PREFIX = "_orig_mod."
+_STORABLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -42,11 +44,12 @@ def save_file(contents: Mapping[str, Any], path: str | os.PathLike[str]) -> None
         CheckpointError: The file cannot be written, or could not be read back safely.
     """
     path = Path(path)
+    plain_contents = as_plain(contents)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            torch.save(as_plain(contents), file)
+            torch.save(plain_contents, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -81,17 +84,38 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
 
 
-def as_plain(value: Any) -> Any:
-    """Replace NumPy scalars and arrays by numbers and tensors, in nested containers too."""
+def as_plain(value: Any, place: str = "") -> Any:
+    """Return what can be stored and read back without running code, in nested containers too.
+
+    NumPy scalars and arrays become numbers and tensors.
+
+    Args:
+        value: What to store.
+        place: Where it stands, for the message.
+
+    Raises:
+        CheckpointError: Something in it is no tensor, number, string or container of them.
+    """
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return torch.from_numpy(value.copy())
-    if isinstance(value, Mapping):
-        return {as_plain(key): as_plain(item) for key, item in value.items()}
-    if type(value) in (tuple, list, set):
-        return type(value)(as_plain(item) for item in value)
-    return value
+    if type(value) in (dict, OrderedDict, Counter, defaultdict):
+        plain = {key: as_plain(item, f"{place}[{key!r}]") for key, item in _with_plain_keys(value).items()}
+        return type(value)(plain) if type(value) in (OrderedDict, Counter) else plain
+    if type(value) in (tuple, list, set, torch.Size):
+        return type(value)(as_plain(item, f"{place}[...]") for item in value)
+    if value is None or isinstance(value, torch.Tensor) or type(value) in _STORABLE:
+        return value
+    raise CheckpointError(
+        f"A {type(value).__name__} cannot be saved{' as ' + place if place else ''}: to read it back would mean to run "
+        "code from the file. Save tensors, numbers, strings and containers of them, such as `vars(...)` or `str(...)`."
+    )
+
+
+def _with_plain_keys(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return a dictionary whose keys are no NumPy scalars."""
+    return {key.item() if isinstance(key, np.generic) else key: item for key, item in mapping.items()}
 
 
 def _numpy_scalar_globals() -> list[Any]:
@@ -142,9 +166,9 @@ def load_model_state(model: nn.Module, state_dict: Mapping[str, Any], source: st
         CheckpointError: It is the state of another model; names the parameters that differ.
     """
     state_dict = portable_state_dict(state_dict)
-    own = {name.replace(_COMPILED_PREFIX, ""): name for name in model.state_dict()}
-    check_same_model({name: model.state_dict()[full] for name, full in own.items()}, state_dict, source)
-    model.load_state_dict({own[name]: value for name, value in state_dict.items()})
+    own_state = model.state_dict()
+    check_same_model(portable_state_dict(own_state), state_dict, source)
+    model.load_state_dict({name: state_dict[name.replace(_COMPILED_PREFIX, "")] for name in own_state})
 
 
 def check_same_model(own: Mapping[str, Any], saved: Mapping[str, Any], source: str) -> None:
@@ -170,6 +194,21 @@ def check_same_model(own: Mapping[str, Any], saved: Mapping[str, Any], source: s
         )
 
 
+def check_same_optimizer(optimizer: Any, state_dict: Mapping[str, Any], source: str) -> None:
+    """Raise unless a saved optimizer has the same parameter groups.
+
+    Raises:
+        CheckpointError: It has others.
+    """
+    own = [len(group["params"]) for group in optimizer.param_groups]
+    saved = [len(group["params"]) for group in state_dict["param_groups"]]
+    if own != saved:
+        raise CheckpointError(
+            f"{source} belongs to another optimizer, with {saved} parameters in its groups instead of {own}. Nothing "
+            "was loaded. Make the optimizer as it was, or pass `load_optimizer=False`."
+        )
+
+
 def _shape(value: Any) -> tuple[int, ...] | None:
     return tuple(value.shape) if hasattr(value, "shape") else None
 
@@ -187,6 +226,17 @@ def load_states(parts: Mapping[str, Any], states: Mapping[str, Any]) -> None:
     for name, part in parts.items():
         if name in states and hasattr(part, "load_state_dict"):
             part.load_state_dict(states[name])
+
+
+def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the gradients that a model has: part of its state while an accumulation window is open."""
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def load_gradients(model: nn.Module, gradients: Mapping[str, torch.Tensor]) -> None:
+    """Restore what `gradients_of` returned."""
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradients[name].to(parameter.device) if name in gradients else None
 
 
 # --- training states: a directory for exact resume ---------------------------------------------------------------
@@ -218,6 +268,8 @@ def save_state(
     """
     target = Path(directory)
     temporary = target.with_name(f".{target.name}.tmp")
+    trainer_state = as_plain(dict(trainer_state))
+    process_state = as_plain({**process_state, "rng": get_rng_state()})
     try:
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -225,9 +277,9 @@ def save_state(
         accelerator.wait_for_everyone()
         with _saved_by_accelerate(accelerator, model, optimizer):
             accelerator.save_state(str(temporary))
-        torch.save({"rng": get_rng_state(), **as_plain(process_state)}, temporary / _process_file(accelerator))
+        torch.save(process_state, temporary / _process_file(accelerator))
         if accelerator.is_main_process:
-            torch.save(as_plain(trainer_state), temporary / TRAINER_STATE)
+            torch.save(trainer_state, temporary / TRAINER_STATE)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             _write_manifest(temporary, accelerator.num_processes)
@@ -335,7 +387,12 @@ def _replace_directory(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
-    new.rename(target)
+    try:
+        new.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
     _flush_to_disk(target.parent)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -37,7 +38,7 @@ def num_batches_of(loader: Any) -> int | None:
     """Return how many batches a loader gives per epoch, ``None`` if it cannot tell."""
     try:
         return len(loader)
-    except TypeError:
+    except (TypeError, NotImplementedError):
         return None
 
 
@@ -135,6 +136,7 @@ def loader_arguments(
     """Return the arguments to make a `DataLoader` with; whole batches are fetched where that changes nothing else."""
     arguments = {"dataset": dataset, "collate_fn": collate_fn, **dl_kwargs}
     has_own_batches = any(arguments.get(name) is not None for name in ("collate_fn", "sampler", "batch_sampler"))
+    has_own_batches |= arguments.get("batch_size", 1) is None
     if not has_own_batches and sliceable_tensors(dataset) is not None:
         arguments |= {"dataset": WholeBatchDataset(dataset), "collate_fn": unchanged}
     return arguments
@@ -290,12 +292,17 @@ class PlacedBatches:
             self.batches.set_epoch(epoch)
 
 
+def like_mapping(original: Mapping[str, Any], items: dict[str, Any]) -> Any:
+    """Return ``items`` as a mapping of the type of ``original``."""
+    return items if isinstance(original, defaultdict) else type(original)(items)  # type: ignore[call-arg]
+
+
 def move_to_device(batch: Any, device: torch.device) -> Any:
     """Return a batch with all its tensors on ``device``: in mappings, sequences, dataclasses, whatever has ``.to``."""
     if hasattr(batch, "to"):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return type(batch)({name: move_to_device(value, device) for name, value in batch.items()})  # type: ignore[call-arg]
+        return like_mapping(batch, {name: move_to_device(value, device) for name, value in batch.items()})
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(move_to_device(value, device) for value in batch))
     if isinstance(batch, (tuple, list)):
@@ -347,6 +354,23 @@ class DataLoaderSlice:
         if name == "dl":  # asked for by copy and pickle before it is set
             raise AttributeError(name)
         return getattr(self.dl, name)
+
+
+def limit_from_environment() -> int | None:
+    """Return the number of batches that the environment limits epochs to; ``None`` if it does not.
+
+    Raises:
+        ValueError: The variable holds something else than a whole number of at least 1.
+    """
+    text = os.environ.get(LIMIT_BATCHES_ENV_VAR)
+    if not text:
+        return None
+    if not text.strip().isdigit() or int(text) < 1:
+        raise ValueError(
+            f"The environment variable {LIMIT_BATCHES_ENV_VAR} is {text!r}. Expected a whole number of batches, at "
+            "least 1, or no such variable."
+        )
+    return int(text)
 
 
 class LimitBatches:

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 
-from pytorch_accelerated._data import PlacedBatches, RestOfEpoch
+from pytorch_accelerated._data import PlacedBatches, RestOfEpoch, like_mapping
 from pytorch_accelerated._rng import derive_seed, seed_generators
 from pytorch_accelerated._sharding import BatchShare, has_indices, loader_settings
 
@@ -125,7 +125,7 @@ def gather_uneven(accelerator: Accelerator, value: Any, padding_value: float | N
     """
     if isinstance(value, Mapping):
         gathered = {name: gather_uneven(accelerator, item, padding_value) for name, item in value.items()}
-        return type(value)(gathered)  # type: ignore[call-arg]
+        return like_mapping(value, gathered)
     if isinstance(value, (tuple, list)):
         items = [gather_uneven(accelerator, item, padding_value) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -63,6 +63,7 @@ class TrainingLoop:
         self.run_config: TrainerRunConfig = None  # type: ignore[assignment]  # there is one from the first run on
         self.progress = TrainingProgress()
         self.stop_reason: str | None = None
+        self._early_stop_reason: str | None = None
         self.gradient_norm: torch.Tensor | None = None
         self.is_resumed = False
         self.is_intermediate_evaluation = False
@@ -248,6 +249,8 @@ class TrainingLoop:
         self._end_run(self.training_run_end, "on_training_run_end")
 
     def _run_epochs(self) -> None:
+        if self._early_stop_reason is not None:  # a resumed run had been stopped for good
+            raise StopTrainingError(self._early_stop_reason)
         self._is_epoch_cut_short = False
         is_limit_reached = self._is_update_limit_reached()
         while self.progress.num_epochs_completed < self._last_epoch and not is_limit_reached:
@@ -309,8 +312,8 @@ class TrainingLoop:
         num_done, self._num_batches_to_skip = self._num_batches_to_skip, 0
         if num_done == 0:
             self._means = EpochMeans()
-        self._window.reset()
-        self._num_new_samples = 0
+            self._window.reset()
+            self._num_new_samples = 0
         self._num_batches_per_epoch = _data.reliable_num_batches_of(train_dl)
         self._set_data_epoch(self._train_randomness, train_dl, self.run_history.current_epoch - 1)
         return num_done
@@ -516,5 +519,7 @@ class TrainingLoop:
 
     def _stop(self, stop: StopTrainingError) -> None:
         self.stop_reason = str(stop) or "a callback asked to stop"
+        if not self._interrupt.was_set:
+            self._early_stop_reason = self.stop_reason
         with suppress(StopTrainingError):  # that is what is being done
             self._call("on_stop_training_error")

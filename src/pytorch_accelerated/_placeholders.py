@@ -17,7 +17,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pytorch_accelerated._data import num_batches_of, total_num_batches_of
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.trainer import Trainer
 
 Number: TypeAlias = "int | float"
 NumberOrPlaceholder: TypeAlias = "Number | TrainerPlaceholderValues | PlaceholderExpression"
@@ -187,3 +192,27 @@ def _calculate(expression: PlaceholderExpression, values: KnownValues) -> Number
 
 def _are_same(new: Iterable[object], old: Iterable[object]) -> bool:
     return all(new_item is old_item for new_item, old_item in zip(new, old, strict=True))
+
+
+def replace_trainer_placeholder_values(trainer: Trainer, instance: Any) -> Any:
+    """Put the facts of a run in the place of `TrainerPlaceholderValues`.
+
+    Args:
+        trainer: A trainer with a run configuration.
+        instance: A `functools.partial`, or containers, whose values may be placeholders or expressions of them.
+
+    Returns:
+        The same with numbers; ``instance`` is not changed.
+
+    Raises:
+        ValueError: A loader without length is asked for its length.
+    """
+    run_config = trainer.run_config
+    values = {
+        TrainerPlaceholderValues.NUM_EPOCHS: run_config.num_epochs,
+        TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH: run_config.num_update_steps_per_epoch,
+        TrainerPlaceholderValues.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH: run_config.num_local_update_steps_per_epoch,
+        TrainerPlaceholderValues.TRAIN_DATALOADER_LEN: num_batches_of(trainer._train_dataloader),
+        TrainerPlaceholderValues.EVAL_DATALOADER_LEN: total_num_batches_of(trainer._eval_dataloader),
+    }
+    return resolve_placeholders(instance, values)

@@ -96,7 +96,10 @@ class InterruptFlag:
         self._previous = None
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.getsignal(signal.SIGINT)
-            if self._previous is not None:  # a handler installed from C could not be put back
+            # A handler that was installed from C could not be put back; one who ignores Ctrl-C means it.
+            if self._previous in (None, signal.SIG_IGN):
+                self._previous = None
+            else:
                 signal.signal(signal.SIGINT, self._handle)
         return self
 

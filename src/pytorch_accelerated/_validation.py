@@ -46,6 +46,16 @@ def check_positive_integer(name: str, value: Any, unit: str) -> None:
         raise ValueError(f"`{name}` is {value!r}. Expected a whole number of {unit}, at least 1.")
 
 
+def check_positive_number(name: str, value: Any) -> None:
+    """Raise unless ``value`` is ``None`` or a number above 0.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if value is not None and not value > 0:
+        raise ValueError(f"`{name}` is {value!r}. Expected a number above 0, or None.")
+
+
 def check_create_scheduler_fn(create_scheduler_fn: Any) -> None:
     """Raise unless it is something that makes a scheduler out of an optimizer.
 
@@ -155,7 +165,8 @@ def raise_bad_batch_output(batch_output: Any, hook: str) -> NoReturn:
     if not isinstance(batch_output, Mapping):
         raise TypeError(f"`{hook}` returned {batch_output!r}, of type {type(batch_output).__name__}. {needed}")
     missing = [f"`{name}`" for name in ("loss", "batch_size") if name not in batch_output]
-    raise ValueError(f"{' and '.join(missing)} missing in what `{hook}` returned, {sorted(batch_output)}. {needed}")
+    present = sorted(map(str, batch_output))
+    raise ValueError(f"{' and '.join(missing)} missing in what `{hook}` returned, {present}. {needed}")
 
 
 def check_is_one_number(loss: Any) -> None:

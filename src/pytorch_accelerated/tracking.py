@@ -249,6 +249,11 @@ class EpochMeans:
     def update_metrics(self, batch_output: Mapping[str, Any], weight: float | torch.Tensor) -> None:
         """Take in the metrics of a batch, if its step returned any."""
         for name, value in (batch_output.get("metrics") or {}).items():
+            if isinstance(value, torch.Tensor) and value.numel() != 1:
+                raise ValueError(
+                    f"The metric {name!r} of a step has the shape {tuple(value.shape)}. Expected one number, the mean "
+                    "over the batch; collect what has more in a callback."
+                )
             self.metrics.setdefault(name, LossTracker()).update(value, weight)
 
     def sums(self, loss_name: str) -> dict[str, tuple[float | torch.Tensor, float | torch.Tensor]]:

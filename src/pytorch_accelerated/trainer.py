@@ -16,7 +16,7 @@ from pytorch_accelerated._agreement import Agreement
 from pytorch_accelerated._data import LIMIT_BATCHES_ENV_VAR
 from pytorch_accelerated._loop import TrainingLoop
 from pytorch_accelerated._order import EpochRandomness
-from pytorch_accelerated._placeholders import TrainerPlaceholderValues, resolve_placeholders
+from pytorch_accelerated._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
 from pytorch_accelerated._rng import derive_seed, seed_generators
 from pytorch_accelerated.callbacks import CallbackHandler, LimitBatchesCallback, get_default_callbacks
 from pytorch_accelerated.exceptions import add_note
@@ -78,6 +78,8 @@ class Trainer(TrainingLoop):
         accelerator: A ready `accelerate.Accelerator`, or keyword arguments to make it with.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> from torch.utils.data import TensorDataset
         >>> dataset = TensorDataset(torch.randn(64, 3), torch.randn(64, 1))
         >>> model = nn.Linear(3, 1)
@@ -185,6 +187,8 @@ class Trainer(TrainingLoop):
         _validation.check_positive_integer("gradient_accumulation_steps", gradient_accumulation_steps, "batches")
         if max_num_train_steps is not None:
             _validation.check_positive_integer("max_num_train_steps", max_num_train_steps, "updates")
+        _validation.check_positive_number("gradient_clip_value", gradient_clip_value)
+        _validation.check_positive_number("gradient_clip_norm", gradient_clip_norm)
         for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             _validation.check_reiterable(name, data, num_epochs, max_num_train_steps)
         _validation.check_create_scheduler_fn(create_scheduler_fn)
@@ -360,9 +364,12 @@ class Trainer(TrainingLoop):
         checkpoint = _checkpointing.load_file(checkpoint_path)
         source = f"The checkpoint {os.fspath(checkpoint_path)!r}"
         model_state = _checkpointing.take_model_state(checkpoint, source)
-        _checkpointing.load_model_state(self.get_model(), model_state, source)
         optimizer_state = checkpoint.pop("optimizer_state_dict", None)
-        if load_optimizer and optimizer_state is not None and self.optimizer is not None:
+        is_optimizer_loaded = load_optimizer and optimizer_state is not None and self.optimizer is not None
+        if is_optimizer_loaded:
+            _checkpointing.check_same_optimizer(self.optimizer, optimizer_state, source)
+        _checkpointing.load_model_state(self.get_model(), model_state, source)
+        if is_optimizer_loaded:
             self.optimizer.load_state_dict(optimizer_state)
         scheduler_state = checkpoint.pop("scheduler_state_dict", None)
         if load_scheduler and scheduler_state is not None:
@@ -382,18 +389,17 @@ class Trainer(TrainingLoop):
             CheckpointError: It cannot be written.
         """
         resume_point = self.progress.resume_point()
+        parts = {**self._stateful_parts(), "progress": resume_point, "scheduler": self.scheduler}
         num_epochs_ahead = resume_point.num_epochs_completed - self.progress.num_epochs_completed
         state = {
             **(checkpoint_kwargs or {}),
             "current_epoch": self.run_history.current_epoch + num_epochs_ahead,
-            "trainer": {
-                **_checkpointing.states_of(
-                    {**self._stateful_parts(), "progress": resume_point, "scheduler": self.scheduler}
-                ),
-                "seed": self._run_seed,
-            },
+            "trainer": {**_checkpointing.states_of(parts), "seed": self._run_seed, "stopped": self._early_stop_reason},
         }
-        process_state = {"means": self._means.state_dict()}
+        process_state = {
+            **_checkpointing.states_of({"means": self._means, "window": self._window}),
+            "gradients": _checkpointing.gradients_of(self.get_model()) if self._window.total else {},
+        }
         _checkpointing.save_state(output_dir, self._accelerator, self.model, self.optimizer, state, process_state)
 
     def load_training_state(self, input_dir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -412,8 +418,10 @@ class Trainer(TrainingLoop):
         state, process_state = _checkpointing.load_state(input_dir, self._accelerator, self.model, self.optimizer)
         own_state = state.pop("trainer")
         self._run_seed = own_state["seed"]
+        self._early_stop_reason = own_state["stopped"]
         _checkpointing.load_states(self._stateful_parts(), own_state)
-        self._means.load_state_dict(process_state["means"])
+        _checkpointing.load_states({"means": self._means, "window": self._window}, process_state)
+        _checkpointing.load_gradients(self.get_model(), process_state["gradients"])
         if "scheduler" in own_state:
             self._load_scheduler_state(own_state["scheduler"])
         return state
@@ -425,8 +433,8 @@ class Trainer(TrainingLoop):
         return _distributed.create_accelerator(self._accelerator_source, self._mixed_precision)
 
     def _create_callback_handler(self, callbacks: Iterable[Any]) -> CallbackHandler:
-        limit = os.environ.get(LIMIT_BATCHES_ENV_VAR)
-        return CallbackHandler([*([LimitBatchesCallback(int(limit))] if limit else []), *callbacks])
+        limit = _data.limit_from_environment()
+        return CallbackHandler([*([] if limit is None else [LimitBatchesCallback(limit)]), *callbacks])
 
     @contextmanager
     def _tidy_run(self) -> Iterator[None]:
@@ -558,6 +566,7 @@ class Trainer(TrainingLoop):
             self._load_scheduler_state(self._waiting_scheduler_state)
             self._waiting_scheduler_state = None
         self._means = EpochMeans()
+        self._early_stop_reason = None
         self._num_batches_to_skip = 0
         self.progress = TrainingProgress(num_epochs_completed=self.run_history.current_epoch - 1)
         self._last_epoch = self.progress.num_epochs_completed + num_epochs
@@ -568,7 +577,7 @@ class Trainer(TrainingLoop):
         state = self.load_training_state(resume_from)
         self.run_history._set_epoch(state["current_epoch"])
         self.progress.num_epochs_completed = state["current_epoch"] - 1
-        self._num_batches_to_skip = self.progress.num_batches_in_epoch
+        self._num_batches_to_skip = self.progress.num_batches_in_epoch if self.progress.phase == "training" else 0
         self._last_epoch = num_epochs
         self.is_resumed = True
 
@@ -599,9 +608,7 @@ class Trainer(TrainingLoop):
 
     def _report_exception(self, error: BaseException) -> None:
         self.stop_reason = f"{type(error).__name__}: {error}"
-        try:
-            self._call("on_exception", exception=error)
-        except Exception as secondary:
+        for secondary in self.callback_handler.call_event_on_all("on_exception", self, exception=error):
             add_note(error, f"a callback failed in `on_exception` too: {secondary!r}")
 
     def _tidy_up(self, is_nested: bool) -> None:
@@ -636,27 +643,3 @@ class TrainerWithTimmScheduler(Trainer):
         """Tell the scheduler the number of epochs: 1, 2, 3, ..."""
         if self.scheduler is not None:
             self.scheduler.step(self.run_history.current_epoch)
-
-
-def replace_trainer_placeholder_values(trainer: Trainer, instance: Any) -> Any:
-    """Put the facts of a run in the place of `TrainerPlaceholderValues`.
-
-    Args:
-        trainer: A trainer with a run configuration.
-        instance: A `functools.partial`, or containers, whose values may be placeholders or expressions of them.
-
-    Returns:
-        The same with numbers; ``instance`` is not changed.
-
-    Raises:
-        ValueError: A loader without length is asked for its length.
-    """
-    run_config = trainer.run_config
-    values = {
-        TrainerPlaceholderValues.NUM_EPOCHS: run_config.num_epochs,
-        TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH: run_config.num_update_steps_per_epoch,
-        TrainerPlaceholderValues.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH: run_config.num_local_update_steps_per_epoch,
-        TrainerPlaceholderValues.TRAIN_DATALOADER_LEN: _data.num_batches_of(trainer._train_dataloader),
-        TrainerPlaceholderValues.EVAL_DATALOADER_LEN: _data.total_num_batches_of(trainer._eval_dataloader),
-    }
-    return resolve_placeholders(instance, values)

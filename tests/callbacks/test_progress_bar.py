@@ -138,7 +138,6 @@ def test_bars_are_closed_when_an_evaluation_fails(bars):
     assert [bar.is_closed for bar in bars] == [True]
 
 
-@pytest.mark.xfail(reason="an error in `on_exception` keeps that event from the later callbacks")
 def test_bars_are_closed_when_another_callback_fails_in_cleaning_up(bars):
     fail = Probe(on_train_step_end=raiser(ValueError("mine")), on_exception=raiser(RuntimeError("another")))
     with pytest.raises(ValueError, match="mine"):

@@ -255,6 +255,7 @@ def test_the_newest_states_are_kept_never_more_and_never_fewer(tmp_path, setting
 
     save = SaveTrainingStateCallback(tmp_path, max_checkpoints=max_checkpoints, **settings)
     look_after = Probe(on_train_step_end=look, on_training_run_epoch_end=look, on_training_run_end=look)
+    look_after.is_called_last = True
     train(make_trainer(cls=Watched, callbacks=[save, look_after]), num_epochs=4)
     assert [name for name, *_ in seen] == [*names, "final"]
     for count, (name, before_deleting, after_deleting) in enumerate(seen[:-1], start=1):
@@ -377,14 +378,11 @@ def whole_run(tmp_path_factory):
     return trainer, folder
 
 
-def state_of_step(number):
-    """Updates come after steps 2, 4 and 5 of each epoch of five steps."""
-    is_within_window = number % 5 in (1, 3)
-    reason = "the gradients of a window that is not complete are not in the state"
-    return pytest.param(f"step_{number}", marks=[pytest.mark.xfail(reason=reason)] if is_within_window else [])
+# Updates come after steps 2, 4 and 5 of each epoch of five steps, so some states are from within a window.
+STATES = [*(f"step_{number}" for number in range(1, 16)), "epoch_1", "epoch_2", "epoch_3", "final"]
 
 
-@pytest.mark.parametrize("state", [*map(state_of_step, range(1, 16)), "epoch_1", "epoch_2", "epoch_3", "final"])
+@pytest.mark.parametrize("state", STATES)
 def test_a_run_resumed_from_any_state_ends_as_if_never_interrupted(whole_run, tmp_path, state):
     """Weights, optimizer and history are equal bit by bit: steps within and at the end of a window and an epoch."""
     whole, folder = whole_run
@@ -411,10 +409,7 @@ def test_a_finished_run_that_is_resumed_trains_no_further(whole_run, tmp_path):
     assert set(recorder.log) == {"on_training_run_start", "on_training_run_end"}
 
 
-BEHIND = "callbacks behind the one that saves have not had the event yet that the state stands for"
-
-
-@pytest.mark.parametrize("is_first", [False, pytest.param(True, marks=pytest.mark.xfail(reason=BEHIND))])
+@pytest.mark.parametrize("is_first", [False, True])
 def test_the_place_of_the_saving_callback_in_the_list_does_not_matter(scripted, tmp_path, is_first):
     losses = [1, 2, 3, 4, 5]
 
@@ -431,7 +426,6 @@ def test_the_place_of_the_saving_callback_in_the_list_does_not_matter(scripted, 
     assert_same_weights(weights_of(resumed.model), weights_of(whole.model))
 
 
-@pytest.mark.xfail(reason="the state does not know that the run was stopped")
 def test_a_run_that_was_stopped_early_and_is_resumed_trains_no_further(scripted, tmp_path):
     def make_callbacks(save_dir):
         return [EarlyStoppingCallback(early_stopping_patience=2), SaveTrainingStateCallback(tmp_path / save_dir)]
@@ -443,7 +437,6 @@ def test_a_run_that_was_stopped_early_and_is_resumed_trains_no_further(scripted,
     assert resumed.run_history.current_epoch - 1 == 3
 
 
-@pytest.mark.xfail(reason="the missing file is noticed only at the end, when all the work is done")
 def test_a_best_model_that_is_missing_is_noticed_when_a_run_is_resumed(scripted, path, tmp_path):
     save_state = SaveTrainingStateCallback(tmp_path / "states", save_every_n_epochs=1)
     scripted([1, 2, 3], [SaveBestModelCallback(path), save_state]).run()

@@ -225,6 +225,8 @@ class StopAfter(TrainerCallback):
         self.num_updates = num_updates
         self.error = error
 
+    is_called_last = True  # after the state of the step was saved
+
     def on_train_step_end(self, trainer, **kwargs):
         if trainer.progress.num_updates == self.num_updates:
             raise self.error

@@ -24,7 +24,7 @@ METHODS = {
     "_create_callback_handler": ("self, callbacks", "subclasses add callbacks of their own"),
     "_create_run_config": (
         "self, num_epochs, per_device_batch_size, gradient_accumulation_steps=1, max_num_train_steps=None, "
-        "gradient_clip_value=None",
+        "gradient_clip_value=None, gradient_clip_norm=None",
         "subclasses return a configuration with more fields",
     ),
     "_prepare_model_optimizer_and_dataloaders": ("self", "subclasses prepare further objects, or nothing"),

@@ -21,6 +21,9 @@ class TrainerCallback:
     * carry ``state_dict()`` and ``load_state_dict(state)``: what they hold is then part of the training state;
     * keep whatever attributes it likes: this class has no state and needs no ``super().__init__()``.
 
+    A callback whose ``is_called_last`` is true gets each event after the others, wherever it stands in the list: it
+    saves what they have made of the event.
+
     An event that a callback does not override costs nothing. Unless noted otherwise an event fires on every process.
 
     Example:
@@ -28,6 +31,8 @@ class TrainerCallback:
         ...     def on_train_epoch_end(self, trainer, **kwargs):
         ...         trainer.print(trainer.run_history.get_latest_metric("train_loss_epoch"))
     """
+
+    is_called_last = False
 
     def on_init_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Run once, at the end of ``Trainer.__init__``, before any dataset or device is known."""

@@ -55,9 +55,14 @@ class LimitEvalStepsCallback(TrainerCallback):
     Args:
         num_eval_steps: Batches per process in an evaluation.
         limit_intermediate_only: Whether evaluations at the end of an epoch see all batches nevertheless.
+
+    Raises:
+        ValueError: ``num_eval_steps`` is below 1.
     """
 
     def __init__(self, num_eval_steps: int, limit_intermediate_only: bool = True) -> None:
+        if num_eval_steps < 1:
+            raise ValueError(f"`num_eval_steps` is {num_eval_steps!r}. Expected at least 1 batch.")
         self.num_eval_steps = num_eval_steps
         self.limit_intermediate_only = limit_intermediate_only
 
@@ -74,9 +79,14 @@ class LimitBatchesCallback(TrainerCallback):
 
     Args:
         num_batches: Batches per process and epoch.
+
+    Raises:
+        ValueError: It is below 1.
     """
 
     def __init__(self, num_batches: int) -> None:
+        if num_batches < 1:
+            raise ValueError(f"`num_batches` is {num_batches!r}. Expected at least 1 batch.")
         self.num_batches = num_batches
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:

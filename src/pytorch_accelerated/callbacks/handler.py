@@ -89,16 +89,10 @@ class CallbackHandler:
             StopTrainingError: A callback asked to stop; raised after all callbacks have had the event.
             Exception: Whatever else a callback raises, at once, with a note naming callback, event, epoch and step.
         """
-        listeners = self._listeners.get(event)
-        if listeners is None:
-            listeners = self._find_listeners(event)
-        if not listeners:
-            return
         stop_request: StopTrainingError | None = None
-        for callback, accepted in listeners:
-            passed = kwargs if accepted is None else {k: v for k, v in kwargs.items() if k in accepted}
+        for callback, accepted in self._listeners_of(event):
             try:
-                getattr(callback, event)(*args, **passed)
+                getattr(callback, event)(*args, **_only(accepted, kwargs))
             except StopTrainingError as error:
                 stop_request = stop_request or error
             except Exception as error:
@@ -106,6 +100,16 @@ class CallbackHandler:
                 raise
         if stop_request is not None:
             raise stop_request
+
+    def call_event_on_all(self, event: str, *args: Any, **kwargs: Any) -> list[Exception]:
+        """Call ``event`` on every callback even if some fail, and return their errors: for cleaning up."""
+        errors: list[Exception] = []
+        for callback, accepted in self._listeners_of(event):
+            try:
+                getattr(callback, event)(*args, **_only(accepted, kwargs))
+            except Exception as error:
+                errors.append(error)
+        return errors
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of the callbacks that have one, by class name and place among their like."""
@@ -128,14 +132,15 @@ class CallbackHandler:
             yield f"{class_name}/{num_seen[class_name]}", callback
             num_seen[class_name] += 1
 
-    def _find_listeners(self, event: str) -> tuple[_Listener, ...]:
-        listeners = tuple(
-            _Listener(callback, _accepted_keywords(getattr(callback, event)))
-            for callback in self.callbacks
-            if _implements(callback, event)
-        )
-        self._listeners[event] = listeners
-        return listeners
+    def _listeners_of(self, event: str) -> tuple[_Listener, ...]:
+        if event not in self._listeners:
+            in_order = sorted(self.callbacks, key=lambda callback: getattr(callback, "is_called_last", False) is True)
+            self._listeners[event] = tuple(
+                _Listener(callback, _accepted_keywords(getattr(callback, event)))
+                for callback in in_order
+                if _implements(callback, event)
+            )
+        return self._listeners[event]
 
 
 class _Listener(NamedTuple):
@@ -149,6 +154,10 @@ def _implements(callback: Any, event: str) -> bool:
     if not callable(method):
         return False
     return getattr(method, "__func__", method) is not getattr(TrainerCallback, event, None)
+
+
+def _only(accepted: frozenset[str] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return kwargs if accepted is None else {name: value for name, value in kwargs.items() if name in accepted}
 
 
 def _accepted_keywords(method: Callable[..., Any]) -> frozenset[str] | None:

@@ -55,10 +55,19 @@ class SaveBestModelCallback(TrainerCallback):
         """Check the metric's name, and forget the best model of an earlier run."""
         check_watched_metric(trainer, self.watch_metric, type(self).__name__)
         if trainer.is_resumed:
+            self._check_saved_model()
             return
         self._has_saved = False
         if self.reset_on_train:
             self.best_metric = self.best_metric_epoch = None
+
+    def _check_saved_model(self) -> None:
+        if self._has_saved and self.load_saved_checkpoint and not Path(self.save_path).is_file():
+            raise FileNotFoundError(
+                f"The run that is resumed saved its best model, of epoch {self.best_metric_epoch}, to "
+                f"{str(self.save_path)!r}, where there is none now. Put it back, start in the folder the run was "
+                "started in, or pass `load_saved_checkpoint=False`."
+            )
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the model if it is the best so far."""
@@ -115,6 +124,8 @@ class SaveTrainingStateCallback(TrainerCallback):
     Raises:
         ValueError: A number is below 1.
     """
+
+    is_called_last = True
 
     def __init__(
         self,
@@ -174,11 +185,12 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def _save_and_rotate(self, trainer: Trainer, name: str) -> None:
         superseded = self._superseded(name)
-        self._saved = [kept for kept in (*self._saved, name) if kept not in superseded]
+        self._saved = [*(kept for kept in self._saved if kept != name), name]
         trainer.save_training_state(str(self.save_dir / name))
         if trainer.run_config.is_world_process_zero:
             for old in superseded:
                 shutil.rmtree(str(self.save_dir / old), ignore_errors=True)
+        self._saved = [kept for kept in self._saved if kept not in superseded]
 
     def _superseded(self, name: str) -> list[str]:
         if self.max_checkpoints is None:

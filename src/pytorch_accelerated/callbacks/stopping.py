@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -28,11 +28,15 @@ class TerminateOnNaNCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._unread: list[tuple[int, torch.Tensor]] = []
+        self._unread: list[_Loss] = []
 
-    def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Forget losses of an epoch that did not end."""
+    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Forget losses of a run that failed."""
         self._unread = []
+
+    def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Look at the losses kept for later, if the evaluation interrupts a run."""
+        self._read_losses(trainer)
 
     def on_backward_start(
         self, trainer: Trainer, batch: Any, batch_output: Mapping[str, Any], *, step: int = 0, **kwargs: Any
@@ -42,7 +46,7 @@ class TerminateOnNaNCallback(TrainerCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Look at the losses kept for later."""
-        self._read_losses(trainer, "training")
+        self._read_losses(trainer)
 
     def on_eval_step_end(
         self, trainer: Trainer, batch: Any, batch_output: Mapping[str, Any], *, step: int = 0, **kwargs: Any
@@ -52,7 +56,15 @@ class TerminateOnNaNCallback(TrainerCallback):
 
     def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Look at the losses kept for later."""
-        self._read_losses(trainer, "evaluation")
+        self._read_losses(trainer)
+
+    def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Look at the losses kept for later."""
+        self._read_losses(trainer)
+
+    def on_exception(self, trainer: Trainer, *, exception: BaseException, **kwargs: Any) -> None:
+        """Forget the losses kept for later."""
+        self._unread = []
 
     def check_for_nan_after_batch(self, batch_output: Mapping[str, Any], step: Any = None) -> None:
         """Look at the loss of one batch at once.
@@ -71,22 +83,28 @@ class TerminateOnNaNCallback(TrainerCallback):
     def _watch(self, trainer: Trainer, batch_output: Mapping[str, Any], step: int, stage: str) -> None:
         loss = batch_output["loss"]
         if isinstance(loss, torch.Tensor) and loss.device.type != "cpu":
-            self._unread.append((step, loss.detach()))
+            self._unread.append(_Loss(stage, step, loss.detach()))
             if len(self._unread) >= _STEPS_BETWEEN_DEVICE_READS:
-                self._read_losses(trainer, stage)
+                self._read_losses(trainer)
             return
         value = _to_number(loss)
         if not math.isfinite(value):
             _raise(trainer, value, step, stage)
 
-    def _read_losses(self, trainer: Trainer, stage: str) -> None:
+    def _read_losses(self, trainer: Trainer) -> None:
         unread, self._unread = self._unread, []
         if not unread:
             return
-        values = torch.stack([loss.reshape(()) for _, loss in unread]).tolist()
-        for (step, _), value in zip(unread, values, strict=True):
+        values = torch.stack([loss.value.reshape(()) for loss in unread]).tolist()
+        for loss, value in zip(unread, values, strict=True):
             if not math.isfinite(value):
-                _raise(trainer, value, step, stage)
+                _raise(trainer, value, loss.step, loss.stage)
+
+
+class _Loss(NamedTuple):
+    stage: str
+    step: int
+    value: torch.Tensor
 
 
 def _to_number(loss: Any) -> float:
@@ -115,6 +133,9 @@ class EarlyStoppingCallback(TrainerCallback):
         watch_metric: Name of the metric in the run history.
         greater_is_better: Whether larger values are better.
         reset_on_train: Whether each run starts counting anew.
+
+    Raises:
+        ValueError: The patience is below 1.
     """
 
     def __init__(
@@ -125,6 +146,8 @@ class EarlyStoppingCallback(TrainerCallback):
         greater_is_better: bool = False,
         reset_on_train: bool = True,
     ) -> None:
+        if early_stopping_patience < 1:
+            raise ValueError(f"`early_stopping_patience` is {early_stopping_patience!r}. Expected at least 1 epoch.")
         self.early_stopping_patience = early_stopping_patience
         self.early_stopping_threshold = early_stopping_threshold
         self.watch_metric = watch_metric
@@ -168,9 +191,17 @@ def check_watched_metric(trainer: Trainer, watch_metric: str, callback_name: str
     """Raise at the start of a run if a callback waits for the evaluation loss and there is no evaluation.
 
     Raises:
-        ValueError: `train` was called without ``eval_dataset``.
+        ValueError: `train` was called without ``eval_dataset``, or with several.
     """
-    if watch_metric == "eval_loss_epoch" and trainer._eval_dataloader is None:
+    if watch_metric != "eval_loss_epoch":
+        return
+    if isinstance(trainer._eval_dataloader, dict):
+        known = sorted(f"{name}_eval_loss_epoch" for name in trainer._eval_dataloader)
+        raise ValueError(  # noqa: TRY004 - the value of `watch_metric` is what is wrong
+            f"`{callback_name}` watches 'eval_loss_epoch', but there are several evaluation datasets, whose losses "
+            f"carry their names. Watch one of {known}."
+        )
+    if trainer._eval_dataloader is None:
         raise ValueError(
             f"`{callback_name}` watches 'eval_loss_epoch', but `train` was called without `eval_dataset`, so there is "
             "no evaluation. Pass an `eval_dataset`, or watch another metric, such as 'train_loss_epoch'."

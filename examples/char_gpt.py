@@ -1,0 +1,235 @@
+"""Train a small GPT, character by character, on the source text of Python's standard library.
+
+The text is on every machine that runs Python. The same script runs in one process or in several:
+
+    python examples/char_gpt.py
+    torchrun --nproc_per_node 2 examples/char_gpt.py
+    accelerate launch --cpu --num_processes 2 examples/char_gpt.py
+
+The batch size is that of all processes together, so all three print the same losses: every update averages over the
+same characters, however they are divided. At the end the script compares the loss on files that took no part in training
+with the entropy of their characters, which no model can beat without looking at what came before, and writes some code.
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import parse_flag_from_env
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from pytorch_accelerated import Trainer, TrainerPlaceholderValues
+from pytorch_accelerated.callbacks import TrainerCallback, get_default_callbacks
+from pytorch_accelerated.schedulers import CosineLrScheduler
+
+CONTEXT = 256  # tokens that the model sees at once
+NUM_TOKENS = 128  # a token is the ASCII code of a character ...
+BOUNDARY = 0  # ... or this one, before the first character of a piece of text and after the last
+NO_TARGET = -100  # where there is nothing to predict; `F.cross_entropy` leaves it out
+
+
+# 1. The data: one file in three to train on, a few of the others for validation, cut into pieces of various lengths.
+
+
+def load_datasets():
+    files = Path(os.__file__).parent.glob("*.py")
+    modules = sorted(path for path in files if path.stem in sys.stdlib_module_names)
+    return read_pieces(modules[::3]), read_pieces(modules[1::24])
+
+
+def read_pieces(paths):
+    """Cut each file into the longest pieces that fit and end at a blank line, else at the end of a line, else anywhere."""
+    pieces = []
+    for path in paths:
+        text = path.read_text(encoding="utf-8").encode("ascii", errors="replace").decode()
+        pieces += re.findall(r".{1,253}\n\n|.{1,254}\n|.{1,255}", text, flags=re.DOTALL)
+    return [torch.tensor([BOUNDARY, *piece.encode(), BOUNDARY]) for piece in pieces]
+
+
+def collate(pieces):
+    """Make a batch: at each position the tokens so far are the input, and the next one is the target."""
+    inputs = pad_sequence([piece[:-1] for piece in pieces], batch_first=True, padding_value=BOUNDARY)
+    targets = pad_sequence([piece[1:] for piece in pieces], batch_first=True, padding_value=NO_TARGET)
+    return inputs, targets  # (batch, longest piece) each
+
+
+# 2. The model: nothing but PyTorch.
+
+
+class GPT(nn.Module):
+    """Tells for each token of a text, from it and those before it, which one comes next."""
+
+    def __init__(self, width=96, num_blocks=3, num_heads=3):
+        super().__init__()
+        self.token_embedding = nn.Embedding(NUM_TOKENS, width)
+        self.position_embedding = nn.Embedding(CONTEXT, width)
+        self.blocks = nn.Sequential(*(Block(width, num_heads) for _ in range(num_blocks)))
+        self.norm = nn.LayerNorm(width)
+        for embedding in (self.token_embedding, self.position_embedding):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, tokens):
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.token_embedding(tokens) + self.position_embedding(positions)  # (batch, length, width)
+        return F.linear(self.norm(self.blocks(x)), self.token_embedding.weight)  # in and out by the same weights
+
+
+class Block(nn.Module):
+    """A block of a transformer: attention, then a small network, each added to what it is given."""
+
+    def __init__(self, width, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.queries_keys_values = nn.Linear(width, 3 * width)
+        self.projection = nn.Linear(width, width)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x):
+        x = x + self.attend(self.attention_norm(x))
+        return x + self.feed_forward(x)
+
+    def attend(self, x):
+        heads = self.queries_keys_values(x).unflatten(2, (3, self.num_heads, -1))  # (batch, length, 3, heads, width)
+        queries, keys, values = heads.permute(2, 0, 3, 1, 4)
+        # Padding comes last, and no position looks ahead: causal attention needs no mask against it.
+        attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        return self.projection(attended.transpose(1, 2).flatten(2))
+
+
+def language_model_loss(logits, targets):
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET)
+
+
+# 3. The trainer: a step tells how many characters its loss is the mean over. Batches then count by their characters,
+#    in the gradients of an update as in the losses that are recorded, over accumulated batches and over processes.
+
+
+class LanguageModelTrainer(Trainer):
+    """A trainer that weighs batches by the number of targets in them."""
+
+    def calculate_train_batch_loss(self, batch):
+        """Take a step as usual, and add the number of targets to what it returns."""
+        return with_num_targets(super().calculate_train_batch_loss(batch), batch)
+
+    def calculate_eval_batch_loss(self, batch):
+        """Do the same for evaluation."""
+        return with_num_targets(super().calculate_eval_batch_loss(batch), batch)
+
+
+def with_num_targets(batch_output, batch):
+    _, targets = batch
+    return {**batch_output, "num_items_in_batch": (targets != NO_TARGET).sum()}
+
+
+class PrintLossCallback(TrainerCallback):
+    """Prints, each time so many updates are done, the mean loss of their batches on all processes."""
+
+    def __init__(self, num_updates):
+        self.num_updates = num_updates
+
+    def on_training_run_start(self, trainer, **kwargs):
+        """Start with empty sums."""
+        self.next_update = self.num_updates
+        self.sums = torch.zeros(2, device=trainer.device)
+
+    def on_train_step_end(self, trainer, batch_output, **kwargs):
+        """Add up the losses of all targets, and the targets."""
+        num_targets = batch_output["num_items_in_batch"]
+        self.sums += torch.stack([batch_output["loss"].detach() * num_targets, num_targets])
+        if trainer.progress.num_updates == self.next_update:
+            total_loss, num_targets = trainer.gather(self.sums.unsqueeze(0)).sum(dim=0)
+            trainer.print(f"update {self.next_update:4}: loss {total_loss / num_targets:.6f}")
+            self.next_update += self.num_updates
+            self.sums.zero_()
+
+
+# 4. The run.
+
+
+def main():
+    arguments = parse_arguments()
+    torch.manual_seed(0)
+    train_dataset, validation_dataset = load_datasets()
+    model = GPT()
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun and accelerate launch
+
+    trainer = LanguageModelTrainer(
+        model=model,
+        loss_func=language_model_loss,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.99), weight_decay=0.1),
+        callbacks=[*get_default_callbacks(progress_bar=False), PrintLossCallback(arguments.log_every)],
+        mixed_precision=choose_precision(),
+    )
+    start = time.perf_counter()
+    trainer.train(
+        train_dataset=train_dataset,
+        eval_dataset=validation_dataset,
+        num_epochs=arguments.epochs,
+        max_num_train_steps=arguments.updates,
+        per_device_batch_size=arguments.batch_size // (arguments.accumulation * num_processes),
+        gradient_accumulation_steps=arguments.accumulation,
+        gradient_clip_norm=1.0,
+        create_scheduler_fn=CosineLrScheduler.create_scheduler_fn(
+            num_warmup_epochs=TrainerPlaceholderValues.NUM_EPOCHS / 10
+        ),
+        train_dataloader_kwargs={"drop_last": True},
+        collate_fn=collate,
+    )
+    seconds = time.perf_counter() - start
+
+    validation_loss = trainer.run_history.get_latest_metric("eval_loss_epoch")
+    trainer.print(f"\nTrained {trainer.progress.num_updates} updates in {seconds:.1f} s.")
+    trainer.print(f"Entropy of the characters: {entropy(validation_dataset):.4f} nats")
+    trainer.print(f"Validation loss:           {validation_loss:.4f} nats per character")
+    if trainer.run_config.is_world_process_zero:  # one sample, however many processes train
+        print("\nA sample:\n\n" + write_code(trainer.model, prompt="def "))
+
+
+def choose_precision():
+    """Take bf16 on a GPU that has it; a CPU mostly has not, and would get slower by it."""
+    is_gpu_used = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    return "bf16" if is_gpu_used and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
+def entropy(pieces):
+    """Return the loss of the best model that knows how often each token occurs, and nothing else."""
+    counts = torch.cat([piece[1:] for piece in pieces]).bincount()
+    return torch.distributions.Categorical(counts / counts.sum()).entropy().item()
+
+
+@torch.no_grad()
+def write_code(model, prompt, temperature=0.7):
+    generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    tokens = torch.tensor([BOUNDARY, *prompt.encode()])
+    while len(tokens) < CONTEXT:
+        logits = model(tokens.unsqueeze(0).to(device))[0, -1].cpu()
+        token = torch.multinomial((logits / temperature).softmax(dim=0), num_samples=1, generator=generator)
+        if token == BOUNDARY:
+            break
+        tokens = torch.cat([tokens, token])
+    return bytes(tokens[1:].tolist()).decode()
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the text (default: 1)")
+    parser.add_argument("--updates", type=int, help="updates after which to stop, if that is earlier")
+    parser.add_argument("--batch-size", type=int, default=32, help="pieces in an update, over all processes (default: 32)")
+    parser.add_argument("--accumulation", type=int, default=2, help="batches per process in an update (default: 2)")
+    parser.add_argument("--log-every", type=int, default=25, help="updates between printed losses (default: 25)")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

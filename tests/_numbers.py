@@ -1,0 +1,254 @@
+"""Trainings and evaluations whose numbers must not depend on how the work is split over batches and processes."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import TensorDataset
+
+from _support import Probe, Samples, weights_of
+from pytorch_accelerated import Trainer, TrainerPlaceholderValues
+from pytorch_accelerated.schedulers import CosineLrScheduler
+
+IN_ORDER = {"shuffle": False}
+
+
+def make_net() -> nn.Sequential:
+    """A small network with the same weights each time; the global generator is left alone."""
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+    return net
+
+
+def make_texts(num_samples: int) -> TensorDataset:
+    """Inputs, targets, and which samples count: a mask as of tokens, some batches of which are empty."""
+    generator = torch.Generator().manual_seed(num_samples)
+    inputs = torch.randn(num_samples, 4, generator=generator)
+    targets = torch.randn(num_samples, 1, generator=generator)
+    mask = (torch.rand(num_samples, generator=generator) < 0.6).float()
+    mask[0] = 1
+    return TensorDataset(inputs, targets, mask)
+
+
+def mean_loss(model: Any, batch: Any, is_weighted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean loss of a batch, over what the mask keeps or over all, and over how many items."""
+    inputs, targets, mask = batch
+    weights = mask if is_weighted else torch.ones_like(mask)
+    losses = (model(inputs) - targets).square().squeeze(1)
+    return (losses * weights).sum() / weights.sum().clamp(min=1), weights.sum()
+
+
+class TextTrainer(Trainer):
+    """Trains on `make_texts`; ``is_weighted`` says whether its steps return ``num_items_in_batch``."""
+
+    is_weighted = False
+
+    def calculate_train_batch_loss(self, batch: Any) -> dict[str, Any]:
+        loss, num_items = mean_loss(self.model, batch, self.is_weighted)
+        weight = {"num_items_in_batch": num_items} if self.is_weighted else {}
+        return {"loss": loss, "batch_size": len(batch[0]), **weight}
+
+    def calculate_eval_batch_loss(self, batch: Any) -> dict[str, Any]:
+        with torch.no_grad():
+            return self.calculate_train_batch_loss(batch)
+
+
+class WeightedTextTrainer(TextTrainer):
+    is_weighted = True
+
+
+def gradients_of(model: nn.Module) -> list[torch.Tensor]:
+    return [parameter.grad.detach().cpu().clone() for parameter in model.parameters()]
+
+
+def big_batches(dataset: TensorDataset, num_samples: int) -> list[tuple[torch.Tensor, ...]]:
+    return [dataset[start : start + num_samples] for start in range(0, len(dataset), num_samples)]
+
+
+def big_batch_gradients(dataset: TensorDataset, num_samples: int, is_weighted: bool) -> list[list[torch.Tensor]]:
+    """Return the gradients of an epoch at fixed weights, each of one big batch."""
+    gradients = []
+    for batch in big_batches(dataset, num_samples):
+        net = make_net()
+        mean_loss(net, batch, is_weighted)[0].backward()
+        gradients.append(gradients_of(net))
+    return gradients
+
+
+def largest_difference(left: Any, right: Any) -> float:
+    """Of two lists of lists of tensors; infinite if they are not alike in number."""
+    if len(left) != len(right):
+        return float("inf")
+    pairs = [pair for lists in zip(left, right, strict=True) for pair in zip(*lists, strict=True)]
+    return max((one.cpu() - other.cpu()).abs().max().item() for one, other in pairs)
+
+
+# --- the grid of contract N1 -------------------------------------------------------------------------------------
+
+GRID = list(itertools.product((False, True), (1, 3, 8), (1, 2, 4), (1, 5, 24, 29, 50)))
+"""With weights or without, batch size per process, accumulation, length of the dataset."""
+
+
+def grid_differences(num_processes: int) -> dict[tuple[Any, ...], tuple[float, float]]:
+    """Return for each point of the grid how far gradients, and the reported loss, are from those of big batches."""
+    differences = {}
+    for point in GRID:
+        is_weighted, batch_size, accumulation, num_samples = point
+        dataset, net, gradients = make_texts(num_samples), make_net(), []
+        trainer = (WeightedTextTrainer if is_weighted else TextTrainer)(
+            net,
+            None,
+            torch.optim.SGD(net.parameters(), lr=0.0),
+            callbacks=[Probe(on_optimizer_step_start=lambda t, g=gradients: g.append(gradients_of(t.get_model())))],
+        )
+        trainer.train(
+            dataset,
+            num_epochs=1,
+            per_device_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            train_dataloader_kwargs=IN_ORDER,
+        )
+        expected = big_batch_gradients(dataset, batch_size * accumulation * num_processes, is_weighted)
+        loss = trainer.run_history.get_latest_metric("train_loss_epoch")
+        expected_loss = mean_loss(make_net(), dataset[:], is_weighted)[0].item()
+        differences[point] = (largest_difference(gradients, expected), abs(loss - expected_loss))
+    return differences
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------
+
+
+def make_scheduler_fn(name: str) -> Any:
+    if name == "cosine":
+        return CosineLrScheduler.create_scheduler_fn(lr_min=0.001, num_warmup_epochs=1)
+    total = TrainerPlaceholderValues.NUM_EPOCHS * TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH
+    return functools.partial(OneCycleLR, max_lr=0.1, total_steps=total)
+
+
+def whole_run(batch_size: int, accumulation: int, scheduler: str = "cosine", num_samples: int = 61) -> dict[str, Any]:
+    """Train for 3 epochs in an order that is shuffled anew in each, with momentum and a schedule."""
+    net, rates = make_net(), []
+    trainer = TextTrainer(
+        net,
+        None,
+        torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9),
+        seed=5,
+        callbacks=[Probe(on_optimizer_step_start=lambda t: rates.append(t.optimizer.param_groups[0]["lr"]))],
+    )
+    trainer.train(
+        make_texts(num_samples),
+        num_epochs=3,
+        eval_dataset=make_texts(19),
+        per_device_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        create_scheduler_fn=make_scheduler_fn(scheduler),
+    )
+    history = trainer.run_history
+    return {
+        "history": {name: history.get_metric_values(name) for name in sorted(history.get_metric_names())},
+        "weights": weights_of(net),
+        "rates": rates,
+        "num_updates": trainer.progress.num_updates,
+        "num_scheduler_steps": trainer.scheduler.state_dict().get("last_epoch"),
+    }
+
+
+def one_cycle_rates(num_updates: int) -> list[float]:
+    """Return the rates of a schedule that ends with the last update, from PyTorch alone."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    scheduler = OneCycleLR(optimizer, max_lr=0.1, total_steps=num_updates)
+    rates = []
+    for _ in range(num_updates):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------
+
+EVALUATED_LENGTHS = (1, 2, 7, 64, 65)
+
+
+def make_classes(num_samples: int) -> TensorDataset:
+    """Inputs, one of three classes, and the index of each sample."""
+    generator = torch.Generator().manual_seed(num_samples)
+    inputs = torch.randn(num_samples, 4, generator=generator)
+    return TensorDataset(
+        inputs, torch.randint(3, (num_samples,), generator=generator), torch.arange(num_samples, dtype=torch.int64)
+    )
+
+
+class Classifier(Trainer):
+    def __init__(self, callbacks: Any = ()) -> None:
+        net = nn.Linear(4, 3)
+        generator = torch.Generator().manual_seed(6)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        super().__init__(net, None, torch.optim.SGD(net.parameters(), lr=0.0), callbacks=callbacks)
+
+    def calculate_train_batch_loss(self, batch: Any) -> dict[str, Any]:
+        inputs, classes, _ = batch
+        outputs = self.model(inputs)
+        return {
+            "loss": nn.functional.cross_entropy(outputs, classes),
+            "batch_size": len(inputs),
+            "model_outputs": outputs,
+            "metrics": {"accuracy": (outputs.argmax(1) == classes).float().mean()},
+        }
+
+    def calculate_eval_batch_loss(self, batch: Any) -> dict[str, Any]:
+        with torch.no_grad():
+            return self.calculate_train_batch_loss(batch)
+
+    def calculate_predictions(self, batch: Any) -> dict[str, Any]:
+        with torch.no_grad():
+            return {"index": batch[2], "parts": [self.model(batch[0]), (batch[1],)]}
+
+
+def evaluations(num_samples: int, is_in_memory: bool = True) -> dict[str, Any]:
+    """Evaluate and predict with batches of 8; what a callback gathers must hold each sample once, too."""
+    dataset = make_classes(num_samples)
+    gathered: list[Any] = []
+    probe = Probe(
+        on_eval_step_end=lambda t, batch, batch_output, **k: gathered.append(
+            t.gather({"index": batch[2], "is_right": batch_output["model_outputs"].argmax(1) == batch[1]})
+        )
+    )
+    trainer = Classifier([probe])
+    data = dataset if is_in_memory else Samples(dataset)
+    loader = {} if is_in_memory else {"dataloader_kwargs": {"num_workers": 0}}
+    trainer.evaluate(data, per_device_batch_size=8, **loader)
+    seen = torch.cat([rows["index"] for rows in gathered]).tolist()
+    is_right = torch.cat([rows["is_right"] for rows in gathered]).cpu()
+    return {
+        "loss": trainer.run_history.get_latest_metric("evaluation_loss"),
+        "accuracy": trainer.run_history.get_latest_metric("evaluation_accuracy"),
+        "seen": seen,
+        "accuracy of callback": is_right.double().mean().item(),
+        "predictions": trainer.predict(data, per_device_batch_size=8, **loader),
+    }
+
+
+def expected_evaluations(num_samples: int) -> dict[str, Any]:
+    """The same numbers from PyTorch alone."""
+    inputs, classes, index = make_classes(num_samples)[:]
+    with torch.no_grad():
+        outputs = Classifier().model.cpu()(inputs)
+    accuracy = (outputs.argmax(1) == classes).double().mean().item()
+    return {
+        "loss": nn.functional.cross_entropy(outputs, classes).item(),
+        "accuracy": accuracy,
+        "seen": index.tolist(),
+        "accuracy of callback": accuracy,
+        "predictions": {"index": index, "parts": [outputs, (classes,)]},
+    }

@@ -1,0 +1,118 @@
+"""True processes that talk over gloo: how they are started, what they run, and what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from _support import SOURCE
+
+WAIT_SECONDS = 20
+"""A process that waits so long for another gives up."""
+
+NUM_REPEATS = int(os.environ.get("REPEAT", "1"))
+"""How often the cases run in which one process ends the run of all: ``REPEAT=20 pytest tests/distributed``."""
+
+
+@dataclass
+class Ended:
+    """How a process ended, and when, by `time.monotonic`."""
+
+    returncode: int
+    time: float
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def launch(script: Path, folder: Path, num_processes: int, *arguments: str, timeout: float = 150) -> list[Ended]:
+    """Run a script on several processes, whose output goes to ``folder``; kill what takes longer than ``timeout``."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(SOURCE.parent), str(Path(__file__).parent)]),
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    processes, ended = [], [Ended(-1, float("inf")) for _ in range(num_processes)]
+
+    def watch(rank: int) -> None:
+        ended[rank] = Ended(processes[rank].wait(), time.monotonic())
+
+    for rank in range(num_processes):
+        with (folder / f"output-{rank}.txt").open("w") as output:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, str(script), str(folder), *arguments],
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    watchers = [threading.Thread(target=watch, args=(rank,)) for rank in range(num_processes)]
+    deadline = time.monotonic() + timeout
+    try:
+        for watcher in watchers:
+            watcher.start()
+        for watcher in watchers:
+            watcher.join(max(0, deadline - time.monotonic()))
+    finally:
+        for process in processes:
+            process.kill()
+        for watcher in watchers:
+            watcher.join()
+    return ended
+
+
+def run_cases(cases: Mapping[str, Callable[[int, Path], Any]]) -> None:
+    """On each process: run all cases, and store what they return or raise, for `read_results`."""
+    directory = Path(sys.argv[1])
+    process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=WAIT_SECONDS))
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[process_group])
+    rank = accelerator.process_index
+    for name, case in cases.items():
+        torch.manual_seed(0)
+        folder = directory / name
+        folder.mkdir(exist_ok=True)
+        try:
+            result = {"value": case(rank, folder)}
+        except Exception:
+            result = {"error": traceback.format_exc()}
+        torch.save(result, directory / f"{name}-{rank}.pt")
+        accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def read_results(folder: Path, name: str, num_processes: int) -> list[Any]:
+    """Return what a case returned on each process; fail the test if it did not."""
+    values = []
+    for rank in range(num_processes):
+        path = folder / f"{name}-{rank}.pt"
+        if not path.exists():
+            output = (folder / f"output-{rank}.txt").read_text()[-3000:]
+            pytest.fail(f"rank {rank} did not get to the end of `case_{name}`:\n{output}")
+        result = torch.load(path, weights_only=False)
+        if "error" in result:
+            pytest.fail(f"`case_{name}` failed on rank {rank}:\n{result['error']}")
+        values.append(result["value"])
+    return values
