@@ -415,19 +415,6 @@ def test_a_timm_trainer_needs_no_scheduler():
     assert trainer.num_updates == 4
 
 
-def test_a_real_timm_scheduler_follows_its_own_curve():
-    timm_scheduler = pytest.importorskip("timm.scheduler", reason="timm is optional")
-
-    def create(optimizer):
-        return timm_scheduler.CosineLRScheduler(optimizer, t_initial=8, lr_min=1e-3, t_in_epochs=False)
-
-    probe, lrs = at_updates(lr_of)
-    trainer = make_trainer(cls=TrainerWithTimmScheduler, callbacks=[probe])
-    train(trainer, make_dataset(16), num_epochs=2, create_scheduler_fn=create)
-    expected = [1e-3 + 0.5 * (0.1 - 1e-3) * (1 + math.cos(math.pi * update / 8)) for update in range(8)]
-    assert lrs == pytest.approx(expected)
-
-
 # --- randomness (N5, N6) -----------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,10 @@ _REASONS: dict[str, type[Exception]] = {error.__name__: error for error in (NonF
 """The exceptions by which one process ends the run of all; the first that any process has is raised by all."""
 
 
+def _kinds_of(reason: Exception) -> list[str]:
+    return [name for name, error in _REASONS.items() if isinstance(reason, error)]
+
+
 class Agreement:
     """Adds up, once per update, the weights of all processes and their requests to end the run.
 
@@ -74,7 +78,7 @@ class Agreement:
             self.finish_exchange()
 
     def _end(self) -> None:
-        own = [(type(reason).__name__, str(reason)) for reason in self._requests]
+        own = [(kind, str(reason)) for reason in self._requests for kind in _kinds_of(reason)]
         self._requests = []
         reasons_of_all: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(reasons_of_all, own, group=self._group)

@@ -63,15 +63,16 @@ class BatchShare:
                 yield own
                 continue
             if group and not self.drop_last:
-                yield self._part_of_rest([index for batch in group for index in batch], step, own)
+                yield self._part_of_rest(group, step, own)
             return
 
-    def _part_of_rest(self, rest: list[int], step: int, last_own: list[int]) -> list[int]:
+    def _part_of_rest(self, group: list[list[int]], step: int, last_own: list[int]) -> list[int]:
+        rest = [index for batch in group for index in batch]
         ranks = (self.process_index, self.process_index + 1)
         start, end = (math.ceil(len(rest) * rank / self.num_processes) for rank in ranks)
         if start == end:
             self.stand_in_step = step
-            return last_own or rest
+            return last_own or group[0]
         return rest[start:end]
 
     def __len__(self) -> int:
