@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import namedtuple
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated.schedulers import CosineLrScheduler
 
 IN_ORDER = {"shuffle": False}
+
+Pair = namedtuple("Pair", ["left", "right"])
 
 
 def make_net() -> nn.Sequential:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import _numbers
 from pytorch_accelerated._accumulation import AccumulationWindow, scale_gradients
 
 
@@ -49,6 +50,125 @@ def test_windows_do_not_know_of_each_other():
     assert [window.add(4, 2), window.add(4, 2), window.close()] == [0.5, 0.5, None]
     assert [window.add(2, 2), window.add(2, 2), window.close()] == [0.5, 0.5, None]
     assert window.close() is None
+
+
+# --- with a usual weight, as of several processes ---------------------------------------------------------------------
+
+
+def effective_weights_of_processes(weights_by_process, num_expected, usual_weight):
+    """Return what each batch's gradient is multiplied by in the end, the average over the processes included."""
+    windows = [AccumulationWindow() for _ in weights_by_process]
+    shares = [
+        [window.add(weight, num_expected, usual_weight) for weight in weights]
+        for window, weights in zip(windows, weights_by_process, strict=True)
+    ]
+    total = float(sum(window.total for window in windows))
+    num_processes = len(windows)
+    corrections = [window.close(total, num_processes) for window in windows]
+    return [
+        float((1 if share is None else share) * (1 if correction is None else correction)) / num_processes
+        for own_shares, correction in zip(shares, corrections, strict=True)
+        for share in own_shares
+    ]
+
+
+@pytest.mark.parametrize("kind", [float, lambda weight: torch.tensor(float(weight))])
+@pytest.mark.parametrize("usual_weight", [8.0, 1.0, 3.0])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [[8], [8]],
+        [[8, 8], [8, 8]],
+        [[8, 8], [8, 3]],
+        [[1, 5], [2, 8], [9, 9]],
+        [[8], [0]],
+        [[0, 0], [4, 1]],
+        [[0], [3]],
+    ],
+)
+@pytest.mark.parametrize("num_missing", [0, 1])
+def test_each_batch_of_each_process_has_its_share(weights, usual_weight, num_missing, kind):
+    """Also if the window turns out shorter than was thought when it began."""
+    of_kind = [[kind(weight) for weight in own] for own in weights]
+    effective = effective_weights_of_processes(of_kind, len(weights[0]) + num_missing, usual_weight)
+    flat = [weight for own in weights for weight in own]
+    assert effective == pytest.approx([weight / sum(flat) for weight in flat], rel=1e-6)
+
+
+def test_processes_without_any_item_give_no_gradient_and_no_nan():
+    assert effective_weights_of_processes([[0, 0], [0, 0]], 2, 8.0) == [0.0] * 4
+
+
+def test_equal_full_batches_of_several_processes_cost_no_correction():
+    window = AccumulationWindow()
+    assert [window.add(8, 1, usual_weight=8.0), window.close(24.0, num_processes=3)] == [None, None]
+    assert [window.add(8, 2, usual_weight=8.0) for _ in range(2)] == [0.5, 0.5]
+    assert window.close(48.0, num_processes=3) is None
+
+
+def test_a_window_of_one_batch_is_corrected_if_another_process_had_another_weight():
+    window = AccumulationWindow()
+    assert window.add(8, 1, usual_weight=8.0) is None
+    assert window.close(12.0, num_processes=2) == pytest.approx(16 / 12)
+
+
+@pytest.mark.parametrize("usual_weight", [None, 8.0])
+def test_the_total_is_that_of_the_open_window(usual_weight):
+    window = AccumulationWindow()
+    assert window.total == 0
+    totals = []
+    for weight in (8, 3, 0.5):
+        window.add(weight, 3, usual_weight)
+        totals.append(window.total)
+    assert totals == [8, 11, 11.5]
+    window.close()
+    assert window.total == 0
+    window.add(torch.tensor(2), 3, usual_weight)
+    window.add(torch.tensor(3), 3, usual_weight)
+    assert isinstance(window.total, torch.Tensor)
+    assert window.total.item() == 5
+    window.reset()
+    assert window.total == 0
+
+
+@pytest.mark.parametrize("usual_weight", [None, 8.0])
+@pytest.mark.parametrize("num_done", [0, 1, 2])
+def test_an_open_window_goes_on_from_its_state(num_done, usual_weight):
+    weights = [5, 2, 8]
+    windows = [AccumulationWindow(), AccumulationWindow()]
+    for weight in weights[:num_done]:
+        windows[0].add(weight, 3, usual_weight)
+    windows[1].load_state_dict(windows[0].state_dict())
+    shares = [[window.add(weight, 3, usual_weight) for weight in weights[num_done:]] for window in windows]
+    assert shares[0] == shares[1]
+    assert windows[0].total == windows[1].total == 15
+    assert windows[0].close() == windows[1].close() is not None
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_and_loss_of_every_update_are_those_of_the_big_batch(record_property):
+    """Over the grid of contract N1, with one process; `distributed/test_numbers.py` has it with two and three."""
+    differences = _numbers.grid_differences(num_processes=1)
+    worst = max(gradients for gradients, _ in differences.values())
+    record_property("largest difference of a gradient", worst)
+    print(f"1 process, {len(differences)} points: {worst:.2e} gradients")
+    assert len(differences) == 90
+    assert {point: pair for point, pair in differences.items() if not max(pair) <= 1e-6} == {}
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "one cycle"])
+def test_a_run_does_not_depend_on_how_its_batches_are_split(scheduler):
+    whole = _numbers.whole_run(8, 1, scheduler)
+    for batch_size, accumulation in ((4, 2), (2, 4), (1, 8)):
+        run = _numbers.whole_run(batch_size, accumulation, scheduler)
+        assert run["rates"] == whole["rates"]
+        assert run["num_updates"] == run["num_scheduler_steps" if scheduler == "one cycle" else "num_updates"] == 24
+        torch.testing.assert_close(run["history"], whole["history"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(run["weights"], whole["weights"], rtol=0, atol=1e-5)
+    if scheduler == "one cycle":
+        assert whole["rates"] == pytest.approx(_numbers.one_cycle_rates(24), rel=1e-9)
 
 
 def test_gradients_are_scaled_in_place_where_there_are_any():

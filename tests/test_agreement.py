@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -22,10 +21,11 @@ def agreement():
     distributed.destroy_process_group()
 
 
-def test_one_process_sends_nothing():
-    agreement = Agreement(num_processes=1)
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_without_a_process_group_nothing_is_sent(num_processes):
+    agreement = Agreement(num_processes)
     assert not agreement.is_needed
-    agreement.settle()  # without any process group
+    agreement.settle()
     assert not distributed.is_initialized()
 
 
@@ -101,13 +101,20 @@ def test_a_subclass_is_raised_as_what_it_is_derived_from(agreement, error):
 
 @pytest.mark.parametrize(("backend", "num_groups"), [("gloo", 0), ("nccl", 1)])
 def test_beside_a_backend_of_devices_the_numbers_have_a_group_on_hosts(backend, num_groups, monkeypatch):
-    groups = []
+    """One for all runs, as each holds connections; over gloo the processes' own group will do."""
+    groups, world = [], object()
 
     def new_group(**settings):
-        groups.append(settings)
+        groups.append(settings["backend"])
         return "the group"
 
-    monkeypatch.setattr(_agreement, "distributed", SimpleNamespace(get_backend=lambda: backend, new_group=new_group))
-    agreement = Agreement(2, timeout=timedelta(seconds=5))
-    assert groups == [{"backend": "gloo", "timeout": timedelta(seconds=5)}] * num_groups
-    assert agreement._group == (["the group"] * num_groups or [None])[0]
+    fake = SimpleNamespace(
+        is_initialized=lambda: True,
+        get_backend=lambda group: backend,
+        new_group=new_group,
+        group=SimpleNamespace(WORLD=world),
+    )
+    monkeypatch.setattr(_agreement, "distributed", fake)
+    agreements = [Agreement(2), Agreement(2)]
+    assert groups == ["gloo"] * num_groups
+    assert {agreement._group for agreement in agreements} == {"the group" if num_groups else world}

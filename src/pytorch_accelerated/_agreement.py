@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import distributed
 
+from pytorch_accelerated._stopping import RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
-_REASONS: dict[str, type[Exception]] = {error.__name__: error for error in (NonFiniteLossError, StopTrainingError)}
+_REASONS: dict[str, type[Exception]] = {
+    error.__name__: error for error in (NonFiniteLossError, RunInterruptedError, StopTrainingError)
+}
 """The exceptions by which one process ends the run of all; the first that any process has is raised by all."""
 
 
 def _kinds_of(reason: Exception) -> list[str]:
     return [name for name, error in _REASONS.items() if isinstance(reason, error)]
+
+
+@lru_cache(maxsize=1)  # one for all runs, as each holds connections
+def _host_group(world: Any) -> Any:
+    if distributed.get_backend(world) == "gloo":
+        return world
+    return distributed.new_group(backend="gloo")
 
 
 class Agreement:
@@ -27,17 +37,14 @@ class Agreement:
 
     Args:
         num_processes: How many processes take part. With several, making this must happen on every one of them.
-        timeout: How long to wait for another process before giving up.
     """
 
-    def __init__(self, num_processes: int, timeout: timedelta = timedelta(minutes=10)) -> None:
-        self.is_needed = num_processes > 1
+    def __init__(self, num_processes: int) -> None:
+        self.is_needed = num_processes > 1 and distributed.is_initialized()
         self._requests: list[Exception] = []
-        self._group: Any = None
+        self._group: Any = _host_group(distributed.group.WORLD) if self.is_needed else None
         self._numbers = torch.zeros(3, dtype=torch.float64)
         self._exchange: Any = None
-        if self.is_needed and distributed.get_backend() != "gloo":
-            self._group = distributed.new_group(backend="gloo", timeout=timeout)
 
     def request_end(self, reason: Exception) -> None:
         """Ask for the end of the run: a `StopTrainingError` or a `NonFiniteLossError`."""

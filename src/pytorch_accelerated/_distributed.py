@@ -6,13 +6,14 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.data_loader import DataLoaderShard
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 
 from pytorch_accelerated._data import PlacedBatches, RestOfEpoch, like_mapping
@@ -22,6 +23,9 @@ from pytorch_accelerated._sharding import BatchShare, has_indices, loader_settin
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+_PROCESS_TIMEOUT = timedelta(minutes=10)
+"""How long a process waits for another, unless the user's accelerator says otherwise."""
+
 _FORWARD_ATTRIBUTES = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
@@ -188,6 +192,9 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
         return source
     if mixed_precision is not None:
         settings["mixed_precision"] = mixed_precision
+    handlers = list(settings.get("kwargs_handlers") or ())
+    if not any(isinstance(handler, InitProcessGroupKwargs) for handler in handlers):
+        settings["kwargs_handlers"] = [*handlers, InitProcessGroupKwargs(timeout=_PROCESS_TIMEOUT)]
     try:
         return Accelerator(**settings)
     except ValueError as error:

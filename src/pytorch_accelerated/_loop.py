@@ -18,7 +18,7 @@ from pytorch_accelerated._order import EpochRandomness
 from pytorch_accelerated._prediction import concatenate, model_outputs, on_host
 from pytorch_accelerated._rng import preserved_rng_state
 from pytorch_accelerated._sharding import is_stand_in, without_rows
-from pytorch_accelerated._stopping import InterruptFlag
+from pytorch_accelerated._stopping import InterruptFlag, RunInterruptedError
 from pytorch_accelerated._validation import raise_bad_loss
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 from pytorch_accelerated.progress import TrainingProgress
@@ -88,6 +88,7 @@ class TrainingLoop:
         self._agreement = Agreement(num_processes=1)
         self._batch_output: Mapping[str, Any] | None = None
         self._interrupt = InterruptFlag()
+        self._is_interrupted = False
 
     # --- hooks: override them to change what happens -------------------------------------------------------------
 
@@ -215,13 +216,21 @@ class TrainingLoop:
     def get_agreed_metric(self, metric_name: str) -> float:
         """Return the newest value of a metric as a number, the main process's on every process, to decide by.
 
-        Must be called on every process.
+        Must be called on every process; the others need not have recorded it.
 
         Raises:
             ValueError: Nothing was recorded under this name, or it is not one number.
         """
-        value = as_number(self.run_history.get_latest_metric(metric_name))
-        return float(_distributed.broadcast_from_main(value, self.run_config.num_processes))
+        value, problem = None, None
+        if self.run_config.is_world_process_zero:
+            try:
+                value = as_number(self.run_history.get_latest_metric(metric_name))
+            except ValueError as error:
+                problem = str(error)
+        value, problem = _distributed.broadcast_from_main((value, problem), self.run_config.num_processes)
+        if problem is not None:
+            raise ValueError(problem)
+        return float(value)
 
     def get_model(self, keep_torch_compile: bool = True) -> Any:
         """Return the model without what Accelerate wrapped around it.
@@ -504,7 +513,7 @@ class TrainingLoop:
 
     def _check_interrupt(self) -> None:
         if self._interrupt.is_set:
-            self._end_together(StopTrainingError("interrupted by Ctrl-C"))
+            self._end_together(RunInterruptedError("interrupted by Ctrl-C"))
 
     def _end_together(self, reason: Exception) -> None:
         if not self._agreement.is_needed:
@@ -519,7 +528,8 @@ class TrainingLoop:
 
     def _stop(self, stop: StopTrainingError) -> None:
         self.stop_reason = str(stop) or "a callback asked to stop"
-        if not self._interrupt.was_set:
+        self._is_interrupted = isinstance(stop, RunInterruptedError)
+        if not self._is_interrupted:
             self._early_stop_reason = self.stop_reason
         with suppress(StopTrainingError):  # that is what is being done
             self._call("on_stop_training_error")

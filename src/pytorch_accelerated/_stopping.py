@@ -8,6 +8,8 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated.exceptions import StopTrainingError
+
 if TYPE_CHECKING:
     from types import FrameType
 
@@ -73,6 +75,10 @@ class PatienceCounter:
         """Forget the best value and the count."""
         self.best = None
         self.num_without_improvement = 0
+
+
+class RunInterruptedError(StopTrainingError):
+    """Ctrl-C was pressed, on this process or another: the run ends in good order, then `KeyboardInterrupt` follows."""
 
 
 class InterruptFlag:

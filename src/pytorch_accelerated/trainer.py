@@ -215,7 +215,7 @@ class Trainer(TrainingLoop):
             )
             self._set_up_training(num_epochs, resume_from)
             self._run_training()
-        if self._interrupt.was_set:
+        if self._is_interrupted or self._interrupt.was_set:
             raise KeyboardInterrupt(self.stop_reason)
 
     def evaluate(
@@ -567,6 +567,7 @@ class Trainer(TrainingLoop):
             self._waiting_scheduler_state = None
         self._means = EpochMeans()
         self._early_stop_reason = None
+        self._is_interrupted = False
         self._num_batches_to_skip = 0
         self.progress = TrainingProgress(num_epochs_completed=self.run_history.current_epoch - 1)
         self._last_epoch = self.progress.num_epochs_completed + num_epochs

@@ -5,18 +5,16 @@ Every function `case_<name>` returns plain values and tensors, which are stored 
 
 from __future__ import annotations
 
-import sys
-import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Sampler
 
+from _processes import run_cases
 from _support import Batches, Probe, Samples, make_dataset, make_indexed_dataset, make_model, make_trainer, weights_of
 from pytorch_accelerated import Trainer, _checkpointing, _distributed
 from pytorch_accelerated.callbacks import EarlyStoppingCallback, StepBasedEvaluationCallback
@@ -344,24 +342,5 @@ def case_metric_of_one_process(rank: int, directory: Path) -> Any:
 
 CASES = {name.removeprefix("case_"): value for name, value in list(globals().items()) if name.startswith("case_")}
 
-
-def main() -> None:
-    directory = Path(sys.argv[1])
-    process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=20))  # a process that waits in vain gives up
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[process_group])
-    rank = accelerator.process_index
-    for name, case in CASES.items():
-        torch.manual_seed(0)
-        folder = directory / name
-        folder.mkdir(exist_ok=True)
-        try:
-            result = {"value": case(rank, folder)}
-        except Exception:
-            result = {"error": traceback.format_exc()}
-        torch.save(result, directory / f"{name}-{rank}.pt")
-        accelerator.wait_for_everyone()
-    accelerator.end_training()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(CASES)

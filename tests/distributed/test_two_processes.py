@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from _support import SOURCE
+from _processes import launch, read_results
 
 pytestmark = pytest.mark.distributed
 
@@ -21,65 +16,18 @@ TIMEOUT_SECONDS = 150
 """Far more than the cases need; what takes longer hangs."""
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """Run all cases and return the folder with their results."""
     folder = tmp_path_factory.mktemp("results")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(SOURCE.parent), str(CASES.parents[1])]),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-    }
-    processes, outputs = [], []
-    for rank in range(2):
-        outputs.append((folder / f"output-{rank}.txt").open("w"))
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(CASES), str(folder)],
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=outputs[-1],
-                stderr=subprocess.STDOUT,
-            )
-        )
-    timer = threading.Timer(TIMEOUT_SECONDS, lambda: [process.kill() for process in processes])
-    timer.start()
-    try:
-        for process in processes:
-            process.wait()
-    finally:
-        timer.cancel()
-        for process, output in zip(processes, outputs, strict=True):
-            process.kill()
-            output.close()
+    launch(CASES, folder, num_processes=2, timeout=TIMEOUT_SECONDS)
     return folder
 
 
 @pytest.fixture
 def results(request, directory):
     """What the case of this test returned on each rank."""
-    name = request.node.originalname.removeprefix("test_")
-    values = []
-    for rank in range(2):
-        path = directory / f"{name}-{rank}.pt"
-        if not path.exists():
-            output = (directory / f"output-{rank}.txt").read_text()[-3000:]
-            pytest.fail(f"rank {rank} did not get to the end of `case_{name}`:\n{output}")
-        result = torch.load(path, weights_only=False)
-        if "error" in result:
-            pytest.fail(f"`case_{name}` failed on rank {rank}:\n{result['error']}")
-        values.append(result["value"])
-    return values
+    return read_results(directory, request.node.originalname.removeprefix("test_"), num_processes=2)
 
 
 def assert_alike(left, right, **tolerance):

@@ -1,0 +1,475 @@
+"""What each of two or three processes does for `test_numbers.py`; run as a script, once per process.
+
+Every function `case_<name>` returns plain values and tensors, which are stored for the test of that name. Called with
+the argument ``dying`` or ``terminated``, the script loses the process of rank 1 in the midst of a run instead.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections import OrderedDict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+import _numbers
+from _numbers import IN_ORDER, Pair, TextTrainer, gradients_of, make_net, make_texts
+from _processes import NUM_REPEATS, WAIT_SECONDS, run_cases
+from _support import EventRecorder, Probe, Samples, make_dataset, make_indexed_dataset, make_trainer, weights_of
+from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import EarlyStoppingCallback, SaveBestModelCallback, TerminateOnNaNCallback
+from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
+
+
+def num_processes() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+def train(trainer: Any, dataset: Any, **kwargs: Any) -> None:
+    trainer.train(dataset, **{"num_epochs": 2, "per_device_batch_size": 2, **kwargs})
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------
+
+
+def case_grid(rank: int, directory: Path) -> Any:
+    return _numbers.grid_differences(num_processes())
+
+
+def case_whole_runs(rank: int, directory: Path) -> Any:
+    return {
+        (scheduler, accumulation): _numbers.whole_run(4, accumulation, scheduler)
+        for scheduler in ("cosine", "one cycle")
+        for accumulation in (1, 2)
+    }
+
+
+def case_weights_by_rank(rank: int, directory: Path) -> Any:
+    """Each rank has another number of items in its batches, in one update none at all."""
+
+    class ByRank(TextTrainer):
+        def calculate_train_batch_loss(self, batch: Any) -> Any:
+            return {**super().calculate_train_batch_loss(batch), "num_items_in_batch": items[rank]}
+
+    differences = []
+    for items in ([1, 5, 2], [0, 3, 0], [0, 0, 0]):
+        net, gradients = make_net(), []
+        probe = Probe(on_optimizer_step_start=lambda t, g=gradients: g.append(gradients_of(t.get_model())))
+        trainer = ByRank(net, None, torch.optim.SGD(net.parameters(), lr=0.0), callbacks=[probe])
+        dataset = make_texts(4 * num_processes())
+        train(trainer, dataset, num_epochs=1, per_device_batch_size=4, train_dataloader_kwargs=IN_ORDER)
+        own = _numbers.big_batch_gradients(dataset, 4, is_weighted=False)
+        total = max(1, sum(items[: num_processes()]))
+        weighted = [
+            [gradient * weight / total for gradient in gradients_of_rank]
+            for gradients_of_rank, weight in zip(own, items, strict=False)
+        ]
+        expected = [sum(parts) for parts in zip(*weighted, strict=True)]
+        differences.append(_numbers.largest_difference(gradients, [expected]))
+    return differences
+
+
+def case_clipping(rank: int, directory: Path) -> Any:
+    """Against a loop by hand over the big batches; gradients are seen before and after they are clipped."""
+    results = {}
+    for accumulation in (1, 3):
+        for kind, limit in (("norm", 0.3), ("norm", 100.0), ("value", 0.05)):
+            net, before, after, norms = make_net(), [], [], []
+
+            def see(trainer: Any, after: Any = after, norms: Any = norms) -> None:
+                after.append(gradients_of(trainer.get_model()))
+                norms.append(None if trainer.gradient_norm is None else float(trainer.gradient_norm))
+
+            probe = Probe(
+                on_optimizer_step_start=lambda t, before=before: before.append(gradients_of(t.get_model())),
+                on_optimizer_step_end=see,
+            )
+            trainer = TextTrainer(net, None, torch.optim.SGD(net.parameters(), lr=0.5), callbacks=[probe])
+            dataset = make_texts(29)
+            trainer.train(
+                dataset,
+                num_epochs=1,
+                per_device_batch_size=2,
+                gradient_accumulation_steps=accumulation,
+                train_dataloader_kwargs=IN_ORDER,
+                **{f"gradient_clip_{kind}": limit},
+            )
+            big_batches = _numbers.big_batches(dataset, 2 * accumulation * num_processes())
+            expected = clipped_by_hand(big_batches, kind, limit)
+            results[kind, limit, accumulation] = {
+                "before": _numbers.largest_difference(before, expected["before"]),
+                "after": _numbers.largest_difference(after, expected["after"]),
+                "weights": _numbers.largest_difference([list(net.parameters())], [expected["weights"]]),
+                "norms": norms,
+                "expected norms": expected["norms"],
+                "num_clipped": expected["num_clipped"],
+            }
+    return results
+
+
+def clipped_by_hand(batches: Any, kind: str, limit: float) -> dict[str, Any]:
+    net = make_net()
+    seen: dict[str, Any] = {"before": [], "after": [], "norms": [], "num_clipped": 0}
+    for batch in batches:
+        net.zero_grad()
+        _numbers.mean_loss(net, batch, is_weighted=False)[0].backward()
+        gradients = gradients_of(net)
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+        if kind == "norm":
+            clipped = [gradient * min(1.0, limit / norm) for gradient in gradients]
+        else:
+            clipped = [gradient.clamp(-limit, limit) for gradient in gradients]
+        with torch.no_grad():
+            for parameter, gradient in zip(net.parameters(), clipped, strict=True):
+                parameter -= 0.5 * gradient
+        seen["before"].append(gradients)
+        seen["after"].append(clipped)
+        seen["norms"].append(norm)
+        seen["num_clipped"] += any(not torch.equal(*pair) for pair in zip(gradients, clipped, strict=True))
+    return {**seen, "weights": [parameter.detach() for parameter in net.parameters()]}
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------
+
+
+def case_evaluations(rank: int, directory: Path) -> Any:
+    return {
+        (length, is_in_memory): _numbers.evaluations(length, is_in_memory)
+        for length in _numbers.EVALUATED_LENGTHS
+        for is_in_memory in (True, False)
+    }
+
+
+def case_evaluation_while_training(rank: int, directory: Path) -> Any:
+    """Several datasets, one of them smaller than the number of processes."""
+    trainer = _numbers.Classifier()
+    eval_dataset = {"long": _numbers.make_classes(65), "short": _numbers.make_classes(1)}
+    train(trainer, _numbers.make_classes(7), eval_dataset=eval_dataset, per_device_batch_size=8)
+    history = trainer.run_history
+    return {name: history.get_metric_values(name) for name in sorted(history.get_metric_names())}
+
+
+def case_predictions_of_the_main_process(rank: int, directory: Path) -> Any:
+    trainer = make_trainer()
+    dataset = make_dataset(13)
+    outputs = {
+        (on_every_process, move_to_host): trainer.predict(
+            dataset, per_device_batch_size=2, on_every_process=on_every_process, move_to_host=move_to_host
+        )
+        for on_every_process in (True, False)
+        for move_to_host in (True, False)
+    }
+    return {"outputs": outputs, "expected": trainer.model(dataset.tensors[0]).detach()}
+
+
+def case_gather(rank: int, directory: Path) -> Any:
+    trainer = make_trainer()
+    return {
+        "uneven": trainer.gather(torch.full((rank, 2), float(rank))),
+        "none on the main process": trainer.gather(torch.arange(2 * rank)),
+        "none on the last process": trainer.gather(torch.arange(2)[: 2 * (rank < num_processes() - 1)]),
+        "none at all": trainer.gather(torch.ones(0, 3)),
+        "no width": trainer.gather(torch.ones(rank + 1, 0)),
+        "equal to the padding": trainer.gather(torch.full((1 + rank, 1 + rank), -1), padding_value=-1),
+        "true": trainer.gather(torch.ones(rank, dtype=torch.bool)),
+        "scalar": trainer.gather(torch.tensor(rank)),
+        "nested": trainer.gather(
+            OrderedDict(a=[torch.full((rank,), rank)], b=Pair(torch.tensor(rank), (torch.ones(rank, 1 + rank),))),
+            padding_value=9,
+        ),
+    }
+
+
+def case_gather_refuses(rank: int, directory: Path) -> Any:
+    trainer = make_trainer()
+    messages = []
+    for value in (torch.ones(2, 1 + rank), {"a": torch.ones(rank), "b": [torch.ones(rank, 2, 1 + rank)]}):
+        try:
+            trainer.gather(value)
+        except ValueError as error:
+            messages.append(str(error))
+    return {"messages": messages, "afterwards": trainer.gather(torch.tensor([rank]))}
+
+
+# --- decisions ---------------------------------------------------------------------------------------------------
+
+
+class BadLoss(Trainer):
+    """The loss is not finite on rank 1, in the batch which the attributes tell."""
+
+    stage, bad_epoch, bad_step, bad_loss = "training", 1, 0, float("nan")
+    step = -1
+
+    def train_epoch_start(self) -> None:
+        super().train_epoch_start()
+        self.step = -1
+
+    def eval_epoch_start(self) -> None:
+        super().eval_epoch_start()
+        self.step = -1
+
+    def calculate_train_batch_loss(self, batch: Any) -> Any:
+        return self.spoil(super().calculate_train_batch_loss(batch), "training")
+
+    def calculate_eval_batch_loss(self, batch: Any) -> Any:
+        return self.spoil(super().calculate_eval_batch_loss(batch), "evaluation")
+
+    def spoil(self, batch_output: Any, stage: str) -> Any:
+        self.step += 1
+        place = (1, self.stage, self.bad_epoch, self.bad_step)
+        if place == (self.process_index, stage, self.run_history.current_epoch, self.step):
+            batch_output["loss"] = batch_output["loss"] * self.bad_loss
+        return batch_output
+
+
+def case_not_finite(rank: int, directory: Path) -> Any:
+    """On rank 1 only, in all kinds of batches of windows of two, and in evaluation."""
+    places = [("training", 1, 0), ("training", 1, 3), ("training", 2, 4), ("training", 1, 5)]
+    places += [("evaluation", 1, 1), ("evaluation", 2, 0)]
+    results = []
+    for repeat in range(NUM_REPEATS):
+        for stage, epoch, step in places:
+            log: list[str] = []
+            good: list[Any] = []
+            keep = Probe(on_optimizer_step_end=lambda t, good=good: good.append(weights_of(t.get_model())))
+            trainer = make_trainer(cls=BadLoss, callbacks=[TerminateOnNaNCallback, EventRecorder(log), keep])
+            trainer.stage, trainer.bad_epoch, trainer.bad_step = stage, epoch, step
+            trainer.bad_loss = float("inf") if repeat % 2 else float("nan")
+            model, message = trainer.model, None
+            good.append(weights_of(model))
+            dataset = make_dataset(12 * num_processes() - 1)  # 6 batches on each process
+            try:
+                train(trainer, dataset, eval_dataset=make_dataset(9), gradient_accumulation_steps=2)
+            except NonFiniteLossError as error:
+                message = str(error)
+            results.append(
+                {
+                    "place": (stage, epoch, step),
+                    "message": message,
+                    "num_updates": trainer.progress.num_updates,
+                    "weights": weights_of(model),
+                    "good": good[-1],
+                    "num_good": len(good) - 1,
+                    "is_plain": trainer.model is model,
+                    "last_event": log[-1],
+                    "stop_reason": trainer.stop_reason,
+                }
+            )
+    return results
+
+
+STOPPED_IN = {
+    "on_training_run_start": 1,
+    "on_train_epoch_start": 2,
+    "on_train_step_start": 2,
+    "on_backward_start": 5,
+    "on_optimizer_step_start": 2,
+    "on_optimizer_step_end": 2,
+    "on_train_step_end": 3,
+    "on_train_epoch_end": 1,
+    "on_eval_epoch_start": 1,
+    "on_eval_step_start": 1,
+    "on_eval_step_end": 2,
+    "on_eval_epoch_end": 1,
+    "on_training_run_epoch_end": 1,
+}
+"""By event, in which call of it rank 1 asks for the end."""
+
+
+def case_stop(rank: int, directory: Path) -> Any:
+    results = []
+    for _ in range(NUM_REPEATS):
+        for event, which in STOPPED_IN.items():
+            log: list[str] = []
+
+            def stop(trainer: Any, event: str = event, which: int = which, log: Any = log, **_: Any) -> None:
+                if rank == 1 and log.count(event) == which:
+                    raise StopTrainingError(f"rank 1 in {event}")
+
+            trainer = make_trainer(callbacks=[EventRecorder(log, {event: stop})])
+            dataset = make_dataset(8 * num_processes())  # 4 batches on each process
+            train(trainer, dataset, eval_dataset=make_dataset(9), num_epochs=3, gradient_accumulation_steps=2)
+            results.append(
+                {
+                    "event": event,
+                    "stop_reason": trainer.stop_reason,
+                    "progress": trainer.progress.state_dict(),
+                    "weights": weights_of(trainer.model),
+                    "log": log,
+                }
+            )
+    return results
+
+
+def case_stop_in_evaluation(rank: int, directory: Path) -> Any:
+    """`evaluate` ends for all, and what comes next is in step."""
+
+    def stop(trainer: Any, **_: Any) -> None:
+        if rank == 1:
+            raise StopTrainingError("seen enough")
+
+    trainer = make_trainer(callbacks=[Probe(on_eval_step_end=stop)])
+    trainer.evaluate(make_dataset(9))
+    reason = trainer.stop_reason
+    trainer.callback_handler.clear_callbacks()
+    train(trainer, make_dataset(9))
+    return {"reason": reason, "afterwards": trainer.stop_reason, "weights": weights_of(trainer.model)}
+
+
+class MyStopError(StopTrainingError):
+    pass
+
+
+def case_stop_of_the_users_own_kind(rank: int, directory: Path) -> Any:
+    def stop(trainer: Any, **_: Any) -> None:
+        if rank == 1:
+            raise MyStopError("mine")
+
+    trainer = make_trainer(callbacks=[Probe(on_train_step_end=stop)])
+    train(trainer, make_dataset(16))
+    return {"reason": trainer.stop_reason, "num_updates": trainer.progress.num_updates}
+
+
+def by_rank(values: Any) -> Probe:
+    """Record a metric that differs between the processes, after each evaluation."""
+
+    def record(trainer: Any, **_: Any) -> None:
+        epoch = trainer.run_history.current_epoch - 1
+        trainer.run_history.update_metric("mine", values[trainer.process_index][epoch])
+
+    return Probe(on_eval_epoch_end=record)
+
+
+METRIC_BY_RANK = [[5.0, 4.0, 3.0, 3.5, 3.6, 2.0], [1.0, 2.0, 3.0, 0.5, 5.0, 6.0], [9.0, 8.0, 7.0, 6.0, 5.0, 4.0]]
+"""The main process's has no improvement in epochs 4 and 5; those of the others tell otherwise."""
+
+
+def case_decisions_by_metric(rank: int, directory: Path) -> Any:
+    results = []
+    for repeat in range(NUM_REPEATS):
+        stopping = EarlyStoppingCallback(2, watch_metric="mine")
+        best = SaveBestModelCallback(directory / f"best-{repeat}.pt", watch_metric="mine")
+        after_epoch = []
+        keep = Probe(on_training_run_epoch_end=lambda t, w=after_epoch: w.append(weights_of(t.get_model())))
+        trainer = make_trainer(callbacks=[by_rank(METRIC_BY_RANK), keep, best, stopping], lr=0.01)
+        train(trainer, make_dataset(16), eval_dataset=make_dataset(9), num_epochs=6)
+        results.append(
+            {
+                "reason": trainer.stop_reason,
+                "best": (best.best_metric, best.best_metric_epoch),
+                "weights": weights_of(trainer.model),
+                "after_epoch": after_epoch,
+            }
+        )
+    return results
+
+
+def case_metrics_of_some_processes(rank: int, directory: Path) -> Any:
+    """One that only the last process has, and one that each process has in other batches."""
+
+    class OfSome(Trainer):
+        def calculate_train_batch_loss(self, batch: Any) -> Any:
+            batch_output = super().calculate_train_batch_loss(batch)
+            index = batch[0].flatten().tolist()
+            metrics = {"last": 3.0} if rank == num_processes() - 1 else {}
+            metrics |= {"first": batch[0].mean()} if 0.0 in index else {}
+            return {**batch_output, "metrics": metrics}
+
+    trainer = make_trainer(torch.nn.Linear(1, 1), cls=OfSome, lr=0.0)
+    train(trainer, make_indexed_dataset(16), num_epochs=1, train_dataloader_kwargs=IN_ORDER)
+    history = trainer.run_history
+    return {name: history.get_latest_metric(name) for name in ("train_last", "train_first")}
+
+
+def case_ctrl_c(rank: int, directory: Path) -> Any:
+    """Rank 1 alone gets the signal; in training, also in the midst of a window, and in evaluation."""
+    results = []
+    for repeat in range(NUM_REPEATS):
+        event, which = [("on_train_step_end", 3), ("on_eval_step_start", 1), ("on_backward_start", 2)][repeat % 3]
+        log: list[str] = []
+
+        def interrupt(trainer: Any, event: str = event, which: int = which, log: Any = log, **_: Any) -> None:
+            if rank == 1 and log.count(event) == which:
+                signal.raise_signal(signal.SIGINT)
+
+        trainer = make_trainer(callbacks=[EventRecorder(log, {event: interrupt})])
+        is_interrupted = False
+        try:
+            train(trainer, make_dataset(16 * num_processes()), eval_dataset=make_dataset(9))
+        except KeyboardInterrupt:
+            is_interrupted = True
+        results.append(
+            {
+                "is_interrupted": is_interrupted,
+                "reason": trainer.stop_reason,
+                "progress": trainer.progress.state_dict(),
+                "weights": weights_of(trainer.model),
+                "last_event": log[-1],
+            }
+        )
+    return results
+
+
+def case_limits(rank: int, directory: Path) -> Any:
+    results = {}
+    for limit in (1, 3, 4, 7, 99):
+        trainer = make_trainer()
+        dataset = make_dataset(16 * num_processes() - 3)  # 8 batches on each process, so 4 updates
+        train(trainer, dataset, max_num_train_steps=limit, gradient_accumulation_steps=2)
+        results[limit] = (trainer.progress.num_updates, trainer.stop_reason, weights_of(trainer.model))
+    return results
+
+
+# --- what may leave the processes out of step: last ----------------------------------------------------------------
+
+
+def case_decisions_by_a_metric_of_the_main_process(rank: int, directory: Path) -> Any:
+    """Such as one that is computed from a file, and recorded by `world_process_zero_only`."""
+
+    def record(trainer: Any, **_: Any) -> None:
+        if trainer.process_index == 0:
+            trainer.run_history.update_metric("mine", float(trainer.run_history.current_epoch))
+
+    callbacks = [Probe(on_eval_epoch_end=record), EarlyStoppingCallback(1, watch_metric="mine")]
+    trainer = make_trainer(callbacks=callbacks)
+    train(trainer, make_dataset(16), eval_dataset=make_dataset(9), num_epochs=6)
+    return {"reason": trainer.stop_reason, "epochs": trainer.progress.num_epochs_completed}
+
+
+# --- a process that is lost --------------------------------------------------------------------------------------
+
+
+def lose_rank_1(how: str) -> None:
+    process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=WAIT_SECONDS))
+    trainer = make_trainer(accelerator=Accelerator(cpu=True, kwargs_handlers=[process_group]))
+
+    def fail(trainer: Any, step: int, **_: Any) -> None:
+        if step == 2 and trainer.process_index == 1:
+            if how == "dying":
+                raise LookupError("of rank 1 alone")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def tell(trainer: Any, exception: BaseException, **_: Any) -> None:
+        print(f"on_exception: {type(exception).__name__}", flush=True)
+
+    trainer.callback_handler.add_callback(Probe(on_train_step_start=fail, on_exception=tell))
+    start = time.monotonic()
+    try:
+        train(trainer, Samples(make_dataset(4000)), train_dataloader_kwargs={"num_workers": 0})
+    finally:
+        print(f"ended after {time.monotonic() - start:.1f} s in update {trainer.progress.num_updates}", flush=True)
+
+
+CASES = {name.removeprefix("case_"): value for name, value in list(globals().items()) if name.startswith("case_")}
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        lose_rank_1(sys.argv[2])
+    else:
+        run_cases(CASES)

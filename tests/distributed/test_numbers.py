@@ -1,0 +1,308 @@
+"""Two and three true processes on gloo: the numbers are those of one process, and all end together.
+
+Each number of processes is started once; a test looks at what one case of `_numbers_cases.py` left behind. With
+``REPEAT=20`` in the environment the cases in which one process ends the run of all happen so often.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import _numbers
+from _processes import NUM_REPEATS, launch, read_results
+
+pytestmark = pytest.mark.distributed
+
+CASES = Path(__file__).with_name("_numbers_cases.py")
+TIMEOUT_SECONDS = 120 + 10 * NUM_REPEATS
+"""Far more than the cases need; what takes longer hangs."""
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids="{} processes".format)
+def finished(request, tmp_path_factory):
+    """Run all cases and return how many processes there were, and the folder with their results."""
+    folder = tmp_path_factory.mktemp("results")
+    launch(CASES, folder, request.param, timeout=TIMEOUT_SECONDS)
+    return request.param, folder
+
+
+@pytest.fixture
+def num_processes(finished):
+    return finished[0]
+
+
+@pytest.fixture
+def results(request, finished):
+    """What the case of this test returned on each rank."""
+    num_processes, folder = finished
+    return read_results(folder, request.node.originalname.removeprefix("test_"), num_processes)
+
+
+def assert_alike(results):
+    """On all processes the same, bit by bit."""
+    for result in results[1:]:
+        assert plain(result) == plain(results[0])
+
+
+def plain(value):
+    """What `==` understands, also of NaN."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    return (value.dtype, repr(value.tolist())) if isinstance(value, torch.Tensor) else repr(value)
+
+
+def assert_close(left, right, tolerance):
+    torch.testing.assert_close(left, right, rtol=0, atol=tolerance)
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_grid(results, num_processes, record_property):
+    for differences in results:
+        assert list(differences) == _numbers.GRID
+        worst = max(gradients for gradients, _ in differences.values())
+        worst_loss = max(loss for _, loss in differences.values())
+        record_property("largest difference of a gradient", worst)
+        print(f"{num_processes} processes, {len(differences)} points: {worst:.2e} gradients, {worst_loss:.2e} loss")
+        bad = {point: pair for point, pair in differences.items() if not max(pair) <= 1e-6}
+        assert bad == {}
+
+
+@functools.cache
+def whole_run_of_one_process(batch_size, accumulation, scheduler):
+    return _numbers.whole_run(batch_size, accumulation, scheduler)
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "one cycle"])
+def test_whole_runs(results, num_processes, scheduler):
+    """(8 x 1 process), (4 x 2 accumulated), (4 x 2 processes), and so on, with an order that is shuffled anew."""
+    assert_alike(results)
+    for accumulation in (1, 2):
+        run = results[0][scheduler, accumulation]
+        total = 4 * accumulation * num_processes
+        for splits in (1, num_processes * accumulation):
+            expected = whole_run_of_one_process(total // splits, splits, scheduler)
+            assert_close(run["history"], expected["history"], 1e-5)
+            assert_close(run["weights"], expected["weights"], 1e-5)
+            assert run["rates"] == pytest.approx(expected["rates"], rel=1e-12)
+            assert run["num_updates"] == expected["num_updates"] == 3 * math.ceil(61 / total)
+        assert [len(values) for values in run["history"].values()] == [3, 3]
+
+
+def test_whole_runs_end_their_schedule_exactly(finished):
+    num_processes, folder = finished
+    for result in read_results(folder, "whole_runs", num_processes):
+        for accumulation in (1, 2):
+            run = result["one cycle", accumulation]
+            assert run["num_scheduler_steps"] == run["num_updates"] == len(run["rates"])
+            assert run["rates"] == pytest.approx(_numbers.one_cycle_rates(run["num_updates"]), rel=1e-9)
+            assert run["rates"][-1] == pytest.approx(0.1 / 25 / 1e4, rel=1e-9)
+
+
+def test_weights_by_rank(results):
+    assert_alike(results)
+    assert max(results[0]) <= 1e-6, results[0]
+
+
+def test_clipping(results):
+    assert_alike(results)
+    for (kind, limit, accumulation), result in results[0].items():
+        place = f"{kind} {limit}, accumulation {accumulation}"
+        assert max(result["before"], result["after"], result["weights"]) <= 1e-6, place
+        num_updates = len(result["norms"])
+        assert num_updates > 1, place
+        if kind == "norm":
+            assert result["norms"] == pytest.approx(result["expected norms"], rel=1e-5), place
+        else:
+            assert result["norms"] == [None] * num_updates, place
+        assert (result["num_clipped"] > 0) == (limit < 1), place  # the bound matters, or it does not
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------
+
+
+def test_evaluations(results):
+    """Every sample once, in order, in the loss, the metrics, the callback's gathering and the predictions."""
+    assert_alike(results)
+    for (length, _), result in results[0].items():
+        assert_close(result, _numbers.expected_evaluations(length), 1e-6)
+
+
+def test_evaluation_while_training(results):
+    assert_alike(results)
+    for name, length in (("long_eval", 65), ("short_eval", 1), ("train", 7)):
+        expected = _numbers.expected_evaluations(length)
+        assert results[0][f"{name}_loss_epoch"] == pytest.approx([expected["loss"]] * 2, abs=1e-6)
+        assert results[0][f"{name}_accuracy"] == pytest.approx([expected["accuracy"]] * 2, abs=1e-6)
+
+
+def test_predictions_of_the_main_process(results):
+    for rank, result in enumerate(results):
+        for (on_every_process, _), outputs in result["outputs"].items():
+            if on_every_process or rank == 0:
+                assert_close(outputs, result["expected"], 1e-6)
+            else:
+                assert outputs is None
+
+
+def test_gather(results, num_processes):
+    assert_alike(results)
+    ranks = range(num_processes)
+    result = results[0]
+    by_rank = torch.tensor([rank for rank in ranks for _ in range(rank)])
+    assert_close(result["uneven"], by_rank[:, None].expand(-1, 2).float(), 0)
+    assert result["none on the main process"].tolist() == [number for rank in ranks for number in range(2 * rank)]
+    assert result["none on the last process"].tolist() == [0, 1] * (num_processes - 1)
+    assert result["none at all"].shape == (0, 3)
+    assert result["no width"].shape == (sum(rank + 1 for rank in ranks), 0)
+    assert_close(result["equal to the padding"], torch.full((sum(ranks) + num_processes, num_processes), -1), 0)
+    assert_close(result["true"], torch.ones(sum(ranks), dtype=torch.bool), 0)
+    assert result["scalar"].tolist() == list(ranks)
+    nested = result["nested"]
+    assert [type(nested).__name__, type(nested["a"]), type(nested["b"]).__name__] == ["OrderedDict", list, "Pair"]
+    assert_close(nested["a"][0], by_rank, 0)
+    assert_close(nested["b"].left, torch.arange(num_processes), 0)
+    padded = nested["b"].right[0]
+    widths = by_rank + 1
+    assert_close(padded, torch.where(torch.arange(num_processes) < widths[:, None], 1.0, 9.0), 0)
+
+
+def test_gather_refuses(results, num_processes):
+    """What differs in more than the rows, on all processes and with the shapes, and they stay in step."""
+    assert_alike(results)
+    first, second = results[0]["messages"]
+    assert str([[2, 1 + rank] for rank in range(num_processes)]) in first
+    assert "`padding_value`" in first
+    assert str([[rank, 2, 1 + rank] for rank in range(num_processes)]) in second
+    assert results[0]["afterwards"].tolist() == list(range(num_processes))
+
+
+# --- decisions ---------------------------------------------------------------------------------------------------
+
+
+def test_not_finite(results):
+    """All raise the error of rank 1, before the update that it would have spoilt."""
+    assert_alike([[{**run, "good": None} for run in result] for result in results])
+    for result in results:
+        assert len(result) == 6 * NUM_REPEATS
+        for run in result:
+            stage, epoch, step = run["place"]
+            assert f"in {stage}, epoch {epoch}, step {step}, rank 1." in run["message"]
+            num_epochs_trained = epoch - 1 if stage == "training" else epoch
+            num_updates = 3 * num_epochs_trained + (step // 2 if stage == "training" else 0)
+            assert run["num_updates"] == run["num_good"] == num_updates
+            for name, weight in run["weights"].items():
+                assert weight.isfinite().all()
+                assert torch.equal(weight, run["good"][name])
+            assert run["is_plain"]
+            assert run["last_event"] == "on_exception"
+            assert run["stop_reason"].startswith("NonFiniteLossError: ")
+
+
+STOPPED_AFTER = {  # updates; an epoch has two, of two batches each
+    "on_training_run_start": 0,
+    "on_train_epoch_start": 2,
+    "on_train_step_start": 0,
+    "on_backward_start": 2,
+    "on_optimizer_step_start": 2,
+    "on_optimizer_step_end": 2,
+    "on_train_step_end": 1,
+    "on_train_epoch_end": 2,
+    "on_eval_epoch_start": 2,
+    "on_eval_step_start": 2,
+    "on_eval_step_end": 2,
+    "on_eval_epoch_end": 2,
+    "on_training_run_epoch_end": 2,
+}
+
+
+def test_stop(results):
+    """Rank 1 alone asks; all stop at the same update, for its reason, with the same events at the end."""
+    runs_of_all = list(zip(*results, strict=True))
+    assert len(runs_of_all) == len(STOPPED_AFTER) * NUM_REPEATS
+    for runs in runs_of_all:
+        event = runs[0]["event"]
+        assert_alike(runs)
+        assert runs[0]["stop_reason"] == f"rank 1 in {event}"
+        assert runs[0]["progress"]["num_updates"] == STOPPED_AFTER[event], event
+        assert runs[0]["log"][-2:] == ["on_stop_training_error", "on_training_run_end"], event
+
+
+def test_stop_in_evaluation(results):
+    assert_alike(results)
+    assert results[0]["reason"] == "seen enough"
+    assert results[0]["afterwards"] == "2 epochs are done"
+
+
+def test_stop_of_the_users_own_kind(results):
+    assert_alike(results)
+    assert results[0] == {"reason": "mine", "num_updates": 1}
+
+
+def test_decisions_by_metric(results):
+    """All decide by the main process's numbers."""
+    for runs in zip(*results, strict=True):
+        assert_alike(runs)
+        assert runs[0]["reason"] == "mine has not improved on 3.0 for 2 epochs"
+        assert runs[0]["best"] == (3.0, 3)
+        assert len(runs[0]["after_epoch"]) == 5
+        for name, weight in runs[0]["weights"].items():
+            assert torch.equal(weight, runs[0]["after_epoch"][2][name])
+
+
+def test_decisions_by_a_metric_of_the_main_process(results):
+    assert_alike(results)
+    assert results[0] == {"reason": "mine has not improved on 1.0 for 1 epochs", "epochs": 2}
+
+
+def test_metrics_of_some_processes(results):
+    """Means over the batches that have them: the first is of the samples 0 and 1."""
+    assert results == [{"train_last": 3.0, "train_first": 0.5}] * len(results)
+
+
+def test_ctrl_c(results):
+    """Rank 1 alone got the signal, but all ended their run, so all raise `KeyboardInterrupt` after it."""
+    assert_alike(results)
+    assert len(results[0]) == NUM_REPEATS
+    for run in results[0]:
+        assert run["reason"] == "interrupted by Ctrl-C"
+        assert run["last_event"] == "on_training_run_end"
+        assert run["is_interrupted"]
+
+
+def test_limits(results):
+    assert_alike(results)
+    assert {limit: num_updates for limit, (num_updates, *_) in results[0].items()} == {1: 1, 3: 3, 4: 4, 7: 7, 99: 8}
+    assert results[0][3][1] == "3 updates are done (`max_num_train_steps`)"
+    assert results[0][99][1] == "2 epochs are done"
+
+
+# --- a process that is lost --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repeat", range(NUM_REPEATS))
+@pytest.mark.parametrize(("how", "num_processes"), [("dying", 3), ("terminated", 2)])
+def test_when_a_process_is_lost_the_others_end_with_an_error(how, num_processes, repeat, tmp_path):
+    """Rank 1 raises something that nobody expects, or gets a signal from outside."""
+    start = time.monotonic()
+    ended = launch(CASES, tmp_path, num_processes, how, timeout=60)
+    outputs = [(tmp_path / f"output-{rank}.txt").read_text() for rank in range(num_processes)]
+    print(f"{max(process.time for process in ended) - start:.1f} s in all;", [process.returncode for process in ended])
+    for rank, process in enumerate(ended):
+        assert process.returncode != 0, outputs[rank]
+        assert process.time - ended[1].time < 30, outputs[rank]
+    assert ended[1].time - start < 45, outputs[1]  # not killed by the limit of this test
+    if how == "dying":
+        assert "LookupError: of rank 1 alone" in outputs[1]
+        for rank in (0, 2):
+            assert "on_exception: " in outputs[rank]
+            assert "LookupError" not in outputs[rank]

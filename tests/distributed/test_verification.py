@@ -1,0 +1,91 @@
+"""`check_invariance` on two true processes, which divide each batch; this file is also the script they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+from torch.optim import SGD
+
+from _processes import launch, read_results, run_cases
+from _support import make_dataset, make_model
+from pytorch_accelerated import Trainer
+from pytorch_accelerated.verification import check_invariance
+
+pytestmark = pytest.mark.distributed
+
+
+class RankTrainer(Trainer):
+    """Its loss depends on the process, as when one of them has other data."""
+
+    def calculate_train_batch_loss(self, batch: Any) -> Any:
+        output = super().calculate_train_batch_loss(batch)
+        return {**output, "loss": output["loss"] * (1 + self.process_index * (output["batch_size"] < 16))}
+
+
+class SumTrainer(Trainer):
+    """Its loss is the sum over the batch."""
+
+    def calculate_train_batch_loss(self, batch: Any) -> Any:
+        output = super().calculate_train_batch_loss(batch)
+        return {**output, "loss": output["loss"] * output["batch_size"]}
+
+
+def check(trainer_class: type[Trainer]) -> Any:
+    def make_trainer() -> Trainer:
+        model = make_model()
+        return trainer_class(model, nn.MSELoss(), SGD(model.parameters(), lr=0.1))
+
+    return check_invariance(make_trainer, make_dataset(48))
+
+
+def case_mean(rank: int, directory: Path) -> Any:
+    return check(Trainer)
+
+
+def case_sum(rank: int, directory: Path) -> Any:
+    return check(SumTrainer)
+
+
+def case_rank(rank: int, directory: Path) -> Any:
+    return check(RankTrainer)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("results")
+    launch(Path(__file__), path, 2)
+    return path
+
+
+def test_two_processes_agree_with_the_whole_batch_on_one(folder):
+    reports = read_results(folder, "mean", 2)
+    assert reports[0] == reports[1]
+    assert reports[0].is_invariant
+    assert reports[0].num_processes == 2
+    assert "on 2 processes" in str(reports[0])
+    assert [(split.per_device_batch_size, split.gradient_accumulation_steps) for split in reports[0].splits] == [
+        (8, 1),
+        (4, 2),
+        (3, 3),
+        (2, 4),
+    ]
+
+
+def test_a_sum_is_named_on_both_processes(folder):
+    reports = read_results(folder, "sum", 2)
+    assert reports[0] == reports[1]
+    assert "returns a sum as its loss" in reports[0].likely_cause
+    assert reports[0].splits[0].factor == pytest.approx(0.5, abs=0.01)  # though nothing is accumulated
+
+
+def test_what_only_one_process_does_is_found_by_both(folder):
+    reports = read_results(folder, "rank", 2)
+    assert reports[0] == reports[1]
+    assert not reports[0].splits[0].largest <= reports[0].tolerance
+
+
+if __name__ == "__main__":
+    run_cases({name.removeprefix("case_"): case for name, case in list(globals().items()) if name.startswith("case_")})

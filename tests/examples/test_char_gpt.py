@@ -1,0 +1,90 @@
+"""The language model learns, and its losses are the same in one process and in two."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from _support import SOURCE
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "char_gpt.py"
+ARGUMENTS = ("--updates", "24", "--log-every", "3", "--batch-size", "8")
+
+
+def run_example(folder: Path, *launcher: str) -> str:
+    result = subprocess.run(
+        [sys.executable, *launcher, str(EXAMPLE), *ARGUMENTS],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(SOURCE.parent),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def training_losses(output: str) -> list[float]:
+    """The printed means over three updates each."""
+    lines = re.findall(r"^update +(\d+): loss (\d+\.\d{6})$", output, flags=re.MULTILINE)
+    assert [int(update) for update, _ in lines] == list(range(3, 25, 3))
+    return [float(loss) for _, loss in lines]
+
+
+def value_of(label: str, output: str) -> float:
+    (value,) = re.findall(rf"^{label}: +(\d+\.\d+)", output, flags=re.MULTILINE)
+    return float(value)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """What one process printed."""
+    return run_example(tmp_path_factory.mktemp("one_process"))
+
+
+def test_the_loss_falls(output):
+    losses = training_losses(output)
+    assert losses[0] == pytest.approx(math.log(128), abs=0.5), "nothing is known of the 128 tokens at first"
+    assert losses[-1] < losses[0] - 0.5
+    assert value_of("eval_loss_epoch", output) < losses[0] - 0.5
+
+
+def test_loss_entropy_and_code_are_shown_at_the_end(output):
+    """The characters of code have an entropy of about 3 nats."""
+    loss = value_of("Validation loss", output)
+    assert loss == pytest.approx(value_of("eval_loss_epoch", output), abs=1e-4)
+    assert 2.8 < value_of("Entropy of the characters", output) < 3.4
+    _, code = output.split("\nWhat it writes:\n\n")
+    assert code.startswith("def ")
+    assert "class " in code
+    assert "import " in code
+
+
+@pytest.mark.distributed
+def test_two_processes_have_the_losses_of_one(output, tmp_path):
+    """24 updates of 8 pieces: 2 batches of 4 in one process, 2 batches of 2 in each of two."""
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()))
+    distributed_output = run_example(tmp_path, *launcher)
+    assert training_losses(distributed_output) == pytest.approx(training_losses(output), rel=0, abs=1e-4)
+    for label in ("train_loss_epoch", "eval_loss_epoch"):
+        assert value_of(label, distributed_output) == pytest.approx(value_of(label, output), rel=0, abs=1e-4)
+    assert distributed_output.count("What it writes:") == 1
