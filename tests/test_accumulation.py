@@ -134,14 +134,14 @@ def test_the_total_is_that_of_the_open_window(usual_weight):
 @pytest.mark.parametrize("usual_weight", [None, 8.0])
 @pytest.mark.parametrize("num_done", [0, 1, 2])
 def test_an_open_window_goes_on_from_its_state(num_done, usual_weight):
-    weights = [5, 2, 8]
+    weights = [5, 2, 9]
     windows = [AccumulationWindow(), AccumulationWindow()]
     for weight in weights[:num_done]:
         windows[0].add(weight, 3, usual_weight)
     windows[1].load_state_dict(windows[0].state_dict())
     shares = [[window.add(weight, 3, usual_weight) for weight in weights[num_done:]] for window in windows]
     assert shares[0] == shares[1]
-    assert windows[0].total == windows[1].total == 15
+    assert windows[0].total == windows[1].total == 16
     assert windows[0].close() == windows[1].close() is not None
 
 

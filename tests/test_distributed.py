@@ -314,3 +314,21 @@ def test_a_model_that_a_callback_put_there_is_kept(accelerator):
 
 def test_a_model_that_is_none_leaves_as_it_came(accelerator):
     assert _distributed.PreparedModel(None).restore(accelerator, None) is None
+
+
+@pytest.mark.parametrize(
+    ("world_size", "has_device", "given", "expected"),
+    [
+        ("2", False, {}, {"cpu": True}),
+        ("2", False, {"cpu": False}, {"cpu": False}),
+        ("2", True, {}, {}),
+        ("1", False, {}, {}),
+    ],
+)
+def test_processes_without_a_device_are_one_training_not_many(monkeypatch, world_size, has_device, given, expected):
+    """Started by torchrun, Accelerate would take each process for the only one."""
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_device)
+    monkeypatch.setattr(_distributed, "Accelerator", type("Recording", (dict,), {}))
+    settings = _distributed.create_accelerator(given, None)
+    assert {name: settings[name] for name in settings if name == "cpu"} == expected

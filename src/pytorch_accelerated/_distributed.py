@@ -192,6 +192,8 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
         return source
     if mixed_precision is not None:
         settings["mixed_precision"] = mixed_precision
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        settings.setdefault("cpu", True)  # without it Accelerate would start as many separate trainings
     handlers = list(settings.get("kwargs_handlers") or ())
     if not any(isinstance(handler, InitProcessGroupKwargs) for handler in handlers):
         settings["kwargs_handlers"] = [*handlers, InitProcessGroupKwargs(timeout=_PROCESS_TIMEOUT)]
