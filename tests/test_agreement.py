@@ -50,9 +50,27 @@ def test_a_request_is_raised_when_all_have_heard_of_it(agreement, error):
     agreement.request_end(error("enough"))
     agreement.start_exchange(1.0, 1)
     with pytest.raises(error, match=r"^enough$"):
-        agreement.finish_exchange()
+        finish_step(agreement)
     agreement.start_exchange(1.0, 1)
-    assert agreement.finish_exchange() == (1.0, 1)  # it has been dealt with
+    assert finish_step(agreement) == (1.0, 1)  # it has been dealt with
+
+
+def finish_step(agreement):
+    numbers = agreement.finish_exchange()
+    agreement.stop_if_agreed()
+    return numbers
+
+
+def test_an_update_with_a_bad_loss_is_not_made_but_one_before_a_stop_is(agreement):
+    agreement.request_end(StopTrainingError("enough"))
+    agreement.start_exchange(1.0, 1)
+    assert agreement.finish_exchange() == (1.0, 1)
+    with pytest.raises(StopTrainingError, match="enough"):
+        agreement.stop_if_agreed()
+    agreement.request_end(NonFiniteLossError("bad"))
+    agreement.start_exchange(1.0, 1)
+    with pytest.raises(NonFiniteLossError, match="bad"):
+        agreement.finish_exchange()
 
 
 def test_a_request_made_while_numbers_travel_waits_for_the_next_exchange(agreement):

@@ -33,21 +33,30 @@ class AccumulationWindow:
         self.total: float | torch.Tensor = 0
         """The weight of the window's batches so far, on this process."""
 
+        self.num_samples = 0
+        """How many samples they hold; only counted."""
+
         self._expected: float | torch.Tensor = 0
         self._is_alone = True
 
     def reset(self) -> None:
         """Forget the batches since the last update."""
-        self.total = self._expected = 0
+        self.total = self._expected = self.num_samples = 0
         self._is_alone = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums of a window that waits for more batches."""
-        return {"total": self.total, "expected": self._expected, "is_alone": self._is_alone}
+        return {
+            "total": self.total,
+            "num_samples": self.num_samples,
+            "expected": self._expected,
+            "is_alone": self._is_alone,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with the window that `state_dict` described."""
         self.total = state_dict["total"]
+        self.num_samples = state_dict["num_samples"]
         self._expected = state_dict["expected"]
         self._is_alone = state_dict["is_alone"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import distributed
 
 from pytorch_accelerated._stopping import RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
+
+PROCESS_TIMEOUT = timedelta(minutes=10)
+"""How long a process waits for another, unless the user's accelerator says otherwise."""
 
 _REASONS: dict[str, type[Exception]] = {
     error.__name__: error for error in (NonFiniteLossError, RunInterruptedError, StopTrainingError)
@@ -25,7 +29,7 @@ def _kinds_of(reason: Exception) -> list[str]:
 def _host_group(world: Any) -> Any:
     if distributed.get_backend(world) == "gloo":
         return world
-    return distributed.new_group(backend="gloo")
+    return distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
 
 
 class Agreement:
@@ -42,6 +46,7 @@ class Agreement:
     def __init__(self, num_processes: int) -> None:
         self.is_needed = num_processes > 1 and distributed.is_initialized()
         self._requests: list[Exception] = []
+        self._agreed_reason: Exception | None = None
         self._group: Any = _host_group(distributed.group.WORLD) if self.is_needed else None
         self._numbers = torch.zeros(3, dtype=torch.float64)
         self._exchange: Any = None
@@ -63,15 +68,31 @@ class Agreement:
     def finish_exchange(self) -> tuple[float, int]:
         """Wait for the others, and return the weight and the number of samples of the whole update.
 
+        If some process asked to stop, the step is to be finished first; `stop_if_agreed` then stops the run.
+
         Raises:
-            NonFiniteLossError: The loss of some process is not finite.
-            StopTrainingError: A callback on some process asked to stop.
+            NonFiniteLossError: The loss of some process is not finite; the update must not be made.
         """
+        if self._exchange is None:  # a subclass has replaced the step that starts it
+            self.start_exchange(weight=0.0, num_samples=0)
         self._exchange.wait()
+        self._exchange = None
         weight, num_samples, num_requests = self._numbers.tolist()
         if num_requests > 0:
-            self._end()
+            self._agreed_reason = self._first_reason()
+        if isinstance(self._agreed_reason, NonFiniteLossError):
+            self.stop_if_agreed()
         return weight, int(num_samples)
+
+    def stop_if_agreed(self) -> None:
+        """End the run if a process had asked for it before the last exchange.
+
+        Raises:
+            StopTrainingError: A callback on some process asked to stop.
+        """
+        reason, self._agreed_reason = self._agreed_reason, None
+        if reason is not None:
+            raise reason
 
     def settle(self) -> None:
         """End the run if any process wants it. Must be called on every process.
@@ -83,14 +104,15 @@ class Agreement:
         if self.is_needed:
             self.start_exchange(weight=0.0, num_samples=0)
             self.finish_exchange()
+            self.stop_if_agreed()
 
-    def _end(self) -> None:
+    def _first_reason(self) -> Exception | None:
         own = [(kind, str(reason)) for reason in self._requests for kind in _kinds_of(reason)]
         self._requests = []
         reasons_of_all: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(reasons_of_all, own, group=self._group)
         reasons = [reason for reasons in reasons_of_all for reason in reasons]
-        for name, error in _REASONS.items():
-            for kind, message in reasons:
-                if kind == name:
-                    raise error(message)
+        of_first_kind = (
+            error(message) for name, error in _REASONS.items() for kind, message in reasons if kind == name
+        )
+        return next(of_first_kind, None)

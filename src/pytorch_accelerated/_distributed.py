@@ -6,7 +6,6 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 
+from pytorch_accelerated._agreement import PROCESS_TIMEOUT
 from pytorch_accelerated._data import PlacedBatches, RestOfEpoch, like_mapping
 from pytorch_accelerated._rng import derive_seed, seed_generators
 from pytorch_accelerated._sharding import BatchShare, has_indices, loader_settings
@@ -23,9 +23,6 @@ from pytorch_accelerated._sharding import BatchShare, has_indices, loader_settin
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-_PROCESS_TIMEOUT = timedelta(minutes=10)
-"""How long a process waits for another, unless the user's accelerator says otherwise."""
-
 _FORWARD_ATTRIBUTES = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
@@ -133,6 +130,11 @@ def gather_uneven(accelerator: Accelerator, value: Any, padding_value: float | N
     if isinstance(value, (tuple, list)):
         items = [gather_uneven(accelerator, item, padding_value) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"Only tensors, and tuples, lists and mappings of them, can be gathered, not a {type(value).__name__}. "
+            "Use `accelerate.utils.gather_object` for other objects."
+        )
     if value.ndim == 0:
         return accelerator.gather(value)
     shapes = accelerator.gather(torch.tensor([value.shape], device=value.device))  # (num_processes, ndim)
@@ -192,11 +194,7 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
         return source
     if mixed_precision is not None:
         settings["mixed_precision"] = mixed_precision
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
-        settings.setdefault("cpu", True)  # without it Accelerate would start as many separate trainings
-    handlers = list(settings.get("kwargs_handlers") or ())
-    if not any(isinstance(handler, InitProcessGroupKwargs) for handler in handlers):
-        settings["kwargs_handlers"] = [*handlers, InitProcessGroupKwargs(timeout=_PROCESS_TIMEOUT)]
+    _complete_settings(settings)
     try:
         return Accelerator(**settings)
     except ValueError as error:
@@ -208,6 +206,14 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
             "Accelerate keeps one setting for all accelerators of a process. Restart it (in a notebook, the kernel), "
             "or leave `mixed_precision` out to go on with the present one."
         ) from error
+
+
+def _complete_settings(settings: dict[str, Any]) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        settings.setdefault("cpu", True)  # without it Accelerate would start as many separate trainings
+    handlers = list(settings.get("kwargs_handlers") or ())
+    if not any(isinstance(handler, InitProcessGroupKwargs) for handler in handlers):
+        settings["kwargs_handlers"] = [*handlers, InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)]
 
 
 def take_over_accumulation(accelerator: Accelerator, num_steps: int) -> None:

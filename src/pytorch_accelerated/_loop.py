@@ -83,7 +83,6 @@ class TrainingLoop:
         self._window = AccumulationWindow()
         self._usual_weight: float | None = None
         self._is_update_due = False
-        self._num_new_samples = 0
         self._is_stand_in = False
         self._agreement = Agreement(num_processes=1)
         self._batch_output: Mapping[str, Any] | None = None
@@ -322,7 +321,6 @@ class TrainingLoop:
         if num_done == 0:
             self._means = EpochMeans()
             self._window.reset()
-            self._num_new_samples = 0
         self._num_batches_per_epoch = _data.reliable_num_batches_of(train_dl)
         self._set_data_epoch(self._train_randomness, train_dl, self.run_history.current_epoch - 1)
         return num_done
@@ -333,12 +331,12 @@ class TrainingLoop:
         weight, batch_size = read_batch_output(batch_output, "calculate_train_batch_loss")
         if self._is_stand_in:
             weight = batch_size = 0
-        self._num_new_samples += batch_size
+        self._window.num_samples += batch_size
         self._call("on_backward_start", batch=batch, batch_output=batch_output, step=step)
         loss = batch_output["loss"]
         share = self._window.add(weight, self._window_size(step), self._usual_weight)
         if self._is_update_due and self._agreement.is_needed:
-            self._agreement.start_exchange(self._window.total, self._num_new_samples)
+            self._agreement.start_exchange(self._window.total, self._window.num_samples)
         self.backward_step(loss if share is None else loss * share)
         if not self._is_stand_in:
             self._update_loss_tracker(loss, weight)
@@ -346,9 +344,9 @@ class TrainingLoop:
         self._batch_output = batch_output
 
     def _update_parameters(self) -> None:
-        total_weight, num_new_samples = None, self._num_new_samples
+        total_weight, num_samples = None, self._window.num_samples
         if self._agreement.is_needed:
-            total_weight, num_new_samples = self._agreement.finish_exchange()
+            total_weight, num_samples = self._agreement.finish_exchange()
         correction = self._window.close(total_weight, self.run_config.num_processes)
         if correction is not None:
             scale_gradients(self.model.parameters(), correction)
@@ -358,8 +356,7 @@ class TrainingLoop:
         self._clip_gradients()
         self.optimizer_step()
         self.progress.num_updates += 1
-        self.progress.num_samples += num_new_samples
-        self._num_new_samples = 0
+        self.progress.num_samples += num_samples
         if self._accelerator.optimizer_step_was_skipped is not True:
             self.scheduler_step()
         self._call("on_optimizer_step_end")
@@ -371,6 +368,7 @@ class TrainingLoop:
         if batch_output is not None:  # a subclass may have replaced the whole step
             self._call("on_train_step_end", batch=batch, batch_output=batch_output, step=step)
         self._check_interrupt()
+        self._agreement.stop_if_agreed()
 
     def _window_size(self, step: int) -> int:
         num_steps = self.run_config.gradient_accumulation_steps
@@ -533,3 +531,4 @@ class TrainingLoop:
             self._early_stop_reason = self.stop_reason
         with suppress(StopTrainingError):  # that is what is being done
             self._call("on_stop_training_error")
+            self._agreement.settle()

@@ -208,14 +208,14 @@ def test_not_finite(results):
             assert run["stop_reason"].startswith("NonFiniteLossError: ")
 
 
-STOPPED_AFTER = {  # updates; an epoch has two, of two batches each
+STOPPED_AFTER = {  # updates, with the one that was under way; an epoch has two, of two batches each
     "on_training_run_start": 0,
-    "on_train_epoch_start": 2,
-    "on_train_step_start": 0,
-    "on_backward_start": 2,
+    "on_train_epoch_start": 3,
+    "on_train_step_start": 1,
+    "on_backward_start": 3,
     "on_optimizer_step_start": 2,
     "on_optimizer_step_end": 2,
-    "on_train_step_end": 1,
+    "on_train_step_end": 2,
     "on_train_epoch_end": 2,
     "on_eval_epoch_start": 2,
     "on_eval_step_start": 2,
@@ -245,7 +245,7 @@ def test_stop_in_evaluation(results):
 
 def test_stop_of_the_users_own_kind(results):
     assert_alike(results)
-    assert results[0] == {"reason": "mine", "num_updates": 1}
+    assert results[0] == {"reason": "mine", "num_updates": 2}
 
 
 def test_decisions_by_metric(results):
