@@ -26,9 +26,10 @@ def _kinds_of(reason: Exception) -> list[str]:
 
 
 @lru_cache(maxsize=1)  # one for all runs, as each holds connections
-def _host_group(world: Any) -> Any:
-    if distributed.get_backend(world) == "gloo":
-        return world
+def _host_group(world_id: int) -> Any:
+    del world_id  # another world, another group
+    if distributed.get_backend() == "gloo":
+        return None  # the default group connects the hosts
     return distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
 
 
@@ -47,7 +48,7 @@ class Agreement:
         self.is_needed = num_processes > 1 and distributed.is_initialized()
         self._requests: list[Exception] = []
         self._agreed_reason: Exception | None = None
-        self._group: Any = _host_group(distributed.group.WORLD) if self.is_needed else None
+        self._group: Any = _host_group(id(distributed.group.WORLD)) if self.is_needed else None
         self._numbers = torch.zeros(3, dtype=torch.float64)
         self._exchange: Any = None
 
