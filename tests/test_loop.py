@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, StepLR
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from _support import (
+    IN_ORDER,
     Batches,
     EventRecorder,
     Probe,
@@ -22,11 +23,14 @@ from _support import (
     SizedBatches,
     Stream,
     assert_same_weights,
+    losses,
     make_dataset,
     make_model,
     make_trainer,
+    mse,
     raiser,
     run_python,
+    train,
     weights_of,
 )
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
@@ -41,18 +45,6 @@ from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler, cosine_lr, plan_decays, wsd_lr
 from pytorch_accelerated.tracking import InMemoryRunHistory
 from pytorch_accelerated.trainer import TrainerWithTimmScheduler
-
-mse = torch.nn.functional.mse_loss
-IN_ORDER = {"shuffle": False}
-
-
-def train(trainer, dataset=None, **kwargs):
-    dataset = make_dataset(16) if dataset is None else dataset
-    trainer.train(dataset, **{"num_epochs": 1, "per_device_batch_size": 4, **kwargs})
-
-
-def losses(trainer, name="train_loss_epoch"):
-    return trainer.run_history.get_metric_values(name)
 
 
 def at_updates(function):

@@ -25,17 +25,21 @@ from torch.utils.data import (
 )
 
 from _support import (
+    IN_ORDER,
     Batches,
     EventRecorder,
     Probe,
     Samples,
     Stream,
     assert_same_weights,
+    losses,
     make_dataset,
     make_indexed_dataset,
     make_model,
     make_trainer,
+    mse,
     run_python,
+    train,
     weights_of,
 )
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
@@ -49,18 +53,6 @@ from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.schedulers import CosineLrScheduler
 from pytorch_accelerated.trainer import LIMIT_BATCHES_ENV_VAR, replace_trainer_placeholder_values
 from pytorch_accelerated.utils import LimitBatches
-
-mse = torch.nn.functional.mse_loss
-IN_ORDER = {"shuffle": False}
-
-
-def train(trainer, dataset=None, **kwargs):
-    dataset = make_dataset(16) if dataset is None else dataset
-    trainer.train(dataset, **{"num_epochs": 1, "per_device_batch_size": 4, **kwargs})
-
-
-def losses(trainer, name="train_loss_epoch"):
-    return trainer.run_history.get_metric_values(name)
 
 
 def loader_probe(function):
