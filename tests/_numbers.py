@@ -218,7 +218,7 @@ class Classifier(Trainer):
             return {"index": batch[2], "parts": [self.model(batch[0]), (batch[1],)]}
 
 
-def evaluations(num_samples: int, is_in_memory: bool = True) -> dict[str, Any]:
+def evaluations(num_samples: int, is_in_memory: bool = True, wrap: Any = Samples) -> dict[str, Any]:
     """Evaluate and predict with batches of 8; what a callback gathers must hold each sample once, too."""
     dataset = make_classes(num_samples)
     gathered: list[Any] = []
@@ -228,7 +228,7 @@ def evaluations(num_samples: int, is_in_memory: bool = True) -> dict[str, Any]:
         )
     )
     trainer = Classifier([probe])
-    data = dataset if is_in_memory else Samples(dataset)
+    data = dataset if is_in_memory else wrap(dataset)
     loader = {} if is_in_memory else {"dataloader_kwargs": {"num_workers": 0}}
     trainer.evaluate(data, per_device_batch_size=8, **loader)
     seen = torch.cat([rows["index"] for rows in gathered]).tolist()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,15 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from _support import Batches, Samples, Stream, make_dataset
-from pytorch_accelerated._sharding import BatchShare, has_indices, is_stand_in, loader_settings, without_rows
+from pytorch_accelerated._sharding import (
+    BatchShare,
+    ExactDispatch,
+    first_rows,
+    has_indices,
+    is_stand_in,
+    loader_settings,
+    without_samples,
+)
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -184,23 +193,99 @@ def test_which_step_is_a_stand_in():
     assert not is_stand_in(Batches(make_dataset(4), 2), 0)
 
 
+# --- what the main process deals out --------------------------------------------------------------------------------
+
+
+class Dealt:
+    """Deals out steps as Accelerate does: evenly, the last filled up with rows of the first."""
+
+    def __init__(self, steps, num_processes, process_index):
+        self.steps = steps
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.end_of_dataloader = False
+        self.remainder = -1
+
+    def slice_fn(self, batch, rows):
+        return {"row": batch["row"][rows]}
+
+    def __iter__(self):
+        first = self.slice_fn({"row": self.steps[0]}, slice(0, self.num_processes))["row"]
+        for step, rows in enumerate(self.steps):
+            self.end_of_dataloader = step == len(self.steps) - 1
+            self.remainder = len(rows) if self.end_of_dataloader else -1
+            num_own = -(-len(rows) // self.num_processes)
+            filled = torch.cat([rows, first])
+            yield {"row": filled[self.process_index * num_own :][:num_own]}
+
+    def __len__(self):
+        return len(self.steps)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 12, 13, 14, 16])
+def test_what_fills_up_the_last_step_is_cut_off(num_samples, num_processes):
+    steps = list(torch.arange(num_samples).split(4 * num_processes))
+    loaders = [ExactDispatch(Dealt(steps, num_processes, rank), rank) for rank in range(num_processes)]
+    batches = [list(loader) for loader in loaders]
+    rows = [
+        own[step]["row"].tolist()
+        for step in range(len(steps))
+        for own, loader in zip(batches, loaders, strict=True)
+        if not is_stand_in(loader, step)
+    ]
+    assert flat(rows) == list(range(num_samples))
+    assert {len(loader) for loader in loaders} == {len(steps)}
+    assert all(len(batch["row"]) > 0 for own in batches for batch in own)
+
+
+def test_a_dispatcher_can_be_copied_and_asked_as_before():
+    loader = ExactDispatch(Dealt([torch.arange(4)], 2, 1), 1)
+    assert copy.copy(loader).num_processes == 2
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = loader.nonsense
+
+
 # --- rows --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Record:
+    rows: torch.Tensor
+    name: str = "a"
+    derived: list = field(init=False, default_factory=list)
 
 
 def test_rows_are_cut_off_wherever_they_are():
     rows, loss, other = torch.ones(3, 2), torch.tensor(1.0), torch.ones(2, 3)
-    value = {"a": rows, "b": [rows, (other, "text")], "c": Pair(rows, loss), "d": None}
-    cut = without_rows(value, 3)
-    assert cut["a"].shape == (0, 2)
-    assert cut["b"][0].shape == cut["c"].left.shape == (0, 2)
+    record = Record(rows)
+    record.derived = [rows]
+    value = {"a": rows, "b": [rows, (other, "text")], "c": Pair(rows, loss), "d": None, "e": record}
+    cut = first_rows(value, 3, 1)
+    assert cut["a"].shape == (1, 2)
+    assert cut["b"][0].shape == cut["c"].left.shape == cut["e"].rows.shape == cut["e"].derived[0].shape == (1, 2)
     assert cut["b"][1][0] is other
     assert cut["b"][1][1] == "text"
     assert cut["c"].right is loss
     assert cut["d"] is None
-    assert (type(cut["b"]), type(cut["b"][1]), type(cut["c"])) == (list, tuple, Pair)
-    assert rows.shape == (3, 2)
+    assert cut["e"].name == "a"
+    assert (type(cut["b"]), type(cut["b"][1]), type(cut["c"]), type(cut["e"])) == (list, tuple, Pair, Record)
+    assert rows.shape == record.rows.shape == record.derived[0].shape == (3, 2)
 
 
-def test_rows_of_a_tensor_and_of_a_dictionary_of_another_kind():
-    assert without_rows(torch.ones(4), 4).shape == (0,)
-    assert without_rows(OrderedDict(a=torch.ones(4)), 4)["a"].shape == (0,)
+@pytest.mark.parametrize("make", [OrderedDict, UserDict])
+def test_rows_of_mappings_of_other_kinds(make):
+    cut = first_rows(make(a=torch.ones(4)), 4, 0)
+    assert type(cut) is make
+    assert cut["a"].shape == (0,)
+
+
+def test_a_stand_in_holds_no_sample():
+    loss = torch.tensor(0.5)
+    batch_output = {"loss": loss, "batch_size": 3, "num_items_in_batch": torch.tensor(7), "outputs": torch.ones(3, 2)}
+    batch, emptied = without_samples((torch.ones(3, 2), "text"), batch_output)
+    assert batch[0].shape == (0, 2)
+    assert emptied["outputs"].shape == (0, 2)
+    assert (emptied["loss"], emptied["batch_size"], emptied["num_items_in_batch"]) == (loss, 0, torch.tensor(0))
+    assert batch_output["batch_size"] == 3
+    assert "num_items_in_batch" not in without_samples((), {"loss": loss, "batch_size": 3})[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -91,6 +92,16 @@ def test_a_history_of_the_users_has_to_implement_all_of_it():
 
 UPDATES = [(1.0, 3), (2.0, 1), (4.0, 4)]
 MEAN = (1.0 * 3 + 2.0 + 4.0 * 4) / 8
+
+
+def test_weights_may_be_whole_or_not_in_any_order():
+    for sizes in itertools.permutations([torch.tensor(3), 2.5, torch.tensor(0.5), 2]):
+        tracker = LossTracker()
+        for size in sizes:
+            tracker.update(2.0, size)
+        assert tracker.average == 2.0
+        assert float(tracker.running_count) == 8.0
+    assert [float(size) for size in sizes] == [2, 0.5, 2.5, 3], "the caller's tensors are left alone"
 
 
 @pytest.mark.parametrize("batch_size", [int, float, torch.tensor])

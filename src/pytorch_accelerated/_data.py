@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import random
@@ -297,20 +298,30 @@ def like_mapping(original: Mapping[str, Any], items: dict[str, Any]) -> Any:
     return items if isinstance(original, defaultdict) else type(original)(items)  # type: ignore[call-arg]
 
 
+def rebuild(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a mapping, sequence or dataclass like ``value`` with ``change`` made to each item; others as they are.
+
+    Example:
+        >>> rebuild({"a": 1, "b": 2}, str)
+        {'a': '1', 'b': '2'}
+    """
+    if isinstance(value, Mapping):
+        return like_mapping(value, {name: change(item) for name, item in value.items()})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(change, value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(change, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = copy.copy(value)  # it need not take its fields as arguments
+        for field in fields(value):
+            object.__setattr__(changed, field.name, change(getattr(value, field.name)))
+        return changed
+    return value
+
+
 def move_to_device(batch: Any, device: torch.device) -> Any:
     """Return a batch with all its tensors on ``device``: in mappings, sequences, dataclasses, whatever has ``.to``."""
-    if hasattr(batch, "to"):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return like_mapping(batch, {name: move_to_device(value, device) for name, value in batch.items()})
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move_to_device(value, device) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(move_to_device(value, device) for value in batch)
-    if is_dataclass(batch) and not isinstance(batch, type):
-        moved = {field.name: move_to_device(getattr(batch, field.name), device) for field in fields(batch)}
-        return type(batch)(**moved)
-    return batch
+    return batch.to(device) if hasattr(batch, "to") else rebuild(batch, lambda item: move_to_device(item, device))
 
 
 # --- helpers of the public `utils` -------------------------------------------------------------------------------

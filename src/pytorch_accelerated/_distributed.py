@@ -6,19 +6,20 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.data_loader import DataLoaderShard
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 
 from pytorch_accelerated._agreement import PROCESS_TIMEOUT
-from pytorch_accelerated._data import PlacedBatches, RestOfEpoch, like_mapping
+from pytorch_accelerated._data import PlacedBatches, RestOfEpoch, rebuild
 from pytorch_accelerated._rng import derive_seed, seed_generators
-from pytorch_accelerated._sharding import BatchShare, has_indices, loader_settings
+from pytorch_accelerated._sharding import BatchShare, ExactDispatch, has_indices, loader_settings
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -124,12 +125,8 @@ def gather_uneven(accelerator: Accelerator, value: Any, padding_value: float | N
     Raises:
         ValueError: The dimensions after the first differ, and there is no ``padding_value``.
     """
-    if isinstance(value, Mapping):
-        gathered = {name: gather_uneven(accelerator, item, padding_value) for name, item in value.items()}
-        return like_mapping(value, gathered)
-    if isinstance(value, (tuple, list)):
-        items = [gather_uneven(accelerator, item, padding_value) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, (Mapping, tuple, list)) or is_dataclass(value):
+        return rebuild(value, lambda item: gather_uneven(accelerator, item, padding_value))
     if not isinstance(value, torch.Tensor):
         raise TypeError(
             f"Only tensors, and tuples, lists and mappings of them, can be gathered, not a {type(value).__name__}. "
@@ -329,6 +326,8 @@ def _share(accelerator: Accelerator, loader: Any) -> Any:
 
 
 def _place(accelerator: Accelerator, loader: Any) -> Any:
+    if isinstance(loader, DataLoaderDispatcher):
+        return ExactDispatch(loader, accelerator.process_index)
     needs_placing = not isinstance(loader, DataLoader) and hasattr(loader, "__iter__")
     return PlacedBatches(loader, accelerator.device) if needs_placing and accelerator.device.type != "cpu" else loader
 
@@ -347,8 +346,9 @@ def release(accelerator: Accelerator, *prepared: Any) -> None:
 
     `Accelerator.free_memory` forgets all of them and runs a full garbage collection, which can take longer than a run.
     """
+    forgotten = [item.loader if isinstance(item, ExactDispatch) else item for item in prepared]
     for registry in ("_models", "_optimizers", "_dataloaders", "_schedulers"):
-        kept = [item for item in getattr(accelerator, registry, []) if all(item is not o for o in prepared)]
+        kept = [item for item in getattr(accelerator, registry, []) if all(item is not o for o in forgotten)]
         setattr(accelerator, registry, kept)
 
 

@@ -17,7 +17,7 @@ from pytorch_accelerated._losses import batch_loss, read_batch_output
 from pytorch_accelerated._order import EpochRandomness
 from pytorch_accelerated._prediction import concatenate, model_outputs, on_host
 from pytorch_accelerated._rng import preserved_rng_state
-from pytorch_accelerated._sharding import is_stand_in, without_rows
+from pytorch_accelerated._sharding import first_rows, is_stand_in, without_samples
 from pytorch_accelerated._stopping import InterruptFlag, RunInterruptedError
 from pytorch_accelerated._validation import raise_bad_loss
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
@@ -366,6 +366,8 @@ class TrainingLoop:
         self.progress.num_batches_in_epoch = step + 1
         batch_output, self._batch_output = self._batch_output, None
         if batch_output is not None:  # a subclass may have replaced the whole step
+            if self._is_stand_in:
+                batch, batch_output = without_samples(batch, batch_output)
             self._call("on_train_step_end", batch=batch, batch_output=batch_output, step=step)
         self._check_interrupt()
         self._agreement.stop_if_agreed()
@@ -426,9 +428,9 @@ class TrainingLoop:
     def _perform_eval_step(self, batch: Any, step: int) -> None:
         self._call("on_eval_step_start", batch=batch, step=step)
         batch_output = self.calculate_eval_batch_loss(batch)
-        weight, batch_size = read_batch_output(batch_output, "calculate_eval_batch_loss")
+        weight, _ = read_batch_output(batch_output, "calculate_eval_batch_loss")
         if self._is_stand_in:
-            batch, batch_output = without_rows(batch, batch_size), without_rows(batch_output, batch_size)
+            batch, batch_output = without_samples(batch, batch_output)
         else:
             self._update_loss_tracker(batch_output["loss"], weight)
             self._means.update_metrics(batch_output, weight)
@@ -443,7 +445,7 @@ class TrainingLoop:
             for step, batch, _ in _data.enumerate_batches(self._eval_dataloader):
                 own = self.calculate_predictions(batch)
                 if is_stand_in(self._eval_dataloader, step):
-                    own = without_rows(own, _data.find_batch_size(own))
+                    own = first_rows(own, _data.find_batch_size(own), 0)
                 gathered = self.gather(own)
                 if is_kept:
                     outputs.append(on_host(gathered) if move_to_host else gathered)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
+
+from pytorch_accelerated._data import find_batch_size, rebuild
 
 _LOADER_SETTINGS = (
     "num_workers",
@@ -85,6 +87,60 @@ class BatchShare:
         return getattr(self.batch_sampler, name)
 
 
+class ExactDispatch:
+    """A loader of Accelerate's whose main process reads the data for all, without what fills up its last step.
+
+    Accelerate deals the rows of each step out evenly, the last with rows of the first step added. These are cut off
+    again; a process that is left without a row keeps its batch as a stand-in, as in `BatchShare`.
+
+    Args:
+        loader: An `accelerate.data_loader.DataLoaderDispatcher`.
+        process_index: Rank of this process.
+    """
+
+    def __init__(self, loader: Any, process_index: int) -> None:
+        self.loader = loader
+        self.process_index = process_index
+        self.stand_in_step: int | None = None
+        """Index of the step whose batch is a stand-in; known when that batch has been given."""
+
+        self._slice = loader.slice_fn
+        loader.slice_fn = self._slice_or_repeat
+
+    @property
+    def share(self) -> ExactDispatch:
+        """What knows about stand-ins: this object."""
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        self.stand_in_step = None
+        for step, batch in enumerate(self.loader):
+            yield self._without_filling(batch, step) if self.loader.end_of_dataloader else batch
+
+    def _without_filling(self, batch: Any, step: int) -> Any:
+        num_rows = find_batch_size(batch)
+        num_real = self.loader.remainder - self.process_index * num_rows
+        if num_real >= num_rows:
+            return batch
+        if num_real <= 0:
+            self.stand_in_step = step
+            return batch
+        return first_rows(batch, num_rows, num_real)
+
+    def _slice_or_repeat(self, batch: Any, rows: slice, **kwargs: Any) -> Any:
+        num_rows = find_batch_size(batch)
+        # Of a first step with less than a row each, Accelerate would take too little to fill up with.
+        return repeat_rows(batch, num_rows, rows.stop) if rows.stop > num_rows else self._slice(batch, rows, **kwargs)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # asked for by copy and pickle before it is set
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+
 def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
     """Return the keyword arguments of a `DataLoader` that have nothing to do with which samples it gives."""
     return {name: getattr(loader, name) for name in _LOADER_SETTINGS if hasattr(loader, name)}
@@ -99,17 +155,32 @@ def has_indices(loader: Any) -> bool:
 def is_stand_in(loader: Any, step: int) -> bool:
     """Tell whether the batch of a step is a stand-in, which counts for nothing; see `BatchShare`."""
     share = getattr(loader, "share", None)
-    return isinstance(share, BatchShare) and share.stand_in_step == step
+    return isinstance(share, (BatchShare, ExactDispatch)) and share.stand_in_step == step
 
 
-def without_rows(value: Any, num_rows: int) -> Any:
-    """Return a nested structure with every tensor of ``num_rows`` rows cut down to none."""
+def first_rows(value: Any, num_rows: int, num_kept: int) -> Any:
+    """Return a nested structure with every tensor of ``num_rows`` rows cut down to its first ``num_kept``.
+
+    Example:
+        >>> first_rows({"x": torch.arange(3), "loss": torch.tensor(0.5)}, num_rows=3, num_kept=1)
+        {'x': tensor([0]), 'loss': tensor(0.5000)}
+    """
     if isinstance(value, torch.Tensor):
-        return value[:0] if value.ndim > 0 and value.shape[0] == num_rows else value
-    if isinstance(value, dict):
-        return {name: without_rows(item, num_rows) for name, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(without_rows(item, num_rows) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(without_rows(item, num_rows) for item in value)
-    return value
+        return value[:num_kept] if value.ndim > 0 and value.shape[0] == num_rows else value
+    return rebuild(value, lambda item: first_rows(item, num_rows, num_kept))
+
+
+def repeat_rows(value: Any, num_rows: int, num_wanted: int) -> Any:
+    """Return a nested structure with every tensor of ``num_rows`` rows repeated until it has ``num_wanted``."""
+    if isinstance(value, torch.Tensor):
+        is_rows = value.ndim > 0 and value.shape[0] == num_rows
+        return value[torch.arange(num_wanted, device=value.device) % num_rows] if is_rows else value
+    return rebuild(value, lambda item: repeat_rows(item, num_rows, num_wanted))
+
+
+def without_samples(batch: Any, batch_output: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return a batch, and what its step returned, as callbacks should see them of a stand-in: without a sample."""
+    batch_size = int(batch_output["batch_size"])
+    emptied = dict(first_rows(batch_output, batch_size, 0))
+    counts = {name: emptied[name] * 0 for name in ("batch_size", "num_items_in_batch") if name in emptied}
+    return first_rows(batch, batch_size, 0), emptied | counts

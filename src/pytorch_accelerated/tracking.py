@@ -213,7 +213,7 @@ class LossTracker:
                 self.total_loss = _widened(value) * batch_size + self.total_loss
         else:
             self.total_loss += loss_batch_value * batch_size
-        self.running_count += batch_size
+        self.running_count = self.running_count + batch_size  # in place, whole numbers would have to stay whole
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums as tensors in host memory."""

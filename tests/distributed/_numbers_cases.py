@@ -21,9 +21,14 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 import _numbers
 from _numbers import IN_ORDER, Pair, TextTrainer, gradients_of, make_net, make_texts
 from _processes import NUM_REPEATS, WAIT_SECONDS, run_cases
-from _support import EventRecorder, Probe, Samples, make_dataset, make_indexed_dataset, make_trainer, weights_of
+from _support import EventRecorder, Probe, Samples, Stream, make_dataset, make_indexed_dataset, make_trainer, weights_of
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.callbacks import EarlyStoppingCallback, SaveBestModelCallback, TerminateOnNaNCallback
+from pytorch_accelerated.callbacks import (
+    EarlyStoppingCallback,
+    ModelEmaCallback,
+    SaveBestModelCallback,
+    TerminateOnNaNCallback,
+)
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
 
@@ -166,6 +171,28 @@ def case_predictions_of_the_main_process(rank: int, directory: Path) -> Any:
         for move_to_host in (True, False)
     }
     return {"outputs": outputs, "expected": trainer.model(dataset.tensors[0]).detach()}
+
+
+def case_streams(rank: int, directory: Path) -> Any:
+    """Datasets without length and indices, which the main process reads for all."""
+    results = {}
+    for length in (1, 2, 13, 16):
+        seen: list[Any] = []
+
+        def see(trainer: Any, batch: Any, batch_output: Any, seen: Any = seen, **_: Any) -> None:
+            seen.extend(trainer.gather(batch[2]).tolist())
+            assert batch_output["batch_size"] == len(batch[2])
+
+        trainer = _numbers.Classifier([Probe(on_train_step_end=see)])
+        stream = Stream(_numbers.make_classes(length))
+        train(trainer, stream, num_epochs=1, per_device_batch_size=4, eval_dataset=stream)
+        results[length] = {
+            "seen in training": seen,
+            "num_samples": trainer.progress.num_samples,
+            "registry": len(trainer._accelerator._dataloaders),
+            **_numbers.evaluations(length, is_in_memory=False, wrap=Stream),
+        }
+    return results
 
 
 def case_gather(rank: int, directory: Path) -> Any:
@@ -439,7 +466,13 @@ def case_decisions_by_a_metric_of_the_main_process(rank: int, directory: Path) -
     callbacks = [Probe(on_eval_epoch_end=record), EarlyStoppingCallback(1, watch_metric="mine")]
     trainer = make_trainer(callbacks=callbacks)
     train(trainer, make_dataset(16), eval_dataset=make_dataset(9), num_epochs=6)
-    return {"reason": trainer.stop_reason, "epochs": trainer.progress.num_epochs_completed}
+    ema = ModelEmaCallback(save_path=directory / "ema.pt", watch_metric="mine", greater_is_better=True)
+    train(make_trainer(callbacks=[callbacks[0], ema]), make_dataset(16), eval_dataset=make_dataset(9))
+    return {
+        "reason": trainer.stop_reason,
+        "epochs": trainer.progress.num_epochs_completed,
+        "best average": ema.best_metric_epoch,
+    }
 
 
 # --- a process that is lost --------------------------------------------------------------------------------------

@@ -137,6 +137,16 @@ def test_evaluations(results):
         assert_close(result, _numbers.expected_evaluations(length), 1e-6)
 
 
+def test_streams(results):
+    """Every sample of an iterable dataset once, in training, evaluation and prediction."""
+    assert_alike(results)
+    for length, result in results[0].items():
+        assert result.pop("seen in training") == list(range(length))
+        assert result.pop("num_samples") == length
+        assert result.pop("registry") == 0
+        assert_close(result, _numbers.expected_evaluations(length), 1e-6)
+
+
 def test_evaluation_while_training(results):
     assert_alike(results)
     for name, length in (("long_eval", 65), ("short_eval", 1), ("train", 7)):
@@ -261,7 +271,11 @@ def test_decisions_by_metric(results):
 
 def test_decisions_by_a_metric_of_the_main_process(results):
     assert_alike(results)
-    assert results[0] == {"reason": "mine has not improved on 1.0 for 1 epochs", "epochs": 2}
+    assert results[0] == {
+        "reason": "mine has not improved on 1.0 for 1 epochs",
+        "epochs": 2,
+        "best average": 2,
+    }
 
 
 def test_metrics_of_some_processes(results):

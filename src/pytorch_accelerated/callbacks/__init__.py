@@ -1,6 +1,7 @@
 """Callbacks: the events of a run, the handler that forwards them, and the callbacks that come with the library."""
 
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
+from pytorch_accelerated.callbacks.diagnostics import GradientNormCallback
 from pytorch_accelerated.callbacks.ema import ModelEmaCallback
 from pytorch_accelerated.callbacks.evaluation import (
     LimitBatchesCallback,
@@ -23,6 +24,7 @@ __all__ = [
     "CallbackMethodNotImplementedError",
     "ConvertSyncBatchNormCallback",
     "EarlyStoppingCallback",
+    "GradientNormCallback",
     "GradualUnfreezingCallback",
     "LimitBatchesCallback",
     "LimitEvalStepsCallback",

@@ -126,10 +126,10 @@ class ModelEmaCallback(TrainerCallback):
         """Check that there is the metric to watch.
 
         Raises:
-            ValueError: Nothing was recorded under its name.
+            ValueError: Nothing was recorded under its name, or it is no number.
         """
         if self.evaluate_during_training and trainer._eval_dataloader is not None:
-            trainer.run_history.get_latest_metric(self.watch_metric)
+            trainer.get_agreed_metric(self.watch_metric)
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the average, if that has not been done in this run."""
@@ -195,14 +195,15 @@ class ModelEmaCallback(TrainerCallback):
             history.set_metric_name_prefix(prefix)
 
     def _save_if_best(self, trainer: Trainer) -> None:
-        history = trainer.run_history
-        if self.watch_metric not in history.get_metric_names():
+        try:
+            value = trainer.get_agreed_metric(self.watch_metric)
+        except ValueError:
             return  # It may come with the next dataset; the end of the epoch checks it.
-        value = trainer.get_agreed_metric(self.watch_metric)
         if is_better(value, self.best_metric, self.greater_is_better):
-            self._save(trainer, {self.watch_metric: value, "epoch": history.current_epoch})
+            epoch = trainer.run_history.current_epoch
+            self._save(trainer, {self.watch_metric: value, "epoch": epoch})
             self.best_metric = value
-            self.best_metric_epoch = history.current_epoch
+            self.best_metric_epoch = epoch
 
     def _save(self, trainer: Trainer, entries: Mapping[str, float]) -> None:
         with self._swapped_in(trainer):
