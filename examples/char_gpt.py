@@ -8,9 +8,10 @@ The text is on every machine that runs Python. The same script runs in one proce
 
 The batch size is that of all processes together, so all three print the same losses: each update averages over the same
 characters, however they are divided. Rounding differs, though, and training magnifies it, until after some hundred
-updates it shows in the printed digits; with ``--float64`` it does not. At the end the script compares the loss on files it was not
-trained on with the entropy of their characters, which is the least that a model can reach without a look at what came
-before, and writes some code of its own.
+updates it shows in the printed digits; with ``--float64`` it does not.
+
+At the end the script compares the loss on files it was not trained on with the entropy of their characters, which is
+the least that a model can reach without a look at what came before, and writes some code of its own.
 """
 
 import argparse
