@@ -183,3 +183,12 @@ def test_gradients_are_scaled_in_place_where_there_are_any():
     assert parameters[1].grad is None
     scale_gradients([parameters[1]], 3.0)
     assert parameters[1].grad is None
+
+
+def test_weights_in_tensors_lose_no_digits():
+    """A share in float32 would limit the precision of a model in float64, and differ with the split."""
+    window = AccumulationWindow()
+    shares = [window.add(torch.tensor(weight), num_batches=3) for weight in (3, 5, 2)]
+    assert [share.dtype for share in shares] == [torch.float64] * 3
+    assert [float(share) * float(window._expected) for share in shares] == pytest.approx([3, 5, 2], rel=1e-15)
+    assert float(window.close()) == pytest.approx(9 / 10, rel=1e-15)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytorch_accelerated.tracking import widened
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -71,6 +73,8 @@ class AccumulationWindow:
             usual_weight: What a batch weighs as a rule, above 0 and the same on every process. ``None``, if there is
                 one process, for the weight of the window's first batch.
         """
+        if isinstance(weight, torch.Tensor):
+            weight = widened(weight)
         if _is_zero(self._expected):
             self._is_alone = num_batches == 1 and usual_weight is None
             self._expected = num_batches * (_at_least_one(weight) if usual_weight is None else usual_weight)

@@ -21,6 +21,8 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from pytorch_accelerated._rng import preserved_rng_state
+
 LIMIT_BATCHES_ENV_VAR = "PT_ACC_LIMIT_BATCHES"
 """Environment variable: when set to a number, every epoch uses at most so many batches."""
 
@@ -33,6 +35,16 @@ _MAX_DEFAULT_WORKERS = 8
 def is_dataset(data: Any) -> bool:
     """Tell a dataset of samples, which a `DataLoader` batches, from an iterable that gives batches already."""
     return isinstance(data, Dataset) or hasattr(data, "__getitem__") or not hasattr(data, "__iter__")
+
+
+def is_stream(loader: Any) -> bool:
+    """Tell whether a `DataLoader` reads from an iterable dataset, whose samples have no indices."""
+    return isinstance(loader.dataset, IterableDataset)
+
+
+def has_state(data: Any) -> bool:
+    """Tell whether an iterable can store its position and return to it."""
+    return all(callable(getattr(data, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
 def num_batches_of(loader: Any) -> int | None:
@@ -81,7 +93,7 @@ def enumerate_batches(loader: Any, first_step: int = 0) -> Iterator[tuple[int, A
 
 def reliable_num_batches_of(loader: Any) -> int | None:
     """Return how many batches a loader gives per epoch if that is certain; other lengths may be estimates."""
-    is_loader_of_samples = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    is_loader_of_samples = isinstance(loader, DataLoader) and not is_stream(loader)
     return num_batches_of(loader) if is_loader_of_samples or isinstance(loader, (list, tuple)) else None
 
 
@@ -262,7 +274,11 @@ class RestOfEpoch:
         self.num_skipped = num_skipped
 
     def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(self.batches, self.num_skipped, None)
+        batches = iter(self.batches)
+        with preserved_rng_state():
+            for _ in itertools.islice(batches, self.num_skipped):
+                pass
+        yield from batches
 
     def __len__(self) -> int:
         return max(0, len(self.batches) - self.num_skipped)  # type: ignore[arg-type]  # a TypeError is the answer

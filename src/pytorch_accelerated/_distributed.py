@@ -332,11 +332,16 @@ def _place(accelerator: Accelerator, loader: Any) -> Any:
     return PlacedBatches(loader, accelerator.device) if needs_placing and accelerator.device.type != "cpu" else loader
 
 
+def num_batches_per_step(accelerator: Accelerator) -> int:
+    """Return how many batches of a stream a step takes, which all processes share."""
+    return 1 if accelerator.split_batches else int(accelerator.num_processes)
+
+
 def skip_batches(accelerator: Accelerator, loader: Any, num_batches: int) -> Any:
     """Return the rest of a loader's epoch, without loading what is skipped where that is possible."""
     if num_batches == 0:
         return loader
-    if isinstance(loader, DataLoader):
+    if has_indices(loader):
         return accelerator.skip_first_batches(loader, num_batches)
     return RestOfEpoch(loader, num_batches)
 

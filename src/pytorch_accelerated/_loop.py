@@ -77,6 +77,7 @@ class TrainingLoop:
         self._last_epoch = 0
         self._is_epoch_cut_short = False
         self._num_batches_to_skip = 0
+        self._stream_position: Mapping[str, Any] | None = None
         self._num_batches_per_epoch: int | None = None
         self._num_eval_steps: int | None = None
         self._means = EpochMeans()
@@ -260,7 +261,7 @@ class TrainingLoop:
         if self._early_stop_reason is not None:  # a resumed run had been stopped for good
             raise StopTrainingError(self._early_stop_reason)
         self._is_epoch_cut_short = False
-        is_limit_reached = self._is_update_limit_reached()
+        is_limit_reached = self._is_update_limit_reached() and self.progress.is_between_epochs()
         while self.progress.num_epochs_completed < self._last_epoch and not is_limit_reached:
             is_limit_reached = self._run_epoch()
         if self._is_epoch_cut_short or self.progress.num_epochs_completed < self._last_epoch:
@@ -269,7 +270,7 @@ class TrainingLoop:
             self.stop_reason = f"{self.progress.num_epochs_completed} epochs are done"
 
     def _run_epoch(self) -> bool:
-        is_limit_reached = False
+        is_limit_reached = self._is_update_limit_reached()  # a resumed run may have only evaluation left
         try:
             if self.progress.phase == "training":  # a resumed run may have been through with it
                 is_limit_reached = self._run_train_epoch(self._train_dataloader)
@@ -290,8 +291,9 @@ class TrainingLoop:
         self.train_epoch_start()
         self._call("on_train_epoch_start")
 
-        is_limit_reached = False
-        remaining = _distributed.skip_batches(self._accelerator, train_dl, num_done)
+        is_limit_reached = self._is_update_limit_reached()
+        self._is_epoch_cut_short = is_limit_reached and num_done != self._num_batches_per_epoch
+        remaining = () if is_limit_reached else self._rest_of_epoch(train_dl, num_done)
         for step, batch, is_last in _data.enumerate_batches(remaining, num_done):
             is_update_due = is_last or (step + 1) % self.run_config.gradient_accumulation_steps == 0
             self._accelerator.sync_gradients = self._is_update_due = is_update_due
@@ -324,6 +326,15 @@ class TrainingLoop:
         self._num_batches_per_epoch = _data.reliable_num_batches_of(train_dl)
         self._set_data_epoch(self._train_randomness, train_dl, self.run_history.current_epoch - 1)
         return num_done
+
+    def _rest_of_epoch(self, train_dl: Any, num_done: int) -> Any:
+        position, self._stream_position = self._stream_position, None
+        if position is None:
+            return _distributed.skip_batches(self._accelerator, train_dl, num_done)
+        for source in self._train_randomness:
+            if source.stream is not None:
+                source.stream.resume(position, num_done)
+        return train_dl
 
     def _perform_forward_and_backward_passes(self, batch: Any, step: int) -> None:
         self._call("on_train_step_start", batch=batch, step=step)

@@ -1,4 +1,4 @@
-"""The order of the data, and the seeds of loader workers, as functions of the run's seed and the epoch."""
+"""The order of the data, and all randomness in loading it, as functions of the run's seed and the epoch."""
 
 from __future__ import annotations
 
@@ -15,70 +15,85 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from pytorch_accelerated._data import num_batches_of
-from pytorch_accelerated._rng import derive_seed, preserved_rng_state, seed_generators
+from pytorch_accelerated._data import has_state, is_stream, unchanged
+from pytorch_accelerated._loading import SeededSamples, WorkerSetup, draws_nothing
+from pytorch_accelerated._rng import RandomStream, derive_seed
+from pytorch_accelerated._sharding import loader_settings
+from pytorch_accelerated._streams import TrackedStream
 
 _SHUFFLING_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_KNOWN_SAMPLERS = (SequentialSampler, *_SHUFFLING_SAMPLERS)
 
 
 class EpochRandomness:
-    """Makes the order of a loader, and the seeds of its workers, functions of (seed, epoch).
+    """Makes the order of a loader, and what is drawn at random while loading, functions of (seed, epoch).
 
-    The samplers of PyTorch that shuffle get a generator of their own, alike on all processes, so that all agree on the
-    order. The workers' seeds come from another one which differs between processes. Nothing is drawn from the global
-    generators, which belong to the model.
-
-    With several processes a sampler of the user's gives the same order on all of them, even if it draws from the global
-    generators, so that together they see each sample once.
+    The samplers of PyTorch that shuffle get a generator of their own, and the user's samplers a stream of the global
+    generators of their own, alike on all processes, so that all agree on the order. What dataset and collation draw
+    from the global generators is a function of the batch, too, whichever worker loads it. Nothing is drawn from the
+    global generators as they are outside, which belong to the model.
 
     Args:
-        loader: The loader before it is prepared; anything that is no `DataLoader` is left alone. A generator which the
-            user gave to a sampler keeps its own seed.
+        loader: The loader before it is prepared; it stays as it is but for the generators of its samplers. A generator
+            which the user gave to a sampler keeps its own seed.
         process_index: Rank of this process.
-        num_processes: How many there are.
+        num_batches_per_step: How many of its batches a step takes, if it is a stream that all processes share.
     """
 
-    def __init__(self, loader: Any, process_index: int, num_processes: int) -> None:
+    def __init__(self, loader: Any, process_index: int, num_batches_per_step: int = 1) -> None:
+        self.loader = loader
+        """The loader to use in the place of the given one."""
+
+        self.stream: TrackedStream | None = None
+        """What the loader reads from, if its position can be stored."""
+
         self._process_index = process_index
         self._orders: list[_OwnGenerator] = []
-        self._common_orders: list[CommonOrder] = []
+        self._own_streams: list[OwnStreamOrder] = []
+        self._samples: SeededSamples | None = None
         self._workers: _OwnGenerator | None = None
-        if not isinstance(loader, DataLoader):
-            return
-        for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
-            if isinstance(sampler, _SHUFFLING_SAMPLERS):
-                self._own_order(sampler)
-        if num_processes > 1:
-            self._agree_on_order(loader)
-        self._workers = loader.generator = _OwnGenerator()
+        if isinstance(loader, DataLoader):
+            self._take_over(loader, num_batches_per_step)
+        elif has_state(loader):
+            self.loader = self.stream = TrackedStream(loader, 1)
 
-    def _own_order(self, sampler: Any) -> None:
-        if not isinstance(sampler.generator, _OwnGenerator):  # otherwise the loader serves another run
-            sampler.generator = _OwnGenerator(sampler.generator)
-        self._orders.append(sampler.generator)
+    def _take_over(self, loader: DataLoader[Any], num_batches_per_step: int) -> None:
+        self._workers = _OwnGenerator()
+        settings = {**loader_settings(loader), "generator": self._workers}
+        settings["worker_init_fn"] = WorkerSetup(loader.worker_init_fn)
+        dataset: Any = loader.dataset
+        if is_stream(loader):
+            if has_state(dataset) and loader.num_workers == 0:
+                dataset = self.stream = TrackedStream(dataset, (loader.batch_size or 1) * num_batches_per_step)
+            settings |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        elif not draws_nothing(loader):
+            dataset = self._samples = SeededSamples(dataset, loader.collate_fn, loader.num_workers > 0)
+            settings["collate_fn"] = unchanged
+        if not is_stream(loader):
+            settings |= self._take_over_order(loader)
+        self.loader = DataLoader(dataset, **settings)
 
-    def _agree_on_order(self, loader: Any) -> None:
-        batch_sampler = loader.batch_sampler
-        if type(batch_sampler) is BatchSampler:
-            if type(batch_sampler.sampler) not in (SequentialSampler, *_SHUFFLING_SAMPLERS):
-                batch_sampler.sampler = self._common_order(batch_sampler.sampler)
-        elif batch_sampler is not None:
-            # `DataLoader` forbids this once it is made, lest its other arguments contradict it; here they do not.
-            object.__setattr__(loader, "batch_sampler", self._common_order(batch_sampler))
-
-    def _common_order(self, sampler: Any) -> Any:
-        if num_batches_of(sampler) is None:
-            return sampler  # it may be endless
-        self._common_orders.append(CommonOrder(sampler))
-        return self._common_orders[-1]
+    def _take_over_order(self, loader: DataLoader[Any]) -> dict[str, Any]:
+        batch_sampler: Any = loader.batch_sampler
+        sampler: Any = loader.sampler if batch_sampler is None else getattr(batch_sampler, "sampler", None)
+        if isinstance(sampler, _SHUFFLING_SAMPLERS):
+            self._orders.append(_OwnGenerator.of(sampler))
+        is_known = type(sampler) in _KNOWN_SAMPLERS and type(batch_sampler) in (BatchSampler, type(None))
+        order = sampler if batch_sampler is None else batch_sampler
+        if not is_known:
+            order = OwnStreamOrder(order)
+            self._own_streams.append(order)
+        return {"batch_size": None, "sampler": order} if batch_sampler is None else {"batch_sampler": order}
 
     def set_epoch(self, epoch: int, seed: int) -> None:
         """Stand before the first batch of ``epoch``, counted from 0, in a run with this ``seed``."""
         for generator in self._orders:
             given_seed = generator.given_seed
             generator.manual_seed(derive_seed(seed if given_seed is None else given_seed, "order", epoch))
-        for order in self._common_orders:
+        for order in self._own_streams:
             order.seed = derive_seed(seed, "order", epoch)
+        if self._samples is not None:
+            self._samples.set_seed(derive_seed(seed, "samples", epoch))
         if self._workers is not None:
             self._workers.manual_seed(derive_seed(seed, "workers", epoch, self._process_index))
 
@@ -93,9 +108,16 @@ class _OwnGenerator(torch.Generator):
         generator.given_seed = None if given is None else given.initial_seed()
         return generator
 
+    @staticmethod
+    def of(sampler: Any) -> _OwnGenerator:
+        """Return the one that a sampler has, or gets now."""
+        if not isinstance(sampler.generator, _OwnGenerator):  # otherwise the sampler has served another run
+            sampler.generator = _OwnGenerator(sampler.generator)
+        return sampler.generator
 
-class CommonOrder:
-    """A sampler, or batch sampler, of the user's that gives the same on every process.
+
+class OwnStreamOrder:
+    """A sampler, or batch sampler, of the user's that draws from a stream of its own in place of the global generators.
 
     Args:
         sampler: The sampler; what else it offers is passed through.
@@ -106,10 +128,16 @@ class CommonOrder:
         self.seed = 0
 
     def __iter__(self) -> Iterator[Any]:
-        with preserved_rng_state():
-            seed_generators(self.seed)
-            indices = list(self.sampler)
-        return iter(indices)
+        stream = RandomStream(self.seed)
+        nothing = object()
+        with stream:
+            items = iter(self.sampler)
+        while True:
+            with stream:
+                item = next(items, nothing)
+            if item is nothing:
+                return
+            yield item
 
     def __len__(self) -> int:
         return len(self.sampler)

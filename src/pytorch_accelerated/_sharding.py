@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from pytorch_accelerated._data import find_batch_size, rebuild
+from pytorch_accelerated._data import find_batch_size, is_stream, rebuild
 
 _LOADER_SETTINGS = (
     "num_workers",
@@ -148,8 +148,7 @@ def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
 
 def has_indices(loader: Any) -> bool:
     """Tell whether the samples of a loader are chosen by index, so that they can be shared exactly."""
-    is_loader = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-    return is_loader and loader.batch_sampler is not None
+    return isinstance(loader, DataLoader) and not is_stream(loader) and loader.batch_sampler is not None
 
 
 def is_stand_in(loader: Any, step: int) -> bool:

@@ -38,6 +38,10 @@ class TrainingProgress:
     num_samples: int = 0
     phase: Phase = "training"
 
+    def is_between_epochs(self) -> bool:
+        """Tell whether the next thing to do is the first batch of an epoch."""
+        return self.phase == "training" and self.num_batches_in_epoch == 0
+
     def end_epoch(self) -> None:
         """Count the current epoch and stand before the first batch of the next."""
         self.num_epochs_completed += 1

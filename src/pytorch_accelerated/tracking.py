@@ -210,7 +210,7 @@ class LossTracker:
             if isinstance(self.total_loss, torch.Tensor) and not isinstance(batch_size, torch.Tensor):
                 self.total_loss.add_(value.reshape(()), alpha=batch_size)
             else:
-                self.total_loss = _widened(value) * batch_size + self.total_loss
+                self.total_loss = widened(value) * batch_size + self.total_loss
         else:
             self.total_loss += loss_batch_value * batch_size
         self.running_count = self.running_count + batch_size  # in place, whole numbers would have to stay whole
@@ -301,6 +301,6 @@ def as_number(value: Any) -> float:
         ) from error
 
 
-def _widened(value: torch.Tensor) -> torch.Tensor:
-    # Sums of many float32 losses lose digits; MPS is the one backend without float64.
-    return value.reshape(()).to(torch.float32 if value.device.type == "mps" else torch.float64)
+def widened(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of one element as a number in float64, so that sums and quotients lose no digits."""
+    return value.reshape(()).to(torch.float32 if value.device.type == "mps" else torch.float64)  # MPS has no float64

@@ -477,9 +477,10 @@ class Trainer(TrainingLoop):
             yield
 
     def _make_train_loader(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
-        self._train_dataloader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
-        _validation.check_loader_not_empty("train_dataset", self._train_dataloader)
-        self._train_randomness = [self._own_randomness(self._train_dataloader)]
+        loader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
+        _validation.check_loader_not_empty("train_dataset", loader)
+        self._train_randomness = [self._own_randomness(loader)]
+        self._train_dataloader = self._train_randomness[0].loader
 
     def _make_eval_loaders(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
         datasets = self.eval_dataset
@@ -491,11 +492,13 @@ class Trainer(TrainingLoop):
                 loaders[name] = self.create_eval_dataloader(batch_size=batch_size, eval_dl_kwargs=dl_kwargs)
         finally:
             self.eval_dataset = datasets
-        self._eval_randomness = [self._own_randomness(loader) for loader in loaders.values()]
+        randomness = {name: self._own_randomness(loader) for name, loader in loaders.items()}
+        self._eval_randomness = list(randomness.values())
+        loaders = {name: source.loader for name, source in randomness.items()}
         self._eval_dataloader = loaders if isinstance(datasets, dict) else loaders[""]
 
     def _own_randomness(self, loader: Any) -> EpochRandomness:
-        return EpochRandomness(loader, self.process_index, int(self._accelerator.num_processes))
+        return EpochRandomness(loader, self.process_index, _distributed.num_batches_per_step(self._accelerator))
 
     def _default_dl_kwargs(self, dataset: Any, batch_size: int) -> dict[str, Any]:
         num_local_processes = _distributed.num_local_processes(int(self._accelerator.num_processes))

@@ -1,0 +1,117 @@
+"""How samples are loaded: what is drawn at random meanwhile, and what workers do with signals."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate, default_convert, get_worker_info
+
+from pytorch_accelerated._data import WholeBatchDataset, sliceable_tensors, unchanged
+from pytorch_accelerated._rng import derive_seed, host_generators_seeded, seed_host_generators
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+_GRACE_SECONDS = 30
+
+
+class SeededSamples(Dataset[Any]):
+    """Gives a `DataLoader` whole batches, whose randomness is a function of (seed, epoch, first index).
+
+    Whatever dataset and collation draw from the global generators, it is the same in any worker, and after a resume in
+    the midst of the epoch. In the main process the generators are put back afterwards.
+
+    Args:
+        dataset: The dataset; what else it offers is passed through.
+        collate_fn: Makes a batch of samples.
+        has_workers: Whether other processes need to learn the seed of a new epoch.
+    """
+
+    def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any], has_workers: bool) -> None:
+        self.dataset = dataset
+        self._collate = collate_fn
+        self._seed = torch.zeros(1, dtype=torch.int64)
+        if has_workers:
+            self._seed.share_memory_()  # type: ignore[no-untyped-call]
+
+    def set_seed(self, seed: int) -> None:
+        """Begin an epoch, also in the workers."""
+        self._seed.fill_(seed)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._with_own_randomness(index, lambda: self._collate(self.dataset[index]))
+
+    def __getitems__(self, indices: Iterable[Any]) -> Any:
+        """Return the batch of the samples at ``indices``."""
+        first = next(iter(indices), None)
+        return self._with_own_randomness(first, lambda: self._collate(self._samples_at(indices)))
+
+    def _samples_at(self, indices: Iterable[Any]) -> Any:
+        get_many = getattr(self.dataset, "__getitems__", None)
+        return get_many(indices) if callable(get_many) else [self.dataset[index] for index in indices]
+
+    def _with_own_randomness(self, index: Any, load: Callable[[], Any]) -> Any:
+        seed = derive_seed(int(self._seed), index)
+        if get_worker_info() is not None:  # nothing else draws there
+            seed_host_generators(seed)
+            return load()
+        with host_generators_seeded(seed):
+            return load()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # asked for by copy and pickle before it is set
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+def draws_nothing(loader: DataLoader[Any]) -> bool:
+    """Tell whether loading is known to draw nothing at random: data in memory, collated as PyTorch does it."""
+    dataset: Any = loader.dataset
+    is_in_memory = isinstance(dataset, (WholeBatchDataset, list, tuple)) or sliceable_tensors(dataset) is not None
+    return is_in_memory and loader.collate_fn in (default_collate, default_convert, unchanged)
+
+
+class WorkerSetup:
+    """Prepares a worker for signals that are meant for the run, then calls the user's ``worker_init_fn``.
+
+    A terminal or a scheduler signals a whole group of processes. If the workers died of it at once, the run would fail
+    before it can save its state. So they ignore what interrupts a run, and put off a demand to terminate; when the
+    training process ends, they end with it.
+
+    Args:
+        init: The user's function, called with the number of the worker.
+    """
+
+    def __init__(self, init: Callable[[int], None] | None = None) -> None:
+        self.init: Callable[[int], None] | None = init.init if isinstance(init, WorkerSetup) else init
+
+    def __call__(self, worker_id: int) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGUSR1"):
+                if hasattr(signal, name):  # Windows lacks some
+                    signal.signal(getattr(signal, name), signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, _terminate_later)
+        if self.init is not None:
+            _show_plain_dataset()
+            self.init(worker_id)
+
+
+def _show_plain_dataset() -> None:
+    # Such functions open files for the dataset they find, and it is not for them to see that it is wrapped.
+    worker = get_worker_info()
+    if worker is not None and isinstance(worker.dataset, SeededSamples):
+        object.__setattr__(worker, "dataset", worker.dataset.dataset)
+
+
+def _terminate_later(signal_number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with contextlib.suppress(AttributeError):  # Windows cannot put it off
+        signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS)  # its signal ends a process
