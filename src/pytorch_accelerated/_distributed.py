@@ -88,6 +88,12 @@ def broadcast_from_main(value: Any, num_processes: int) -> Any:
     return values[0]
 
 
+def first_of_all(value: Any, num_processes: int) -> Any:
+    """Return, on every process, the value of the first one that has any. Must be called on every process."""
+    values = [value] if num_processes == 1 else gather_object([value])
+    return next((found for found in values if found is not None), None)
+
+
 def sum_over_processes(
     accelerator: Accelerator, sums: Mapping[str, tuple[float | torch.Tensor, float | torch.Tensor]]
 ) -> dict[str, tuple[float | torch.Tensor, float | torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""`check_invariance` on two true processes, which divide each batch; this file is also the script they run."""
+"""Both verifications on two true processes, which divide each batch; this file is also the script they run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 from torch import nn
 from torch.optim import SGD
 
+import _runs
 from _processes import launch, read_results, run_cases
 from _support import make_dataset, make_model
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.verification import check_invariance
+from pytorch_accelerated.verification import check_invariance, verify_resume
 
 pytestmark = pytest.mark.distributed
 
@@ -53,6 +54,42 @@ def case_rank(rank: int, directory: Path) -> Any:
     return check(RankTrainer)
 
 
+def verify(dataset: Any) -> Any:
+    def make_trainer() -> Trainer:
+        model = _runs.Net()
+        return Trainer(model, nn.MSELoss(), SGD(model.parameters(), lr=0.01, momentum=0.9))
+
+    return verify_resume(
+        make_trainer,
+        dataset,
+        per_device_batch_size=4,
+        gradient_accumulation_steps=2,
+        train_dataloader_kwargs={"num_workers": 0},
+        collate_fn=_runs.masked,
+    )
+
+
+def case_resume(rank: int, directory: Path) -> Any:
+    return verify(_runs.NoisySamples())
+
+
+class OddOne(_runs.NoisySamples):
+    """Its samples depend on when they are loaded, on rank 1 only."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank, self.count = rank, 0
+
+    def __getitem__(self, index: int) -> Any:
+        self.count += 1
+        inputs, targets = super().__getitem__(index)
+        return inputs + self.rank * self.count, targets
+
+
+def case_resume_odd_one(rank: int, directory: Path) -> Any:
+    return verify(OddOne(rank))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("results")
@@ -72,6 +109,20 @@ def test_two_processes_agree_with_the_whole_batch_on_one(folder):
         (3, 3),
         (2, 4),
     ]
+
+
+def test_resumed_runs_end_the_same_on_two_processes(folder):
+    """With augmentation, statistics, dropout, and stops within an accumulation window."""
+    reports = read_results(folder, "resume", 2)
+    assert reports[0] == reports[1]
+    assert reports[0].is_exact, str(reports[0])
+    assert (reports[0].num_steps, reports[0].stops) == (6, (1, 3, 4))
+
+
+def test_a_difference_on_one_process_is_named_on_both(folder):
+    reports = read_results(folder, "resume_odd_one", 2)
+    assert reports[0] == reports[1]
+    assert "rank 1: the batch" in str(reports[0])
 
 
 def test_a_sum_is_named_on_both_processes(folder):

@@ -1,4 +1,4 @@
-"""Proofs on your own model: `check_invariance` shows that the numbers do not depend on how the work is split."""
+"""`check_invariance` shows that the numbers do not depend on how the work is split."""
 
 from __future__ import annotations
 
