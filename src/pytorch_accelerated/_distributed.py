@@ -88,10 +88,10 @@ def broadcast_from_main(value: Any, num_processes: int) -> Any:
     return values[0]
 
 
-def first_of_all(value: Any, num_processes: int) -> Any:
-    """Return, on every process, the value of the first one that has any. Must be called on every process."""
-    values = [value] if num_processes == 1 else gather_object([value])
-    return next((found for found in values if found is not None), None)
+def values_of_all(value: Any, num_processes: int) -> list[Any]:
+    """Return, on every process, the values of all in the order of their ranks. Must be called on every process."""
+    values: list[Any] = [value] if num_processes == 1 else gather_object([value])
+    return values
 
 
 def sum_over_processes(

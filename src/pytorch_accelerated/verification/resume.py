@@ -213,15 +213,16 @@ class _Experiment:
         self.run(seed + 1, resumed, whole.state_at(stop))
         found = _first_difference({**whole.facts, _AT_START: whole.facts_at_stops[stop]}, resumed.facts)
         own = None if found is None else ResumeDifference(stop, found[0], *found[1][:2], resumed.process_index)
-        difference: ResumeDifference | None = _distributed.first_of_all(own, resumed.num_processes)
-        return difference
+        differences = _distributed.values_of_all(own, resumed.num_processes)
+        places = [*resumed.facts]
+        return min(filter(None, differences), key=lambda difference: places.index(difference.place), default=None)
 
     def repeats(self, whole: _SavingRecorder, seed: int) -> bool:
         """Tell whether the uninterrupted run is the same again."""
         again = _Recorder()
         self.run(seed, again)
         own = _first_difference(whole.facts, again.facts)
-        return _distributed.first_of_all(own, again.num_processes) is None
+        return not any(_distributed.values_of_all(own, again.num_processes))
 
 
 _AT_START, _AT_END = "right after the resume", "at the end"
@@ -335,7 +336,10 @@ def _facts_of(trainer: Trainer) -> list[_Fact]:
     model = trainer.get_model(keep_torch_compile=False)
     history = trainer.run_history
     names = [name for name, _ in model.named_parameters()]
-    facts = [_Fact("model", f"`{name}` of the model", _digest(value)) for name, value in model.state_dict().items()]
+    tensors = (
+        model.state_dict() if trainer.process_index == 0 else dict(model.named_parameters())
+    )  # buffers are rank 0's
+    facts = [_Fact("model", f"`{name}` of the model", _digest(value)) for name, value in tensors.items()]
     optimizer = trainer.optimizer.state_dict()
     for index, state in optimizer["state"].items():
         owner = names[index] if isinstance(index, int) and index < len(names) else index
