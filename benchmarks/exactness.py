@@ -42,6 +42,7 @@ class SaveOnce(TrainerCallback):
         self.seconds = 0.0
 
     def on_train_step_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Save, and take the time."""
         start = time.perf_counter()
         trainer.save_training_state(self.folder / "state")
         self.seconds = time.perf_counter() - start
@@ -55,6 +56,7 @@ class Vector(nn.Module):
         self.weight = nn.Parameter(torch.zeros(NUM_SAVED_PARAMETERS))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Multiply by the first parameter."""
         return inputs * self.weight[0]
 
 

@@ -6,11 +6,12 @@ Run this twice, with the same command:
     python examples/resume.py
 
 The first run kills itself (SIGKILL: nothing can be saved any more), somewhere in the third epoch. The second one is the
-same script with the same arguments. It finds the newest state, goes on, and ends. For comparison it then makes the whole
-run once more without an interruption, and prints the hash of the weights of both.
+same script with the same arguments. It finds the newest state, goes on, and ends. For comparison it then makes the
+whole run once more without an interruption, and prints the hash of the weights of both.
 
-The images are shifted at random, by workers; the model has dropout and batch norms; the learning rate follows a schedule:
-all of it goes on as if nothing had happened. States are in the folder `resumable_run`; delete it to start anew.
+The images are shifted at random, by workers; the model has dropout and batch norms; the learning rate follows a
+schedule: all of it goes on as if nothing had happened. States are in the folder `resumable_run`; delete it to start
+anew.
 """
 
 import argparse
@@ -87,7 +88,9 @@ class KillCallback(TrainerCallback):
     def on_train_step_end(self, trainer, **kwargs):
         """Look at the number of updates."""
         if trainer.progress.num_updates == self.num_updates and not trainer.is_resumed:
-            trainer.print(f"Update {self.num_updates}, in epoch {trainer.run_history.current_epoch}: killed.", flush=True)
+            trainer.print(
+                f"Update {self.num_updates}, in epoch {trainer.run_history.current_epoch}: killed.", flush=True
+            )
             os.kill(os.getpid(), signal.SIGKILL)
 
 

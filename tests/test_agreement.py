@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import distributed
 
 from pytorch_accelerated import _agreement
 from pytorch_accelerated._agreement import Agreement
+from pytorch_accelerated._stopping import RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
 
@@ -94,6 +96,37 @@ def test_an_error_goes_before_a_wish_and_the_first_before_the_second(agreement):
         agreement.request_end(reason)
     with pytest.raises(NonFiniteLossError, match="first"):
         agreement.settle()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_number_of_a_signal_travels_with_the_request(agreement, number):
+    agreement.request_end(RunInterruptedError(number))
+    with pytest.raises(RunInterruptedError, match=r"^interrupted by ") as raised:
+        agreement.settle()
+    assert raised.value.signal_number == number
+
+
+def test_a_callback_goes_before_a_signal(agreement):
+    """The signal can have its consequence later; the callback would not ask again in the run that is resumed."""
+    agreement.request_end(RunInterruptedError(signal.SIGTERM))
+    agreement.request_end(StopTrainingError("enough"))
+    with pytest.raises(StopTrainingError, match=r"^enough$"):
+        agreement.settle()
+
+
+def test_a_request_that_is_repeated_is_sent_once(agreement, monkeypatch):
+    sent = []
+
+    def receive(reasons, own, group):
+        sent.append(own)
+        reasons[:] = [own]
+
+    monkeypatch.setattr(_agreement.distributed, "all_gather_object", receive)
+    for _ in range(3):
+        agreement.request_end(RunInterruptedError(signal.SIGUSR1))
+    with pytest.raises(RunInterruptedError):
+        agreement.settle()
+    assert sent == [[("RunInterruptedError", signal.SIGUSR1)]]
 
 
 def test_of_all_processes_reasons_the_gravest_is_raised(agreement, monkeypatch):

@@ -6,7 +6,14 @@ import pytest
 
 from pytorch_accelerated.progress import TrainingProgress
 
-SOME = {"num_epochs_completed": 2, "num_batches_in_epoch": 5, "num_updates": 9, "num_samples": 40, "phase": "end"}
+SOME = {
+    "num_epochs_completed": 2,
+    "num_batches_in_epoch": 5,
+    "num_updates": 9,
+    "num_samples": 40,
+    "phase": "end",
+    "num_evaluations_in_epoch": 1,
+}
 
 
 def test_a_run_starts_at_zero():

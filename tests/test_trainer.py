@@ -38,6 +38,7 @@ from _support import (
     make_model,
     make_trainer,
     mse,
+    raiser,
     run_python,
     train,
     weights_of,
@@ -49,7 +50,7 @@ from pytorch_accelerated.callbacks import (
     TerminateOnNaNCallback,
     TrainerCallback,
 )
-from pytorch_accelerated.exceptions import CheckpointError
+from pytorch_accelerated.exceptions import CheckpointError, StopTrainingError
 from pytorch_accelerated.schedulers import CosineLrScheduler
 from pytorch_accelerated.trainer import LIMIT_BATCHES_ENV_VAR, replace_trainer_placeholder_values
 from pytorch_accelerated.utils import LimitBatches
@@ -1073,3 +1074,18 @@ def test_streams_and_lists_are_no_whole_batches():
         probe, values = loader_probe(is_whole)
         train(make_trainer(callbacks=[probe]), data)
         assert values == [False]
+
+
+def test_a_stop_within_a_nested_evaluation_does_not_end_the_run_for_good(tmp_path):
+    """A state saved afterwards has to go on when it is resumed."""
+
+    def evaluate(trainer, **_):
+        trainer.evaluate(make_dataset(4))
+        trainer.save_training_state(tmp_path / "state")
+
+    stop = Probe(on_evaluation_run_start=raiser(StopTrainingError("enough")))
+    trainer = make_trainer(callbacks=[stop, Probe(on_train_epoch_end=evaluate)])
+    trainer.train(make_dataset(8), num_epochs=1)
+    resumed = make_trainer()
+    resumed.train(make_dataset(8), num_epochs=3, resume_from=tmp_path / "state")
+    assert resumed.progress.num_epochs_completed == 3

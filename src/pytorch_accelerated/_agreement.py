@@ -16,13 +16,15 @@ PROCESS_TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another, unless the user's accelerator says otherwise."""
 
 _REASONS: dict[str, type[Exception]] = {
-    error.__name__: error for error in (NonFiniteLossError, RunInterruptedError, StopTrainingError)
+    error.__name__: error for error in (NonFiniteLossError, StopTrainingError, RunInterruptedError)
 }
 """The exceptions by which one process ends the run of all; the first that any process has is raised by all."""
 
 
-def _kinds_of(reason: Exception) -> list[str]:
-    return [name for name, error in _REASONS.items() if isinstance(reason, error)]
+def _plain(reason: Exception) -> tuple[str, str | int]:
+    """Return the kind of a reason and what it is made of, to make it anew elsewhere."""
+    kind = next(name for name, error in reversed(_REASONS.items()) if isinstance(reason, error))
+    return kind, reason.signal_number if isinstance(reason, RunInterruptedError) else str(reason)
 
 
 @lru_cache(maxsize=1)  # one for all runs, as each holds connections
@@ -108,12 +110,12 @@ class Agreement:
             self.stop_if_agreed()
 
     def _first_reason(self) -> Exception | None:
-        own = [(kind, str(reason)) for reason in self._requests for kind in _kinds_of(reason)]
+        own = list(dict.fromkeys(map(_plain, self._requests)))
         self._requests = []
         reasons_of_all: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(reasons_of_all, own, group=self._group)
         reasons = [reason for reasons in reasons_of_all for reason in reasons]
         of_first_kind = (
-            error(message) for name, error in _REASONS.items() for kind, message in reasons if kind == name
+            error(content) for name, error in _REASONS.items() for kind, content in reasons if kind == name
         )
         return next(of_first_kind, None)

@@ -88,7 +88,8 @@ class TrainingLoop:
         self._agreement = Agreement(num_processes=1)
         self._batch_output: Mapping[str, Any] | None = None
         self._interrupt = InterruptFlag()
-        self._is_interrupted = False
+        self._interruption: RunInterruptedError | None = None
+        self._is_evaluation_repeatable = False
 
     # --- hooks: override them to change what happens -------------------------------------------------------------
 
@@ -244,6 +245,33 @@ class TrainingLoop:
         """End the evaluation that starts after so many batches; call it in ``on_eval_epoch_start``."""
         self._num_eval_steps = num_eval_steps
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a signal, such as that of Ctrl-C, ends the run; callbacks know it in ``on_stop_training_error``."""
+        return self._interruption is not None
+
+    def end_run_on_signals(self, *signals: int) -> None:
+        """Let signals end this training run in good order, as Ctrl-C does; call it in ``on_training_run_start``.
+
+        The step is finished, all processes end the run with its events, and `Trainer.train` raises `SystemExit` with
+        the code ``128 + n`` on each of them. A handler that the program had installed is called too, and put back when
+        the run has ended. A signal that the program ignores stays ignored. In a thread other than the main one, where
+        Python allows no handlers, this does nothing.
+
+        Args:
+            *signals: Such as ``signal.SIGTERM``.
+
+        Raises:
+            RuntimeError: No training run is under way.
+            ValueError: The system does not let programs handle the signal.
+        """
+        if not self._interrupt.is_active:
+            raise RuntimeError(
+                "`end_run_on_signals` was called while no training run is under way, so there is none to end. Call it "
+                "in `on_training_run_start` of a callback, or in the hook `training_run_start`."
+            )
+        self._interrupt.listen_to(*signals)
+
     # --- the training loop ---------------------------------------------------------------------------------------
 
     def _run_training(self) -> None:
@@ -255,7 +283,9 @@ class TrainingLoop:
                 self._run_epochs()
             except StopTrainingError as stop:
                 self._stop(stop)
-        self._end_run(self.training_run_end, "on_training_run_end")
+            self._end_run(self.training_run_end, "on_training_run_end")
+        self._end_epoch()  # of an interrupted run, whose state was to go on within it
+        self._notice_late_signal()
 
     def _run_epochs(self) -> None:
         if self._early_stop_reason is not None:  # a resumed run had been stopped for good
@@ -279,11 +309,18 @@ class TrainingLoop:
             self.training_run_epoch_end()
             self._call("on_training_run_epoch_end")
             self._agreement.settle()
-        finally:
-            if self.progress.phase != "training":  # an epoch counts once its training is done
-                self.progress.end_epoch()
-                self.run_history._increment_epoch()
+        except RunInterruptedError:
+            raise  # a state that is saved now goes on within the epoch
+        except BaseException:
+            self._end_epoch()
+            raise
+        self._end_epoch()
         return is_limit_reached
+
+    def _end_epoch(self) -> None:
+        if self.progress.phase != "training":  # an epoch counts once its training is done
+            self.progress.end_epoch()
+            self.run_history._increment_epoch()
 
     def _run_train_epoch(self, train_dl: Any) -> bool:
         """Train on the batches of an epoch, and return whether the limit of updates was reached."""
@@ -417,12 +454,23 @@ class TrainingLoop:
     def _run_eval_epochs(self, is_training: bool = True, is_intermediate: bool = False) -> None:
         """Evaluate on each evaluation dataset; those with a name put it before the names of their metrics."""
         loaders = self._eval_dataloader
-        for name, loader in (loaders if isinstance(loaders, dict) else {"": loaders}).items():
-            if loader is not None:
-                with self._metric_prefix(f"{name}_" if name else ""):
-                    self._run_eval_epoch(loader, is_training, is_intermediate)
+        named_loaders = loaders if isinstance(loaders, dict) else {"": loaders}
+        ends_epoch = is_training and not is_intermediate
+        num_done = self.progress.num_evaluations_in_epoch if ends_epoch else 0  # before the run was resumed
+        for name, loader in islice(named_loaders.items(), num_done, None):
+            if loader is None:
+                continue
+            self._is_evaluation_repeatable = ends_epoch
+            with self._metric_prefix(f"{name}_" if name else ""):
+                self._run_eval_epoch(loader, is_training, is_intermediate)
+            if ends_epoch:
+                self.progress.num_evaluations_in_epoch += 1
+            if not is_intermediate:  # which is within a step, and steps are finished
+                self._agreement.settle()
 
     def _run_eval_epoch(self, valid_dl: Any, is_training: bool = True, is_intermediate: bool = False) -> None:
+        # What a callback or a hook evaluates is finished, because a resumed run would not come to it again.
+        is_repeatable, self._is_evaluation_repeatable = self._is_evaluation_repeatable, False
         with self._training_set_aside(is_intermediate), preserved_rng_state():
             self._current_eval_dataloader = valid_dl
             self._set_data_epoch(self._eval_randomness, valid_dl, 0)
@@ -431,10 +479,11 @@ class TrainingLoop:
             for step, batch, _ in islice(_data.enumerate_batches(valid_dl), self._num_eval_steps):
                 self._is_stand_in = is_stand_in(valid_dl, step)
                 self._perform_eval_step(batch, step)
+                if is_repeatable:
+                    self._check_interrupt()
             self._add_epoch_loss_to_run_history("eval_loss_epoch" if is_training else "evaluation_loss")
             self.eval_epoch_end()
             self._call("on_eval_epoch_end", is_intermediate=is_intermediate)
-            self._agreement.settle()
 
     def _perform_eval_step(self, batch: Any, step: int) -> None:
         self._call("on_eval_step_start", batch=batch, step=step)
@@ -446,7 +495,6 @@ class TrainingLoop:
             self._update_loss_tracker(batch_output["loss"], weight)
             self._means.update_metrics(batch_output, weight)
         self._call("on_eval_step_end", batch=batch, batch_output=batch_output, step=step)
-        self._check_interrupt()
 
     def _run_prediction(self, on_every_process: bool, move_to_host: bool) -> Any:
         is_kept = on_every_process or self.run_config.is_world_process_zero
@@ -523,8 +571,17 @@ class TrainingLoop:
             self._end_together(reason)
 
     def _check_interrupt(self) -> None:
-        if self._interrupt.is_set:
-            self._end_together(RunInterruptedError("interrupted by Ctrl-C"))
+        if self._interrupt.signal_number is not None:
+            self._end_together(RunInterruptedError(self._interrupt.signal_number))
+
+    def _notice_late_signal(self) -> None:
+        """Let a signal have its consequence, on all processes, that came when the run was about to end anyway."""
+        if self._interruption is None:
+            try:
+                self._check_interrupt()
+                self._agreement.settle()
+            except RunInterruptedError as interruption:
+                self._interruption = interruption
 
     def _end_together(self, reason: Exception) -> None:
         if not self._agreement.is_needed:
@@ -536,11 +593,13 @@ class TrainingLoop:
             hook()
         with suppress(StopTrainingError):
             self._call(event)
+            self._agreement.settle()
 
     def _stop(self, stop: StopTrainingError) -> None:
         self.stop_reason = str(stop) or "a callback asked to stop"
-        self._is_interrupted = isinstance(stop, RunInterruptedError)
-        if not self._is_interrupted:
+        if isinstance(stop, RunInterruptedError):
+            self._interruption = stop
+        else:
             self._early_stop_reason = self.stop_reason
         with suppress(StopTrainingError):  # that is what is being done
             self._call("on_stop_training_error")

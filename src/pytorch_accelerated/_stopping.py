@@ -1,17 +1,23 @@
-"""When to stop: "is this value better?", "is the patience used up?", and Ctrl-C."""
+"""When to stop: "is this value better?", "is the patience used up?", and signals such as that of Ctrl-C."""
 
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated.exceptions import StopTrainingError
+from pytorch_accelerated.exceptions import StopTrainingError, add_note
 
 if TYPE_CHECKING:
     from types import FrameType
+
+PREEMPTION_SIGNALS: tuple[signal.Signals, ...] = tuple(
+    signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if name in signal.Signals.__members__
+)
+"""By these schedulers announce that a process has to go; Windows has no SIGUSR1."""
 
 
 def is_better(value: float, best: float | None, greater_is_better: bool, threshold: float = 0.0) -> bool:
@@ -78,45 +84,99 @@ class PatienceCounter:
 
 
 class RunInterruptedError(StopTrainingError):
-    """Ctrl-C was pressed, on this process or another: the run ends in good order, then `KeyboardInterrupt` follows."""
+    """A signal reached this process or another: the run ends in good order, and `consequence` follows.
+
+    Args:
+        signal_number: The signal.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"interrupted by {_name_of(signal_number)}")
+        self.signal_number = signal_number
+
+    def consequence(self) -> BaseException:
+        """Return what to raise when the run has ended, so that the process ends as processes do by that signal."""
+        if self.signal_number == signal.SIGINT:
+            return KeyboardInterrupt(str(self))
+        end = SystemExit(128 + self.signal_number)
+        add_note(end, str(self))
+        return end
+
+
+def _name_of(signal_number: int) -> str:
+    if signal_number == signal.SIGINT:
+        return "Ctrl-C"
+    return next((known.name for known in signal.Signals if known == signal_number), f"signal {signal_number}")
 
 
 class InterruptFlag:
-    """Inside its ``with`` block the first Ctrl-C only raises a flag; the second interrupts at once.
+    """Inside its ``with`` block a signal only raises a flag, so that a run can finish its step and end in good order.
 
-    A run can so finish its step and end in good order. The handler is installed on the main thread only, calls a
-    handler that the program had installed itself, and is replaced by the former one at the end.
+    It listens to Ctrl-C, and to what `listen_to` adds. A second Ctrl-C interrupts at once. Handlers are installed on
+    the main thread only, call a handler that the program had installed itself, and give way to the former ones at the
+    end of the block.
     """
 
     def __init__(self) -> None:
-        self.is_set = False
-        """Whether Ctrl-C was pressed; only within the block."""
+        self.is_active = False
+        """Whether the program is inside the block."""
 
-        self.was_set = False
-        """Whether Ctrl-C was pressed in the last block."""
+        self.signal_number: int | None = None
+        """The first signal since the start of the last block; ``None`` if there was none."""
 
-        self._previous: Any = None
+        self._was_ctrl_c_pressed = False
+        self._previous: dict[int, Any] = {}
+        self._process_id = 0
 
     def __enter__(self) -> InterruptFlag:
-        self.is_set = self.was_set = False
-        self._previous = None
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.getsignal(signal.SIGINT)
-            # A handler that was installed from C could not be put back; one who ignores Ctrl-C means it.
-            if self._previous in (None, signal.SIG_IGN):
-                self._previous = None
-            else:
-                signal.signal(signal.SIGINT, self._handle)
+        self.is_active = True
+        self.signal_number = None
+        self._was_ctrl_c_pressed = False
+        self._process_id = os.getpid()
+        self.listen_to(signal.SIGINT)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.is_set, self.was_set = False, self.is_set
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        self.is_active = False
+        while self._previous:
+            number, previous = self._previous.popitem()
+            signal.signal(number, previous)
 
-    def _handle(self, signal_number: int, frame: FrameType | None) -> None:
-        if self.is_set:
-            raise KeyboardInterrupt
-        self.is_set = True
-        if callable(self._previous) and self._previous is not signal.default_int_handler:
-            self._previous(signal_number, frame)
+    def listen_to(self, *signals: int) -> None:
+        """Let further signals raise the flag, until the end of the block.
+
+        Raises:
+            ValueError: The system does not let programs handle the signal.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in signals:
+            previous = signal.getsignal(number)
+            # A handler that was installed from C could not be put back; one who ignores a signal means it.
+            if number in self._previous or previous in (None, signal.SIG_IGN):
+                continue
+            self._previous[number] = previous
+            try:
+                signal.signal(number, self._handle)
+            except OSError as error:
+                del self._previous[number]
+                raise ValueError(
+                    f"No program can handle {_name_of(number)}, so a run cannot end in good order by it. Expected a "
+                    "signal that asks, such as SIGTERM."
+                ) from error
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and os.getpid() != self._process_id:
+            # A forked process inherits the handlers, but who started it ends it by SIGTERM.
+            signal.signal(number, self._previous[number])
+            signal.raise_signal(number)
+            return
+        if number == signal.SIGINT:
+            if self._was_ctrl_c_pressed and self.is_active:
+                raise KeyboardInterrupt
+            self._was_ctrl_c_pressed = True
+        if self.signal_number is None:
+            self.signal_number = number
+        previous = self._previous.get(number)
+        if callable(previous) and previous is not signal.default_int_handler:
+            previous(number, frame)

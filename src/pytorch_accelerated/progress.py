@@ -12,6 +12,9 @@ Phase = Literal["training", "evaluation", "end"]
 """Where in an epoch a run stands: among its batches, after them, or after its evaluation."""
 
 
+_ADDED_LATER = ("num_evaluations_in_epoch",)  # states that were saved before do not have them
+
+
 @dataclass
 class TrainingProgress:
     """The position of a training run, enough to go on from it.
@@ -22,6 +25,7 @@ class TrainingProgress:
         num_updates: Optimizer steps since the start of the run; all processes together make one update.
         num_samples: Samples that entered an update since the start of the run, over all processes.
         phase: Where in the current epoch the run stands.
+        num_evaluations_in_epoch: Evaluation datasets that the current epoch is through with.
 
     Example:
         >>> progress = TrainingProgress()
@@ -37,6 +41,7 @@ class TrainingProgress:
     num_updates: int = 0
     num_samples: int = 0
     phase: Phase = "training"
+    num_evaluations_in_epoch: int = 0
 
     def is_between_epochs(self) -> bool:
         """Tell whether the next thing to do is the first batch of an epoch."""
@@ -45,7 +50,7 @@ class TrainingProgress:
     def end_epoch(self) -> None:
         """Count the current epoch and stand before the first batch of the next."""
         self.num_epochs_completed += 1
-        self.num_batches_in_epoch = 0
+        self.num_batches_in_epoch = self.num_evaluations_in_epoch = 0
         self.phase = "training"
 
     def resume_point(self) -> TrainingProgress:
@@ -66,10 +71,10 @@ class TrainingProgress:
             ValueError: A counter is missing.
         """
         names = [field.name for field in fields(self)]
-        missing = [name for name in names if name not in state_dict]
+        missing = [name for name in names if name not in state_dict and name not in _ADDED_LATER]
         if missing:
             raise ValueError(
                 f"This progress lacks {missing}; expected all of {names}. It was not written by `TrainingProgress`."
             )
         for name in names:
-            setattr(self, name, state_dict[name])
+            setattr(self, name, state_dict.get(name, 0))

@@ -23,10 +23,7 @@ from pytorch_accelerated.exceptions import add_note
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
-from pytorch_accelerated.tracking import (
-    EpochMeans,
-    RunHistory,
-)
+from pytorch_accelerated.tracking import EpochMeans, RunHistory
 
 __all__ = [
     "DEFAULT_CALLBACKS",
@@ -54,6 +51,8 @@ _ATTRIBUTES_OF_A_RUN = (
     "_batch_output",
     "_agreement",
     "_usual_weight",
+    "_interruption",
+    "_early_stop_reason",
 )
 
 
@@ -180,6 +179,7 @@ class Trainer(TrainingLoop):
             ValueError: An argument has an impossible value, or model and optimizer do not belong together.
             TypeError: An argument is of the wrong kind.
             KeyboardInterrupt: Ctrl-C was pressed; the run has ended in good order before.
+            SystemExit: Likewise, by another signal that a callback listens to; the code is 128 + its number.
         """
         _validation.check_no_run(self._is_running)
         _validation.check_positive_integer("num_epochs", num_epochs, "epochs")
@@ -215,8 +215,8 @@ class Trainer(TrainingLoop):
             )
             self._set_up_training(num_epochs, resume_from)
             self._run_training()
-        if self._is_interrupted or self._interrupt.was_set:
-            raise KeyboardInterrupt(self.stop_reason)
+        if self._interruption is not None:
+            raise self._interruption.consequence()
 
     def evaluate(
         self,
@@ -445,6 +445,7 @@ class Trainer(TrainingLoop):
         outer_run = {name: getattr(self, name) for name in _ATTRIBUTES_OF_A_RUN} if self._is_running else {}
         self._is_running = True
         self.stop_reason = None
+        self._interruption = None
         self.is_resumed = False
         self._train_dataloader = self._eval_dataloader = self._current_eval_dataloader = None
         self._train_dl_kwargs = self._eval_dl_kwargs = None
@@ -570,7 +571,6 @@ class Trainer(TrainingLoop):
             self._waiting_scheduler_state = None
         self._means = EpochMeans()
         self._early_stop_reason = None
-        self._is_interrupted = False
         self._num_batches_to_skip = 0
         self.progress = TrainingProgress(num_epochs_completed=self.run_history.current_epoch - 1)
         self._last_epoch = self.progress.num_epochs_completed + num_epochs

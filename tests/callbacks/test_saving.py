@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +18,11 @@ from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
     ModelEmaCallback,
+    PreemptionCallback,
     SaveBestModelCallback,
     SaveTrainingStateCallback,
     StepBasedEvaluationCallback,
+    StopTrainingError,
     TrainerCallback,
 )
 from pytorch_accelerated.schedulers import CosineLrScheduler
@@ -315,6 +320,123 @@ def test_impossible_numbers_are_refused(name, number):
         SaveTrainingStateCallback(**{name: number})
 
 
+# --- training states: signals ------------------------------------------------------------------------------------
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def sender(number=signal.SIGTERM, which=1):
+    """A reaction that sends a real signal to this process in the n-th call."""
+    num_calls = itertools.count(1)
+
+    def react(trainer, **kwargs):
+        if next(num_calls) == which:
+            os.kill(os.getpid(), number)
+
+    return react
+
+
+def end_of(run, *arguments, **kwargs):
+    """Run, and return the exception by which it ended, if any."""
+    try:
+        run(*arguments, **kwargs)
+    except (KeyboardInterrupt, SystemExit) as end:
+        return end
+    return None
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_leaves_a_state_of_the_step_and_no_final_one(tmp_path, capsys, number):
+    probe = Probe(on_backward_start=sender(number, which=5))
+    trainer = make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path), probe])
+    end = end_of(train, trainer)
+    assert end.code == 128 + number if number != signal.SIGINT else isinstance(end, KeyboardInterrupt)
+    assert states_in(tmp_path) == ["step_5"]
+    path = str(tmp_path / "step_5")
+    assert capsys.readouterr().out == f"The run is saved in {path!r}. To go on: train(..., resume_from={path!r})\n"
+
+
+def test_the_state_of_an_interrupted_run_is_rotated_as_the_others(tmp_path):
+    save = SaveTrainingStateCallback(tmp_path, save_every_n_steps=2, max_checkpoints=2)
+    assert end_of(train, make_trainer(callbacks=[save, Probe(on_train_step_end=sender(which=7))])) is not None
+    assert states_in(tmp_path) == ["step_6", "step_7"]
+    resumed = make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path, save_every_n_steps=2, max_checkpoints=2)])
+    train(resumed, resume_from=tmp_path / "step_7")
+    assert states_in(tmp_path) == ["step_7", "step_8", "final"]
+
+
+@pytest.mark.parametrize(("which", "saved"), [(4, ["step_2", "step_4"]), (5, ["step_2", "step_4", "step_5"])])
+def test_a_state_is_not_saved_twice(tmp_path, capsys, which, saved):
+    class Watched(Trainer):
+        def save_training_state(self, output_dir, checkpoint_kwargs=None):
+            super().save_training_state(output_dir, checkpoint_kwargs)
+            names.append(Path(output_dir).name)
+
+    names = []
+    save = SaveTrainingStateCallback(tmp_path, save_every_n_steps=2)
+    trainer = make_trainer(cls=Watched, callbacks=[save, Probe(on_train_step_end=sender(which=which))])
+    assert end_of(train, trainer) is not None
+    assert names == saved
+    assert saved[-1] in capsys.readouterr().out
+
+
+def test_each_run_saves_its_own_state(tmp_path):
+    """A state of an earlier run at the same place is another state."""
+    save = SaveTrainingStateCallback(tmp_path)
+    for _ in range(2):
+        trainer = make_trainer(callbacks=[save, Probe(on_train_step_end=sender())])
+        assert end_of(train, trainer) is not None
+        assert states_in(tmp_path) == ["step_1"]
+        (tmp_path / "step_1").rename(tmp_path.with_name(f"{tmp_path.name}-{id(trainer)}"))
+
+
+def test_a_run_that_came_to_its_end_is_saved_as_final_whatever_comes_then(tmp_path):
+    save = SaveTrainingStateCallback(tmp_path)
+    trainer = make_trainer(callbacks=[save, Probe(on_training_run_end=sender())])
+    assert end_of(train, trainer).code == 128 + signal.SIGTERM
+    assert states_in(tmp_path) == ["final"]
+
+
+def test_a_run_that_a_callback_stops_is_saved_as_final(tmp_path):
+    def stop(trainer, **_):
+        raise StopTrainingError("enough")
+
+    train(make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path), Probe(on_train_step_end=stop)]))
+    assert states_in(tmp_path) == ["final"]
+
+
+def test_signals_are_no_concern_of_a_callback_that_is_told_so(tmp_path):
+    before = [signal.getsignal(number) for number in SIGNALS[1:]]
+    seen = []
+    look = Probe(on_train_step_start=lambda trainer, **kwargs: seen.append([signal.getsignal(n) for n in SIGNALS[1:]]))
+    save = SaveTrainingStateCallback(tmp_path, save_on_preemption=False)
+    trainer = make_trainer(callbacks=[save, look, Probe(on_train_step_end=sender(signal.SIGINT))])
+    assert isinstance(end_of(train, trainer), KeyboardInterrupt)
+    assert seen == [before]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_state_holds_what_all_callbacks_made_of_the_end(tmp_path):
+    class Counter(TrainerCallback):
+        num_stops = 0
+
+        def on_stop_training_error(self, trainer, **kwargs):
+            self.num_stops += 1
+
+        def state_dict(self):
+            return {"num_stops": self.num_stops}
+
+        def load_state_dict(self, state_dict):
+            self.num_stops = state_dict["num_stops"]
+
+    save = SaveTrainingStateCallback(tmp_path)
+    assert end_of(train, make_trainer(callbacks=[save, Counter(), Probe(on_train_step_end=sender())])) is not None
+    counter = Counter()
+    train(make_trainer(callbacks=[counter]), resume_from=tmp_path / "step_1")
+    assert counter.num_stops == 1
+
+
 # --- training states: resume -------------------------------------------------------------------------------------
 
 
@@ -397,6 +519,90 @@ def test_a_run_resumed_from_any_state_ends_as_if_never_interrupted(whole_run, tm
         resumed.optimizer.state_dict()["state"].values(), whole.optimizer.state_dict()["state"].values(), strict=True
     ):
         assert_same_weights(left, right)
+
+
+# --- training states: resume after a signal ----------------------------------------------------------------------
+
+
+def make_busy_trainer(save_dir, callbacks=()):
+    """One whose state is of many parts; evaluated on two datasets, also within epochs, and with the average."""
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+    return NoisyTrainer(
+        model,
+        nn.functional.mse_loss,
+        torch.optim.AdamW(model.parameters(), lr=0.05),
+        callbacks=[
+            PreemptionCallback(),  # the one that saves comes last, also when the run starts
+            SaveTrainingStateCallback(save_dir),
+            StepBasedEvaluationCallback(2),
+            ModelEmaCallback(decay=0.8, save_path=save_dir / "ema.pt", watch_metric="b_ema_model_eval_loss_epoch"),
+            SaveBestModelCallback(save_dir / "best.pt", watch_metric="b_eval_loss_epoch"),
+            EarlyStoppingCallback(early_stopping_patience=2, watch_metric="a_eval_loss_epoch"),
+            *callbacks,
+        ],
+    )
+
+
+def train_busily(trainer, **kwargs):
+    trainer.train(
+        make_dataset(18),  # five steps and three updates per epoch, the last batch short
+        num_epochs=3,
+        eval_dataset={"a": make_dataset(7, seed=5), "b": make_dataset(6, seed=6)},
+        per_device_batch_size=4,
+        gradient_accumulation_steps=2,
+        create_scheduler_fn=CosineLrScheduler.create_scheduler_fn(num_warmup_epochs=1),
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="module", params=[None, 8, 6], ids=["whole epochs", "cut short", "limit at an epoch's end"])
+def busy_run(request, tmp_path_factory):
+    """A run that was never interrupted, how many updates it is limited to, and the number of its steps."""
+    trainer = make_busy_trainer(tmp_path_factory.mktemp("busy"))
+    train_busily(trainer, max_num_train_steps=request.param)
+    return trainer, request.param, {None: 15, 8: 14, 6: 10}[request.param]
+
+
+# By event, in which of its calls the signal comes. An epoch has five steps; each of its evaluations has two, first on
+# `a` and then on `b`, and after each of them the average is evaluated.
+INTERRUPTED_IN = {
+    "on_training_run_start": [1],
+    "on_train_epoch_start": [1, 2],
+    "on_train_step_start": [1, 4, 5, 7],
+    "on_backward_start": [2, 8],
+    "on_optimizer_step_end": [1, 5],
+    "on_train_step_end": [1, 2, 5, 8, "last"],
+    "on_train_epoch_end": [1, 2],
+    "on_eval_epoch_start": [1, 2, 3, 4, 5],
+    "on_eval_step_start": [1, 3, 5, 6, 7, 8, 10],
+    "on_eval_step_end": [1, 4, 6, 7, 8, 12],
+    "on_eval_epoch_end": [1, 3, 4, 7],
+}
+
+
+@pytest.mark.parametrize(
+    ("event", "which"), [(event, which) for event, calls in INTERRUPTED_IN.items() for which in calls]
+)
+def test_a_run_that_a_signal_interrupts_anywhere_ends_as_if_it_had_not(busy_run, tmp_path, event, which):
+    """Also within a window, between training and evaluation, between two evaluations, and in the last step."""
+    whole, max_num_train_steps, num_steps = busy_run
+    send = sender(which=num_steps if which == "last" else which)
+    interrupted = make_busy_trainer(tmp_path, [Probe(**{event: send})])
+    end = end_of(train_busily, interrupted, max_num_train_steps=max_num_train_steps)
+    assert end.code == 128 + signal.SIGTERM
+    (state,) = tmp_path.glob("step_*")
+    resumed = make_busy_trainer(tmp_path)
+    torch.manual_seed(1234)
+    train_busily(resumed, resume_from=state, max_num_train_steps=max_num_train_steps)
+    assert results_of(resumed) == results_of(whole)
+    assert_same_weights(weights_of(resumed.model), weights_of(whole.model))
+    for left, right in zip(
+        resumed.optimizer.state_dict()["state"].values(), whole.optimizer.state_dict()["state"].values(), strict=True
+    ):
+        assert_same_weights(left, right)
+    averages = [trainer.callback_handler.callbacks[3].ema_model for trainer in (resumed, whole)]
+    assert_same_weights(*map(weights_of, averages))
 
 
 def test_a_finished_run_that_is_resumed_trains_no_further(whole_run, tmp_path):

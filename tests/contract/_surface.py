@@ -108,6 +108,8 @@ class _Default:
             return value
         if inspect.isclass(value):
             return cls(value.__name__)
+        if isinstance(value, enum.Enum):  # such as a signal, whose number depends on the system
+            return cls(f"{type(value).__name__}.{value.name}")
         if isinstance(value, tuple):
             return cls("(" + ", ".join(repr(cls.of(item)) for item in value) + ")")
         return cls(repr(value))

@@ -11,6 +11,7 @@ from pytorch_accelerated.callbacks.evaluation import (
 from pytorch_accelerated.callbacks.finetuning import GradualUnfreezingCallback
 from pytorch_accelerated.callbacks.handler import CallbackHandler
 from pytorch_accelerated.callbacks.placement import ConvertSyncBatchNormCallback, MoveModulesToDeviceCallback
+from pytorch_accelerated.callbacks.preemption import PreemptionCallback
 from pytorch_accelerated.callbacks.progress_bar import ProgressBarCallback
 from pytorch_accelerated.callbacks.reporting import LogMetricsCallback, PrintProgressCallback
 from pytorch_accelerated.callbacks.saving import SaveBestModelCallback, SaveTrainingStateCallback
@@ -31,6 +32,7 @@ __all__ = [
     "LogMetricsCallback",
     "ModelEmaCallback",
     "MoveModulesToDeviceCallback",
+    "PreemptionCallback",
     "PrintProgressCallback",
     "ProgressBarCallback",
     "SaveBestModelCallback",

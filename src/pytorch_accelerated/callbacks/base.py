@@ -120,7 +120,10 @@ class TrainerCallback:
         """Run once per ``Trainer.evaluate``, after its evaluation epoch."""
 
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Run when a callback asked to stop, before the end-of-run events."""
+        """Run when a callback asked to stop, or a signal ends the run, before the end-of-run events.
+
+        ``trainer.is_interrupted`` tells which of them.
+        """
 
     def on_exception(self, trainer: Trainer, *, exception: BaseException, **kwargs: Any) -> None:
         """Run when a run ends by any other exception, before clean-up; the exception then goes on to the caller."""

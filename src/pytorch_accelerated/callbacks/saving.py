@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated._stopping import is_better
+from pytorch_accelerated._stopping import PREEMPTION_SIGNALS, is_better
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.stopping import check_watched_metric
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
+    from pytorch_accelerated.progress import TrainingProgress
     from pytorch_accelerated.trainer import Trainer
 
 
@@ -112,14 +113,17 @@ class SaveBestModelCallback(TrainerCallback):
 class SaveTrainingStateCallback(TrainerCallback):
     """Saves training states, from which ``train(..., resume_from=...)`` goes on.
 
-    States are folders ``epoch_<n>``, ``step_<n>`` and ``final`` in ``save_dir``.
+    States are folders ``epoch_<n>``, ``step_<n>`` and ``final`` in ``save_dir``. A run that is ended by Ctrl-C, SIGTERM
+    or SIGUSR1 leaves ``step_<n>``, where it stands, and no ``final``.
 
     Args:
         save_dir: Where the states go.
         save_every_n_epochs: Epochs between two states; ``None`` for none.
         save_every_n_steps: Steps between two states; ``None`` for none.
-        save_at_end: Whether the end of the run is saved.
+        save_at_end: Whether the end of a run is saved that was not interrupted by a signal.
         max_checkpoints: How many states of epochs and steps are kept, the newest; ``None`` for all.
+        save_on_preemption: Whether a state is saved when a signal ends the run. SIGTERM and SIGUSR1 then end it in good
+            order, as Ctrl-C does; see :class:`PreemptionCallback`.
 
     Raises:
         ValueError: A number is below 1.
@@ -134,6 +138,8 @@ class SaveTrainingStateCallback(TrainerCallback):
         save_every_n_steps: int | None = None,
         save_at_end: bool = True,
         max_checkpoints: int | None = None,
+        *,
+        save_on_preemption: bool = True,
     ) -> None:
         numbers = {
             "save_every_n_epochs": save_every_n_epochs,
@@ -148,14 +154,19 @@ class SaveTrainingStateCallback(TrainerCallback):
         self.save_every_n_steps = save_every_n_steps
         self.save_at_end = save_at_end
         self.max_checkpoints = max_checkpoints
+        self.save_on_preemption = save_on_preemption
         self._num_steps = 0
         self._saved: list[str] = []
+        self._saved_at: TrainingProgress | None = None
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Begin to count steps, unless the run goes on from a state."""
+        """Begin to count steps, unless the run goes on from a state, and listen to signals."""
+        self._saved_at = None
         if not trainer.is_resumed:
             self._num_steps = 0
             self._saved = []
+        if self.save_on_preemption:
+            trainer.end_run_on_signals(*PREEMPTION_SIGNALS)
 
     def on_train_step_end(self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any) -> None:
         """Save a state if one is due."""
@@ -169,9 +180,18 @@ class SaveTrainingStateCallback(TrainerCallback):
         if self.save_every_n_epochs is not None and epoch % self.save_every_n_epochs == 0:
             self._save_and_rotate(trainer, f"epoch_{epoch}")
 
+    def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Save a state if a signal ends the run, before other callbacks change anything at its end."""
+        if not (self.save_on_preemption and trainer.is_interrupted):
+            return
+        if self._saved_at != trainer.progress.resume_point():
+            self._save_and_rotate(trainer, f"step_{self._num_steps}")
+        path = str(self.save_dir / self._saved[-1])
+        trainer.print(f"The run is saved in {path!r}. To go on: train(..., resume_from={path!r})")
+
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the end of the run."""
-        if self.save_at_end:
+        if self.save_at_end and not trainer.is_interrupted:
             trainer.save_training_state(str(self.save_dir / "final"))
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,6 +207,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         superseded = self._superseded(name)
         self._saved = [*(kept for kept in self._saved if kept != name), name]
         trainer.save_training_state(str(self.save_dir / name))
+        self._saved_at = trainer.progress.resume_point()
         if trainer.run_config.is_world_process_zero:
             for old in superseded:
                 shutil.rmtree(str(self.save_dir / old), ignore_errors=True)
