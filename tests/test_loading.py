@@ -152,24 +152,38 @@ def test_a_worker_survives_a_signal_that_is_meant_for_the_run(name):
     assert len({int(pid) for batch in batches for pid in batch[:, 1]} - {os.getpid()}) == 1
 
 
-def answer(connection):
-    WorkerSetup()(0)
+def answer(setup, connection):
+    setup(0)
     while True:
         connection.send("alive")
         connection.recv()
 
 
-def test_a_second_demand_ends_a_worker():
+def test_a_worker_that_was_told_to_end_does_so_when_the_run_is_over():
     ours, theirs = multiprocessing.Pipe()
-    worker = multiprocessing.get_context("fork").Process(target=answer, args=(theirs,), daemon=True)
+    setup = WorkerSetup(None)
+    worker = multiprocessing.get_context("fork").Process(target=answer, args=(setup, theirs), daemon=True)
     worker.start()
     assert ours.recv() == "alive"
-    worker.terminate()
-    ours.send("still there?")
-    assert ours.recv() == "alive"
-    worker.terminate()
+    for _ in range(2):
+        worker.terminate()
+        ours.send("still there?")
+        assert ours.recv() == "alive"
+    setup.end_run()
     worker.join(20)
     assert worker.exitcode == -signal.SIGTERM
+
+
+def test_a_worker_ends_at_once_after_the_run():
+    """As `multiprocessing` ends those that are still there when the program ends."""
+    randomness = EpochRandomness(loader_of(1, persistent_workers=True), 0)
+    randomness.set_epoch(0, 1)
+    list(randomness.loader)
+    (worker,) = randomness.loader._iterator._workers
+    randomness.end_run()
+    os.kill(worker.pid, signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="killed by signal: Terminated"):  # so PyTorch tells of it
+        worker.join(20)
 
 
 def open_file(worker_id):
@@ -187,7 +201,3 @@ class NeedsFile(Augmented):
 def test_the_users_own_start_of_a_worker_finds_the_dataset():
     batches = batches_of(DataLoader(NeedsFile(), batch_size=6, num_workers=2, worker_init_fn=open_file))
     assert torch.cat(batches).tolist() == [len("opened by worker 0")] * 12
-
-
-def test_a_setup_is_not_wrapped_twice():
-    assert WorkerSetup(WorkerSetup(open_file)).init is open_file

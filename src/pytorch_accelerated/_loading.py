@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 _GRACE_SECONDS = 30
+_SECONDS_BETWEEN_LOOKS = 0.1
 
 
 class SeededSamples(Dataset[Any]):
@@ -83,25 +85,42 @@ class WorkerSetup:
     """Prepares a worker for signals that are meant for the run, then calls the user's ``worker_init_fn``.
 
     A terminal or a scheduler signals a whole group of processes. If the workers died of it at once, the run would fail
-    before it can save its state. So they ignore what interrupts a run, and put off a demand to terminate; when the
-    training process ends, they end with it.
+    before it can save its state. So they ignore what interrupts a run, and put off a demand to terminate until the run
+    has ended.
 
     Args:
         init: The user's function, called with the number of the worker.
+        has_workers: Whether there will be any.
     """
 
-    def __init__(self, init: Callable[[int], None] | None = None) -> None:
-        self.init: Callable[[int], None] | None = init.init if isinstance(init, WorkerSetup) else init
+    def __init__(self, init: Callable[[int], None] | None, has_workers: bool = True) -> None:
+        self.init = init
+        self._is_run_over = torch.zeros(1, dtype=torch.bool)
+        self._deadline: float | None = None
+        if has_workers:
+            self._is_run_over.share_memory_()  # type: ignore[no-untyped-call]
+
+    def end_run(self) -> None:
+        """Tell the workers that the run has ended."""
+        self._is_run_over.fill_(True)
 
     def __call__(self, worker_id: int) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGUSR1"):
-                if hasattr(signal, name):  # Windows lacks some
-                    signal.signal(getattr(signal, name), signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, _terminate_later)
+        if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():  # not on Windows
+            for ignored in (signal.SIGINT, signal.SIGUSR1):
+                signal.signal(ignored, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, self._terminate_later)
         if self.init is not None:
             _show_plain_dataset()
             self.init(worker_id)
+
+    def _terminate_later(self, signal_number: int, frame: FrameType | None) -> None:
+        if self._deadline is None:
+            self._deadline = time.monotonic() + _GRACE_SECONDS
+        if self._is_run_over or time.monotonic() > self._deadline:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.SIGALRM, self._terminate_later)
+        signal.setitimer(signal.ITIMER_REAL, _SECONDS_BETWEEN_LOOKS)
 
 
 def _show_plain_dataset() -> None:
@@ -109,9 +128,3 @@ def _show_plain_dataset() -> None:
     worker = get_worker_info()
     if worker is not None and isinstance(worker.dataset, SeededSamples):
         object.__setattr__(worker, "dataset", worker.dataset.dataset)
-
-
-def _terminate_later(signal_number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with contextlib.suppress(AttributeError):  # Windows cannot put it off
-        signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS)  # its signal ends a process

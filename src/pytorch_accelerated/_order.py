@@ -52,6 +52,7 @@ class EpochRandomness:
         self._own_streams: list[OwnStreamOrder] = []
         self._samples: SeededSamples | None = None
         self._workers: _OwnGenerator | None = None
+        self._worker_setup: WorkerSetup | None = None
         if isinstance(loader, DataLoader):
             self._take_over(loader, num_batches_per_step)
         elif has_state(loader):
@@ -59,8 +60,8 @@ class EpochRandomness:
 
     def _take_over(self, loader: DataLoader[Any], num_batches_per_step: int) -> None:
         self._workers = _OwnGenerator()
-        settings = {**loader_settings(loader), "generator": self._workers}
-        settings["worker_init_fn"] = WorkerSetup(loader.worker_init_fn)
+        self._worker_setup = WorkerSetup(loader.worker_init_fn, loader.num_workers > 0)
+        settings = loader_settings(loader) | {"generator": self._workers, "worker_init_fn": self._worker_setup}
         dataset: Any = loader.dataset
         if is_stream(loader):
             if has_state(dataset) and loader.num_workers == 0:
@@ -96,6 +97,11 @@ class EpochRandomness:
             self._samples.set_seed(derive_seed(seed, "samples", epoch))
         if self._workers is not None:
             self._workers.manual_seed(derive_seed(seed, "workers", epoch, self._process_index))
+
+    def end_run(self) -> None:
+        """Let the workers go when they are told to."""
+        if self._worker_setup is not None:
+            self._worker_setup.end_run()
 
 
 class _OwnGenerator(torch.Generator):

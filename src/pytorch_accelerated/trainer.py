@@ -616,6 +616,8 @@ class Trainer(TrainingLoop):
             add_note(error, f"a callback failed in `on_exception` too: {secondary!r}")
 
     def _tidy_up(self, is_nested: bool) -> None:
+        for source in (*self._train_randomness, *self._eval_randomness):
+            source.end_run()
         loaders = self._eval_dataloader
         eval_dls = loaders.values() if isinstance(loaders, dict) else [loaders]
         _distributed.release(self._accelerator, self._train_dataloader, *eval_dls)

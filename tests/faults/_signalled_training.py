@@ -29,7 +29,9 @@ from pytorch_accelerated.schedulers import CosineLrScheduler
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def train(folder: Path, saves: bool = True, callbacks: Any = (), resume_from: str | None = None) -> Trainer:
+def train(
+    folder: Path, saves: bool = True, callbacks: Any = (), resume_from: str | None = None, num_workers: int = 0
+) -> Trainer:
     """Three epochs of five steps and three updates on each process; two steps of evaluation on each of two datasets."""
     torch.manual_seed(7 if resume_from is None else 1234)
     model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
@@ -49,7 +51,7 @@ def train(folder: Path, saves: bool = True, callbacks: Any = (), resume_from: st
         per_device_batch_size=4,
         gradient_accumulation_steps=2,
         create_scheduler_fn=CosineLrScheduler.create_scheduler_fn(num_warmup_epochs=1),
-        train_dataloader_kwargs={"num_workers": 0},
+        train_dataloader_kwargs={"num_workers": num_workers},
         resume_from=resume_from,
     )
     return trainer
@@ -133,7 +135,8 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     try:
         for name, resume_from in settings.get("runs", {"run": None}).items():
-            trainer = train(folder / name, settings.get("saves", True), callbacks, resume_from)
+            num_workers = settings.get("num_workers", 0)
+            trainer = train(folder / name, settings.get("saves", True), callbacks, resume_from, num_workers)
             torch.save(results_of(trainer), folder / f"{name}-{trainer.process_index}.pt")
     finally:
         if [signal.getsignal(number) for number in SIGNALS] == before:

@@ -42,6 +42,7 @@ def running(folder, **settings):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     try:
         yield process
@@ -108,6 +109,23 @@ def test_a_process_that_gets_a_signal_saves_and_ends_and_another_goes_on(tmp_pat
     assert f"resume_from={str(states / f'step_{STEPS[number]}')!r}" in output
     assert "handlers are as before" in output
     with running(tmp_path, runs={"resumed": str(states / f"step_{STEPS[number]}")}) as process:
+        output, _ = end(process)
+    assert process.returncode == 0, output
+    assert same(read(tmp_path, "resumed"), whole_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_to_the_whole_group_does_not_take_the_workers_away(tmp_path, whole_run, number):
+    """As a terminal or a scheduler sends it; on the resume the workers are others, and as many as before."""
+    with running(tmp_path, tell_at=STEPS[number], num_workers=2) as process:
+        wait_for_line(process, f"at step {STEPS[number]}")
+        os.killpg(process.pid, number)
+        output, seconds = end(process)
+    assert process.returncode == exit_code_of(number), output
+    assert seconds < SECONDS_TO_END
+    state = tmp_path / "run" / "states" / f"step_{STEPS[number]}"
+    with running(tmp_path, runs={"resumed": str(state)}, num_workers=2) as process:
         output, _ = end(process)
     assert process.returncode == 0, output
     assert same(read(tmp_path, "resumed"), whole_run)
