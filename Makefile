@@ -2,6 +2,7 @@
 #
 #   make demo                   train on real data and draw the learning curves
 #   make test                   all tests, with branch coverage
+#   make soak KILLS=200         kill runs at random moments and start them again; SEED=7 repeats a soak
 #   make check                  what a change must pass: format-check, lint, types, tests, docs
 #   make test PYTHON=python3.12 choose the interpreter for a new environment
 #   make test TESTS=tests/callbacks PYTEST_ARGS="-x -k early"
@@ -12,6 +13,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?=
+KILLS ?= 200
+SEED ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -22,7 +25,7 @@ CODE := src tests $(wildcard examples benchmarks) docs README.md
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installations into one environment get in each other's way
-.PHONY: help demo test check format format-check lint types docs build clean distclean
+.PHONY: help demo test soak check format format-check lint types docs build clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -66,6 +69,9 @@ demo: $(VENV)/.stamp-examples
 # One thread per process: the models in the tests are tiny, and the distributed tests start several processes.
 test: $(VENV)/.stamp-dev
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) $(if $(TESTS),,--cov --cov-report=term) $(PYTEST_ARGS)
+
+soak: $(VENV)/.stamp-dev
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/faults/_kills.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
 check: format-check lint types test docs
 

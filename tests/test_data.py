@@ -347,3 +347,19 @@ def test_padding_is_removed_from_rows_and_vectors():
     rows = torch.tensor([[1, -1], [-1, -1], [-1, 2]])
     assert remove_padding(rows, -1).tolist() == [[1, -1], [-1, 2]]
     assert remove_padding(torch.full((2, 2, 2), -1.0), -1).shape == (0, 2, 2)
+
+
+@pytest.mark.parametrize("make_loader", [iter, list])
+def test_a_lost_worker_is_named(make_loader):
+    def batches():
+        yield 1
+        yield 2
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    class Loader(list):
+        def __iter__(self):
+            return batches()
+
+    loader = batches() if make_loader is iter else Loader([1, 2, 3])
+    with pytest.raises(RuntimeError, match=r"a worker process of the loader was lost .*Connection reset by peer"):
+        list(_data.enumerate_batches(loader))

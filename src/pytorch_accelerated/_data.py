@@ -66,17 +66,28 @@ def enumerate_batches(loader: Any, first_step: int = 0) -> Iterator[tuple[int, A
 
     Raises:
         ValueError: The epoch has no batch at all, although the loader did not say so by its length.
+        RuntimeError: A worker process has died.
 
     Example:
         >>> list(enumerate_batches(iter("ab")))
         [(0, 'a', False), (1, 'b', True)]
     """
-    num_batches = reliable_num_batches_of(loader)
-    if num_batches is not None:
+    try:
+        num_batches = reliable_num_batches_of(loader)
+        if num_batches is None:
+            yield from _with_look_ahead(loader, first_step)
+            return
         last_step = first_step + num_batches - 1
         for step, batch in enumerate(loader, first_step):
             yield step, batch, step == last_step
-        return
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError(
+            f"The connection to a worker process of the loader was lost ({error!r}). The worker was killed, often "
+            "because memory ran out: lower `num_workers`, the batch size, or what the dataset keeps in memory."
+        ) from error
+
+
+def _with_look_ahead(loader: Any, first_step: int) -> Iterator[tuple[int, Any, bool]]:
     batches = iter(loader)
     nothing = object()
     batch, step = next(batches, nothing), first_step
