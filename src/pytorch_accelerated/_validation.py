@@ -56,6 +56,29 @@ def check_positive_number(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` is {value!r}. Expected a number above 0, or None.")
 
 
+def check_numbers_of_run(
+    num_epochs: Any,
+    per_device_batch_size: Any,
+    gradient_accumulation_steps: Any,
+    max_num_train_steps: Any,
+    gradient_clip_value: Any,
+    gradient_clip_norm: Any,
+) -> None:
+    """Raise unless all numbers that a run is started with are possible.
+
+    Raises:
+        TypeError: One of them is of the wrong kind.
+        ValueError: One of them is out of range.
+    """
+    check_positive_integer("num_epochs", num_epochs, "epochs")
+    check_positive_integer("per_device_batch_size", per_device_batch_size, "samples")
+    check_positive_integer("gradient_accumulation_steps", gradient_accumulation_steps, "batches")
+    if max_num_train_steps is not None:
+        check_positive_integer("max_num_train_steps", max_num_train_steps, "updates")
+    check_positive_number("gradient_clip_value", gradient_clip_value)
+    check_positive_number("gradient_clip_norm", gradient_clip_norm)
+
+
 def check_create_scheduler_fn(create_scheduler_fn: Any) -> None:
     """Raise unless it is something that makes a scheduler out of an optimizer.
 

@@ -11,14 +11,17 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from pytorch_accelerated import _checkpointing, _data, _distributed, _validation
+from pytorch_accelerated import _checkpointing, _data, _distributed, _drift, _states, _validation
 from pytorch_accelerated._agreement import Agreement
 from pytorch_accelerated._data import LIMIT_BATCHES_ENV_VAR
 from pytorch_accelerated._loop import TrainingLoop
+from pytorch_accelerated._manifest import SavedState
 from pytorch_accelerated._order import EpochRandomness
 from pytorch_accelerated._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
 from pytorch_accelerated._rng import derive_seed, seed_generators
+from pytorch_accelerated._state_folder import Lineage
 from pytorch_accelerated.callbacks import CallbackHandler, LimitBatchesCallback, get_default_callbacks
+from pytorch_accelerated.callbacks.saving import find_state_to_resume
 from pytorch_accelerated.exceptions import add_note
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
@@ -109,6 +112,8 @@ class Trainer(TrainingLoop):
         self._eval_dl_kwargs: dict[str, Any] | None = None
         self._prepared_model: _distributed.PreparedModel | None = None
         self._waiting_scheduler_state: Mapping[str, Any] | None = None
+        self._settings: dict[str, Any] = {}
+        self._lineage = Lineage()
         self._is_running = False
         self._seed = seed
         self._mixed_precision = mixed_precision
@@ -135,9 +140,10 @@ class Trainer(TrainingLoop):
         eval_dataloader_kwargs: Mapping[str, Any] | None = None,
         reset_run_history: bool = True,
         collate_fn: Callable[..., Any] | None = None,
-        resume_from: str | os.PathLike[str] | None = None,
+        resume_from: str | os.PathLike[str] | bool | None = None,
         *,
         gradient_clip_norm: float | None = None,
+        allow_other_num_processes: bool = False,
     ) -> None:
         """Train the model.
 
@@ -174,21 +180,28 @@ class Trainer(TrainingLoop):
             gradient_clip_norm: Bound for the norm of all gradients together, applied before each update. Callbacks find
                 the norm before clipping in ``trainer.gradient_norm``, from ``on_optimizer_step_end`` on.
             resume_from: A directory that `save_training_state` wrote. The run goes on from there up to ``num_epochs``.
+                ``"latest"``, or ``True``, takes the newest state that is whole, out of those that the run's
+                ``SaveTrainingStateCallback`` saves; if there is none, the run starts afresh.
+            allow_other_num_processes: Whether to go on from a state that another number of processes saved: at the same
+                place in the data, but not exactly.
 
         Raises:
             ValueError: An argument has an impossible value, or model and optimizer do not belong together.
+            CheckpointError: The state to resume from is damaged, or of another model; nothing has been changed.
             TypeError: An argument is of the wrong kind.
             KeyboardInterrupt: Ctrl-C was pressed; the run has ended in good order before.
             SystemExit: Likewise, by another signal that a callback listens to; the code is 128 + its number.
         """
         _validation.check_no_run(self._is_running)
-        _validation.check_positive_integer("num_epochs", num_epochs, "epochs")
-        _validation.check_positive_integer("per_device_batch_size", per_device_batch_size, "samples")
-        _validation.check_positive_integer("gradient_accumulation_steps", gradient_accumulation_steps, "batches")
-        if max_num_train_steps is not None:
-            _validation.check_positive_integer("max_num_train_steps", max_num_train_steps, "updates")
-        _validation.check_positive_number("gradient_clip_value", gradient_clip_value)
-        _validation.check_positive_number("gradient_clip_norm", gradient_clip_norm)
+        numbers: dict[str, Any] = {
+            "num_epochs": num_epochs,
+            "per_device_batch_size": per_device_batch_size,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "max_num_train_steps": max_num_train_steps,
+            "gradient_clip_value": gradient_clip_value,
+            "gradient_clip_norm": gradient_clip_norm,
+        }
+        _validation.check_numbers_of_run(**numbers)
         for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             _validation.check_reiterable(name, data, num_epochs, max_num_train_steps)
         _validation.check_create_scheduler_fn(create_scheduler_fn)
@@ -198,22 +211,14 @@ class Trainer(TrainingLoop):
         self.eval_dataset = eval_dataset
         self.collate_fn = collate_fn
         self.create_scheduler_fn = create_scheduler_fn
-        if reset_run_history:
-            self.run_history.reset()
         with self._tidy_run():
+            saved_state = find_state_to_resume(self, self._accelerator, resume_from, allow_other_num_processes)
             self._make_train_loader(per_device_batch_size, train_dataloader_kwargs)
             if eval_dataset is not None:
                 self._make_eval_loaders(per_device_batch_size, eval_dataloader_kwargs)
             self._prepare_model_optimizer_and_dataloaders()
-            self.run_config = self._create_run_config(
-                num_epochs=num_epochs,
-                per_device_batch_size=per_device_batch_size,
-                gradient_accumulation_steps=gradient_accumulation_steps,
-                max_num_train_steps=max_num_train_steps,
-                gradient_clip_value=gradient_clip_value,
-                gradient_clip_norm=gradient_clip_norm,
-            )
-            self._set_up_training(num_epochs, resume_from)
+            self.run_config = self._create_run_config(**numbers)
+            self._set_up_training(num_epochs, saved_state, reset_run_history)
             self._run_training()
         if self._interruption is not None:
             raise self._interruption.consequence()
@@ -330,19 +335,11 @@ class Trainer(TrainingLoop):
         Raises:
             CheckpointError: The file cannot be written.
         """
-        accelerator = self._accelerator
-        is_sharded = _distributed.is_sharded(accelerator)
-        checkpoint = _checkpointing.build_checkpoint(
-            accelerator.get_state_dict(self.model) if is_sharded else self.get_model().state_dict(),
-            self.optimizer if save_optimizer else None,
-            self.scheduler if save_scheduler else None,
-            checkpoint_kwargs,
-        )
-        accelerator.wait_for_everyone()
-        is_writer = accelerator.is_local_main_process if save_per_node else accelerator.is_main_process
-        if is_writer:
-            _checkpointing.save_file(checkpoint, save_path)
-        accelerator.wait_for_everyone()
+        model_state = _checkpointing.model_state_of(self.model, self._accelerator)
+        optimizer = self.optimizer if save_optimizer else None
+        scheduler = self.scheduler if save_scheduler else None
+        checkpoint = _checkpointing.build_checkpoint(model_state, optimizer, scheduler, checkpoint_kwargs)
+        _checkpointing.save_checkpoint(checkpoint, save_path, self._accelerator, save_per_node)
 
     def load_checkpoint(
         self, checkpoint_path: str | os.PathLike[str], load_optimizer: bool = True, load_scheduler: bool = True
@@ -361,16 +358,8 @@ class Trainer(TrainingLoop):
             FileNotFoundError: There is no such file.
             CheckpointError: It is damaged, or belongs to another model; nothing has been changed.
         """
-        checkpoint = _checkpointing.load_file(checkpoint_path)
-        source = f"The checkpoint {os.fspath(checkpoint_path)!r}"
-        model_state = _checkpointing.take_model_state(checkpoint, source)
-        optimizer_state = checkpoint.pop("optimizer_state_dict", None)
-        is_optimizer_loaded = load_optimizer and optimizer_state is not None and self.optimizer is not None
-        if is_optimizer_loaded:
-            _checkpointing.check_same_optimizer(self.optimizer, optimizer_state, source)
-        _checkpointing.load_model_state(self.get_model(), model_state, source)
-        if is_optimizer_loaded:
-            self.optimizer.load_state_dict(optimizer_state)
+        optimizer = self.optimizer if load_optimizer else None
+        checkpoint = _checkpointing.load_checkpoint(checkpoint_path, self.get_model(), optimizer)
         scheduler_state = checkpoint.pop("scheduler_state_dict", None)
         if load_scheduler and scheduler_state is not None:
             self._load_scheduler_state(scheduler_state)
@@ -388,25 +377,16 @@ class Trainer(TrainingLoop):
         Raises:
             CheckpointError: It cannot be written.
         """
-        resume_point = self.progress.resume_point()
-        parts = {**self._stateful_parts(), "progress": resume_point, "scheduler": self.scheduler}
-        num_epochs_ahead = resume_point.num_epochs_completed - self.progress.num_epochs_completed
-        state = {
-            **(checkpoint_kwargs or {}),
-            "current_epoch": self.run_history.current_epoch + num_epochs_ahead,
-            "trainer": {**_checkpointing.states_of(parts), "seed": self._run_seed, "stopped": self._early_stop_reason},
-        }
-        process_state = {
-            **_checkpointing.states_of({"means": self._means, "window": self._window}),
-            "gradients": _checkpointing.gradients_of(self.get_model()) if self._window.total else {},
-        }
-        _checkpointing.save_state(output_dir, self._accelerator, self.model, self.optimizer, state, process_state)
+        _states.save_state(output_dir, self._accelerator, self._parts_of_state(), checkpoint_kwargs, self._lineage)
 
-    def load_training_state(self, input_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    def load_training_state(
+        self, input_dir: str | os.PathLike[str], *, allow_other_num_processes: bool = False
+    ) -> dict[str, Any]:
         """Restore what `save_training_state` wrote. Must be called on every process.
 
         Args:
             input_dir: The directory.
+            allow_other_num_processes: Whether another number of processes may have saved it.
 
         Returns:
             ``current_epoch``, the number of the epoch in which training goes on, and the ``checkpoint_kwargs``.
@@ -415,16 +395,8 @@ class Trainer(TrainingLoop):
             FileNotFoundError: There is no such directory.
             CheckpointError: It is incomplete, damaged, or of another model; nothing has been changed.
         """
-        state, process_state = _checkpointing.load_state(input_dir, self._accelerator, self.model, self.optimizer)
-        own_state = state.pop("trainer")
-        self._run_seed = own_state["seed"]
-        self._early_stop_reason = own_state["stopped"]
-        _checkpointing.load_states(self._stateful_parts(), own_state)
-        _checkpointing.load_states({"means": self._means, "window": self._window}, process_state)
-        _checkpointing.load_gradients(self.get_model(), process_state["gradients"])
-        if "scheduler" in own_state:
-            self._load_scheduler_state(own_state["scheduler"])
-        return state
+        saved = _states.open_state(input_dir, self._accelerator, allow_other_num_processes)
+        return self._restore(_states.read_state(saved, self._accelerator, self._parts_of_state()))
 
     # --- the start and the end of a run --------------------------------------------------------------------------
 
@@ -558,7 +530,14 @@ class Trainer(TrainingLoop):
         usual_weight = self.run_config.train_per_device_batch_size or 1
         self._usual_weight = float(usual_weight) if self._agreement.is_needed else None
 
-    def _set_up_training(self, num_epochs: int, resume_from: str | os.PathLike[str] | None) -> None:
+    def _set_up_training(self, num_epochs: int, saved_state: SavedState | None, reset_run_history: bool) -> None:
+        self._settings = _drift.settings_of_run(
+            self.run_config, self.train_dataset, self._train_dataloader, self.optimizer, self.loss_func, self._seed
+        )
+        parts = self._parts_of_state()
+        contents = None if saved_state is None else _states.read_state(saved_state, self._accelerator, parts)
+        if reset_run_history:
+            self.run_history.reset()
         self._check_eval_batch_size()
         self._join_processes()
         self._discard_gradients()
@@ -572,18 +551,20 @@ class Trainer(TrainingLoop):
         self._means = EpochMeans()
         self._early_stop_reason = None
         self._num_batches_to_skip = 0
+        self._lineage = Lineage()
         self.progress = TrainingProgress(num_epochs_completed=self.run_history.current_epoch - 1)
         self._last_epoch = self.progress.num_epochs_completed + num_epochs
-        if resume_from is not None:
-            self._resume(resume_from, num_epochs)
+        if contents is not None:
+            self._resume(contents, num_epochs)
 
-    def _resume(self, resume_from: str | os.PathLike[str], num_epochs: int) -> None:
-        state = self.load_training_state(resume_from)
+    def _resume(self, contents: _states.StateContents, num_epochs: int) -> None:
+        state = self._restore(contents)
         self.run_history._set_epoch(state["current_epoch"])
-        self.progress.num_epochs_completed = state["current_epoch"] - 1
         self._num_batches_to_skip = self.progress.num_batches_in_epoch if self.progress.phase == "training" else 0
         self._last_epoch = num_epochs
         self.is_resumed = True
+        if self.run_config.is_world_process_zero:
+            _drift.warn_of_drift(contents.saved, self._parts_of_state().settings)
 
     def _check_eval_batch_size(self) -> None:
         """Refuse evaluation data that gives no batch; a subclass may demand more."""
@@ -597,12 +578,27 @@ class Trainer(TrainingLoop):
             self.model.zero_grad()
         self.optimizer.zero_grad()
 
-    def _stateful_parts(self) -> dict[str, Any]:
-        return {
-            "progress": self.progress,
-            "run_history": self.run_history,
-            "callbacks": self.callback_handler,
-        }
+    def _parts_of_state(self) -> _states.Parts:
+        return _states.Parts(
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            progress=self.progress,
+            run_history=self.run_history,
+            callbacks=self.callback_handler,
+            means=self._means,
+            window=self._window,
+            seed=self._run_seed,
+            stop_reason=self._early_stop_reason,
+            settings={**self._settings, "scheduler": _drift.name_of(self.scheduler)},
+        )
+
+    def _restore(self, contents: _states.StateContents) -> dict[str, Any]:
+        parts = self._parts_of_state()
+        _states.restore_state(contents, self._accelerator, parts, self._load_scheduler_state, self.print)
+        self._run_seed, self._early_stop_reason = contents.own["seed"], contents.own["stopped"]
+        self._lineage = Lineage(contents.saved)
+        return {name: value for name, value in contents.trainer_state.items() if name != "trainer"}
 
     def _load_scheduler_state(self, state: Mapping[str, Any]) -> None:
         if self.scheduler is None:

@@ -14,11 +14,19 @@ from _support import SOURCE, run_python
 PACKAGE = "pytorch_accelerated"
 FILES = sorted(SOURCE.rglob("*.py"))
 OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "torchmetrics", "timm", "transformers", "wandb", "torchvision"}
-MAY_IMPORT_ACCELERATE = {"__init__.py", "trainer.py", "_distributed.py", "_checkpointing.py", "callbacks/trackers.py"}
-MAY_NAME_ACCELERATE_IN_TYPES = {*MAY_IMPORT_ACCELERATE, "_loop.py"}
+MAY_IMPORT_ACCELERATE = {"__init__.py", "trainer.py", "_distributed.py", "_states.py", "callbacks/trackers.py"}
+MAY_NAME_ACCELERATE_IN_TYPES = {*MAY_IMPORT_ACCELERATE, "_loop.py", "_checkpointing.py", "callbacks/saving.py"}
 
 LAYERS = [
-    {"exceptions", "progress", "tracking", "run_config", "finetuning", "utils"},  # and all `_*`, but for the loop
+    {
+        "exceptions",
+        "progress",
+        "tracking",
+        "run_config",
+        "finetuning",
+        "states",
+        "utils",
+    },  # and all `_*`, but for the loop
     {"schedulers", "callbacks"},
     {"_loop"},  # the first half of `trainer`
     {"trainer"},
@@ -135,7 +143,7 @@ def test_the_rules_see_an_import_in_every_place():
     assert ("accelerate", True, False) in found
     assert (f"{PACKAGE}._data", False, False) in found
     assert (f"{PACKAGE}.callbacks", True, False) in found
-    assert ("safetensors", False, True) in list(imports_in(SOURCE / "_checkpointing.py"))
+    assert ("safetensors", False, True) in list(imports_in(SOURCE / "_states.py"))
 
 
 def test_importing_the_package_changes_no_random_state_no_logging_and_imports_nothing_optional():

@@ -1,0 +1,167 @@
+"""Training states on disk: which there are, which is the newest, and whether they are whole.
+
+Run it to look at them from a shell::
+
+    python -m pytorch_accelerated.states list training_states
+    python -m pytorch_accelerated.states verify training_states
+    python -m pytorch_accelerated.states show training_states/epoch_3
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from pytorch_accelerated import _manifest
+from pytorch_accelerated._manifest import MANIFEST, SavedState
+from pytorch_accelerated._state_folder import find_newest_state, list_states
+from pytorch_accelerated.exceptions import CheckpointError
+
+__all__ = ["SavedState", "find_latest_state", "list_states", "main", "verify_state"]
+
+
+def find_latest_state(folder: str | os.PathLike[str]) -> Path | None:
+    """Return the newest training state in a folder that is whole; ``None`` if there is none.
+
+    Its files are compared with their checksums. Nothing is changed, so that a run may be saving there.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        CheckpointError: A newer version of this library wrote one of the states.
+    """
+    newest = find_newest_state(folder)
+    return None if newest is None else newest.path
+
+
+def verify_state(path: str | os.PathLike[str]) -> SavedState:
+    """Compare the files of a training state with their checksums, and return what its manifest tells.
+
+    Args:
+        path: The directory of the state.
+
+    Raises:
+        FileNotFoundError: There is no such directory.
+        CheckpointError: The state is damaged, or a newer version of this library wrote it.
+    """
+    return _manifest.verify_state(Path(path))
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line, and return its exit code: 1 if what was asked about is missing or damaged, else 0.
+
+    Args:
+        arguments: Those of the command line; ``None`` for those of this process.
+    """
+    parser = argparse.ArgumentParser("python -m pytorch_accelerated.states", description="Look at training states.")
+    commands = parser.add_subparsers(required=True)
+    for name, (function, place, purpose) in _COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        command.add_argument("path", metavar=place, type=Path)
+        command.set_defaults(function=function)
+    given = parser.parse_args(arguments)
+    try:
+        is_well: bool = given.function(given.path)
+    except (OSError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0 if is_well else 1
+
+
+def _list(folder: Path) -> bool:
+    rows: list[Sequence[str]] = [("name", "epochs", "batches", "updates", "size", "metrics", "files")]
+    for state in list_states(folder):
+        at = state.position
+        place = ("?",) * 3 if at is None else (at.num_epochs_completed, at.num_batches_in_epoch, at.num_updates)
+        rows.append((state.path.name, *map(str, place), _in_bytes(state.size), _metrics_of(state), _verdict(state)))
+    _print_table(rows)
+    return True
+
+
+def _verify(path: Path) -> bool:
+    is_state = (path / MANIFEST).exists()
+    paths = [path] if is_state else [state.path for state in list_states(path)]
+    if not paths:
+        raise CheckpointError(f"There is no training state in {str(path)!r}.")
+    problems = {state: _problem_of(state) for state in paths}
+    for state, problem in problems.items():
+        print(f"{state}: {problem or 'valid'}")
+    return not any(problems.values())
+
+
+def _show(path: Path) -> bool:
+    state = _manifest.read_manifest(path)
+    state = replace(state, problem=_manifest.find_damage(state, compares_checksums=False))
+    facts = {
+        "state": str(path),
+        "files are": _verdict(state),
+        "size": _in_bytes(state.size),
+        "format": state.format_version,
+        "generation": state.generation,
+        "processes": state.num_processes,
+    }
+    files = {name: _in_bytes(file["size"]) for name, file in state.files.items()}
+    position = {} if state.position is None else asdict(state.position)
+    for title, values in (
+        ("", facts),
+        ("position", position),
+        ("metrics", state.metrics),
+        ("settings", state.settings),
+        ("versions", state.versions),
+        ("files", files),
+    ):
+        if title and values:
+            print(f"\n{title}")
+        _print_table([(f"  {name}" if title else name, str(value)) for name, value in values.items()])
+    return state.problem is None
+
+
+_COMMANDS: dict[str, tuple[Callable[[Path], bool], str, str]] = {
+    "list": (_list, "DIR", "List the states in a folder, the oldest first. Of files only the sizes are compared."),
+    "verify": (_verify, "DIR_OR_STATE", "Compare a state, or all in a folder, with their checksums."),
+    "show": (_show, "STATE", "Show what the manifest of a state tells. Of files only the sizes are compared."),
+}
+
+
+def _problem_of(path: Path) -> str | None:
+    try:
+        verify_state(path)
+    except (OSError, CheckpointError) as error:
+        return str(error)
+    return None
+
+
+def _verdict(state: SavedState) -> str:
+    return "complete" if state.problem is None else f"NOT VALID: {state.problem}"
+
+
+def _metrics_of(state: SavedState) -> str:
+    shown = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in state.metrics.items()}
+    return " ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _in_bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

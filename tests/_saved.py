@@ -1,0 +1,98 @@
+"""Training states for tests: whole ones that are made up, true ones of a tiny trainer, and their look on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from _support import make_dataset
+from pytorch_accelerated import Trainer, _manifest
+from pytorch_accelerated._manifest import MANIFEST, TRAINER_STATE, process_file
+from pytorch_accelerated.progress import TrainingProgress
+
+
+def make_up_state(path: Path, *, epochs: int = 0, batches: int = 0, num_processes: int = 1, **facts: Any) -> Path:
+    """Write a directory that is a training state as far as its manifest and the list of its files go."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    for name in (TRAINER_STATE, *map(process_file, range(num_processes)), "model.safetensors"):
+        (path / name).write_text(f"{name} of {path.name}")
+    position = TrainingProgress(num_epochs_completed=epochs, num_batches_in_epoch=batches)
+    defaults = {"metrics": {}, "settings": {}, "generation": 0, "number": 0}
+    facts = {"num_processes": num_processes, "position": asdict(position), **defaults, **facts}
+    _manifest.write_manifest(path, facts)
+    return path
+
+
+def rewrite_manifest(path: Path, **changes: Any) -> None:
+    """Write a state's manifest anew, so that it fits the files that are there now, and some other facts."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).unlink()
+    kept = ("num_processes", "position", "metrics", "settings", "generation", "number", "versions")
+    _manifest.write_manifest(path, {**{name: manifest[name] for name in kept}, **changes})
+
+
+def names_in(folder: Path) -> list[str]:
+    """All names but that of the lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    """The content of all files, by path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- a tiny training with everything in its state ----------------------------------------------------------------
+
+
+def make_state_trainer(callbacks: Any = (), seed: int = 4, **kwargs: Any) -> Trainer:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    return Trainer(model, nn.functional.mse_loss, optimizer, callbacks=callbacks, **kwargs)
+
+
+def train(trainer: Trainer, dataset: Any = None, **kwargs: Any) -> None:
+    """Five batches and three updates in an epoch, the last batch and the last update short ones."""
+    dataset = make_dataset(18) if dataset is None else dataset
+    defaults: Mapping[str, Any] = {"num_epochs": 3, "per_device_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer.train(dataset, **{**defaults, **kwargs})
+
+
+def everything_in(trainer: Trainer) -> dict[str, Any]:
+    """What a refused state must not have changed."""
+    optimizer_state = trainer.optimizer.state_dict()
+    return {
+        "weights": {name: value.clone() for name, value in trainer.model.state_dict().items()},
+        "optimizer": {
+            f"{index} {name}": torch.as_tensor(value).clone()
+            for index, values in optimizer_state["state"].items()
+            for name, value in values.items()
+        },
+        "groups": [{**group} for group in optimizer_state["param_groups"]],
+        "history": {
+            name: trainer.run_history.get_metric_values(name) for name in trainer.run_history.get_metric_names()
+        },
+        "epoch": trainer.run_history.current_epoch,
+        "progress": trainer.progress.state_dict(),
+        "random": torch.get_rng_state(),
+    }
+
+
+def assert_equal(left: Any, right: Any, place: str = "") -> None:
+    """Bit by bit, in nested structures."""
+    if isinstance(left, Mapping):
+        assert left.keys() == right.keys(), place
+        for name in left:
+            assert_equal(left[name], right[name], f"{place} {name}")
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), place
+    else:
+        assert left == right, place

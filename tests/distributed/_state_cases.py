@@ -1,0 +1,301 @@
+"""What each of two processes does with training states; run as a script, once per process.
+
+Every function `case_<name>` returns plain values and tensors, which are stored for the test of that name.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from _processes import run_cases
+from _saved import bytes_in, make_state_trainer, names_in, rewrite_manifest
+from _support import Probe, make_dataset, make_indexed_dataset, make_model, make_trainer, weights_of
+from pytorch_accelerated import _together
+from pytorch_accelerated._manifest import read_manifest
+from pytorch_accelerated.callbacks import SaveTrainingStateCallback
+from pytorch_accelerated.callbacks import saving as saving_module
+from pytorch_accelerated.exceptions import CheckpointError
+
+NUM_SAMPLES = 44
+STATES_OF_ONE = "states_of_one"
+"""Where the test has put states that one process saved, before these processes were started."""
+
+
+def message_of(act: Any, kind: type[Exception] = Exception) -> str:
+    """What it raises on this process, with the name of the class."""
+    try:
+        act()
+    except kind as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+# --- deciding and doing as one -----------------------------------------------------------------------------------
+
+
+def case_together(rank: int, directory: Path) -> Any:
+    def fail(error: Exception) -> None:
+        raise error
+
+    def fail_on_one(error: Exception) -> int:
+        if rank == 1:
+            raise error
+        return 3
+
+    is_main = rank == 0
+    return {
+        "decided": _together.decided_by_main(lambda: {"by": rank}, is_main, 2),
+        "not decided": message_of(lambda: _together.decided_by_main(lambda: fail(KeyError("mine")), is_main, 2)),
+        "done": _together.done_by_all(lambda: rank, 2),
+        "not done": message_of(lambda: _together.done_by_all(lambda: fail_on_one(CheckpointError("full")), 2)),
+        "wrong": message_of(lambda: _together.done_by_all(lambda: fail_on_one(LookupError("mine")), 2)),
+    }
+
+
+# --- another number of processes ---------------------------------------------------------------------------------
+
+
+def train_in_order(trainer: Any, **kwargs: Any) -> None:
+    kwargs = {"num_epochs": 2, "per_device_batch_size": 4, "train_dataloader_kwargs": {"shuffle": False}, **kwargs}
+    trainer.train(make_indexed_dataset(NUM_SAMPLES), **kwargs)
+
+
+def make_order_trainer(seen: list[int], save_at: Any = (), folder: Path | None = None) -> Any:
+    """Remembers the samples of the second epoch, each its own index, and saves states at steps of it."""
+
+    def look(trainer: Any, batch: Any, **_: Any) -> None:
+        if trainer.run_history.current_epoch == 2:
+            seen.extend(batch[0].flatten().int().tolist())
+
+    def save(trainer: Any, step: int, **_: Any) -> None:
+        if trainer.run_history.current_epoch == 2 and step in save_at:
+            assert folder is not None
+            trainer.save_training_state(folder / f"step_{step}")
+
+    return make_trainer(make_model(1), lr=0.0, callbacks=[Probe(on_train_step_start=look, on_train_step_end=save)])
+
+
+def resume_in_order(path: Path, **kwargs: Any) -> dict[str, Any]:
+    seen: list[int] = []
+    trainer = make_order_trainer(seen)
+    drawn: list[float] = []
+    trainer.callback_handler.add_callback(
+        Probe(on_train_epoch_start=lambda trainer, **_: drawn.append(torch.rand(1).item()))
+    )
+    train_in_order(trainer, resume_from=path, **kwargs)
+    losses = trainer.run_history.get_metric_values("train_loss_epoch")
+    return {"seen": seen, "drawn": drawn, "losses": losses, "progress": trainer.progress.state_dict()}
+
+
+def case_fewer_processes(rank: int, directory: Path) -> Any:
+    """The test resumes the states with one process."""
+    seen: list[int] = []
+    trainer = make_order_trainer(seen, save_at=range(6), folder=directory)
+    train_in_order(trainer)
+    return {"seen": seen, "losses": trainer.run_history.get_metric_values("train_loss_epoch")}
+
+
+def case_more_processes(rank: int, directory: Path) -> Any:
+    folder = directory.parent / STATES_OF_ONE
+    trainer = make_order_trainer([])
+    before = weights_of(trainer.model)
+    refused = message_of(lambda: train_in_order(trainer, resume_from=folder / "step_3"), CheckpointError)
+    return {
+        "refused": refused,
+        "is unchanged": all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items()),
+        "resumed": {
+            step: resume_in_order(folder / f"step_{step}", allow_other_num_processes=True) for step in (2, 3, 5, 10)
+        },
+        "again": resume_in_order(folder / "step_3", allow_other_num_processes=True)["drawn"],
+    }
+
+
+# --- the folder --------------------------------------------------------------------------------------------------
+
+
+def train(trainer: Any, **kwargs: Any) -> None:
+    trainer.train(make_dataset(24), **{"num_epochs": 2, "per_device_batch_size": 4, **kwargs})
+
+
+def make_saving_trainer(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
+    """Three steps in an epoch."""
+    save = SaveTrainingStateCallback(folder, **{"save_every_n_steps": 1, "save_at_end": False, **settings})
+    return make_state_trainer([save, *callbacks])
+
+
+def case_rotation(rank: int, directory: Path) -> Any:
+    """What is there after each step, as each process sees it."""
+    seen = []
+    look = Probe(on_train_step_start=lambda trainer, **_: seen.append(names_in(directory)))
+    trainer = make_saving_trainer(directory, [look], max_checkpoints=2)
+    train(trainer)
+    return {"seen": seen, "left": names_in(directory), "weights": weights_of(trainer.model)}
+
+
+def case_latest(rank: int, directory: Path) -> Any:
+    """The newest is damaged; the one before leads to the same end."""
+    whole = make_saving_trainer(directory)
+    train(whole)
+    Accelerator().wait_for_everyone()
+    if rank == 0:
+        (directory / "step_6" / "process_1.pt").write_bytes(b"")
+    printed: list[str] = []
+    resumed = make_saving_trainer(directory)
+    resumed.print = printed.append
+    torch.manual_seed(50)
+    train(resumed, resume_from="latest")
+    return {
+        "printed": printed,
+        "is_resumed": resumed.is_resumed,
+        "weights": weights_of(resumed.model),
+        "expected": weights_of(whole.model),
+        "generations": [read_manifest(path).generation for path in sorted(directory.iterdir()) if path.is_dir()],
+    }
+
+
+def case_nothing_to_resume(rank: int, directory: Path) -> Any:
+    trainer = make_saving_trainer(directory / "new")
+    train(trainer, resume_from=True)
+    return {"is_resumed": trainer.is_resumed, "names": names_in(directory / "new")}
+
+
+def case_lock(rank: int, directory: Path) -> Any:
+    """The folder belongs to a process that is none of these two."""
+    holder = None
+    if rank == 0:
+        code = (
+            "import fcntl, sys; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, fcntl.LOCK_EX);"
+            "file.write('process 7 on mars'); file.flush(); print(flush=True); sys.stdin.read()"
+        )
+        holder = subprocess.Popen(
+            [sys.executable, "-c", code, str(directory / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert holder.stdout is not None
+        holder.stdout.readline()
+    Accelerator().wait_for_everyone()
+    steps: list[int] = []
+    count = Probe(on_train_step_start=lambda trainer, step, **_: steps.append(step))
+    refused = [
+        message_of(lambda: train(make_saving_trainer(directory, [count]))),
+        message_of(lambda: train(make_saving_trainer(directory, [count]), resume_from="latest")),
+    ]
+    if holder is not None:
+        holder.communicate()
+    Accelerator().wait_for_everyone()
+    train(make_saving_trainer(directory), num_epochs=1)
+    return {"refused": refused, "steps": steps, "names": names_in(directory)}
+
+
+def case_impossible_folder(rank: int, directory: Path) -> Any:
+    if rank == 0:
+        (directory / "file").touch()
+    Accelerator().wait_for_everyone()
+    return message_of(lambda: train(make_saving_trainer(directory / "file" / "states")))
+
+
+def case_minutes(rank: int, directory: Path) -> Any:
+    """Only the main process's clock counts, and it is asked now and then only."""
+    seconds = [0.0]
+    exchanges = []
+    monotonic, decided_by_main = time.monotonic, _together.decided_by_main
+
+    def count(*arguments: Any) -> Any:
+        exchanges.append(1)
+        return decided_by_main(*arguments)
+
+    def tick(trainer: Any, **_: Any) -> None:
+        seconds[0] += 1.0 if rank == 0 else 1000.0
+
+    time.monotonic, saving_module.decided_by_main = lambda: seconds[0], count
+    try:
+        settings = {"save_every_n_steps": None, "save_every_n_minutes": 1}
+        trainer = make_saving_trainer(directory, [Probe(on_train_step_start=tick)], **settings)
+        train(trainer, num_epochs=50)  # 150 seconds
+    finally:
+        time.monotonic, saving_module.decided_by_main = monotonic, decided_by_main
+    return {"names": names_in(directory), "num_exchanges": len(exchanges), "weights": weights_of(trainer.model)}
+
+
+# --- failures ----------------------------------------------------------------------------------------------------
+
+
+def case_save_error(rank: int, directory: Path) -> Any:
+    """The second process cannot write its file."""
+    trainer = make_saving_trainer(directory / "states")
+    train(trainer, num_epochs=1)
+    before = bytes_in(directory / "states" / "step_3")
+    save = torch.save
+    failing: dict[str, Any] = {}
+
+    def fail(contents: Any, path: Any, *arguments: Any, **kwargs: Any) -> None:
+        if Path(path).name == "process_1.pt":
+            raise OSError(28, "No space left on device")
+        save(contents, path, *arguments, **kwargs)
+
+    torch.save = fail
+    try:
+        failing["direct"] = message_of(lambda: trainer.save_training_state(directory / "states" / "step_3"))
+        failing["raise"] = message_of(lambda: train(make_saving_trainer(directory / "states")))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            going_on = make_saving_trainer(directory / "states", on_save_error="warn")
+            train(going_on)
+    finally:
+        torch.save = save
+    Accelerator().wait_for_everyone()
+    unsaved = make_state_trainer()
+    train(unsaved)
+    return {
+        **failing,
+        "warnings": [str(warning.message) for warning in caught],
+        "weights": weights_of(going_on.model),
+        "expected": weights_of(unsaved.model),
+        "names": names_in(directory / "states"),
+        "is intact": bytes_in(directory / "states" / "step_3") == before,
+    }
+
+
+def case_unsaveable_callback(rank: int, directory: Path) -> Any:
+    """What the second process's callback would save could not be read back."""
+    callback = Probe()
+    callback.state_dict = lambda: {"mine": object()} if rank == 1 else {}
+    callback.load_state_dict = lambda state: None
+    trainer = make_trainer(callbacks=[callback])
+    return message_of(lambda: trainer.save_training_state(directory / "state")), names_in(directory)
+
+
+def case_unreadable_on_one(rank: int, directory: Path) -> Any:
+    """What only the second process reads does not hold what it should; neither loads anything."""
+    trainer = make_state_trainer(seed=4)
+    trainer.save_training_state(directory / "state")
+    if rank == 0:
+        torch.save({"something": "else"}, directory / "state" / "process_1.pt")
+        rewrite_manifest(directory / "state")
+    Accelerator().wait_for_everyone()
+    other = make_state_trainer(seed=5)
+    before = weights_of(other.model)
+    refused = message_of(lambda: other.load_training_state(directory / "state"))
+    is_unchanged = all(torch.equal(value, before[name]) for name, value in other.model.state_dict().items())
+    return {"refused": refused, "is unchanged": is_unchanged}
+
+
+def case_checkpoint_error(rank: int, directory: Path) -> Any:
+    """A file that the main process cannot write is an error on both."""
+    if rank == 0:
+        (directory / "file").touch()
+    Accelerator().wait_for_everyone()
+    return message_of(lambda: make_trainer().save_checkpoint(directory / "file" / "model.pt", save_per_node=False))
+
+
+CASES = {name.removeprefix("case_"): value for name, value in list(globals().items()) if name.startswith("case_")}
+
+if __name__ == "__main__":
+    run_cases(CASES)

@@ -1,0 +1,194 @@
+"""Whatever happens to a file of a training state, it is refused, the file is named, and nothing else happens."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from _saved import assert_equal, everything_in, make_state_trainer, rewrite_manifest, train
+from _support import Probe, make_dataset
+from pytorch_accelerated.exceptions import CheckpointError
+
+FILES = [
+    "manifest.json",
+    "model.safetensors",
+    "optimizer.bin",
+    "process_0.pt",
+    "random_states_0.pkl",
+    "trainer_state.pt",
+]
+
+NAMES_ACCELERATE_LOOKS_FOR = [
+    "pytorch_model.bin",
+    "model_1.safetensors",
+    "optimizer_1.bin",
+    "scheduler.bin",
+    "sampler.bin",
+    "dl_state_dict.bin",
+    "scaler.pt",
+    "random_states_1.pkl",
+    "custom_checkpoint_0.pkl",
+]
+
+
+@pytest.fixture(scope="module")
+def whole_state(tmp_path_factory):
+    """A state from within an epoch and a window."""
+    path = tmp_path_factory.mktemp("whole") / "state"
+
+    def save(trainer, step, **_):
+        if step == 2:
+            trainer.save_training_state(path)
+
+    train(make_state_trainer([Probe(on_train_step_end=save)]), num_epochs=1, eval_dataset=make_dataset(8))
+    return path
+
+
+@pytest.fixture
+def state(whole_state, tmp_path):
+    return shutil.copytree(whole_state, tmp_path / "state")
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    """One that has trained, so that there is something to be changed."""
+    trainer = make_state_trainer(seed=9)
+    train(trainer, num_epochs=1)
+    return trainer
+
+
+def assert_refused(trainer, state, name):
+    before = everything_in(trainer)
+    for use in (lambda: trainer.load_training_state(state), lambda: train(trainer, resume_from=state)):
+        with pytest.raises(CheckpointError) as caught:
+            use()
+        assert name in str(caught.value)
+        assert str(state) in str(caught.value)
+        assert_equal(everything_in(trainer), before)
+
+
+def test_these_are_all_files(whole_state):
+    assert sorted(path.name for path in whole_state.iterdir()) == FILES
+
+
+def test_a_whole_state_is_not_refused(whole_state):
+    make_state_trainer(seed=9).load_training_state(whole_state)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda content: None, id="missing"),
+        pytest.param(lambda content: b"", id="empty"),
+        pytest.param(lambda content: content[: len(content) // 2], id="truncated"),
+        pytest.param(lambda content: content[:-1], id="a byte short"),
+        pytest.param(lambda content: content + b"\0", id="a byte longer"),
+        pytest.param(lambda content: content + content, id="twice"),
+        pytest.param(lambda content: flip(content, 0), id="first bit"),
+        pytest.param(lambda content: flip(content, len(content) // 2), id="a bit in the middle"),
+        pytest.param(lambda content: flip(content, len(content) - 1), id="last bit"),
+        pytest.param(lambda content: b"\0" * len(content), id="zeros"),
+    ],
+)
+def test_a_damaged_file_is_refused_and_named_and_nothing_is_changed(trainer, state, name, damage):
+    content = damage((state / name).read_bytes())
+    (state / name).unlink()
+    if content is not None:
+        (state / name).write_bytes(content)
+    assert_refused(trainer, state, name)
+
+
+def flip(content, index):
+    return content[:index] + bytes([content[index] ^ 1]) + content[index + 1 :]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_another_state_is_refused(trainer, state, name, tmp_path):
+    """As after a copy that was cut off."""
+    other = tmp_path / "other"
+    trainer_of_other = make_state_trainer(seed=5)
+    train(trainer_of_other, num_epochs=1)
+    trainer_of_other.save_training_state(other)
+    if (other / name).read_bytes() == (state / name).read_bytes():
+        pytest.skip("the files are alike")
+    shutil.copy(other / name, state / name)
+    before = everything_in(trainer)
+    with pytest.raises(CheckpointError):
+        trainer.load_training_state(state)
+    assert_equal(everything_in(trainer), before)
+
+
+def test_a_directory_in_the_place_of_a_file_is_refused(trainer, state):
+    for name in FILES[1:]:
+        content = (state / name).read_bytes()
+        (state / name).unlink()
+        (state / name).mkdir()
+        assert_refused(trainer, state, name)
+        (state / name).rmdir()
+        (state / name).write_bytes(content)
+
+
+# --- hostile content ---------------------------------------------------------------------------------------------
+
+
+class Hostile:
+    """Leaves a trace where it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def hostile_files(trace):
+    """The containers that a pickle may come in."""
+    zipped, legacy = io.BytesIO(), io.BytesIO()
+    contents = {"trainer": Hostile(trace), "rng": Hostile(trace), "state": Hostile(trace)}
+    torch.save(contents, zipped)
+    torch.save(contents, legacy, _use_new_zipfile_serialization=False)
+    return {"zip": zipped.getvalue(), "legacy": legacy.getvalue(), "bare": pickle.dumps(Hostile(trace))}
+
+
+@pytest.mark.parametrize("container", ["zip", "legacy", "bare"])
+def test_the_trap_works(tmp_path, container):
+    (tmp_path / "file").write_bytes(hostile_files(tmp_path / "trace")[container])
+    if container == "bare":
+        pickle.loads((tmp_path / "file").read_bytes())
+    else:
+        torch.load(tmp_path / "file", weights_only=False)
+    assert (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("container", ["zip", "legacy", "bare"])
+@pytest.mark.parametrize("has_right_checksum", [True, False])
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_in_a_state_is_ever_run(trainer, state, tmp_path, name, container, has_right_checksum):
+    """Also by someone who knows how to write a manifest. What is not read may be anything."""
+    (state / name).write_bytes(hostile_files(tmp_path / "trace")[container])
+    if has_right_checksum and name != "manifest.json":
+        rewrite_manifest(state)
+    if has_right_checksum and name == "random_states_0.pkl":
+        make_state_trainer().load_training_state(state)
+    else:
+        assert_refused(trainer, state, name if not has_right_checksum else "")
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("name", NAMES_ACCELERATE_LOOKS_FOR)
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_no_file_that_accelerate_would_look_for_is_ever_run(trainer, state, tmp_path, name, is_listed):
+    (state / name).write_bytes(hostile_files(tmp_path / "trace")["zip"])
+    if is_listed:
+        rewrite_manifest(state)
+    else:
+        assert_refused(trainer, state, name)
+    if is_listed and name != "scaler.pt":  # the one of them that is read, from states of mixed precision
+        make_state_trainer().load_training_state(state)
+    assert not (tmp_path / "trace").exists()

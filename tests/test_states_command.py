@@ -1,0 +1,157 @@
+"""The public functions about training states, and the command line."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from _saved import make_up_state
+from _support import SOURCE
+from pytorch_accelerated import states
+from pytorch_accelerated.exceptions import CheckpointError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    metrics = {"eval_loss_epoch": 0.123456789, "text": "nan"}
+    make_up_state(tmp_path / "epoch_1", epochs=1, metrics={"eval_loss_epoch": 0.5})
+    make_up_state(tmp_path / "step_7", epochs=1, batches=3, metrics=metrics, settings={"sampler": "RandomSampler"})
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    """Return the exit code, what was printed, and what was printed as an error."""
+    code = states.main([*map(str, arguments)])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def damage(state):
+    content = (state / "process_0.pt").read_bytes()
+    (state / "process_0.pt").write_bytes(b"X" + content[1:])
+
+
+# --- functions ---------------------------------------------------------------------------------------------------
+
+
+def test_states_are_listed_and_the_newest_is_found(folder):
+    assert [state.path.name for state in states.list_states(str(folder))] == ["epoch_1", "step_7"]
+    assert states.find_latest_state(str(folder)) == folder / "step_7"
+    damage(folder / "step_7")
+    assert states.find_latest_state(folder) == folder / "epoch_1"
+    shutil.rmtree(folder / "epoch_1")
+    assert states.find_latest_state(folder) is None
+
+
+def test_looking_changes_nothing(folder):
+    """A run may be saving there."""
+    (folder / "step_7").rename(folder / ".step_7.old")
+    make_up_state(folder / ".step_9.tmp")
+    states.list_states(folder)
+    assert states.find_latest_state(folder) == folder / "epoch_1"
+    assert {path.name for path in folder.iterdir()} == {"epoch_1", ".step_7.old", ".step_9.tmp"}
+
+
+def test_a_state_is_verified(folder):
+    assert states.verify_state(str(folder / "step_7")).position.num_batches_in_epoch == 3
+    damage(folder / "step_7")
+    with pytest.raises(CheckpointError, match=r"step_7' is damaged: process_0\.pt is missing or altered"):
+        states.verify_state(folder / "step_7")
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+def test_list_shows_the_states_oldest_first_with_what_is_known_of_them(folder, capsys):
+    (folder / "epoch_9").mkdir()
+    (folder / "step_7" / "process_0.pt").unlink()
+    code, printed, _ = run(capsys, "list", folder)
+    assert code == 0
+    header, *rows = (line.split() for line in printed.splitlines())
+    assert header == ["name", "epochs", "batches", "updates", "size", "metrics", "files"]
+    assert rows[0][:4] == ["epoch_9", "?", "?", "?"]
+    assert " ".join(rows[0]).endswith("it has no readable manifest.json. Use an older one.")
+    assert rows[1] == ["epoch_1", "1", "0", "0", "78", "B", "eval_loss_epoch=0.5", "complete"]
+    assert rows[2][:4] == ["step_7", "1", "3", "0"]
+    assert " ".join(rows[2][6:]) == "eval_loss_epoch=0.123457 text=nan NOT VALID: process_0.pt is missing or altered"
+
+
+def test_verify_compares_one_state_or_all(folder, capsys):
+    assert run(capsys, "verify", folder) == (0, f"{folder / 'epoch_1'}: valid\n{folder / 'step_7'}: valid\n", "")
+    damage(folder / "step_7")
+    code, printed, _ = run(capsys, "verify", folder)
+    first, second = printed.splitlines()
+    assert code == 1
+    assert first == f"{folder / 'epoch_1'}: valid"
+    assert second.startswith(f"{folder / 'step_7'}: The training state")
+    assert "is damaged: process_0.pt is missing or altered" in second
+    assert run(capsys, "verify", folder / "epoch_1")[0] == 0
+    assert run(capsys, "verify", folder / "step_7")[0] == 1
+
+
+def test_show_tells_all_that_the_manifest_tells(folder, capsys):
+    code, printed, _ = run(capsys, "show", folder / "step_7")
+    lines = [line.split() for line in printed.splitlines()]
+    assert code == 0
+    for line in (
+        ["files", "are", "complete"],
+        ["position"],
+        ["num_batches_in_epoch", "3"],
+        ["eval_loss_epoch", "0.123456789"],
+        ["sampler", "RandomSampler"],
+        ["model.safetensors", "27", "B"],
+    ):
+        assert line in lines
+    (folder / "step_7" / "model.safetensors").unlink()
+    code, printed, _ = run(capsys, "show", folder / "step_7")
+    assert code == 1
+    assert "NOT VALID: model.safetensors is missing or altered" in printed
+
+
+@pytest.mark.parametrize("command", ["list", "verify", "show"])
+def test_what_is_not_there_is_an_error(tmp_path, capsys, command):
+    code, printed, error = run(capsys, command, tmp_path / "nothing")
+    assert (code, printed) == (1, "")
+    assert error.startswith("error: ")
+    assert "nothing'" in error
+
+
+def test_a_folder_without_states_cannot_be_verified(tmp_path, capsys):
+    assert run(capsys, "verify", tmp_path) == (1, "", f"error: There is no training state in '{tmp_path}'.\n")
+    assert run(capsys, "list", tmp_path)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (35_900, "35.9 kB"), (2.5e9, "2.5 GB"), (3e12, "3 TB")],
+)
+def test_sizes_are_short(size, text):
+    assert states._in_bytes(size) == text
+
+
+def test_it_runs_as_a_module(folder):
+    command = [sys.executable, "-m", "pytorch_accelerated.states", "verify", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    damage(folder / "epoch_1")
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
+
+
+def test_nothing_that_it_needs_is_made_of_accelerate():
+    """So that a lighter `__init__` would make it light."""
+    waiting, seen = ["states"], set()
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        for node in ast.walk(ast.parse((SOURCE / f"{name}.py").read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            assert not any(module.startswith("accelerate") for module in modules), name
+            own = {module.removeprefix("pytorch_accelerated.") for module in modules}
+            waiting += [module for module in own - seen if (SOURCE / f"{module}.py").is_file()]
+    assert {"_manifest", "_state_folder", "_files"} <= seen
