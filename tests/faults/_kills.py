@@ -129,15 +129,15 @@ def whole_run(folder: Path, kind: str) -> tuple[dict[str, Any], float]:
 
 
 def kill_runs(root: Path, kind: str, num_kills: int, generator: random.Random) -> tuple[int, int, Failures]:
-    """Kill runs of a kind so many times, and return how many kills and how many ended runs there were."""
+    """Kill runs of a kind so many times, let the last one end, and return how many kills and ended runs there were."""
     failures = Failures()
     expected, seconds = whole_run(root / f"{kind} whole", kind)
     kills = ends = 0
-    while kills < num_kills and not failures:
-        folder = root / f"{kind} {ends}"
+    folder = root / kind
+    while (kills < num_kills or folder.exists()) and not failures:
         folder.mkdir(exist_ok=True)
         child = start(folder, kind)
-        status = wait(child, generator.uniform(0, 1.1 * seconds))
+        status = wait(child, generator.uniform(0, 1.1 * seconds) if kills < num_kills else 120)
         if status is None:
             os.killpg(child, signal.SIGKILL) if kills % 2 else os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -167,7 +167,8 @@ def main() -> int:
         share = arguments.kills // len(KINDS) + (number < arguments.kills % len(KINDS))
         kills, ends, failures = kill_runs(root, kind, share, generator)
         print(f"{kind}: {kills} kills, {ends} runs ended, {len(failures)} failures", flush=True)
-        print(*failures, sep="\n")
+        for failure in failures:
+            print(failure)
         num_failed += len(failures)
     print(f"{arguments.kills} kills in {time.monotonic() - begin:.0f} s, {num_failed} failures")
     if not num_failed:
