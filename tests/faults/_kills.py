@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_accelerated.states import list_states, verify_state
 
 import _runs
+from pytorch_accelerated.states import list_states, verify_state
 
 MAX_CHECKPOINTS = 2
 KINDS: dict[str, dict[str, Any]] = {
