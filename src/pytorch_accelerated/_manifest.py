@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pytorch_accelerated._files import flush_to_disk, load_file, sha256_of
+from pytorch_accelerated._files import crc32_of, flush_to_disk, load_file, sha256_of
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.tracking import as_number
@@ -109,10 +109,23 @@ def as_json_number(value: Any) -> float | str:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-def write_manifest(directory: Path, facts: Mapping[str, Any]) -> None:
-    """Complete a directory by a list of its files, all readable for whom the umask says, and flush it to disk."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    files = {path.relative_to(directory).as_posix(): _facts_of(path) for path in paths}
+def seal_file(path: Path) -> dict[str, Any]:
+    """Flush a file to disk, and return its size and checksum for the manifest."""
+    facts = {"size": path.stat().st_size, "crc32": crc32_of(path)}
+    flush_to_disk(path)
+    return facts
+
+
+def write_manifest(directory: Path, facts: Mapping[str, Any], sealed: Mapping[str, dict[str, Any]]) -> None:
+    """Complete a directory by a list of its files, all readable for whom the umask says, and flush it to disk.
+
+    Args:
+        directory: Where they are.
+        facts: What the manifest tells beside them.
+        sealed: What `seal_file` returned for some of them.
+    """
+    paths = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    files = {name: sealed.get(name) or seal_file(path) for name, path in sorted(paths.items())}
     manifest = {
         "format_version": FORMAT_VERSION,
         "versions": installed_versions(),
@@ -123,16 +136,12 @@ def write_manifest(directory: Path, facts: Mapping[str, Any]) -> None:
     path = directory / MANIFEST
     path.write_text(_seal(manifest), encoding="utf-8")
     mode = path.stat().st_mode
-    for other in paths:
+    for other in paths.values():
         if other.stat().st_mode != mode:  # safetensors lets nobody but the owner read its files
             other.chmod(mode)
     folders = [folder for folder in directory.rglob("*") if folder.is_dir()]
-    for written in (*paths, path, *folders, directory):
+    for written in (path, *folders, directory):
         flush_to_disk(written)
-
-
-def _facts_of(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
@@ -184,7 +193,7 @@ def _read_format_2(directory: Path, manifest: dict[str, Any], text: str) -> Save
         num_processes=int(manifest["num_processes"]),
         generation=int(manifest["generation"]),
         number=int(manifest["number"]),
-        files=_files_in(manifest),
+        files=_files_in(manifest, "crc32"),
     )
 
 
@@ -204,7 +213,7 @@ def _read_format_1(directory: Path, manifest: dict[str, Any], _: str) -> SavedSt
         metrics=metrics,
         versions=dict(manifest["versions"]),
         num_processes=int(manifest["num_processes"]),
-        files=_files_in(manifest),
+        files=_files_in(manifest, "sha256"),
         format_version=1,
         problem=problem,
     )
@@ -220,9 +229,9 @@ def _position_from(facts: Mapping[str, Any]) -> TrainingProgress:
     return position
 
 
-def _files_in(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _files_in(manifest: Mapping[str, Any], checksum: str) -> dict[str, dict[str, Any]]:
     listed = manifest["files"].items()
-    files = {str(name): {"size": int(facts["size"]), "sha256": str(facts["sha256"])} for name, facts in listed}
+    files = {str(name): {"size": int(facts["size"]), checksum: str(facts[checksum])} for name, facts in listed}
     outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
         raise ValueError(f"{outside} are not in the directory")
@@ -269,9 +278,13 @@ def find_damage(saved: SavedState, compares_checksums: bool = True) -> str | Non
 def _is_intact(path: Path, facts: Mapping[str, Any], compares_checksums: bool) -> bool:
     try:
         has_size = path.is_file() and path.stat().st_size == facts["size"]
-        return has_size and (not compares_checksums or sha256_of(path) == facts["sha256"])
+        return has_size and (not compares_checksums or _has_checksum(path, facts))
     except OSError:  # not readable
         return False
+
+
+def _has_checksum(path: Path, facts: Mapping[str, Any]) -> bool:
+    return crc32_of(path) == str(facts["crc32"]) if "crc32" in facts else sha256_of(path) == str(facts["sha256"])
 
 
 def _missing_or_altered(name: str) -> str:

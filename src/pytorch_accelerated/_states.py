@@ -1,9 +1,8 @@
-"""Training states: what goes into one, how it is written so that it cannot be lost, and how it is read again."""
+"""Training states: what of a trainer goes into one, and how it is read and restored."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,17 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytorch_accelerated._accumulation import AccumulationWindow
-from pytorch_accelerated._checkpointing import check_same_model, check_same_optimizer, portable_state_dict
-from pytorch_accelerated._distributed import is_sharded, registered
-from pytorch_accelerated._files import (
-    as_plain,
-    bring_back_folder,
-    load_file,
-    make_folder,
-    repair_folder,
-    replace_folder,
-    temporary_of,
+from pytorch_accelerated._checkpointing import (
+    check_same_model,
+    check_same_optimizer,
+    load_model_state,
+    portable_state_dict,
 )
+from pytorch_accelerated._distributed import is_sharded, registered
+from pytorch_accelerated._files import as_plain, bring_back_folder, load_file
 from pytorch_accelerated._manifest import (
     MANIFEST,
     TRAINER_STATE,
@@ -31,11 +27,11 @@ from pytorch_accelerated._manifest import (
     as_json_number,
     process_file,
     verify_state,
-    write_manifest,
 )
 from pytorch_accelerated._regrouping import Grouping, add_up_means, regrouped_position
 from pytorch_accelerated._rng import derive_seed, get_rng_state, seed_generators, set_rng_state
-from pytorch_accelerated._state_folder import Lineage, list_states
+from pytorch_accelerated._state_folder import list_states
+from pytorch_accelerated._state_writing import CollectedState
 from pytorch_accelerated._together import decided_by_main, done_by_all
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.progress import TrainingProgress
@@ -45,7 +41,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-_WEIGHTS, _OPTIMIZER, _SCALER = "model.safetensors", "optimizer.bin", "scaler.pt"
+WEIGHTS, OPTIMIZER, SCALER = "model.pt", "optimizer.pt", "scaler.pt"
+_FORMER_NAMES = {WEIGHTS: "model.safetensors", OPTIMIZER: "optimizer.bin"}  # format 1: as Accelerate writes them
 
 
 @dataclass(frozen=True)
@@ -92,27 +89,8 @@ class Parts:
 # --- collecting --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class CollectedState:
-    """What is to be saved, and nothing of it on the disk yet.
-
-    Args:
-        model: The model, prepared or not.
-        optimizer: The optimizer or ``None``.
-        trainer_state: What is alike on all processes.
-        process_state: What this process has for itself.
-        facts: What the manifest tells about it.
-    """
-
-    model: Any
-    optimizer: Any
-    trainer_state: dict[str, Any]
-    process_state: dict[str, Any]
-    facts: dict[str, Any]
-
-
 def collect_state(parts: Parts, accelerator: Accelerator, extras: Mapping[str, Any] | None) -> CollectedState:
-    """Take the state of a trainer, on this process.
+    """Take the state of a trainer. Must be called on every process.
 
     Args:
         parts: The parts of the trainer.
@@ -120,8 +98,12 @@ def collect_state(parts: Parts, accelerator: Accelerator, extras: Mapping[str, A
         extras: The user's entries.
 
     Raises:
-        CheckpointError: Something in it could not be read back safely.
+        CheckpointError: Something in it could not be read back safely, on this process or another.
     """
+    return done_by_all(lambda: _collect_state(parts, accelerator, extras), int(accelerator.num_processes))
+
+
+def _collect_state(parts: Parts, accelerator: Accelerator, extras: Mapping[str, Any] | None) -> CollectedState:
     position = parts.progress.resume_point()
     num_epochs_ahead = position.num_epochs_completed - parts.progress.num_epochs_completed
     trainer_state = {
@@ -138,8 +120,6 @@ def collect_state(parts: Parts, accelerator: Accelerator, extras: Mapping[str, A
         "gradients": gradients_of(_plain_model(accelerator, parts.model)) if parts.window.total else {},
         "rng": get_rng_state(),
     }
-    if parts.optimizer is not None and not is_sharded(accelerator):
-        as_plain(parts.optimizer.state_dict(), "state of the optimizer")  # it has to be readable later
     history = parts.run_history
     facts = {
         "num_processes": int(accelerator.num_processes),
@@ -149,7 +129,43 @@ def collect_state(parts: Parts, accelerator: Accelerator, extras: Mapping[str, A
         },
         "settings": {**parts.settings, "seed": parts.seed},
     }
-    return CollectedState(parts.model, parts.optimizer, as_plain(trainer_state), as_plain(process_state), facts)
+    return CollectedState(
+        files={TRAINER_STATE: as_plain(trainer_state), **_files_of_model(parts, accelerator)},
+        own_files={process_file(accelerator.process_index): as_plain(process_state)},
+        facts=facts,
+        save_shards=_save_shards(parts, accelerator) if is_sharded(accelerator) else None,
+    )
+
+
+def _files_of_model(parts: Parts, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
+    if is_sharded(accelerator):
+        return {}
+    files = {WEIGHTS: as_plain(portable_state_dict(_plain_model(accelerator, parts.model).state_dict()))}
+    if parts.optimizer is not None:
+        files[OPTIMIZER] = as_plain(parts.optimizer.state_dict(), "state of the optimizer")
+    if accelerator.scaler is not None:
+        files[SCALER] = as_plain(accelerator.scaler.state_dict())
+    return files
+
+
+def _save_shards(parts: Parts, accelerator: Accelerator) -> Callable[[Path], None]:
+    def save(directory: Path) -> None:
+        with _by_accelerate(accelerator, parts.model, parts.optimizer):
+            accelerator.save_state(str(directory))
+
+    return save
+
+
+@contextmanager
+def _by_accelerate(accelerator: Accelerator, model: Any, optimizer: Any) -> Iterator[None]:
+    """Let Accelerate save or load what is sharded, where it is told to."""
+    configuration = accelerator.project_configuration
+    names_itself, configuration.automatic_checkpoint_naming = configuration.automatic_checkpoint_naming, False
+    try:
+        with registered(accelerator, model, optimizer):
+            yield
+    finally:
+        configuration.automatic_checkpoint_naming = names_itself
 
 
 def states_of(parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,109 +194,6 @@ def load_gradients(model: nn.Module, gradients: Mapping[str, torch.Tensor]) -> N
 
 def _plain_model(accelerator: Accelerator, model: Any) -> Any:
     return accelerator.unwrap_model(model, keep_torch_compile=False)
-
-
-# --- writing -----------------------------------------------------------------------------------------------------
-
-
-def save_state(
-    directory: str | os.PathLike[str],
-    accelerator: Accelerator,
-    parts: Parts,
-    extras: Mapping[str, Any] | None,
-    lineage: Lineage,
-) -> None:
-    """Write a training state: all of it under ``directory``, or nothing. Must be called on every process.
-
-    Args:
-        directory: Where to. A state that was there before stays until the new one is complete.
-        accelerator: The accelerator.
-        parts: The parts of the trainer.
-        extras: The user's entries.
-        lineage: Numbers the states of the run.
-
-    Raises:
-        CheckpointError: It could not be written, on this process or another.
-    """
-    state = done_by_all(lambda: collect_state(parts, accelerator, extras), accelerator.num_processes)
-    write_state(Path(directory), accelerator, state, lineage)
-
-
-def write_state(target: Path, accelerator: Accelerator, state: CollectedState, lineage: Lineage) -> None:
-    """Write what was collected. Must be called on every process.
-
-    Everything goes into a temporary folder beside the target, a manifest of all files last; then the folder gets its
-    name. No process goes on to the next of these steps before all have finished the one before.
-
-    Args:
-        target: The directory.
-        accelerator: The accelerator.
-        state: What was collected.
-        lineage: Numbers the states of the run.
-
-    Raises:
-        CheckpointError: It could not be written, on this process or another.
-    """
-    temporary = temporary_of(target)
-    is_main = accelerator.is_main_process
-
-    def begin() -> None:
-        if is_main:
-            make_folder(target.parent)
-            repair_folder(target)
-            temporary.mkdir()
-
-    def write() -> None:
-        with _by_accelerate(accelerator, state.model, state.optimizer):
-            accelerator.save_state(str(temporary))
-        torch.save(state.process_state, temporary / process_file(accelerator.process_index))
-        if is_main:
-            torch.save(state.trainer_state, temporary / TRAINER_STATE)
-
-    def commit() -> None:
-        if is_main:
-            generation, number = lineage.take_number(target.parent)
-            write_manifest(temporary, {**state.facts, "generation": generation, "number": number})
-            replace_folder(target)
-
-    try:
-        for step in (begin, write, commit):
-            done_by_all(_explaining(step, target), accelerator.num_processes)
-    except BaseException:
-        if is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _explaining(step: Callable[[], None], target: Path) -> Callable[[], None]:
-    from safetensors import SafetensorError  # a requirement of accelerate
-
-    def explained() -> None:
-        try:
-            step()
-        except CheckpointError:
-            raise
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(
-                f"The training state {str(target)!r} could not be written: {error}. States saved before are untouched. "
-                "Check that the folder is writable, on every machine, and that the disk has room."
-            ) from error
-
-    return explained
-
-
-@contextmanager
-def _by_accelerate(accelerator: Accelerator, model: Any, optimizer: Any) -> Iterator[None]:
-    """Let Accelerate save or load the model and the optimizer, where it is told to."""
-    if not is_sharded(accelerator):
-        model = _plain_model(accelerator, model)
-    configuration = accelerator.project_configuration
-    names_itself, configuration.automatic_checkpoint_naming = configuration.automatic_checkpoint_naming, False
-    try:
-        with registered(accelerator, model, optimizer):
-            yield
-    finally:
-        configuration.automatic_checkpoint_naming = names_itself
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -401,10 +314,10 @@ def _read_state(saved: SavedState, accelerator: Accelerator, parts: Parts) -> St
     if is_sharded(accelerator):
         return StateContents(saved, trainer_state, process_state, None, None, None)
     weights = _read_weights(saved, _plain_model(accelerator, parts.model))
-    optimizer = _read_listed(saved, _OPTIMIZER)
+    optimizer = _read_listed(saved, OPTIMIZER)
     if parts.optimizer is not None and optimizer is not None:
         check_same_optimizer(parts.optimizer, optimizer, _source(saved))
-    return StateContents(saved, trainer_state, process_state, weights, optimizer, _read_listed(saved, _SCALER))
+    return StateContents(saved, trainer_state, process_state, weights, optimizer, _read_listed(saved, SCALER))
 
 
 def _check_entries(state: Mapping[str, Any], *names: str) -> None:
@@ -425,19 +338,25 @@ def _read_process_state(saved: SavedState, accelerator: Accelerator) -> dict[str
 
 
 def _read_listed(saved: SavedState, name: str) -> dict[str, Any] | None:
+    name = _FORMER_NAMES.get(name, name) if saved.format_version == 1 else name
     return load_file(saved.path / name) if name in saved.files else None
 
 
-def _read_weights(saved: SavedState, model: nn.Module) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file as load_safetensors  # a requirement of accelerate
-
-    weights: dict[str, torch.Tensor] = load_safetensors(saved.path / _WEIGHTS)
-    own = model.state_dict()
-    pointers = {own[name].data_ptr() for name in weights if name in own}
-    # Of tensors that share their memory only one is in the file.
-    own = {name: value for name, value in own.items() if name in weights or value.data_ptr() not in pointers}
+def _read_weights(saved: SavedState, model: nn.Module) -> dict[str, Any]:
+    own = portable_state_dict(model.state_dict())
+    weights = load_file(saved.path / WEIGHTS) if saved.format_version > 1 else _read_safetensors(saved, own)
     check_same_model(own, weights, _source(saved))
     return weights
+
+
+def _read_safetensors(saved: SavedState, own: Mapping[str, Any]) -> dict[str, Any]:
+    from safetensors.torch import load_file as load_safetensors  # a requirement of accelerate
+
+    weights: dict[str, Any] = load_safetensors(saved.path / _FORMER_NAMES[WEIGHTS])
+    by_pointer = {own[name].data_ptr(): weights[name] for name in weights if name in own}
+    # Of tensors that share their memory only one is in the file.
+    shared = {name: by_pointer[value.data_ptr()] for name, value in own.items() if value.data_ptr() in by_pointer}
+    return {**shared, **weights}
 
 
 def _source(saved: SavedState) -> str:
@@ -475,7 +394,7 @@ def restore_state(
         with _by_accelerate(accelerator, parts.model, parts.optimizer):
             accelerator.load_state(str(saved.path))
     else:
-        model.load_state_dict(contents.weights, strict=False)  # names and shapes have been compared
+        load_model_state(model, contents.weights, _source(saved))
     if contents.optimizer is not None and parts.optimizer is not None:
         parts.optimizer.load_state_dict(contents.optimizer)
     if contents.scaler is not None and accelerator.scaler is not None:

@@ -36,7 +36,7 @@ def decided_by_main(decide: Callable[[], Result], is_main: bool, num_processes: 
     return result  # type: ignore[no-any-return]
 
 
-def done_by_all(act: Callable[[], Result], num_processes: int) -> Result:
+def done_by_all(act: Callable[[], Result], num_processes: int, group: Any = None) -> Result:
     """Call a function on every process, and return what it returned there, unless it failed on any.
 
     Otherwise a process that fails would leave the others waiting for it. Must be called on every process.
@@ -44,6 +44,7 @@ def done_by_all(act: Callable[[], Result], num_processes: int) -> Result:
     Args:
         act: What to do; it must not wait for other processes.
         num_processes: How many there are.
+        group: How they tell each other; ``None`` for the default group.
 
     Raises:
         CheckpointError: It failed on another process.

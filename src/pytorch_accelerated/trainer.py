@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -20,9 +21,10 @@ from pytorch_accelerated._order import EpochRandomness
 from pytorch_accelerated._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
 from pytorch_accelerated._rng import derive_seed, seed_generators
 from pytorch_accelerated._state_folder import Lineage
+from pytorch_accelerated._state_writing import StateWriter
 from pytorch_accelerated.callbacks import CallbackHandler, LimitBatchesCallback, get_default_callbacks
 from pytorch_accelerated.callbacks.saving import find_state_to_resume
-from pytorch_accelerated.exceptions import add_note
+from pytorch_accelerated.exceptions import CheckpointError, add_note
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
@@ -112,6 +114,7 @@ class Trainer(TrainingLoop):
         self._eval_dl_kwargs: dict[str, Any] | None = None
         self._prepared_model: _distributed.PreparedModel | None = None
         self._waiting_scheduler_state: Mapping[str, Any] | None = None
+        self._state_writer = StateWriter()
         self._settings: dict[str, Any] = {}
         self._lineage = Lineage()
         self._is_running = False
@@ -220,6 +223,7 @@ class Trainer(TrainingLoop):
             self.run_config = self._create_run_config(**numbers)
             self._set_up_training(num_epochs, saved_state, reset_run_history)
             self._run_training()
+            self.wait_for_training_state()
         if self._interruption is not None:
             raise self._interruption.consequence()
 
@@ -366,18 +370,35 @@ class Trainer(TrainingLoop):
         return checkpoint
 
     def save_training_state(
-        self, output_dir: str | os.PathLike[str], checkpoint_kwargs: Mapping[str, Any] | None = None
+        self,
+        output_dir: str | os.PathLike[str],
+        checkpoint_kwargs: Mapping[str, Any] | None = None,
+        *,
+        in_background: bool = False,
+        and_then: Callable[[], Any] | None = None,
     ) -> None:
         """Write everything that ``train(..., resume_from=output_dir)`` needs. Must be called on every process.
 
         Args:
             output_dir: The directory; it is complete or not there, and an older state in it stays until then.
             checkpoint_kwargs: More entries, which `load_training_state` returns.
+            in_background: Whether training goes on as soon as the state is copied to host memory. A sharded model is
+                written at once all the same.
+            and_then: Called on the main process when the state is complete.
 
         Raises:
-            CheckpointError: It cannot be written.
+            CheckpointError: It cannot be written, or the one before in the background could not.
         """
-        _states.save_state(output_dir, self._accelerator, self._parts_of_state(), checkpoint_kwargs, self._lineage)
+        state = _states.collect_state(self._parts_of_state(), self._accelerator, checkpoint_kwargs)
+        self._state_writer.write(Path(output_dir), state, self._lineage, self._accelerator, in_background, and_then)
+
+    def wait_for_training_state(self) -> None:
+        """Wait until the training state that is written in the background is complete, as `train` does at its end.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        self._state_writer.wait()
 
     def load_training_state(
         self, input_dir: str | os.PathLike[str], *, allow_other_num_processes: bool = False
@@ -608,12 +629,18 @@ class Trainer(TrainingLoop):
 
     def _report_exception(self, error: BaseException) -> None:
         self.stop_reason = f"{type(error).__name__}: {error}"
+        try:
+            self.wait_for_training_state()
+        except CheckpointError as failure:
+            add_note(error, str(failure))
         for secondary in self.callback_handler.call_event_on_all("on_exception", self, exception=error):
             add_note(error, f"a callback failed in `on_exception` too: {secondary!r}")
 
     def _tidy_up(self, is_nested: bool) -> None:
         for source in (*self._train_randomness, *self._eval_randomness):
             source.end_run()
+        if not is_nested:
+            self._state_writer.release()
         loaders = self._eval_dataloader
         eval_dls = loaders.values() if isinstance(loaders, dict) else [loaders]
         _distributed.release(self._accelerator, self._train_dataloader, *eval_dls)

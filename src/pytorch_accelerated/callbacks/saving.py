@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +20,7 @@ from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from accelerate import Accelerator
 
@@ -145,6 +146,8 @@ class SaveTrainingStateCallback(TrainerCallback):
             ``"warn"`` goes on after a warning. The states saved before are intact either way.
         save_on_preemption: Whether a state is saved when a signal ends the run. SIGTERM and SIGUSR1 then end it in good
             order, as Ctrl-C does; see :class:`PreemptionCallback`.
+        in_background: Whether the run goes on while a state is written, after it was copied to host memory; the next
+            save, and the end of the run, wait for it. The last states of a run are written at once.
 
     Raises:
         ValueError: A number is below 1, or settings contradict each other.
@@ -167,6 +170,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         greater_is_better: bool = False,
         on_save_error: Literal["raise", "warn"] = "raise",
         save_on_preemption: bool = True,
+        in_background: bool = False,
     ) -> None:
         numbers = {
             "save_every_n_epochs": save_every_n_epochs,
@@ -195,6 +199,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         self.greater_is_better = greater_is_better
         self.on_save_error = on_save_error
         self.save_on_preemption = save_on_preemption
+        self.in_background = in_background
         self._num_steps = 0
         self._num_updates = 0
         self._saved: tuple[TrainingProgress, Path] | None = None
@@ -222,21 +227,22 @@ class SaveTrainingStateCallback(TrainerCallback):
         """Save a state if one is due."""
         self._num_steps += 1
         if self._is_due(trainer):
-            self._save_and_rotate(trainer, f"step_{self._num_steps}")
+            self._save(trainer, f"step_{self._num_steps}", in_background=self.in_background)
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save a state if one is due."""
         epoch = trainer.run_history.current_epoch
         if _is_multiple(epoch, self.save_every_n_epochs):
-            self._save_and_rotate(trainer, f"epoch_{epoch}")
+            self._save(trainer, f"epoch_{epoch}", in_background=self.in_background)
 
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save a state if a signal ends the run, before other callbacks change anything at its end."""
         if not (self.save_on_preemption and trainer.is_interrupted):
             return
+        self._wait(trainer)
         position = trainer.progress.resume_point()
         if self._saved is None or self._saved[0] != position:
-            self._save_and_rotate(trainer, f"step_{self._num_steps}")
+            self._save(trainer, f"step_{self._num_steps}")
         if self._saved is not None and self._saved[0] == position:
             path = str(self._saved[1])
             trainer.print(f"The run is saved in {path!r}. To go on: train(..., resume_from={path!r})")
@@ -245,6 +251,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         """Save the end of the run, and let others have the folder."""
         if self.save_at_end and not trainer.is_interrupted:
             self._save(trainer, "final")
+        self._wait(trainer)
         release_folder(self.save_dir)
 
     def on_exception(self, trainer: Trainer, *, exception: BaseException, **kwargs: Any) -> None:
@@ -269,28 +276,34 @@ class SaveTrainingStateCallback(TrainerCallback):
             trainer.run_config, self._num_updates
         )
 
-    def _save_and_rotate(self, trainer: Trainer, name: str) -> None:
-        config = trainer.run_config
-        is_saved = self._save(trainer, name)
+    def _save(self, trainer: Trainer, name: str, *, in_background: bool = False) -> None:
+        """Save a state, and then delete those that it makes superfluous."""
+        self._wait(trainer)
+        path = self.save_dir / name
+        with self._handled_save_error(trainer):
+            trainer.save_training_state(path, in_background=in_background, and_then=self._rotate)
+            self._saved = trainer.progress.resume_point(), path
         self._timer.restart(trainer.progress.num_updates)
-        if is_saved and self.max_checkpoints is not None:
-            best = (self.keep_best or 0, self.watch_metric, self.greater_is_better)
-            retention = Retention(self.max_checkpoints, *best)
-            decided_by_main(
-                lambda: rotate(self.save_dir, retention), config.is_world_process_zero, config.num_processes
-            )
 
-    def _save(self, trainer: Trainer, name: str) -> bool:
+    def _wait(self, trainer: Trainer) -> None:
+        with self._handled_save_error(trainer):
+            trainer.wait_for_training_state()
+
+    @contextmanager
+    def _handled_save_error(self, trainer: Trainer) -> Iterator[None]:
         try:
-            trainer.save_training_state(str(self.save_dir / name))
+            yield
         except CheckpointError as error:  # on all processes, if on any
             if self.on_save_error == "raise":
                 raise
+            self._saved = None
             if trainer.run_config.is_world_process_zero:
-                warnings.warn(f"{error} The run goes on without it.", stacklevel=3)
-            return False
-        self._saved = trainer.progress.resume_point(), self.save_dir / name
-        return True
+                warnings.warn(f"{error} The run goes on without it.", stacklevel=2)
+
+    def _rotate(self) -> None:
+        if self.max_checkpoints is not None:
+            best = (self.keep_best or 0, self.watch_metric, self.greater_is_better)
+            rotate(self.save_dir, Retention(self.max_checkpoints, *best))
 
 
 def _is_multiple(number: int, divisor: int | None) -> bool:

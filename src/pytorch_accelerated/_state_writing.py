@@ -1,0 +1,194 @@
+"""How a training state gets to the disk: whole or not at all, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed
+
+from pytorch_accelerated._agreement import PROCESS_TIMEOUT
+from pytorch_accelerated._background import BackgroundWriter, HostMemory
+from pytorch_accelerated._files import make_folder, repair_folder, replace_folder, temporary_of
+from pytorch_accelerated._manifest import seal_file, write_manifest
+from pytorch_accelerated._state_folder import Lineage
+from pytorch_accelerated._together import done_by_all
+from pytorch_accelerated.exceptions import CheckpointError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class CollectedState:
+    """What is to be saved, and nothing of it on the disk yet.
+
+    Args:
+        files: What the main process writes, by the name of the file.
+        own_files: What this process writes.
+        facts: What the manifest tells about it.
+        save_shards: Writes what the processes hold in shards, and what belongs to it, into a directory.
+    """
+
+    files: Mapping[str, Any]
+    own_files: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    save_shards: Callable[[Path], None] | None = field(default=None, repr=False)
+
+    def copied_to(self, memory: HostMemory) -> CollectedState:
+        """Return the same from tensors of its own, which training does not change."""
+        files, own_files = memory.copy_of((dict(self.files), dict(self.own_files)))
+        return replace(self, files=files, own_files=own_files)
+
+
+class StateWriter:
+    """Writes the training states of a trainer, at once or in the background, where one at a time is under way."""
+
+    def __init__(self) -> None:
+        self._background = BackgroundWriter()
+        self._memory = HostMemory()
+        self._group: Any = None
+
+    def write(
+        self,
+        target: Path,
+        state: CollectedState,
+        lineage: Lineage,
+        accelerator: Accelerator,
+        in_background: bool,
+        and_then: Callable[[], Any] | None,
+    ) -> None:
+        """Write a state; in the background what can be copied. Must be called on every process.
+
+        Args:
+            target: The directory.
+            state: What was collected.
+            lineage: Numbers the states of the run.
+            accelerator: The accelerator.
+            in_background: Whether to go on meanwhile.
+            and_then: What the main process does when the state is complete.
+
+        Raises:
+            CheckpointError: It, or the one before, could not be written, on this process or another.
+        """
+        self.wait()
+        is_main, num_processes = accelerator.is_main_process, int(accelerator.num_processes)
+        task = partial(write_state, target, lineage=lineage, is_main=is_main, num_processes=num_processes)
+        if in_background and state.save_shards is None:
+            copied = done_by_all(lambda: state.copied_to(self._memory), num_processes)
+            self._background.start(partial(task, copied, and_then=and_then, group=self._own_group(num_processes)))
+        else:
+            task(state, and_then=and_then)
+
+    def wait(self) -> None:
+        """Wait until the state under way is complete.
+
+        Raises:
+            CheckpointError: It could not be written, on this process or another.
+        """
+        self._background.wait()
+
+    def release(self) -> None:
+        """Let go of what is only needed while a run lasts; nothing may be under way."""
+        self._memory = HostMemory()
+        if self._group is not None:
+            distributed.destroy_process_group(self._group)
+            self._group = None
+
+    def _own_group(self, num_processes: int) -> Any:
+        # The run goes on meanwhile and uses the default group, whose exchanges have to come in the same order.
+        if num_processes > 1 and self._group is None:
+            self._group = distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
+        return self._group
+
+
+def write_state(
+    target: Path,
+    state: CollectedState,
+    *,
+    lineage: Lineage,
+    is_main: bool,
+    num_processes: int,
+    and_then: Callable[[], Any] | None = None,
+    group: Any = None,
+) -> None:
+    """Write what was collected. Must be called on every process.
+
+    Everything goes into a temporary folder beside the target, a manifest of all files last; then the folder gets its
+    name. No process goes on to the next of these steps before all have finished the one before.
+
+    Args:
+        target: The directory.
+        state: What was collected.
+        lineage: Numbers the states of the run.
+        is_main: Whether this is the main process.
+        num_processes: How many write the state together.
+        and_then: What the main process does when the state is complete.
+        group: How the processes tell each other; ``None`` for the default group.
+
+    Raises:
+        CheckpointError: It could not be written, on this process or another.
+    """
+    temporary = temporary_of(target)
+    sealed: dict[str, Any] = {}
+
+    def begin() -> None:
+        if is_main:
+            make_folder(target.parent)
+            repair_folder(target)
+            temporary.mkdir()
+
+    def write() -> None:
+        if state.save_shards is not None:
+            state.save_shards(temporary)
+        files = {**state.files, **state.own_files} if is_main else state.own_files
+        sealed.update(_write_files(temporary, files))
+
+    def commit() -> None:
+        if is_main:
+            generation, number = lineage.take_number(target.parent)
+            write_manifest(temporary, {**state.facts, "generation": generation, "number": number}, sealed)
+            replace_folder(target)
+            if and_then is not None:
+                and_then()
+
+    try:
+        for step in (begin, write, commit):
+            done_by_all(_explaining(step, target), num_processes, group)
+    except BaseException:
+        if is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write_files(directory: Path, files: Mapping[str, Any]) -> dict[str, Any]:
+    """Write files, and return size and checksum of each; while one is written, the one before is sealed."""
+    sealed: dict[str, Future[dict[str, Any]]] = {}
+    with ThreadPoolExecutor(max_workers=1) as sealer:
+        for name, contents in files.items():
+            torch.save(contents, str(directory / name))  # given a file object, it would hold up the other threads
+            sealed[name] = sealer.submit(seal_file, directory / name)
+    return {name: facts.result() for name, facts in sealed.items()}
+
+
+def _explaining(step: Callable[[], None], target: Path) -> Callable[[], None]:
+    from safetensors import SafetensorError  # a requirement of accelerate
+
+    def explained() -> None:
+        try:
+            step()
+        except CheckpointError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"The training state {str(target)!r} could not be written: {error}. States saved before are untouched. "
+                "Check that the folder is writable, on every machine, and that the disk has room."
+            ) from error
+
+    return explained
