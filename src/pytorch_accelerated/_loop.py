@@ -371,7 +371,7 @@ class TrainingLoop:
         for source in self._train_randomness:
             if source.stream is not None:
                 source.stream.resume(position, num_done)
-        return train_dl
+        return _data.RestOfEpoch(train_dl, 0) if num_done else train_dl
 
     def _perform_forward_and_backward_passes(self, batch: Any, step: int) -> None:
         self._call("on_train_step_start", batch=batch, step=step)

@@ -293,19 +293,21 @@ class Trainer(TrainingLoop):
         self, batch_size: int, train_dl_kwargs: Mapping[str, Any] | None = None
     ) -> Iterable[Any]:
         """Make the loader of ``self.train_dataset``; any iterable of batches will do."""
+        _validation.check_data_not_empty("train_dataset", self.train_dataset)
         if not _data.is_dataset(self.train_dataset):
-            return self._take_batches("train_dataset", self.train_dataset)
+            return self.train_dataset  # type: ignore[no-any-return]
         defaults = self.get_default_train_dl_kwargs(batch_size)
         self._train_dl_kwargs = _data.merge_dl_kwargs(defaults, train_dl_kwargs, self.train_dataset)
-        return self._create_dataloader("train_dataset", self.train_dataset, self._train_dl_kwargs)
+        return self._create_dataloader(self.train_dataset, self._train_dl_kwargs)
 
     def create_eval_dataloader(self, batch_size: int, eval_dl_kwargs: Mapping[str, Any] | None = None) -> Iterable[Any]:
         """Make the loader of ``self.eval_dataset``; any iterable of batches will do."""
+        _validation.check_data_not_empty("eval_dataset", self.eval_dataset)
         if not _data.is_dataset(self.eval_dataset):
-            return self._take_batches("eval_dataset", self.eval_dataset)
+            return self.eval_dataset  # type: ignore[no-any-return]
         defaults = self.get_default_eval_dl_kwargs(batch_size)
         self._eval_dl_kwargs = _data.merge_dl_kwargs(defaults, eval_dl_kwargs, self.eval_dataset)
-        return self._create_dataloader("eval_dataset", self.eval_dataset, self._eval_dl_kwargs)
+        return self._create_dataloader(self.eval_dataset, self._eval_dl_kwargs)
 
     def create_scheduler(self) -> Any:
         """Make the learning-rate scheduler of a run; ``None`` for none."""
@@ -478,12 +480,7 @@ class Trainer(TrainingLoop):
         is_gpu = self._accelerator.device.type == "cuda"
         return _data.default_dl_kwargs(dataset, batch_size, num_local_processes, pin_memory=is_gpu)
 
-    def _take_batches(self, name: str, batches: Iterable[Any]) -> Iterable[Any]:
-        _validation.check_data_not_empty(name, batches)
-        return batches
-
-    def _create_dataloader(self, name: str, dataset: Any, dl_kwargs: Mapping[str, Any]) -> Iterable[Any]:
-        _validation.check_data_not_empty(name, dataset)
+    def _create_dataloader(self, dataset: Any, dl_kwargs: Mapping[str, Any]) -> Iterable[Any]:
         return DataLoader(**_data.loader_arguments(dataset, self.collate_fn, dl_kwargs))
 
     def _prepare_model_optimizer_and_dataloaders(self) -> None:
@@ -540,7 +537,9 @@ class Trainer(TrainingLoop):
             self.run_history.reset()
         self._check_eval_batch_size()
         self._join_processes()
-        self._discard_gradients()
+        if isinstance(self.model, nn.Module):  # what was left in `.grad` goes, also of what the optimizer does not hold
+            self.model.zero_grad()
+        self.optimizer.zero_grad()
         _distributed.take_over_accumulation(self._accelerator, self.run_config.gradient_accumulation_steps)
         self.scheduler = self.create_scheduler()
         if isinstance(self.scheduler, StatefulSchedulerBase) and self.scheduler.num_updates < 0:
@@ -549,7 +548,7 @@ class Trainer(TrainingLoop):
             self._load_scheduler_state(self._waiting_scheduler_state)
             self._waiting_scheduler_state = None
         self._means = EpochMeans()
-        self._early_stop_reason = None
+        self._early_stop_reason = self._stream_position = None
         self._num_batches_to_skip = 0
         self._lineage = Lineage()
         self.progress = TrainingProgress(num_epochs_completed=self.run_history.current_epoch - 1)
@@ -561,6 +560,7 @@ class Trainer(TrainingLoop):
         state = self._restore(contents)
         self.run_history._set_epoch(state["current_epoch"])
         self._num_batches_to_skip = self.progress.num_batches_in_epoch if self.progress.phase == "training" else 0
+        self._stream_position = contents.stream_position
         self._last_epoch = num_epochs
         self.is_resumed = True
         if self.run_config.is_world_process_zero:
@@ -568,15 +568,8 @@ class Trainer(TrainingLoop):
 
     def _check_eval_batch_size(self) -> None:
         """Refuse evaluation data that gives no batch; a subclass may demand more."""
-        loaders = self._eval_dataloader
-        for loader in loaders.values() if isinstance(loaders, dict) else [loaders]:
+        for loader in _data.loaders_in(self._eval_dataloader):
             _validation.check_loader_not_empty("eval_dataset", loader)
-
-    def _discard_gradients(self) -> None:
-        """Drop what was left in ``.grad`` before the run, also of parameters that the optimizer does not hold."""
-        if isinstance(self.model, nn.Module):
-            self.model.zero_grad()
-        self.optimizer.zero_grad()
 
     def _parts_of_state(self) -> _states.Parts:
         return _states.Parts(
@@ -588,6 +581,7 @@ class Trainer(TrainingLoop):
             callbacks=self.callback_handler,
             means=self._means,
             window=self._window,
+            stream=next((source.stream for source in self._train_randomness), None),
             seed=self._run_seed,
             stop_reason=self._early_stop_reason,
             settings={**self._settings, "scheduler": _drift.name_of(self.scheduler)},
@@ -614,9 +608,7 @@ class Trainer(TrainingLoop):
     def _tidy_up(self, is_nested: bool) -> None:
         for source in (*self._train_randomness, *self._eval_randomness):
             source.end_run()
-        loaders = self._eval_dataloader
-        eval_dls = loaders.values() if isinstance(loaders, dict) else [loaders]
-        _distributed.release(self._accelerator, self._train_dataloader, *eval_dls)
+        _distributed.release(self._accelerator, self._train_dataloader, *_data.loaders_in(self._eval_dataloader))
         model, self._prepared_model = self._prepared_model, None
         if model is not None:
             if not is_nested:

@@ -168,16 +168,13 @@ class SaveTrainingStateCallback(TrainerCallback):
         on_save_error: Literal["raise", "warn"] = "raise",
         save_on_preemption: bool = True,
     ) -> None:
-        numbers = {
-            "save_every_n_epochs": save_every_n_epochs,
-            "save_every_n_steps": save_every_n_steps,
-            "save_every_n_updates": save_every_n_updates,
-            "max_checkpoints": max_checkpoints,
-            "keep_best": keep_best,
-        }
-        for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise ValueError(f"`{name}` is {number!r}. Expected at least 1, or None.")
+        _check_numbers(
+            save_every_n_epochs=save_every_n_epochs,
+            save_every_n_steps=save_every_n_steps,
+            save_every_n_updates=save_every_n_updates,
+            max_checkpoints=max_checkpoints,
+            keep_best=keep_best,
+        )
         check_positive_number("save_every_n_minutes", save_every_n_minutes)
         if keep_best is not None and max_checkpoints is None:
             raise ValueError("`keep_best` is given without `max_checkpoints`, so all states are kept. Give both.")
@@ -291,6 +288,12 @@ class SaveTrainingStateCallback(TrainerCallback):
             return False
         self._saved = trainer.progress.resume_point(), self.save_dir / name
         return True
+
+
+def _check_numbers(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"`{name}` is {number!r}. Expected at least 1, or None.")
 
 
 def _is_multiple(number: int, divisor: int | None) -> bool:
