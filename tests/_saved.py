@@ -22,7 +22,7 @@ def make_up_state(path: Path, *, epochs: int = 0, batches: int = 0, num_processe
     """Write a directory that is a training state as far as its manifest and the list of its files go."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
-    for name in (TRAINER_STATE, *map(process_file, range(num_processes)), "model.safetensors"):
+    for name in (TRAINER_STATE, *map(process_file, range(num_processes)), "model.pt"):
         (path / name).write_text(f"{name} of {path.name}")
     position = TrainingProgress(num_epochs_completed=epochs, num_batches_in_epoch=batches)
     defaults = {"metrics": {}, "settings": {}, "generation": 0, "number": 0}

@@ -17,7 +17,7 @@ from _saved import make_state_trainer, rewrite_manifest, train
 from _support import Batches, Probe, Samples, Stream, make_dataset
 from pytorch_accelerated import _drift
 from pytorch_accelerated._manifest import read_manifest
-from pytorch_accelerated._order import CommonOrder
+from pytorch_accelerated._order import OwnStreamOrder
 from pytorch_accelerated._sharding import BatchShare
 
 
@@ -196,7 +196,7 @@ def test_the_sampler_is_the_innermost(kwargs, expected):
 
 
 def test_the_sampler_is_found_inside_what_shares_it_among_processes():
-    loader = DataLoader(range(18), batch_sampler=BatchSampler(CommonOrder(RandomSampler(range(18))), 4, False))
+    loader = DataLoader(range(18), batch_sampler=BatchSampler(OwnStreamOrder(RandomSampler(range(18))), 4, False))
     shared = DataLoader(range(18), batch_sampler=BatchShare(loader.batch_sampler, 2, 0))
     assert _drift._name_of_sampler(shared) == "RandomSampler"
     assert _drift._name_of_sampler(mock.MagicMock()) == "MagicMock"  # which has everything, for ever

@@ -40,7 +40,7 @@ def test_a_manifest_gives_back_what_was_written(tmp_path):
     assert {name: getattr(saved, name) for name in facts} == facts
     assert saved.num_processes == 2
     assert saved.format_version == 2
-    assert set(saved.files) == {"trainer_state.pt", "process_0.pt", "process_1.pt", "model.safetensors"}
+    assert set(saved.files) == {"trainer_state.pt", "process_0.pt", "process_1.pt", "model.pt"}
     assert saved.size == sum((path / name).stat().st_size for name in saved.files)
     assert json.loads((path / "manifest.json").read_text())["size"] == saved.size
     assert saved.versions["torch"] == metadata.version("torch")
@@ -92,7 +92,7 @@ def test_all_files_may_be_read_by_whom_the_umask_allows(tmp_path, umask):
     try:
         path = tmp_path / "state"
         path.mkdir()
-        (path / "model.safetensors").touch(mode=0o600)
+        (path / "model.pt").touch(mode=0o600)
         (path / "other").touch()
         _manifest.write_manifest(path, {})
     finally:
@@ -178,7 +178,7 @@ def test_a_state_of_a_newer_version_is_refused_as_such(path):
         _manifest.verify_state(path)
 
 
-@pytest.mark.parametrize("name", ["trainer_state.pt", "process_0.pt", "process_1.pt", "model.safetensors"])
+@pytest.mark.parametrize("name", ["trainer_state.pt", "process_0.pt", "process_1.pt", "model.pt"])
 @pytest.mark.parametrize(
     ("damage", "is_seen_by_size"),
     [
@@ -234,7 +234,7 @@ def test_a_file_that_cannot_be_read_is_damaged(path, monkeypatch):
     def fail(file):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(_manifest, "sha256_of", fail)
+    monkeypatch.setattr(_manifest, "crc32_of", fail)
     with pytest.raises(CheckpointError, match="is damaged"):
         _manifest.verify_state(path)
 
@@ -243,7 +243,7 @@ def test_a_file_that_cannot_be_read_is_damaged(path, monkeypatch):
 def test_files_outside_of_the_directory_are_not_looked_at(path, name):
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["checksum"]
-    manifest["files"][name] = {"size": 1, "sha256": ""}
+    manifest["files"][name] = {"size": 1, "crc32": ""}
     (path / "manifest.json").write_text(_manifest._seal(manifest))
     with pytest.raises(CheckpointError, match="no readable manifest"):
         _manifest.verify_state(path)

@@ -99,13 +99,13 @@ def test_a_folder_that_may_not_be_read_is_passed_over_unless_it_has_a_name_of_ou
 def test_the_newest_that_is_whole_is_found_and_the_others_are_named(folder):
     (folder / "epoch_8").mkdir()
     for name in ("step_9", "mine"):
-        (folder / name / "model.safetensors").write_bytes(b"x" * (folder / name / "model.safetensors").stat().st_size)
+        (folder / name / "model.pt").write_bytes(b"x" * (folder / name / "model.pt").stat().st_size)
     passed_over = []
     assert find_newest_state(folder, passed_over.append).path == folder / "step_20"
     assert len(passed_over) == 2
-    assert passed_over[0].startswith(f"The training state '{folder / 'step_9'}' is damaged: model.safetensors")
+    assert passed_over[0].startswith(f"The training state '{folder / 'step_9'}' is damaged: model.pt")
     for name in ("step_20", "epoch_3"):
-        (folder / name / "model.safetensors").unlink()
+        (folder / name / "model.pt").unlink()
     passed_over.clear()
     assert find_newest_state(folder, passed_over.append) is None
     assert len(passed_over) == 5
@@ -234,7 +234,7 @@ def test_only_states_of_epochs_and_steps_go(tmp_path):
 
 def test_damaged_states_do_not_count_as_kept(tmp_path):
     make_states(tmp_path, [1.0, 2.0, 3.0])
-    (tmp_path / "epoch_2" / "model.safetensors").unlink()
+    (tmp_path / "epoch_2" / "model.pt").unlink()
     rotate(tmp_path, Retention(2))
     assert names_in(tmp_path) == ["epoch_1", "epoch_3"]
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import IterableDataset
 
 from _saved import (
     assert_equal,
@@ -26,11 +27,12 @@ from _saved import (
     rewrite_manifest,
     train,
 )
-from _support import Probe, assert_same_weights, make_dataset, make_model, make_trainer, weights_of
+from _support import Probe, Stream, assert_same_weights, make_dataset, make_model, make_trainer, weights_of
 from pytorch_accelerated import Trainer, _states
 from pytorch_accelerated._manifest import read_manifest
 from pytorch_accelerated.callbacks import EarlyStoppingCallback, SaveTrainingStateCallback, get_default_callbacks
 from pytorch_accelerated.exceptions import CheckpointError
+from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.schedulers import CosineLrScheduler
 from pytorch_accelerated.tracking import InMemoryRunHistory
 
@@ -72,8 +74,9 @@ def state(tmp_path_factory):
 
 def test_the_manifest_tells_where_the_run_was_and_how_it_did(state):
     saved = read_manifest(state)
-    position = {"num_epochs_completed": 1, "num_batches_in_epoch": 2, "num_updates": 4, "num_samples": 26}
-    assert saved.position.state_dict() == {**position, "phase": "training"}
+    assert saved.position == TrainingProgress(
+        num_epochs_completed=1, num_batches_in_epoch=2, num_updates=4, num_samples=26, phase="training"
+    )
     assert set(saved.metrics) == {"train_loss_epoch", "eval_loss_epoch"}
     assert all(isinstance(value, float) for value in saved.metrics.values())
     assert (saved.generation, saved.number, saved.num_processes) == (0, 0, 1)
@@ -262,7 +265,7 @@ def test_an_accelerator_that_names_its_checkpoints_itself_does_not_do_so_here(tm
     configuration = ProjectConfiguration(project_dir=str(tmp_path / "project"), automatic_checkpoint_naming=True)
     trainer = make_state_trainer(accelerator={"project_config": configuration})
     trainer.save_training_state(tmp_path / "state")
-    assert "model.safetensors" in names_in(tmp_path / "state")
+    assert "model.pt" in names_in(tmp_path / "state")
     assert configuration.automatic_checkpoint_naming
     assert not (tmp_path / "project" / "checkpoints").exists()
 
@@ -350,6 +353,84 @@ def test_a_run_history_without_a_state_is_left_alone(tmp_path):
     trainer.load_training_state(tmp_path / "state")
 
 
+class Numbered(IterableDataset):
+    """Samples that can be gone on with, and the numbers of those that were read."""
+
+    def __init__(self, num_samples=18):
+        self.samples = make_dataset(num_samples)
+        self.next, self.read = 0, []
+
+    def __iter__(self):
+        while self.next < len(self.samples):
+            self.next += 1
+            self.read.append(self.next - 1)
+            yield self.samples[self.next - 1]
+        self.next = 0
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["next"]
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "expected"),
+    [
+        (2, [*range(8, 18), *range(18)]),
+        (3, [*range(12, 18), *range(18)]),
+        (5, [*range(18), *range(18)]),
+        (6, [*range(4, 18)]),
+    ],
+)
+def test_a_stream_that_has_a_state_goes_on_without_reading_what_came_before(tmp_path, num_steps, expected):
+    """After the fifth step, whose batch is a short one, its position is not known, so that batches are skipped."""
+    seen = []
+
+    def save(trainer, **_):
+        seen.append(1)
+        if len(seen) == num_steps:
+            trainer.save_training_state(tmp_path / "state")
+
+    whole = make_state_trainer([Probe(on_train_step_end=save)])
+    train(whole, Numbered(), num_epochs=2, gradient_accumulation_steps=1)
+    resumed, stream = make_state_trainer(seed=9), Numbered()
+    train(resumed, stream, num_epochs=2, gradient_accumulation_steps=1, resume_from=tmp_path / "state")
+    assert stream.read == expected
+    assert_equal(everything_in(resumed), everything_in(whole))
+
+
+@pytest.mark.parametrize("event", ["on_train_epoch_end", "on_training_run_epoch_end"])
+def test_a_stream_that_has_a_state_goes_on_after_an_epoch(tmp_path, event):
+    def save(trainer, **_):
+        if trainer.run_history.current_epoch == 1:
+            trainer.save_training_state(tmp_path / "state")
+
+    whole = make_state_trainer([Probe(**{event: save})])
+    train(whole, Numbered(), num_epochs=2)
+    resumed, stream = make_state_trainer(seed=9), Numbered()
+    stream.next = 7  # it comes from the state
+    train(resumed, stream, num_epochs=2, resume_from=tmp_path / "state")
+    assert stream.read == list(range(18))
+    assert_equal(everything_in(resumed), everything_in(whole))
+
+
+def test_a_stream_that_no_longer_has_a_state_is_read_over(tmp_path):
+    save = saving_after(2, tmp_path / "state")
+    whole = make_state_trainer([save])
+    train(whole, Numbered(), num_epochs=1, gradient_accumulation_steps=1)
+    resumed = make_state_trainer(seed=9)
+    with pytest.warns(UserWarning, match="dataset: 'Numbered' -> 'Stream'"):
+        train(
+            resumed,
+            Stream(make_dataset(18)),
+            num_epochs=1,
+            gradient_accumulation_steps=1,
+            resume_from=tmp_path / "state",
+        )
+    assert_equal(everything_in(resumed), everything_in(whole))
+
+
 def test_a_missing_state_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no training state '.*nothing'.*`save_training_state`"):
         make_trainer().load_training_state(tmp_path / "nothing")
@@ -418,7 +499,7 @@ def test_a_state_of_other_processes_is_refused_unless_that_is_allowed(tmp_path, 
     make_state_trainer().load_training_state(path, allow_other_num_processes=True)
 
 
-@pytest.mark.parametrize("name", ["trainer_state.pt", "process_0.pt", "optimizer.bin"])
+@pytest.mark.parametrize("name", ["trainer_state.pt", "process_0.pt", "optimizer.pt"])
 def test_files_with_something_else_in_them_are_refused_and_nothing_is_changed(tmp_path, state, name):
     """Their checksums are right."""
     path = tmp_path / "state"

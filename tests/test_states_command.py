@@ -75,7 +75,7 @@ def test_list_shows_the_states_oldest_first_with_what_is_known_of_them(folder, c
     assert header == ["name", "epochs", "batches", "updates", "size", "metrics", "files"]
     assert rows[0][:4] == ["epoch_9", "?", "?", "?"]
     assert " ".join(rows[0]).endswith("it has no readable manifest.json. Use an older one.")
-    assert rows[1] == ["epoch_1", "1", "0", "0", "78", "B", "eval_loss_epoch=0.5", "complete"]
+    assert rows[1] == ["epoch_1", "1", "0", "0", "69", "B", "eval_loss_epoch=0.5", "complete"]
     assert rows[2][:4] == ["step_7", "1", "3", "0"]
     assert " ".join(rows[2][6:]) == "eval_loss_epoch=0.123457 text=nan NOT VALID: process_0.pt is missing or altered"
 
@@ -103,13 +103,13 @@ def test_show_tells_all_that_the_manifest_tells(folder, capsys):
         ["num_batches_in_epoch", "3"],
         ["eval_loss_epoch", "0.123456789"],
         ["sampler", "RandomSampler"],
-        ["model.safetensors", "27", "B"],
+        ["model.pt", "18", "B"],
     ):
         assert line in lines
-    (folder / "step_7" / "model.safetensors").unlink()
+    (folder / "step_7" / "model.pt").unlink()
     code, printed, _ = run(capsys, "show", folder / "step_7")
     assert code == 1
-    assert "NOT VALID: model.safetensors is missing or altered" in printed
+    assert "NOT VALID: model.pt is missing or altered" in printed
 
 
 @pytest.mark.parametrize("command", ["list", "verify", "show"])

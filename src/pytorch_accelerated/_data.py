@@ -108,11 +108,14 @@ def reliable_num_batches_of(loader: Any) -> int | None:
     return num_batches_of(loader) if is_loader_of_samples or isinstance(loader, (list, tuple)) else None
 
 
+def loaders_in(loaders: Any) -> list[Any]:
+    """Return the loaders of a dictionary, or the single one that is given in its place."""
+    return list(loaders.values()) if isinstance(loaders, dict) else [loaders]
+
+
 def total_num_batches_of(loaders: Any) -> int | None:
     """Return how many batches a loader, or a dictionary of loaders, gives; ``None`` if it cannot tell."""
-    if not isinstance(loaders, dict):
-        return num_batches_of(loaders)
-    numbers = [num_batches_of(loader) for loader in loaders.values()]
+    numbers = [num_batches_of(loader) for loader in loaders_in(loaders)]
     return None if None in numbers else sum(number for number in numbers if number is not None)
 
 
@@ -275,6 +278,8 @@ def unchanged(batch: Any) -> Any:
 class RestOfEpoch:
     """The batches of an iterable after the first, which it has to make and throw away.
 
+    It is begun to read without a trace in the global random generators.
+
     Args:
         batches: Any iterable of batches.
         num_skipped: How many to leave out.
@@ -286,9 +291,9 @@ class RestOfEpoch:
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self.batches)
-        with preserved_rng_state():
-            for _ in itertools.islice(batches, self.num_skipped):
-                pass
+        with preserved_rng_state():  # the run before had begun to read, and drawn what that takes
+            first = list(itertools.islice(batches, self.num_skipped, self.num_skipped + 1))
+        yield from first
         yield from batches
 
     def __len__(self) -> int:

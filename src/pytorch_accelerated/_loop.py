@@ -20,7 +20,7 @@ from pytorch_accelerated._rng import preserved_rng_state
 from pytorch_accelerated._sharding import first_rows, is_stand_in, without_samples
 from pytorch_accelerated._stopping import InterruptFlag, RunInterruptedError
 from pytorch_accelerated._validation import raise_bad_loss
-from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
+from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError, add_note
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.tracking import (
     EpochMeans,
@@ -371,7 +371,7 @@ class TrainingLoop:
         for source in self._train_randomness:
             if source.stream is not None:
                 source.stream.resume(position, num_done)
-        return train_dl
+        return _data.RestOfEpoch(train_dl, 0) if num_done else train_dl
 
     def _perform_forward_and_backward_passes(self, batch: Any, step: int) -> None:
         self._call("on_train_step_start", batch=batch, step=step)
@@ -604,3 +604,8 @@ class TrainingLoop:
         with suppress(StopTrainingError):  # that is what is being done
             self._call("on_stop_training_error")
             self._agreement.settle()
+
+    def _report_exception(self, error: BaseException) -> None:
+        self.stop_reason = f"{type(error).__name__}: {error}"
+        for secondary in self.callback_handler.call_event_on_all("on_exception", self, exception=error):
+            add_note(error, f"a callback failed in `on_exception` too: {secondary!r}")

@@ -116,7 +116,7 @@ def seal_file(path: Path) -> dict[str, Any]:
     return facts
 
 
-def write_manifest(directory: Path, facts: Mapping[str, Any], sealed: Mapping[str, dict[str, Any]]) -> None:
+def write_manifest(directory: Path, facts: Mapping[str, Any], sealed: Mapping[str, Any] | None = None) -> None:
     """Complete a directory by a list of its files, all readable for whom the umask says, and flush it to disk.
 
     Args:
@@ -125,7 +125,7 @@ def write_manifest(directory: Path, facts: Mapping[str, Any], sealed: Mapping[st
         sealed: What `seal_file` returned for some of them.
     """
     paths = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
-    files = {name: sealed.get(name) or seal_file(path) for name, path in sorted(paths.items())}
+    files = {name: (sealed or {}).get(name) or seal_file(path) for name, path in sorted(paths.items())}
     manifest = {
         "format_version": FORMAT_VERSION,
         "versions": installed_versions(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from pytorch_accelerated._files import make_folder, repair_folder, replace_folde
 from pytorch_accelerated._manifest import seal_file, write_manifest
 from pytorch_accelerated._state_folder import Lineage
 from pytorch_accelerated._together import done_by_all
-from pytorch_accelerated.exceptions import CheckpointError
+from pytorch_accelerated.exceptions import CheckpointError, add_note
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,7 +58,7 @@ class StateWriter:
 
     def write(
         self,
-        target: Path,
+        target: str | os.PathLike[str],
         state: CollectedState,
         lineage: Lineage,
         accelerator: Accelerator,
@@ -79,7 +80,7 @@ class StateWriter:
         """
         self.wait()
         is_main, num_processes = accelerator.is_main_process, int(accelerator.num_processes)
-        task = partial(write_state, target, lineage=lineage, is_main=is_main, num_processes=num_processes)
+        task = partial(write_state, Path(target), lineage=lineage, is_main=is_main, num_processes=num_processes)
         if in_background and state.save_shards is None:
             copied = done_by_all(lambda: state.copied_to(self._memory), num_processes)
             self._background.start(partial(task, copied, and_then=and_then, group=self._own_group(num_processes)))
@@ -93,6 +94,13 @@ class StateWriter:
             CheckpointError: It could not be written, on this process or another.
         """
         self._background.wait()
+
+    def finish(self, error: BaseException) -> None:
+        """Wait for the state under way when a run has failed; what goes wrong becomes a note on the error."""
+        try:
+            self.wait()
+        except CheckpointError as failure:
+            add_note(error, str(failure))
 
     def release(self) -> None:
         """Let go of what is only needed while a run lasts; nothing may be under way."""
@@ -172,9 +180,20 @@ def _write_files(directory: Path, files: Mapping[str, Any]) -> dict[str, Any]:
     sealed: dict[str, Future[dict[str, Any]]] = {}
     with ThreadPoolExecutor(max_workers=1) as sealer:
         for name, contents in files.items():
-            torch.save(contents, str(directory / name))  # given a file object, it would hold up the other threads
+            _write_file(directory / name, contents)
             sealed[name] = sealer.submit(seal_file, directory / name)
     return {name: facts.result() for name, facts in sealed.items()}
+
+
+def _write_file(path: Path, contents: Any) -> None:
+    try:
+        torch.save(contents, str(path))  # given a file object, it would hold up the other threads
+    except RuntimeError:
+        # PyTorch does not say why the system refused; Python does.
+        with path.open("ab", buffering=0) as file:
+            file.write(bytes(2**16))
+            os.fsync(file.fileno())
+        raise
 
 
 def _explaining(step: Callable[[], None], target: Path) -> Callable[[], None]:

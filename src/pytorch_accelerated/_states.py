@@ -32,6 +32,7 @@ from pytorch_accelerated._regrouping import Grouping, add_up_means, regrouped_po
 from pytorch_accelerated._rng import derive_seed, get_rng_state, seed_generators, set_rng_state
 from pytorch_accelerated._state_folder import list_states
 from pytorch_accelerated._state_writing import CollectedState
+from pytorch_accelerated._streams import TrackedStream
 from pytorch_accelerated._together import decided_by_main, done_by_all
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.progress import TrainingProgress
@@ -58,6 +59,7 @@ class Parts:
         callbacks: The handler of the callbacks, which has their states.
         means: The sums of the epoch so far, on this process.
         window: The accumulation window, on this process.
+        stream: What the training data are read from, if it can tell its position.
         seed: Where the order of the data comes from.
         stop_reason: Why the run was stopped for good; ``None`` if it was not.
         settings: What the run was started with; see `settings_of_run`.
@@ -71,6 +73,7 @@ class Parts:
     callbacks: Any
     means: EpochMeans
     window: AccumulationWindow
+    stream: TrackedStream | None
     seed: int
     stop_reason: str | None
     settings: Mapping[str, Any]
@@ -106,6 +109,7 @@ def collect_state(parts: Parts, accelerator: Accelerator, extras: Mapping[str, A
 def _collect_state(parts: Parts, accelerator: Accelerator, extras: Mapping[str, Any] | None) -> CollectedState:
     position = parts.progress.resume_point()
     num_epochs_ahead = position.num_epochs_completed - parts.progress.num_epochs_completed
+    stream = None if parts.stream is None else parts.stream.position(_num_batches_ahead_of(position))
     trainer_state = {
         **(extras or {}),
         "current_epoch": parts.run_history.current_epoch + num_epochs_ahead,
@@ -113,26 +117,24 @@ def _collect_state(parts: Parts, accelerator: Accelerator, extras: Mapping[str, 
             **states_of({**parts.of_trainer, "progress": position, "scheduler": parts.scheduler}),
             "seed": parts.seed,
             "stopped": parts.stop_reason,
+            "knows_stream": stream is not None and stream["state"] is not None,
         },
     }
     process_state = {
         **states_of(parts.of_process),
         "gradients": gradients_of(_plain_model(accelerator, parts.model)) if parts.window.total else {},
         "rng": get_rng_state(),
-    }
-    history = parts.run_history
-    facts = {
-        "num_processes": int(accelerator.num_processes),
-        "position": asdict(position),
-        "metrics": {
-            name: as_json_number(history.get_latest_metric(name)) for name in sorted(history.get_metric_names())
-        },
-        "settings": {**parts.settings, "seed": parts.seed},
+        "stream": stream,
     }
     return CollectedState(
         files={TRAINER_STATE: as_plain(trainer_state), **_files_of_model(parts, accelerator)},
         own_files={process_file(accelerator.process_index): as_plain(process_state)},
-        facts=facts,
+        facts={
+            "num_processes": int(accelerator.num_processes),
+            "position": asdict(position),
+            "metrics": latest_metrics(parts.run_history),
+            "settings": {**parts.settings, "seed": parts.seed},
+        },
         save_shards=_save_shards(parts, accelerator) if is_sharded(accelerator) else None,
     )
 
@@ -166,6 +168,16 @@ def _by_accelerate(accelerator: Accelerator, model: Any, optimizer: Any) -> Iter
             yield
     finally:
         configuration.automatic_checkpoint_naming = names_itself
+
+
+def _num_batches_ahead_of(position: TrainingProgress) -> int:
+    """Return after how many batches of an epoch the next is read; the next epoch begins after none."""
+    return position.num_batches_in_epoch if position.phase == "training" else 0
+
+
+def latest_metrics(history: RunHistory) -> dict[str, float | str]:
+    """Return the newest value of each metric, as JSON can store it."""
+    return {name: as_json_number(history.get_latest_metric(name)) for name in sorted(history.get_metric_names())}
 
 
 def states_of(parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,6 +282,12 @@ class StateContents:
         own: dict[str, Any] = self.trainer_state["trainer"]
         return own
 
+    @property
+    def stream_position(self) -> Mapping[str, Any] | None:
+        """Where the stream of the training data goes on; ``None`` if its batches have to be skipped."""
+        position: Mapping[str, Any] | None = self.process_state["stream"]
+        return position
+
 
 def read_state(saved: SavedState, accelerator: Accelerator, parts: Parts) -> StateContents:
     """Read a training state, and change nothing. Must be called on every process.
@@ -307,7 +325,9 @@ def _read_state(saved: SavedState, accelerator: Accelerator, parts: Parts) -> St
     if then.step != now.step:
         length = saved.settings.get("dataset_length", parts.settings.get("dataset_length"))
         progress |= asdict(regrouped_position(TrainingProgress(**progress), then, now, length))
-        process_state |= {"window": AccumulationWindow().state_dict(), "gradients": {}}
+        process_state |= {"window": AccumulationWindow().state_dict(), "gradients": {}, "stream": None}
+    if parts.stream is None or not trainer_state["trainer"].get("knows_stream"):
+        process_state["stream"] = None
     num_batches = parts.settings.get("num_batches_per_epoch")
     if num_batches is not None and progress["phase"] == "training":  # it may be fewer than they were
         progress["num_batches_in_epoch"] = min(progress["num_batches_in_epoch"], num_batches)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -24,7 +23,6 @@ from pytorch_accelerated._state_folder import Lineage
 from pytorch_accelerated._state_writing import StateWriter
 from pytorch_accelerated.callbacks import CallbackHandler, LimitBatchesCallback, get_default_callbacks
 from pytorch_accelerated.callbacks.saving import find_state_to_resume
-from pytorch_accelerated.exceptions import CheckpointError, add_note
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
@@ -297,19 +295,21 @@ class Trainer(TrainingLoop):
         self, batch_size: int, train_dl_kwargs: Mapping[str, Any] | None = None
     ) -> Iterable[Any]:
         """Make the loader of ``self.train_dataset``; any iterable of batches will do."""
+        _validation.check_data_not_empty("train_dataset", self.train_dataset)
         if not _data.is_dataset(self.train_dataset):
-            return self._take_batches("train_dataset", self.train_dataset)
+            return self.train_dataset  # type: ignore[no-any-return]
         defaults = self.get_default_train_dl_kwargs(batch_size)
         self._train_dl_kwargs = _data.merge_dl_kwargs(defaults, train_dl_kwargs, self.train_dataset)
-        return self._create_dataloader("train_dataset", self.train_dataset, self._train_dl_kwargs)
+        return self._create_dataloader(self.train_dataset, self._train_dl_kwargs)
 
     def create_eval_dataloader(self, batch_size: int, eval_dl_kwargs: Mapping[str, Any] | None = None) -> Iterable[Any]:
         """Make the loader of ``self.eval_dataset``; any iterable of batches will do."""
+        _validation.check_data_not_empty("eval_dataset", self.eval_dataset)
         if not _data.is_dataset(self.eval_dataset):
-            return self._take_batches("eval_dataset", self.eval_dataset)
+            return self.eval_dataset  # type: ignore[no-any-return]
         defaults = self.get_default_eval_dl_kwargs(batch_size)
         self._eval_dl_kwargs = _data.merge_dl_kwargs(defaults, eval_dl_kwargs, self.eval_dataset)
-        return self._create_dataloader("eval_dataset", self.eval_dataset, self._eval_dl_kwargs)
+        return self._create_dataloader(self.eval_dataset, self._eval_dl_kwargs)
 
     def create_scheduler(self) -> Any:
         """Make the learning-rate scheduler of a run; ``None`` for none."""
@@ -382,18 +382,17 @@ class Trainer(TrainingLoop):
         Args:
             output_dir: The directory; it is complete or not there, and an older state in it stays until then.
             checkpoint_kwargs: More entries, which `load_training_state` returns.
-            in_background: Whether training goes on as soon as the state is copied to host memory. A sharded model is
-                written at once all the same.
+            in_background: Whether to go on as soon as the state is copied to host memory, unless it is sharded.
             and_then: Called on the main process when the state is complete.
 
         Raises:
             CheckpointError: It cannot be written, or the one before in the background could not.
         """
         state = _states.collect_state(self._parts_of_state(), self._accelerator, checkpoint_kwargs)
-        self._state_writer.write(Path(output_dir), state, self._lineage, self._accelerator, in_background, and_then)
+        self._state_writer.write(output_dir, state, self._lineage, self._accelerator, in_background, and_then)
 
     def wait_for_training_state(self) -> None:
-        """Wait until the training state that is written in the background is complete, as `train` does at its end.
+        """Wait until the state that is written in the background is complete, as `train` does at its end.
 
         Raises:
             CheckpointError: It could not be written.
@@ -437,8 +436,7 @@ class Trainer(TrainingLoop):
         """
         outer_run = {name: getattr(self, name) for name in _ATTRIBUTES_OF_A_RUN} if self._is_running else {}
         self._is_running = True
-        self.stop_reason = None
-        self._interruption = None
+        self.stop_reason = self._interruption = None
         self.is_resumed = False
         self._train_dataloader = self._eval_dataloader = self._current_eval_dataloader = None
         self._train_dl_kwargs = self._eval_dl_kwargs = None
@@ -448,6 +446,7 @@ class Trainer(TrainingLoop):
         try:
             yield
         except BaseException as error:
+            self._state_writer.finish(error)
             self._report_exception(error)
             raise
         finally:
@@ -499,12 +498,7 @@ class Trainer(TrainingLoop):
         is_gpu = self._accelerator.device.type == "cuda"
         return _data.default_dl_kwargs(dataset, batch_size, num_local_processes, pin_memory=is_gpu)
 
-    def _take_batches(self, name: str, batches: Iterable[Any]) -> Iterable[Any]:
-        _validation.check_data_not_empty(name, batches)
-        return batches
-
-    def _create_dataloader(self, name: str, dataset: Any, dl_kwargs: Mapping[str, Any]) -> Iterable[Any]:
-        _validation.check_data_not_empty(name, dataset)
+    def _create_dataloader(self, dataset: Any, dl_kwargs: Mapping[str, Any]) -> Iterable[Any]:
         return DataLoader(**_data.loader_arguments(dataset, self.collate_fn, dl_kwargs))
 
     def _prepare_model_optimizer_and_dataloaders(self) -> None:
@@ -524,6 +518,8 @@ class Trainer(TrainingLoop):
         gradient_clip_norm: float | None = None,
     ) -> TrainerRunConfig:
         accelerator = self._accelerator
+        train_size = _data.batch_size_of(self._train_dataloader, self._train_dl_kwargs, per_device_batch_size)
+        eval_size = _data.batch_size_of(self._eval_dataloader, self._eval_dl_kwargs, per_device_batch_size)
         return derive_run_config(
             num_epochs=num_epochs,
             num_batches_per_epoch=_data.num_batches_of(self._train_dataloader),
@@ -532,13 +528,9 @@ class Trainer(TrainingLoop):
             num_processes=int(accelerator.num_processes),
             gradient_clip_value=gradient_clip_value,
             gradient_clip_norm=gradient_clip_norm,
-            train_per_device_batch_size=_data.batch_size_of(
-                self._train_dataloader, self._train_dl_kwargs, per_device_batch_size
-            ),
+            train_per_device_batch_size=train_size,
             train_dl_kwargs=self._train_dl_kwargs,
-            eval_per_device_batch_size=_data.batch_size_of(
-                self._eval_dataloader, self._eval_dl_kwargs, per_device_batch_size
-            ),
+            eval_per_device_batch_size=eval_size,
             eval_dl_kwargs=self._eval_dl_kwargs,
             is_local_process_zero=accelerator.is_local_main_process,
             is_world_process_zero=accelerator.is_main_process,
@@ -551,17 +543,18 @@ class Trainer(TrainingLoop):
         usual_weight = self.run_config.train_per_device_batch_size or 1
         self._usual_weight = float(usual_weight) if self._agreement.is_needed else None
 
-    def _set_up_training(self, num_epochs: int, saved_state: SavedState | None, reset_run_history: bool) -> None:
+    def _set_up_training(self, num_epochs: int, saved: SavedState | None, reset_run_history: bool) -> None:
         self._settings = _drift.settings_of_run(
             self.run_config, self.train_dataset, self._train_dataloader, self.optimizer, self.loss_func, self._seed
         )
-        parts = self._parts_of_state()
-        contents = None if saved_state is None else _states.read_state(saved_state, self._accelerator, parts)
+        contents = None if saved is None else _states.read_state(saved, self._accelerator, self._parts_of_state())
         if reset_run_history:
             self.run_history.reset()
         self._check_eval_batch_size()
         self._join_processes()
-        self._discard_gradients()
+        if isinstance(self.model, nn.Module):  # what was left in `.grad` goes, also of what the optimizer does not hold
+            self.model.zero_grad()
+        self.optimizer.zero_grad()
         _distributed.take_over_accumulation(self._accelerator, self.run_config.gradient_accumulation_steps)
         self.scheduler = self.create_scheduler()
         if isinstance(self.scheduler, StatefulSchedulerBase) and self.scheduler.num_updates < 0:
@@ -570,7 +563,7 @@ class Trainer(TrainingLoop):
             self._load_scheduler_state(self._waiting_scheduler_state)
             self._waiting_scheduler_state = None
         self._means = EpochMeans()
-        self._early_stop_reason = None
+        self._early_stop_reason = self._stream_position = None
         self._num_batches_to_skip = 0
         self._lineage = Lineage()
         self.progress = TrainingProgress(num_epochs_completed=self.run_history.current_epoch - 1)
@@ -582,6 +575,7 @@ class Trainer(TrainingLoop):
         state = self._restore(contents)
         self.run_history._set_epoch(state["current_epoch"])
         self._num_batches_to_skip = self.progress.num_batches_in_epoch if self.progress.phase == "training" else 0
+        self._stream_position = contents.stream_position
         self._last_epoch = num_epochs
         self.is_resumed = True
         if self.run_config.is_world_process_zero:
@@ -589,15 +583,8 @@ class Trainer(TrainingLoop):
 
     def _check_eval_batch_size(self) -> None:
         """Refuse evaluation data that gives no batch; a subclass may demand more."""
-        loaders = self._eval_dataloader
-        for loader in loaders.values() if isinstance(loaders, dict) else [loaders]:
+        for loader in _data.loaders_in(self._eval_dataloader):
             _validation.check_loader_not_empty("eval_dataset", loader)
-
-    def _discard_gradients(self) -> None:
-        """Drop what was left in ``.grad`` before the run, also of parameters that the optimizer does not hold."""
-        if isinstance(self.model, nn.Module):
-            self.model.zero_grad()
-        self.optimizer.zero_grad()
 
     def _parts_of_state(self) -> _states.Parts:
         return _states.Parts(
@@ -609,6 +596,7 @@ class Trainer(TrainingLoop):
             callbacks=self.callback_handler,
             means=self._means,
             window=self._window,
+            stream=next((source.stream for source in self._train_randomness), None),
             seed=self._run_seed,
             stop_reason=self._early_stop_reason,
             settings={**self._settings, "scheduler": _drift.name_of(self.scheduler)},
@@ -627,26 +615,14 @@ class Trainer(TrainingLoop):
         else:
             self.scheduler.load_state_dict(state)
 
-    def _report_exception(self, error: BaseException) -> None:
-        self.stop_reason = f"{type(error).__name__}: {error}"
-        try:
-            self.wait_for_training_state()
-        except CheckpointError as failure:
-            add_note(error, str(failure))
-        for secondary in self.callback_handler.call_event_on_all("on_exception", self, exception=error):
-            add_note(error, f"a callback failed in `on_exception` too: {secondary!r}")
-
     def _tidy_up(self, is_nested: bool) -> None:
         for source in (*self._train_randomness, *self._eval_randomness):
             source.end_run()
-        if not is_nested:
-            self._state_writer.release()
-        loaders = self._eval_dataloader
-        eval_dls = loaders.values() if isinstance(loaders, dict) else [loaders]
-        _distributed.release(self._accelerator, self._train_dataloader, *eval_dls)
+        _distributed.release(self._accelerator, self._train_dataloader, *_data.loaders_in(self._eval_dataloader))
         model, self._prepared_model = self._prepared_model, None
         if model is not None:
             if not is_nested:
+                self._state_writer.release()
                 _distributed.release(self._accelerator, self.optimizer, model.prepared, model.plain)
             self.model = model.restore(self._accelerator, self.model)
         self._batch_output = None

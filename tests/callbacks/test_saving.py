@@ -416,7 +416,7 @@ def test_signals_are_no_concern_of_a_callback_that_is_told_so(tmp_path):
     trainer = make_trainer(callbacks=[save, look, Probe(on_train_step_end=sender(signal.SIGINT))])
     assert isinstance(end_of(train, trainer), KeyboardInterrupt)
     assert seen == [before]
-    assert list(tmp_path.iterdir()) == []
+    assert states_in(tmp_path) == []
 
 
 def test_the_state_holds_what_all_callbacks_made_of_the_end(tmp_path):

@@ -48,8 +48,8 @@ def crash(folder, num_updates, **kwargs):
 
 
 def damage(path):
-    content = (path / "model.safetensors").read_bytes()
-    (path / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    content = (path / "model.pt").read_bytes()
+    (path / "model.pt").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_damaged_states_are_passed_over_and_named(tmp_path, capsys, whole_run):
     train(resumed, resume_from="latest")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert "step_5' is damaged: model.safetensors is missing or altered" in lines[0]
+    assert "step_5' is damaged: model.pt is missing or altered" in lines[0]
     assert lines[0].startswith("Passed over: ")
     assert lines[1] == f"Resuming from '{tmp_path / 'step_4'}'."
     assert_same_weights(weights_of(resumed.model), weights_of(whole_run.model))

@@ -14,7 +14,14 @@ from _support import SOURCE, run_python
 PACKAGE = "pytorch_accelerated"
 FILES = sorted(SOURCE.rglob("*.py"))
 OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "torchmetrics", "timm", "transformers", "wandb", "torchvision"}
-MAY_IMPORT_ACCELERATE = {"__init__.py", "trainer.py", "_distributed.py", "_states.py", "callbacks/trackers.py"}
+MAY_IMPORT_ACCELERATE = {
+    "__init__.py",
+    "trainer.py",
+    "_distributed.py",
+    "_states.py",
+    "_state_writing.py",
+    "callbacks/trackers.py",
+}
 MAY_NAME_ACCELERATE_IN_TYPES = {*MAY_IMPORT_ACCELERATE, "_loop.py", "_checkpointing.py", "callbacks/saving.py"}
 
 LAYERS = [

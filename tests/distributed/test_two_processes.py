@@ -177,7 +177,7 @@ def test_resume(results):
         for resumed in result["resumed"].values():
             assert_alike(resumed["weights"], result["whole"]["weights"])
             assert resumed["metrics"] == result["whole"]["metrics"]
-        assert {"manifest.json", "model.safetensors", "process_0.pt", "process_1.pt"} <= set(result["files"])
+        assert {"manifest.json", "model.pt", "process_0.pt", "process_1.pt"} <= set(result["files"])
         assert result["left"] == []
 
 

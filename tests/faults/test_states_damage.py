@@ -16,10 +16,9 @@ from pytorch_accelerated.exceptions import CheckpointError
 
 FILES = [
     "manifest.json",
-    "model.safetensors",
-    "optimizer.bin",
+    "model.pt",
+    "optimizer.pt",
     "process_0.pt",
-    "random_states_0.pkl",
     "trainer_state.pt",
 ]
 
@@ -31,7 +30,7 @@ NAMES_ACCELERATE_LOOKS_FOR = [
     "sampler.bin",
     "dl_state_dict.bin",
     "scaler.pt",
-    "random_states_1.pkl",
+    "random_states_0.pkl",
     "custom_checkpoint_0.pkl",
 ]
 

@@ -172,16 +172,13 @@ class SaveTrainingStateCallback(TrainerCallback):
         save_on_preemption: bool = True,
         in_background: bool = False,
     ) -> None:
-        numbers = {
-            "save_every_n_epochs": save_every_n_epochs,
-            "save_every_n_steps": save_every_n_steps,
-            "save_every_n_updates": save_every_n_updates,
-            "max_checkpoints": max_checkpoints,
-            "keep_best": keep_best,
-        }
-        for name, number in numbers.items():
-            if number is not None and number < 1:
-                raise ValueError(f"`{name}` is {number!r}. Expected at least 1, or None.")
+        _check_numbers(
+            save_every_n_epochs=save_every_n_epochs,
+            save_every_n_steps=save_every_n_steps,
+            save_every_n_updates=save_every_n_updates,
+            max_checkpoints=max_checkpoints,
+            keep_best=keep_best,
+        )
         check_positive_number("save_every_n_minutes", save_every_n_minutes)
         if keep_best is not None and max_checkpoints is None:
             raise ValueError("`keep_best` is given without `max_checkpoints`, so all states are kept. Give both.")
@@ -280,8 +277,13 @@ class SaveTrainingStateCallback(TrainerCallback):
         """Save a state, and then delete those that it makes superfluous."""
         self._wait(trainer)
         path = self.save_dir / name
+        config = trainer.run_config
         with self._handled_save_error(trainer):
-            trainer.save_training_state(path, in_background=in_background, and_then=self._rotate)
+            if in_background:
+                trainer.save_training_state(path, in_background=True, and_then=self._rotate)
+            else:
+                trainer.save_training_state(str(path))
+                decided_by_main(self._rotate, config.is_world_process_zero, config.num_processes)
             self._saved = trainer.progress.resume_point(), path
         self._timer.restart(trainer.progress.num_updates)
 
@@ -304,6 +306,12 @@ class SaveTrainingStateCallback(TrainerCallback):
         if self.max_checkpoints is not None:
             best = (self.keep_best or 0, self.watch_metric, self.greater_is_better)
             rotate(self.save_dir, Retention(self.max_checkpoints, *best))
+
+
+def _check_numbers(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"`{name}` is {number!r}. Expected at least 1, or None.")
 
 
 def _is_multiple(number: int, divisor: int | None) -> bool:
