@@ -88,9 +88,17 @@ def broadcast_from_main(value: Any, num_processes: int) -> Any:
     return values[0]
 
 
-def values_of_all(value: Any, num_processes: int) -> list[Any]:
-    """Return, on every process, the values of all in the order of their ranks. Must be called on every process."""
-    values: list[Any] = [value] if num_processes == 1 else gather_object([value])
+def values_of_all(value: Any, num_processes: int, group: Any = None) -> list[Any]:
+    """Return, on every process, the values of all in the order of their ranks. Must be called on every process.
+
+    Args:
+        value: That of this process.
+        num_processes: How many there are.
+        group: How they tell each other; ``None`` for the default group.
+    """
+    values: list[Any] = [value] * num_processes
+    if num_processes > 1:
+        torch.distributed.all_gather_object(values, value, group=group)
     return values
 
 

@@ -99,7 +99,7 @@ class StateWriter:
         """Wait for the state under way when a run has failed; what goes wrong becomes a note on the error."""
         try:
             self.wait()
-        except CheckpointError as failure:
+        except Exception as failure:  # such as the loss of another process
             add_note(error, str(failure))
 
     def release(self) -> None:

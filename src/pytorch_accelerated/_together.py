@@ -60,7 +60,7 @@ def done_by_all(act: Callable[[], Result], num_processes: int, group: Any = None
         result = act()
     except Exception as caught:
         error = caught
-    problems = values_of_all(None if error is None else str(error), num_processes)
+    problems = values_of_all(None if error is None else str(error), num_processes, group)
     if error is not None and not isinstance(error, CheckpointError):
         raise error
     problem = next((problem for problem in problems if problem is not None), None)

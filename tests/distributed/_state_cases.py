@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+import _runs
 from _processes import run_cases
 from _saved import bytes_in, make_state_trainer, names_in, rewrite_manifest
 from _support import Probe, make_dataset, make_indexed_dataset, make_model, make_trainer, weights_of
@@ -261,6 +262,32 @@ def case_save_error(rank: int, directory: Path) -> Any:
         "names": names_in(directory / "states"),
         "is intact": bytes_in(directory / "states" / "step_3") == before,
     }
+
+
+def case_background(rank: int, directory: Path) -> Any:
+    """States that are written while the run goes on resume exactly; then the second process cannot write its file."""
+    run = _runs.make_trainer(directory / "states", in_background=True, max_checkpoints=9)
+    whole = _runs.train(run, gradient_accumulation_steps=2)
+    found = {}
+    for state in [f"step_{number}" for number in (2, 3, 8)]:
+        other = _runs.make_trainer(directory / "others", save_every_n_steps=None)
+        resumed = _runs.train(other, gradient_accumulation_steps=2, resume_from=directory / "states" / state)
+        found[state] = _runs.differences(whole, resumed)
+    Accelerator().wait_for_everyone()
+    save = torch.save
+
+    def fail(contents: Any, path: Any, *arguments: Any, **kwargs: Any) -> None:
+        if "step_4" in str(path) and Path(path).name == "process_1.pt":
+            raise OSError(28, "No space left on device")
+        save(contents, path, *arguments, **kwargs)
+
+    torch.save = fail
+    try:
+        failing = _runs.make_trainer(directory / "failing", in_background=True)
+        refused = message_of(lambda: _runs.train(failing))
+    finally:
+        torch.save = save
+    return {"differences": found, "refused": refused, "update": failing.progress.num_updates}
 
 
 def case_unsaveable_callback(rank: int, directory: Path) -> Any:

@@ -170,6 +170,14 @@ def test_save_error(results):
     assert results[1]["warnings"] == []
 
 
+def test_background(results):
+    for result in results:
+        assert result["differences"] == {"step_2": [], "step_3": [], "step_8": []}
+        assert "step_4' could not be written: [Errno 28] No space left on device" in result["refused"]
+        assert result["update"] == 5, "the next save tells"
+    assert results[0]["refused"] == results[1]["refused"]
+
+
 def test_unsaveable_callback(results):
     for message, names in results:
         assert message.startswith("CheckpointError: A object cannot be saved")

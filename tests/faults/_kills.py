@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "every third step": {"save_every_n_steps": 3, "save_every_n_epochs": 1},
     "every epoch, the end too": {"save_every_n_steps": None, "save_every_n_epochs": 1, "save_at_end": True},
     "accumulated": {"save_every_n_steps": 1, "gradient_accumulation_steps": 4},
+    "in the background": {"save_every_n_steps": 1, "in_background": True},
     "workers": {"save_every_n_steps": 2, "num_workers": 2},
 }
 TRAIN_ARGUMENTS = ("gradient_accumulation_steps", "num_workers")

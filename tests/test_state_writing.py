@@ -1,0 +1,146 @@
+"""How training states get to the disk: at once, or while the run goes on."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import _runs
+from _support import Probe, make_dataset, make_trainer, raiser
+from pytorch_accelerated import _state_writing
+from pytorch_accelerated.callbacks import SaveTrainingStateCallback
+from pytorch_accelerated.exceptions import CheckpointError
+from pytorch_accelerated.states import list_states, verify_state
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Keeps the writing thread from writing until it is opened."""
+    gate = threading.Event()
+    write_state = _state_writing.write_state
+
+    def write_later(*args, **kwargs):
+        if threading.current_thread() is not threading.main_thread():
+            assert gate.wait(60)
+        write_state(*args, **kwargs)
+
+    monkeypatch.setattr(_state_writing, "write_state", write_later)
+    return gate
+
+
+def train(trainer, num_samples=12, **kwargs):
+    trainer.train(make_dataset(num_samples), **{"num_epochs": 1, "per_device_batch_size": 2, **kwargs})
+
+
+def test_the_run_goes_on_while_a_state_of_an_earlier_step_is_written(gate, tmp_path):
+    """The state is that of step 2, although it is written after the last step."""
+    seen = []
+
+    def save(trainer, step, **_):
+        if step == 1:
+            trainer.save_training_state(tmp_path / "state", in_background=True)
+            seen.append(trainer.model.state_dict()["weight"].clone())
+        if step == 5:
+            assert not (tmp_path / "state").exists()
+            gate.set()
+
+    trainer = make_trainer(callbacks=[Probe(on_train_step_end=save)])
+    train(trainer)
+    assert verify_state(tmp_path / "state").position.num_updates == 2
+    other = make_trainer()
+    other.load_training_state(tmp_path / "state")
+    assert torch.equal(other.model.state_dict()["weight"], seen[0])
+    assert not torch.equal(trainer.model.state_dict()["weight"], seen[0])
+
+
+def test_only_one_state_is_under_way_and_the_end_waits_for_the_last(tmp_path):
+    saves = SaveTrainingStateCallback(
+        tmp_path, save_every_n_steps=1, save_at_end=False, in_background=True, max_checkpoints=2
+    )
+    threads = []
+    watch = Probe(on_train_step_end=lambda trainer, **_: threads.append(writers()))
+    train(make_trainer(callbacks=[saves, watch]))
+    assert max(threads) <= 1
+    assert writers() == 0
+    assert [state.path.name for state in list_states(tmp_path)] == ["step_5", "step_6"]
+
+
+def writers():
+    return sum(thread.name == "training state writer" for thread in threading.enumerate())
+
+
+def test_states_written_in_the_background_resume_exactly(tmp_path):
+    trainer = _runs.make_trainer(tmp_path, in_background=True)
+    expected = _runs.train(trainer, gradient_accumulation_steps=4)
+    for step in (3, 6, 10, 15, 18):
+        other = _runs.make_trainer(tmp_path / "resumed", save_every_n_steps=None)
+        resumed = _runs.train(other, gradient_accumulation_steps=4, resume_from=tmp_path / f"step_{step}")
+        assert _runs.differences(expected, resumed) == []
+
+
+def test_a_failure_in_the_background_ends_the_run_at_the_next_save(tmp_path, monkeypatch):
+    trainer = make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path, save_every_n_steps=1, in_background=True)])
+    fail_at(monkeypatch, "step_3")
+    with pytest.raises(CheckpointError, match=r"step_3' could not be written: \[Errno 28\] no room"):
+        train(trainer)
+    assert trainer.progress.num_updates == 4
+    assert [state.path.name for state in list_states(tmp_path)] == ["step_1", "step_2"]
+
+
+def test_a_failure_of_the_last_state_is_raised_at_the_end(tmp_path, monkeypatch):
+    def save(trainer, step, **_):
+        if step == 5:
+            trainer.save_training_state(tmp_path / "mine", in_background=True)
+
+    fail_at(monkeypatch, "mine")
+    trainer = make_trainer(callbacks=[Probe(on_train_step_end=save)])
+    with pytest.raises(CheckpointError, match="no room"):
+        train(trainer)
+    monkeypatch.undo()
+    train(trainer)  # it can be used again
+
+
+def test_a_failure_may_be_a_warning(tmp_path, monkeypatch):
+    saves = SaveTrainingStateCallback(tmp_path, save_every_n_steps=1, in_background=True, on_save_error="warn")
+    fail_at(monkeypatch, "step_3")
+    with pytest.warns(UserWarning, match="no room.*The run goes on without it") as warned:
+        train(make_trainer(callbacks=[saves]))
+    assert len(warned) == 1
+    assert [state.path.name for state in list_states(tmp_path)] == [*(f"step_{n}" for n in (1, 2, 4, 5, 6)), "final"]
+
+
+def test_an_exception_of_the_run_comes_first_and_the_failure_is_a_note(tmp_path, monkeypatch):
+    def save(trainer, step, **_):
+        if step == 2:
+            trainer.save_training_state(tmp_path / "mine", in_background=True)
+
+    fail_at(monkeypatch, "mine")
+    fail = Probe(on_train_epoch_end=raiser(LookupError("of the run")))
+    with pytest.raises(LookupError, match="of the run") as raised:
+        train(make_trainer(callbacks=[Probe(on_train_step_end=save), fail]))
+    assert any("mine' could not be written" in note for note in raised.value.__notes__)
+
+
+def fail_at(monkeypatch, name):
+    write_file = _state_writing._write_file
+
+    def write(path, contents):
+        if f".{name}." in str(path):
+            raise OSError(28, "no room")
+        write_file(path, contents)
+
+    monkeypatch.setattr(_state_writing, "_write_file", write)
+
+
+def test_what_comes_after_happens_when_the_state_is_complete(tmp_path):
+    seen = []
+    trainer = make_trainer()
+    for in_background in (False, True):
+        path = tmp_path / f"state_{in_background}"
+        trainer.save_training_state(
+            path, in_background=in_background, and_then=lambda path=path: seen.append(verify_state(path).path)
+        )
+    trainer.wait_for_training_state()
+    assert seen == [tmp_path / "state_False", tmp_path / "state_True"]
