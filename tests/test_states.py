@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from _saved import (
     assert_equal,
@@ -27,7 +27,17 @@ from _saved import (
     rewrite_manifest,
     train,
 )
-from _support import Probe, Stream, assert_same_weights, make_dataset, make_model, make_trainer, weights_of
+from _support import (
+    Batches,
+    Probe,
+    Samples,
+    Stream,
+    assert_same_weights,
+    make_dataset,
+    make_model,
+    make_trainer,
+    weights_of,
+)
 from pytorch_accelerated import Trainer, _states
 from pytorch_accelerated._manifest import read_manifest
 from pytorch_accelerated.callbacks import EarlyStoppingCallback, SaveTrainingStateCallback, get_default_callbacks
@@ -577,3 +587,40 @@ def test_damage_of_a_state_of_the_first_format_is_found(golden):
     manifest = json.loads((golden / "manifest.json").read_text())
     (golden / "manifest.json").write_text(json.dumps({**manifest, "format_version": 0}))
     assert_refused(make_state_trainer(), golden, "no readable manifest")
+
+
+# --- what the data go on with ------------------------------------------------------------------------------------
+
+
+def batches_of(dataset):
+    return list(DataLoader(dataset, batch_size=2))
+
+
+@pytest.mark.parametrize(
+    ("make_data", "said"),
+    [
+        (lambda dataset: dataset, "exactly"),
+        (Samples, "exactly"),
+        (lambda dataset: Numbered(), "exactly"),
+        (Stream, "read again"),
+        (lambda dataset: Batches(dataset, 2), "read again"),
+        (lambda dataset: iter(batches_of(dataset)), "an iterator does not start anew"),
+    ],
+)
+def test_a_resumed_run_says_how_exactly_the_data_go_on(tmp_path, capsys, make_data, said):
+    dataset = make_dataset(8)
+
+    def run(**kwargs):
+        save = Probe(on_train_step_end=lambda trainer, step, **_: step == 2 and trainer.save_training_state(path))
+        path = tmp_path / "state"
+        trainer = make_trainer(callbacks=[save])
+        settings = {"num_epochs": 1, "per_device_batch_size": 2, **kwargs}
+        trainer.train(make_data(dataset), **settings, train_dataloader_kwargs={"num_workers": 0})
+        return weights_of(trainer.model)
+
+    whole = run()
+    assert "Going on" not in capsys.readouterr().out
+    assert_equal(run(resume_from=tmp_path / "state"), whole)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Going on")]
+    assert line.startswith("Going on after batch 3 of epoch 1. ")
+    assert said in line

@@ -275,6 +275,19 @@ def unchanged(batch: Any) -> Any:
     return batch
 
 
+EXACT = "The data go on exactly."
+_SAME_SAMPLES = "What was done is read again and passed over, so the data are the same if they come in the same order."
+_POSITION_ONLY = "As many batches are passed over, whatever they are: an iterator does not start anew."
+
+
+def guarantee_of_skipping(loader: Any) -> str:
+    """Say how exactly the data go on behind batches that are skipped."""
+    is_indexed = isinstance(loader, DataLoader) and not is_stream(loader)
+    if is_indexed or isinstance(loader, (list, tuple)):
+        return EXACT
+    return _POSITION_ONLY if isinstance(loader, Iterator) else _SAME_SAMPLES
+
+
 class RestOfEpoch:
     """The batches of an iterable after the first, which it has to make and throw away.
 

@@ -365,7 +365,11 @@ class TrainingLoop:
         return num_done
 
     def _rest_of_epoch(self, train_dl: Any, num_done: int) -> Any:
+        """Return the batches that are left of an epoch; a resumed run tells how exactly they go on."""
         position, self._stream_position = self._stream_position, None
+        if num_done > 0:
+            guarantee = _data.EXACT if position is not None else _data.guarantee_of_skipping(train_dl)
+            self.print(f"Going on after batch {num_done} of epoch {self.run_history.current_epoch}. {guarantee}")
         if position is None:
             return _distributed.skip_batches(self._accelerator, train_dl, num_done)
         for source in self._train_randomness:
