@@ -1,0 +1,46 @@
+"""The example that kills itself, started a second time by the same command."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from _support import SOURCE
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "resume.py"
+
+pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
+
+
+def run_example(folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, str(EXAMPLE), "--epochs", "3"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_ends_with_the_weights_of_one_that_was_not(tmp_path):
+    killed = run_example(tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert "the run starts afresh" in killed.stdout
+    assert "Update 65, in epoch 3: killed." in killed.stdout
+    resumed = run_example(tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Resuming from 'resumable_run/step_60'." in resumed.stdout
+    hashes = re.findall(r"^84 updates.*: +([0-9a-f]{16})$", resumed.stdout, flags=re.MULTILINE)
+    assert len(hashes) == 2
+    assert hashes[0] == hashes[1]
+    assert resumed.stdout.splitlines()[-1] == "The weights are the same, bit by bit."
