@@ -118,9 +118,10 @@ def test_latest(results):
     for result in results:
         assert result["is_resumed"]
         assert_alike(result["weights"], result["expected"])
-        assert len(result["printed"]) == 2
+        assert len(result["printed"]) == 3
         assert "step_6' is damaged: process_1.pt is missing or altered" in result["printed"][0]
         assert "step_5'" in result["printed"][1]
+        assert result["printed"][2] == "Going on after batch 2 of epoch 2. The data go on exactly."
         assert result["generations"] == [0, 0, 0, 0, 0, 1]
 
 

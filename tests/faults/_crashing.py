@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import accelerate.utils.other
 import torch
 
 _EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "shutil.rmtree", "os.truncate"}
@@ -75,7 +74,6 @@ def _die_at(point: int, folder: Path) -> None:
     fsync = os.fsync
     os.fsync = lambda descriptor: (count(), fsync(descriptor))[1]
     torch.save = half_written(torch.save)
-    accelerate.utils.other.safe_save_file = half_written(accelerate.utils.other.safe_save_file)
     with Path(os.devnull).open("w") as nothing:
         os.dup2(nothing.fileno(), sys.stdout.fileno())
     sys.addaudithook(hear)
