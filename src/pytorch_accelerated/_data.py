@@ -275,7 +275,7 @@ def unchanged(batch: Any) -> Any:
     return batch
 
 
-EXACT = "The data go on exactly."
+EXACT = "The data go on exactly where they were."
 _SAME_SAMPLES = "What was done is read again and passed over, so the data are the same if they come in the same order."
 _POSITION_ONLY = "As many batches are passed over, whatever they are: an iterator does not start anew."
 

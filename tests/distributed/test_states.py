@@ -76,7 +76,7 @@ def test_fewer_processes(directory, whole_run, capsys, step, first):
     assert printed.startswith(
         f"'{path}' was saved by 2 processes and is resumed by 1: random numbers and the last bits"
     )
-    assert printed.count("\n") == 1
+    assert printed.count("\n") == 2
 
 
 def test_fewer_processes_with_accumulation(directory):
@@ -121,7 +121,7 @@ def test_latest(results):
         assert len(result["printed"]) == 3
         assert "step_6' is damaged: process_1.pt is missing or altered" in result["printed"][0]
         assert "step_5'" in result["printed"][1]
-        assert result["printed"][2] == "Going on after batch 2 of epoch 2. The data go on exactly."
+        assert result["printed"][2] == "Going on after batch 2 of epoch 2. The data go on exactly where they were."
         assert result["generations"] == [0, 0, 0, 0, 0, 1]
 
 
