@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from _processes import launch
+from _saved import names_in
 from _support import SOURCE
 
 SCRIPT = Path(__file__).with_name("_signalled_training.py")
@@ -105,7 +106,7 @@ def test_a_process_that_gets_a_signal_saves_and_ends_and_another_goes_on(tmp_pat
     assert process.returncode == exit_code_of(number), output
     assert seconds < SECONDS_TO_END
     states = tmp_path / "run" / "states"
-    assert [path.name for path in states.iterdir()] == [f"step_{STEPS[number]}"]  # no step was lost
+    assert names_in(states) == [f"step_{STEPS[number]}"]  # no step was lost
     assert f"resume_from={str(states / f'step_{STEPS[number]}')!r}" in output
     assert "handlers are as before" in output
     with running(tmp_path, runs={"resumed": str(states / f"step_{STEPS[number]}")}) as process:
@@ -153,7 +154,7 @@ def test_a_second_ctrl_c_ends_a_slow_step_at_once(tmp_path):
     assert process.returncode == -signal.SIGINT, output
     assert seconds < SECONDS_TO_END  # the step takes a minute
     assert "handlers are as before" in output
-    assert not (tmp_path / "run" / "states").exists()
+    assert names_in(tmp_path / "run" / "states") == []
 
 
 # --- two processes -----------------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def interrupted(tmp_path_factory):
         settings = json.dumps({"signal_at": signal_at, "has_late_stop": place == "end"})
         ended = launch(SCRIPT, folder / place, 2, settings, timeout=TIMEOUT_SECONDS)
         codes[place] = [process.returncode for process in ended]
-        states[place] = [path.name for path in (folder / place / "run" / "states").iterdir()]
+        states[place] = names_in(folder / place / "run" / "states")
     resumed = {place: str(folder / place / "run" / "states" / names[0]) for place, names in states.items()}
     launch(SCRIPT, folder, 2, json.dumps({"runs": {"whole": None, **resumed}}), timeout=TIMEOUT_SECONDS)
     return folder, codes, states
