@@ -1,7 +1,7 @@
 """What each of two or three processes does for `test_numbers.py`; run as a script, once per process.
 
 Every function `case_<name>` returns plain values and tensors, which are stored for the test of that name. Called with
-the argument ``dying`` or ``terminated``, the script loses the process of rank 1 in the midst of a run instead.
+an argument, such as ``killed``, the script loses the process of rank 1 in the midst of a run instead, in that way.
 """
 
 from __future__ import annotations
@@ -486,7 +486,9 @@ def lose_rank_1(how: str) -> None:
         if step == 2 and trainer.process_index == 1:
             if how == "dying":
                 raise LookupError("of rank 1 alone")
-            os.kill(os.getpid(), signal.SIGTERM)
+            if how == "out of memory":
+                raise torch.OutOfMemoryError("of rank 1 alone")
+            os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGTERM)
 
     def tell(trainer: Any, exception: BaseException, **_: Any) -> None:
         print(f"on_exception: {type(exception).__name__}", flush=True)

@@ -63,6 +63,7 @@ def crash_everywhere(before, folder, act):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(before, folder)
         if not dies_at(point, act, folder):
+            print(f"died at each of {point} operations")
             assert point >= 8, "the operations were seen"
             return
         yield
