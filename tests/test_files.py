@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import hashlib
+import multiprocessing
 import os
 import shutil
 import stat
@@ -162,7 +163,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="need
 @needs_proc
 def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_afterwards(tmp_path, flushed):
     _files.save_file({"a": 1}, tmp_path / "new" / "file.pt")
-    assert [path.name for path in flushed[:2]] == [tmp_path.name, f".file.pt.tmp-{os.getpid()}"]
+    assert [path.name for path in flushed[:2]] == [tmp_path.name, ".file.pt.tmp-0"]
     assert flushed[2:] == [tmp_path / "new"]
 
 
@@ -255,3 +256,18 @@ def test_a_folder_has_lost_its_name_before_it_is_deleted(tmp_path, monkeypatch):
 def test_the_checksum_of_a_file_is_that_of_its_bytes(tmp_path):
     (tmp_path / "file").write_bytes(b"abc" * 1_000_000)
     assert _files.sha256_of(tmp_path / "file") == hashlib.sha256(b"abc" * 1_000_000).hexdigest()
+
+
+def test_what_a_killed_process_left_of_a_file_is_overwritten(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=_die_while_saving, args=(tmp_path / "file.pt",))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 9
+    assert len(list(tmp_path.iterdir())) == 1
+    _files.save_file({"number": 1}, tmp_path / "file.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["file.pt"]
+
+
+def _die_while_saving(path):
+    os.fsync = lambda descriptor: os._exit(9)
+    _files.save_file({"number": 0}, path)

@@ -367,3 +367,15 @@ def test_folders_may_have_odd_names(tmp_path, name):
     rotate(folder, Retention(1))
     release_folder(folder)
     assert find_newest_state(folder).path == folder / "epoch_2"
+
+
+def test_of_what_a_run_has_written_itself_the_superseded_goes_even_if_it_cannot_be_read(tmp_path):
+    """A subclass of the trainer may write states of another form."""
+    paths = [tmp_path / f"step_{number}" for number in (9, 10, 11)]
+    foreign = tmp_path / "step_1"
+    for path in (*paths, foreign):
+        path.mkdir()
+    rotate(tmp_path, Retention(2), paths)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1", "step_10", "step_11"]
+    rotate(tmp_path, Retention(None), paths)
+    assert len(list(tmp_path.iterdir())) == 3

@@ -81,7 +81,7 @@ def num_local_processes(num_processes: int) -> int:
 
 def broadcast_from_main(value: Any, num_processes: int) -> Any:
     """Return the main process's value on every process. Must be called on every process."""
-    if num_processes == 1:
+    if num_processes == 1 or not torch.distributed.is_initialized():
         return value
     values = [value]
     broadcast_object_list(values)

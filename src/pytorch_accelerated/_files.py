@@ -36,7 +36,10 @@ def save_file(contents: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     """
     path = Path(path)
     plain_contents = as_plain(contents)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    node = os.environ.get(
+        "GROUP_RANK", "0"
+    )  # nodes may write the same file; what one leaves behind it overwrites later
+    temporary = path.with_name(f".{path.name}.tmp-{node}")
     try:
         make_folder(path.parent)
         with temporary.open("wb") as file:

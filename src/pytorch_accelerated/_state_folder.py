@@ -161,14 +161,23 @@ class Retention:
         return [state for _, state in by_value[: self.num_best]]
 
 
-def rotate(folder: Path, retention: Retention) -> None:
-    """Delete the states of epochs and steps that are not kept; what cannot be deleted is a warning."""
+def rotate(folder: Path, retention: Retention, written: Sequence[Path] = ()) -> None:
+    """Delete the states of epochs and steps that are not kept; what cannot be deleted is a warning.
+
+    Args:
+        folder: The folder.
+        retention: What is kept.
+        written: What this run has saved there, the oldest first. Of these, superseded ones go even if they can no
+            longer be read; of others, what cannot be read is left to the user.
+    """
     try:
-        states = [state for state in list_states(folder) if state.position and _ROTATED.fullmatch(state.path.name)]
+        states = [state for state in list_states(folder) if _ROTATED.fullmatch(state.path.name)]
         kept = {state.path for state in retention.choose([state for state in states if state.problem is None])}
-        for state in states:
-            if state.path not in kept:
-                delete_folder(state.path)
+        unreadable = {state.path for state in states if state.position is None}
+        own_unreadable = [path for path in written if path in unreadable]
+        superseded = [state.path for state in states if state.path not in kept | unreadable]
+        for path in [*superseded, *own_unreadable[: -(retention.num_newest or len(own_unreadable))]]:
+            delete_folder(path)
     except OSError as error:
         warnings.warn(f"A training state that is no longer needed could not be deleted: {error}.", stacklevel=2)
 

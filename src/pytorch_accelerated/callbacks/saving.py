@@ -200,6 +200,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._num_steps = 0
         self._num_updates = 0
         self._saved: tuple[TrainingProgress, Path] | None = None
+        self._written: list[Path] = []
         self._timer = _Timer(save_every_n_minutes)
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -217,6 +218,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._num_updates = trainer.progress.num_updates
         self._timer.restart(self._num_updates)
         self._saved = None
+        self._written = []
         if self.save_on_preemption:
             trainer.end_run_on_signals(*PREEMPTION_SIGNALS)
 
@@ -234,7 +236,7 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save a state if a signal ends the run, before other callbacks change anything at its end."""
-        if not (self.save_on_preemption and trainer.is_interrupted):
+        if not self.save_on_preemption or trainer.is_interrupted is not True:
             return
         self._wait(trainer)
         position = trainer.progress.resume_point()
@@ -246,7 +248,7 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the end of the run, and let others have the folder."""
-        if self.save_at_end and not trainer.is_interrupted:
+        if self.save_at_end and trainer.is_interrupted is not True:
             self._save(trainer, "final")
         self._wait(trainer)
         release_folder(self.save_dir)
@@ -277,6 +279,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         """Save a state, and then delete those that it makes superfluous."""
         self._wait(trainer)
         path = self.save_dir / name
+        self._written = [*(other for other in self._written if other != path), path]
         config = trainer.run_config
         with self._handled_save_error(trainer):
             if in_background:
@@ -305,7 +308,7 @@ class SaveTrainingStateCallback(TrainerCallback):
     def _rotate(self) -> None:
         if self.max_checkpoints is not None:
             best = (self.keep_best or 0, self.watch_metric, self.greater_is_better)
-            rotate(self.save_dir, Retention(self.max_checkpoints, *best))
+            rotate(self.save_dir, Retention(self.max_checkpoints, *best), self._written)
 
 
 def _check_numbers(**numbers: int | None) -> None:
@@ -336,6 +339,8 @@ class _Timer:
 
     def restart(self, num_updates: int) -> None:
         """Begin anew, after so many updates."""
+        if self.num_minutes is None:
+            return
         self._start = time.monotonic()
         self._start_update = num_updates
         self._next_look = num_updates + 1
