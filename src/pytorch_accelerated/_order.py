@@ -62,17 +62,23 @@ class EpochRandomness:
         self._workers = _OwnGenerator()
         self._worker_setup = WorkerSetup(loader.worker_init_fn, loader.num_workers > 0)
         settings = loader_settings(loader) | {"generator": self._workers, "worker_init_fn": self._worker_setup}
-        dataset: Any = loader.dataset
         if is_stream(loader):
-            if has_state(dataset) and loader.num_workers == 0:
-                dataset = self.stream = TrackedStream(dataset, (loader.batch_size or 1) * num_batches_per_step)
-            settings |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
-        elif not draws_nothing(loader):
-            dataset = self._samples = SeededSamples(dataset, loader.collate_fn, loader.num_workers > 0)
-            settings["collate_fn"] = unchanged
-        if not is_stream(loader):
-            settings |= self._take_over_order(loader)
-        self.loader = DataLoader(dataset, **settings)
+            settings |= self._take_over_stream(loader, num_batches_per_step)
+        else:
+            settings |= self._take_over_samples(loader) | self._take_over_order(loader)
+        self.loader = DataLoader(**settings)
+
+    def _take_over_stream(self, loader: DataLoader[Any], num_batches_per_step: int) -> dict[str, Any]:
+        dataset: Any = loader.dataset
+        if has_state(dataset) and loader.num_workers == 0:
+            dataset = self.stream = TrackedStream(dataset, (loader.batch_size or 1) * num_batches_per_step)
+        return {"dataset": dataset, "batch_size": loader.batch_size, "drop_last": loader.drop_last}
+
+    def _take_over_samples(self, loader: DataLoader[Any]) -> dict[str, Any]:
+        if draws_nothing(loader):
+            return {"dataset": loader.dataset}
+        self._samples = SeededSamples(loader.dataset, loader.collate_fn, loader.num_workers > 0)
+        return {"dataset": self._samples, "collate_fn": unchanged}
 
     def _take_over_order(self, loader: DataLoader[Any]) -> dict[str, Any]:
         batch_sampler: Any = loader.batch_sampler
