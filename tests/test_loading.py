@@ -159,16 +159,20 @@ def answer(setup, connection):
         connection.recv()
 
 
-def test_a_worker_that_was_told_to_end_does_so_when_the_run_is_over():
+def start_worker(setup):
     ours, theirs = multiprocessing.Pipe()
-    setup = WorkerSetup(None)
     worker = multiprocessing.get_context("fork").Process(target=answer, args=(setup, theirs), daemon=True)
     worker.start()
     assert ours.recv() == "alive"
+    return worker, ours
+
+
+def test_a_worker_that_was_told_to_end_does_so_when_the_run_is_over():
+    worker, connection = start_worker(setup := WorkerSetup(None))
     for _ in range(2):
         worker.terminate()
-        ours.send("still there?")
-        assert ours.recv() == "alive"
+        connection.send("still there?")
+        assert connection.recv() == "alive"
     setup.end_run()
     worker.join(20)
     assert worker.exitcode == -signal.SIGTERM
@@ -176,14 +180,18 @@ def test_a_worker_that_was_told_to_end_does_so_when_the_run_is_over():
 
 def test_a_worker_ends_at_once_after_the_run():
     """As `multiprocessing` ends those that are still there when the program ends."""
-    randomness = EpochRandomness(loader_of(1, persistent_workers=True), 0)
-    randomness.set_epoch(0, 1)
-    list(randomness.loader)
-    (worker,) = randomness.loader._iterator._workers
+    worker, _ = start_worker(setup := WorkerSetup(None))
+    setup.end_run()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == -signal.SIGTERM
+
+
+def test_the_loader_of_a_run_that_is_over_has_told_its_workers():
+    randomness = EpochRandomness(loader_of(1), 0)
+    assert not randomness.loader.worker_init_fn._is_run_over
     randomness.end_run()
-    os.kill(worker.pid, signal.SIGTERM)
-    with pytest.raises(RuntimeError, match="killed by signal: Terminated"):  # so PyTorch tells of it
-        worker.join(20)
+    assert randomness.loader.worker_init_fn._is_run_over
 
 
 def open_file(worker_id):
