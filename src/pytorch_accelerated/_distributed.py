@@ -356,7 +356,8 @@ def skip_batches(accelerator: Accelerator, loader: Any, num_batches: int) -> Any
     if num_batches == 0:
         return loader
     if has_indices(loader):
-        return accelerator.skip_first_batches(loader, num_batches)
+        # Of a loader without any batch left, older versions of Accelerate make an error.
+        return accelerator.skip_first_batches(loader, num_batches) if num_batches < len(loader) else ()
     return RestOfEpoch(loader, num_batches)
 
 
