@@ -6,6 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from pytorch_accelerated._data import rebuild
 from pytorch_accelerated._distributed import is_sharded
 from pytorch_accelerated._files import load_file, save_file
 from pytorch_accelerated._together import done_by_all
@@ -34,7 +37,7 @@ def build_checkpoint(
     checkpoint: dict[str, Any] = {"model_state_dict": portable_state_dict(model_state)}
     for name, part in (("optimizer_state_dict", optimizer), ("scheduler_state_dict", scheduler)):
         if part is not None:
-            checkpoint[name] = part.state_dict()
+            checkpoint[name] = with_whole_tensors(part.state_dict())
     return {**checkpoint, **(extras or {})}
 
 
@@ -82,6 +85,13 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: A
     load_model_state(model, model_state, source)
     optimizer.load_state_dict(optimizer_state)
     return checkpoint
+
+
+def with_whole_tensors(state: Any) -> Any:
+    """Return a state whose sharded tensors are put together. Must be called on every process, if it has any."""
+    if isinstance(state, torch.Tensor):
+        return state.full_tensor() if hasattr(state, "full_tensor") else state
+    return rebuild(state, with_whole_tensors)
 
 
 def take_model_state(checkpoint: dict[str, Any], source: str) -> Mapping[str, Any]:

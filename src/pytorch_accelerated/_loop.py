@@ -190,6 +190,11 @@ class TrainingLoop:
         """The rank of this process, from 0."""
         return int(self._accelerator.process_index)
 
+    @property
+    def is_between_updates(self) -> bool:
+        """Whether all samples that were trained on so far have entered an update; else more batches accumulate."""
+        return self._window.num_samples == 0
+
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on the main process of each node only."""
         self._accelerator.print(*args, **kwargs)

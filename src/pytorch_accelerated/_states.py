@@ -151,6 +151,13 @@ def _files_of_model(parts: Parts, accelerator: Accelerator) -> dict[str, dict[st
 
 
 def _save_shards(parts: Parts, accelerator: Accelerator) -> Callable[[Path], None]:
+    if parts.window.num_samples > 0:
+        raise CheckpointError(
+            "A sharded model keeps the gradients of an accumulation window to itself, so its training state can only "
+            "be saved after an update. `SaveTrainingStateCallback` waits for it; so can you, until "
+            "`trainer.is_between_updates`."
+        )
+
     def save(directory: Path) -> None:
         with _by_accelerate(accelerator, parts.model, parts.optimizer):
             accelerator.save_state(str(directory))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytorch_accelerated._distributed import is_sharded
 from pytorch_accelerated._state_folder import Retention, claim_folder, find_newest_state, release_folder, rotate
 from pytorch_accelerated._states import check_num_processes, open_state
 from pytorch_accelerated._stopping import PREEMPTION_SIGNALS, is_better
@@ -197,10 +198,10 @@ class SaveTrainingStateCallback(TrainerCallback):
         self.on_save_error = on_save_error
         self.save_on_preemption = save_on_preemption
         self.in_background = in_background
-        self._num_steps = 0
-        self._num_updates = 0
+        self._num_steps = self._num_updates = 0
         self._saved: tuple[TrainingProgress, Path] | None = None
         self._written: list[Path] = []
+        self._is_put_off = False
         self._timer = _Timer(save_every_n_minutes)
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -219,13 +220,16 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._timer.restart(self._num_updates)
         self._saved = None
         self._written = []
+        self._is_put_off = False
         if self.save_on_preemption:
             trainer.end_run_on_signals(*PREEMPTION_SIGNALS)
 
     def on_train_step_end(self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any) -> None:
         """Save a state if one is due."""
         self._num_steps += 1
-        if self._is_due(trainer):
+        is_due = self._is_due(trainer) or self._is_put_off
+        self._is_put_off = is_due and not trainer.is_between_updates and is_sharded(trainer._accelerator)
+        if is_due and not self._is_put_off:
             self._save(trainer, f"step_{self._num_steps}", in_background=self.in_background)
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
