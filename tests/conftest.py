@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,12 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `_support`: pytest's import mode leaves the path alone
+
+
+def pytest_configure(config):
+    """Let Ctrl-C have its effect, also in the processes that are started: a shell in the background takes it away."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
