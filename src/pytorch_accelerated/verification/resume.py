@@ -155,6 +155,9 @@ def verify_resume(
         ...     return Trainer(model, nn.MSELoss(), torch.optim.AdamW(model.parameters()))
         >>> dataset = TensorDataset(torch.randn(48, 3), torch.randn(48, 1))
         >>> print(verify_resume(make_trainer, dataset))
+        Going on after batch 3 of epoch 1. The data go on exactly where they were.
+        Going on after batch 6 of epoch 1. The data go on exactly where they were.
+        Going on after batch 2 of epoch 2. The data go on exactly where they were.
         Resumed runs end as the uninterrupted one, bit by bit.
         12 steps, interrupted and resumed after step 3, 6, 8.
     """
