@@ -12,7 +12,7 @@ import pytest
 from _support import SOURCE
 
 SCRIPT = Path(__file__).with_name("_kills.py")
-NUM_KILLS = 12
+NUM_KILLS = 6
 
 
 @pytest.mark.slow
