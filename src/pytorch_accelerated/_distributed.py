@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -208,7 +209,7 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
         settings["mixed_precision"] = mixed_precision
     _complete_settings(settings)
     try:
-        return Accelerator(**settings)
+        accelerator = Accelerator(**settings)
     except ValueError as error:
         current = AcceleratorState._shared_state.get("_mixed_precision")
         if current is None or settings.get("mixed_precision") in (None, current):
@@ -218,6 +219,8 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
             "Accelerate keeps one setting for all accelerators of a process. Restart it (in a notebook, the kernel), "
             "or leave `mixed_precision` out to go on with the present one."
         ) from error
+    _leave_group_at_exit()
+    return accelerator
 
 
 def _complete_settings(settings: dict[str, Any]) -> None:
@@ -226,6 +229,18 @@ def _complete_settings(settings: dict[str, Any]) -> None:
     handlers = list(settings.get("kwargs_handlers") or ())
     if not any(isinstance(handler, InitProcessGroupKwargs) for handler in handlers):
         settings["kwargs_handlers"] = [*handlers, InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)]
+
+
+def _leave_group_at_exit() -> None:
+    # A process that ends in a group over gloo is aborted now and then, with everything done and a signal for exit code.
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        atexit.unregister(_leave_group)
+        atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def take_over_accumulation(accelerator: Accelerator, num_steps: int) -> None:

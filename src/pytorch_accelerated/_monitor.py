@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pytorch_accelerated.exceptions import NonFiniteLossError
 from pytorch_accelerated.tracking import weighted_mean
 
 if TYPE_CHECKING:
     from pytorch_accelerated.tracking import LossTracker
+    from pytorch_accelerated.trainer import Trainer
 
 SECONDS_BETWEEN_LOG_POINTS = 0.1
 
@@ -65,3 +67,27 @@ class _Arriving:
 
     def take(self) -> float:
         return float(self._copy)
+
+
+def find_non_finite_loss(trainer: Trainer) -> NonFiniteLossError | None:
+    """Return an error that names the first loss of the epoch that is NaN or infinite; ``None`` if there is none.
+
+    Reads from the device.
+    """
+    for means in (*trainer._means_set_aside, trainer._means):
+        found = means.find_non_finite()
+        if found is not None:
+            step, loss = found
+            stage = "evaluation" if trainer.is_evaluating and means is trainer._means else "training"
+            place = f" in {stage}, epoch {trainer.run_history.current_epoch}, step {step}, rank {trainer.process_index}"
+            return NonFiniteLossError(describe_non_finite_loss(loss, place), step)
+    return None
+
+
+def describe_non_finite_loss(loss: float, place: str) -> str:
+    """Say that a loss is not finite, where, and what to do."""
+    return (
+        f"The loss is {loss}{place}. Try a lower learning rate, gradient clipping or a warm-up, and look for invalid "
+        "values in the data; `torch.autograd.set_detect_anomaly(True)` finds the operation. To go on regardless, leave "
+        "out `TerminateOnNaNCallback`."
+    )

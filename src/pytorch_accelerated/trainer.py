@@ -18,6 +18,7 @@ from pytorch_accelerated._data import LIMIT_BATCHES_ENV_VAR
 from pytorch_accelerated._direct import is_direct
 from pytorch_accelerated._loop import TrainingLoop
 from pytorch_accelerated._manifest import SavedState
+from pytorch_accelerated._monitor import find_non_finite_loss
 from pytorch_accelerated._order import EpochRandomness
 from pytorch_accelerated._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
 from pytorch_accelerated._rng import derive_seed, seed_generators
@@ -41,11 +42,13 @@ __all__ = [
 
 DEFAULT_CALLBACKS = get_default_callbacks()
 
+# fmt: off
 _ATTRIBUTES_OF_A_RUN = (
-    "run_config stop_reason is_resumed _train_dataloader _eval_dataloader _current_eval_dataloader _train_dl_kwargs "
-    "_eval_dl_kwargs _train_randomness _eval_randomness _prepared_model _batch_output _agreement _usual_weight "
-    "_interruption _early_stop_reason _is_direct"
-).split()  # noqa: SIM905 - a name a line would take the place of what matters here
+    "run_config", "stop_reason", "is_resumed", "_train_dataloader", "_eval_dataloader", "_current_eval_dataloader",
+    "_train_dl_kwargs", "_eval_dl_kwargs", "_train_randomness", "_eval_randomness", "_prepared_model", "_is_direct",
+    "_batch_output", "_agreement", "_usual_weight", "_interruption", "_early_stop_reason",
+)
+# fmt: on
 
 
 class Trainer(TrainingLoop):
@@ -530,7 +533,7 @@ class Trainer(TrainingLoop):
         )
 
     def _join_processes(self) -> None:
-        self._agreement = Agreement(self.run_config.num_processes)
+        self._agreement = Agreement(self.run_config.num_processes, partial(find_non_finite_loss, self))
         usual_weight = self.run_config.train_per_device_batch_size or 1
         self._usual_weight = float(usual_weight) if self._agreement.is_needed else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated._monitor import describe_non_finite_loss, find_non_finite_loss
 from pytorch_accelerated._stopping import PatienceCounter
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
@@ -56,24 +57,12 @@ class TerminateOnNaNCallback(TrainerCallback):
         """
         loss = float(batch_output["loss"])
         if not math.isfinite(loss):
-            raise NonFiniteLossError(_describe(loss, "" if step is None else f" at step {step}"))
+            raise NonFiniteLossError(describe_non_finite_loss(loss, "" if step is None else f" at step {step}"))
 
     def _look(self, trainer: Trainer) -> None:
-        for means in (*trainer._means_set_aside, trainer._means):
-            found = means.find_non_finite()
-            if found is not None:
-                step, loss = found
-                stage = "evaluation" if trainer.is_evaluating and means is trainer._means else "training"
-                place = f"epoch {trainer.run_history.current_epoch}, step {step}, rank {trainer.process_index}"
-                raise NonFiniteLossError(_describe(loss, f" in {stage}, {place}"))
-
-
-def _describe(loss: float, place: str) -> str:
-    return (
-        f"The loss is {loss}{place}. Try a lower learning rate, gradient clipping or a warm-up, and look for invalid "
-        "values in the data; `torch.autograd.set_detect_anomaly(True)` finds the operation. To go on regardless, leave "
-        "out `TerminateOnNaNCallback`."
-    )
+        error = find_non_finite_loss(trainer)
+        if error is not None:
+            raise error
 
 
 class EarlyStoppingCallback(TrainerCallback):
