@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset
 
 from _support import Batches, Samples, SizedBatches, Stream, make_dataset, make_indexed_dataset
 from pytorch_accelerated import _data
+from pytorch_accelerated._sharding import BatchShare
 from pytorch_accelerated.utils import (
     LIMIT_BATCHES_ENV_VAR,
     DataLoaderSlice,
@@ -226,6 +227,70 @@ def test_a_whole_batch_dataset_gives_samples_and_batches_of_the_plain_one():
     assert whole[0][0].item() == 7
     assert whole.__getitems__([2, 0])[0].flatten().tolist() == [3, 7]
     assert _data.unchanged(whole) is whole
+
+
+def loader_of(dataset, sampler=None, **settings):
+    """A loader of whole batches whose sampler has a generator of its own."""
+    generator = torch.Generator().manual_seed(7)
+    sampler = RandomSampler(dataset, generator=generator) if sampler is None else sampler(dataset)
+    settings = {"batch_size": 4, "sampler": sampler, "collate_fn": _data.unchanged, **settings}
+    return DataLoader(_data.WholeBatchDataset(dataset), **settings)
+
+
+MIXED = TensorDataset(
+    torch.arange(22.0).view(2, 11).T, torch.arange(11), torch.arange(11) % 2 == 0, torch.randn(11, 2, 3).half()
+)
+IN_MEMORY = {
+    "plain, not contiguous": MIXED,
+    "a part": Subset(MIXED, [3, 1, 7, 0, 10]),
+    "a part of a part, counted from the end": Subset(Subset(MIXED, range(2, 9)), [-1, 5, 0, -2]),
+    "a part by an array": Subset(MIXED, np.array([3, 1, 7])),
+}
+
+
+@pytest.mark.parametrize("settings", [{}, {"drop_last": True}, {"sampler": SequentialSampler}, {"batch_size": 64}])
+@pytest.mark.parametrize("dataset", IN_MEMORY.values(), ids=IN_MEMORY)
+def test_whole_batches_are_those_of_the_loader_bit_by_bit(dataset, settings):
+    loader, plain = loader_of(dataset, **settings), loader_of(dataset, **settings)
+    for _ in range(2):  # the generator goes on in the second epoch as it does in a loader
+        batches, expected = list(_data.whole_batches_of(loader)), list(plain)
+        assert len(batches) == len(expected) == len(loader)
+        for batch, other in zip(batches, expected, strict=True):
+            for tensor, collated in zip(batch, other, strict=True):
+                assert torch.equal(tensor, collated)
+                assert (tensor.dtype, tensor.is_contiguous()) == (collated.dtype, True)
+
+
+def test_to_write_to_a_whole_batch_leaves_the_dataset_as_it_is():
+    dataset = make_dataset(8)
+    before = dataset.tensors[0].clone()
+    for inputs, _ in _data.whole_batches_of(loader_of(dataset, SequentialSampler)):
+        inputs.zero_()
+    assert torch.equal(dataset.tensors[0], before)
+
+
+def test_loaders_of_other_data_or_orders_are_left_to_pytorch():
+    def own_generator(dataset):
+        return RandomSampler(dataset)
+
+    def with_replacement(dataset):
+        return RandomSampler(dataset, replacement=True, generator=torch.Generator())
+
+    def fewer(dataset):
+        return RandomSampler(dataset, num_samples=3, generator=torch.Generator())
+
+    class Reversed(SequentialSampler):
+        def __iter__(self):
+            return reversed(range(len(self)))
+
+    dataset = make_dataset(8)
+    for sampler in (own_generator, with_replacement, fewer, Reversed):
+        assert _data.whole_batches_of(loader_of(dataset, sampler)) is None
+    assert _data.whole_batches_of(DataLoader(dataset)) is None
+    assert _data.whole_batches_of(loader_of(dataset, num_workers=1)) is None
+    batches = BatchShare(BatchSampler(SequentialSampler(dataset), 2, drop_last=False), 2, 0)
+    share = DataLoader(_data.WholeBatchDataset(dataset), batch_sampler=batches, collate_fn=_data.unchanged)
+    assert _data.whole_batches_of(share) is None
 
 
 @pytest.mark.parametrize("name", ["collate_fn", "sampler", "batch_sampler"])

@@ -322,10 +322,13 @@ def whole_batches_of(loader: DataLoader[Any]) -> Iterator[list[torch.Tensor]] | 
     dataset: Any = loader.dataset
     batch_sampler = loader.batch_sampler
     is_plain = type(dataset) is WholeBatchDataset and loader.num_workers == 0 and not loader.pin_memory
-    if not is_plain or type(batch_sampler) is not BatchSampler or batch_sampler.drop_last:
+    if not is_plain or type(batch_sampler) is not BatchSampler:
         return None
     order = _order_of(batch_sampler.sampler, len(dataset))  # that of the loader itself is another then
-    return None if order is None else dataset.batches(order, batch_sampler.batch_size)
+    if order is None:
+        return None
+    num_left_out = len(order) % batch_sampler.batch_size if batch_sampler.drop_last else 0
+    return dataset.batches(order[: len(order) - num_left_out], batch_sampler.batch_size)
 
 
 def _order_of(sampler: Any, num_samples: int) -> torch.Tensor | None:

@@ -47,6 +47,10 @@ def case_grid(rank: int, directory: Path) -> Any:
     return _numbers.grid_differences(num_processes())
 
 
+def case_both_ways(rank: int, directory: Path) -> Any:
+    return _numbers.points_where_the_ways_differ()
+
+
 def case_whole_runs(rank: int, directory: Path) -> Any:
     return {
         (scheduler, accumulation): _numbers.whole_run(4, accumulation, scheduler)
