@@ -251,14 +251,13 @@ IN_MEMORY = {
 @pytest.mark.parametrize("settings", [{}, {"drop_last": True}, {"sampler": SequentialSampler}, {"batch_size": 64}])
 @pytest.mark.parametrize("dataset", IN_MEMORY.values(), ids=IN_MEMORY)
 def test_whole_batches_are_those_of_the_loader_bit_by_bit(dataset, settings):
-    loader, plain = loader_of(dataset, **settings), loader_of(dataset, **settings)
-    for _ in range(2):  # the generator goes on in the second epoch as it does in a loader
-        batches, expected = list(_data.whole_batches_of(loader)), list(plain)
-        assert len(batches) == len(expected) == len(loader)
-        for batch, other in zip(batches, expected, strict=True):
-            for tensor, collated in zip(batch, other, strict=True):
-                assert torch.equal(tensor, collated)
-                assert (tensor.dtype, tensor.is_contiguous()) == (collated.dtype, True)
+    batches = list(_data.whole_batches_of(loader_of(dataset, **settings)))
+    expected = list(loader_of(dataset, **settings))
+    assert len(batches) == len(expected) > 0
+    for batch, other in zip(batches, expected, strict=True):
+        for tensor, collated in zip(batch, other, strict=True):
+            assert torch.equal(tensor, collated)
+            assert (tensor.dtype, tensor.is_contiguous()) == (collated.dtype, True)
 
 
 def test_to_write_to_a_whole_batch_leaves_the_dataset_as_it_is():

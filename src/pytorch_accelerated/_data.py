@@ -294,7 +294,7 @@ class WholeBatchDataset(Dataset[list[torch.Tensor]]):
             order: The indices of the samples, shape ``(samples,)``.
             batch_size: Samples in a batch.
         """
-        for rows in torch.split(self._rows_of(order), batch_size):
+        for rows in torch.split(self._rows_of(order), batch_size) if len(order) else ():
             yield [tensor.index_select(0, rows) for tensor in self.tensors]
 
     def _rows_of(self, order: torch.Tensor) -> torch.Tensor:
@@ -311,7 +311,7 @@ def unchanged(batch: Any) -> Any:
     return batch
 
 
-def whole_batches_of(loader: DataLoader[Any]) -> Iterator[list[torch.Tensor]] | None:
+def whole_batches_of(loader: Any) -> Iterator[list[torch.Tensor]] | None:
     """Return the batches of an epoch without what a `DataLoader` does beside fetching them; ``None`` if it cannot be.
 
     They are the loader's own, in the order that the generator of its sampler gives.
@@ -319,16 +319,18 @@ def whole_batches_of(loader: DataLoader[Any]) -> Iterator[list[torch.Tensor]] | 
     Args:
         loader: Any loader.
     """
-    dataset: Any = loader.dataset
-    batch_sampler = loader.batch_sampler
+    dataset, batch_sampler = loader.dataset, loader.batch_sampler
     is_plain = type(dataset) is WholeBatchDataset and loader.num_workers == 0 and not loader.pin_memory
-    if not is_plain or type(batch_sampler) is not BatchSampler:
-        return None
-    order = _order_of(batch_sampler.sampler, len(dataset))  # that of the loader itself is another then
+    is_plain = is_plain and type(batch_sampler) is BatchSampler
+    # The sampler of the loader itself is another one if it was made with a batch sampler.
+    order = _order_of(batch_sampler.sampler, len(dataset)) if is_plain else None
     if order is None:
         return None
     num_left_out = len(order) % batch_sampler.batch_size if batch_sampler.drop_last else 0
-    return dataset.batches(order[: len(order) - num_left_out], batch_sampler.batch_size)
+    batches: Iterator[list[torch.Tensor]] = dataset.batches(
+        order[: len(order) - num_left_out], batch_sampler.batch_size
+    )
+    return batches
 
 
 def _order_of(sampler: Any, num_samples: int) -> torch.Tensor | None:
