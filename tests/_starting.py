@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
+import importlib
 import json
 import os
 import random
@@ -31,6 +32,14 @@ CAN_FORK = hasattr(os, "fork") and hasattr(os, "pidfd_open") and hasattr(socket,
 """Whether processes can be forked here, as on Linux; otherwise they are interpreters that start from scratch."""
 
 _LENGTH = struct.Struct("!I")
+_IMPORTED = (
+    "accelerate",
+    "torch._dynamo",  # optimizers import it at their first step
+    "torch.distributed.fsdp",
+    "pytorch_accelerated.verification",
+    "matplotlib.pyplot",
+    "sklearn.datasets",
+)
 _COVERAGE = ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START")
 
 
@@ -212,13 +221,9 @@ class _Child:
 
 
 def _import_everything() -> None:
-    import accelerate  # noqa: F401
-
-    import pytorch_accelerated.verification  # noqa: F401
-
-    with suppress(ImportError):
-        import sklearn.datasets  # noqa: F401
-
+    for name in _IMPORTED:
+        with suppress(ImportError):  # the examples need what is not always installed
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()  # what is there need not be looked at by each process again
 

@@ -350,7 +350,9 @@ def test_padding_is_removed_from_rows_and_vectors():
 
 
 @pytest.mark.parametrize("make_loader", [iter, list])
-def test_a_lost_worker_is_named(make_loader):
+def test_a_lost_worker_is_named(make_loader, monkeypatch):
+    monkeypatch.setattr(_data, "_SECONDS_UNTIL_DEATH_IS_KNOWN", 0)
+
     def batches():
         yield 1
         yield 2

@@ -450,9 +450,11 @@ class Trainer(TrainingLoop):
             self._report_exception(error)
             raise
         finally:
-            self._tidy_up(is_nested=bool(outer_run))
-            self._is_running = bool(outer_run)
-            vars(self).update(outer_run)
+            try:
+                self._tidy_up(is_nested=bool(outer_run))
+            finally:  # a signal may interrupt that
+                self._is_running = bool(outer_run)
+                vars(self).update(outer_run)
 
     @contextmanager
     def _tidy_evaluation(
