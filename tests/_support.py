@@ -234,3 +234,16 @@ def run_python(
         result = run(script, *arguments, timeout=timeout, cwd=cwd, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+mse = torch.nn.functional.mse_loss
+IN_ORDER = {"shuffle": False}
+
+
+def train(trainer, dataset=None, **kwargs):
+    dataset = make_dataset(16) if dataset is None else dataset
+    trainer.train(dataset, **{"num_epochs": 1, "per_device_batch_size": 4, **kwargs})
+
+
+def losses(trainer, name="train_loss_epoch"):
+    return trainer.run_history.get_metric_values(name)
