@@ -450,11 +450,9 @@ class Trainer(TrainingLoop):
             self._report_exception(error)
             raise
         finally:
-            try:
-                self._tidy_up(is_nested=bool(outer_run))
-            finally:  # a signal may interrupt that
-                self._is_running = bool(outer_run)
-                vars(self).update(outer_run)
+            self._is_running = bool(outer_run)  # first: a signal may interrupt the rest
+            self._tidy_up(is_nested=bool(outer_run))
+            vars(self).update(outer_run)
 
     @contextmanager
     def _tidy_evaluation(
