@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from _processes import launch
-from _saved import names_in
+from _saved import bytes_in, names_in
 from _starting import Started, start
 
 SCRIPT = Path(__file__).with_name("_signalled_training.py")
@@ -153,6 +153,28 @@ def test_sigterm_ends_a_process_at_once_if_no_callback_listens_to_it(tmp_path):
         output, _ = end(training)
     assert training.process.returncode == -signal.SIGTERM
     assert output == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_sigterm_before_the_run_listens_loses_nothing(tmp_path, whole_run, is_begun):
+    """The process ends at once: nothing was trained since the state that the run goes on from, if there is one."""
+    if is_begun:
+        with running(tmp_path, signal_at=["on_train_step_end", 7, signal.SIGTERM, 0]) as training:
+            output, _ = end(training)
+        assert training.process.returncode == 128 + signal.SIGTERM, output
+    states = tmp_path / "run" / "states"
+    before = bytes_in(states) if is_begun else {}
+    settings = {"runs": {"run": "latest" if is_begun else None}, "num_workers": 2}
+    with running(tmp_path, signal_at=["on_training_run_start", 1, signal.SIGTERM, 0], **settings) as training:
+        output, _ = end(training)  # which also tells that nobody else is left to write to its pipe, such as a worker
+    assert training.process.returncode == -signal.SIGTERM, output
+    assert {**bytes_in(states), ".lock": b""} == {**before, ".lock": b""}
+    with running(tmp_path, **settings) as training:
+        output, _ = end(training)
+    assert training.process.returncode == 0, output
+    assert ("Resuming from" in output) == is_begun
+    assert same(read(tmp_path, "run"), whole_run)
 
 
 @pytest.mark.slow
