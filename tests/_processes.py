@@ -41,14 +41,20 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def launch(script: Path, folder: Path, num_processes: int, *arguments: str, timeout: float = 150) -> list[Ended]:
-    """Run a script on several processes, whose output goes to ``folder``; kill what takes longer than ``timeout``."""
+def launch(
+    script: Path, folder: Path, num_processes: int, *arguments: str, timeout: float = 150, **more: str
+) -> list[Ended]:
+    """Run a script on several processes, whose output goes to ``folder``; kill what takes longer than ``timeout``.
+
+    More arguments are changes to their environment.
+    """
     environment = {
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "ACCELERATE_USE_CPU": "true",
+        **more,
     }
     processes, ended = [], [Ended(-1, float("inf")) for _ in range(num_processes)]
 
