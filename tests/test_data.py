@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import random
+import signal
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -414,7 +415,9 @@ def test_padding_is_removed_from_rows_and_vectors():
 
 
 @pytest.mark.parametrize("make_loader", [iter, list])
-def test_a_lost_worker_is_named(make_loader):
+def test_a_lost_worker_is_named(make_loader, monkeypatch):
+    monkeypatch.setattr(_data, "_SECONDS_UNTIL_DEATH_IS_KNOWN", 0)
+
     def batches():
         yield 1
         yield 2
@@ -427,3 +430,24 @@ def test_a_lost_worker_is_named(make_loader):
     loader = batches() if make_loader is iter else Loader([1, 2, 3])
     with pytest.raises(RuntimeError, match=r"a worker process of the loader was lost .*Connection reset by peer"):
         list(_data.enumerate_batches(loader))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no such timer")
+def test_the_error_that_names_a_lost_worker_is_waited_for(monkeypatch):
+    """It comes by a signal, shortly after the connection is lost, and must not strike while the run is tidied up."""
+
+    def tell(number, frame):
+        raise RuntimeError("DataLoader worker (pid 7) is killed")
+
+    def batches():
+        yield 1
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    before = signal.signal(signal.SIGALRM, tell)
+    try:
+        with pytest.raises(RuntimeError, match="pid 7"):
+            list(_data.enumerate_batches(batches()))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

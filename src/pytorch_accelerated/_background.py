@@ -16,13 +16,20 @@ class BackgroundWriter:
     """Writes in a thread, one thing at a time; what goes wrong there is raised where somebody waits for it."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        self._is_under_way = False
+        self._is_done = threading.Event()
         self._error: Exception | None = None
 
     def start(self, write: Callable[[], Any]) -> None:
         """Call a function in the background; nothing else may be under way."""
-        self._thread = threading.Thread(target=self._run, args=(write,), name="training state writer")
-        self._thread.start()
+        self._is_done.clear()
+        self._is_under_way = True
+        threading.Thread(target=self._run, args=(write,), name="training state writer").start()
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether something was started that nobody has waited for."""
+        return self._is_under_way
 
     def wait(self) -> None:
         """Wait until nothing is under way.
@@ -30,9 +37,9 @@ class BackgroundWriter:
         Raises:
             Exception: What went wrong since the last time.
         """
-        if self._thread is not None:
-            self._thread.join()
-        self._thread = None
+        if self._is_under_way:
+            self._is_done.wait()  # `Thread.join` takes a thread for ended when a handler of signals interrupts it
+        self._is_under_way = False
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -42,6 +49,8 @@ class BackgroundWriter:
             write()
         except Exception as error:
             self._error = error
+        finally:
+            self._is_done.set()
 
 
 class HostMemory:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import os
 import random
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -31,6 +32,7 @@ LIMIT_BATCHES_ENV_VAR = "PT_ACC_LIMIT_BATCHES"
 """Environment variable: when set to a number, every epoch uses at most so many batches."""
 
 _MAX_DEFAULT_WORKERS = 8
+_SECONDS_UNTIL_DEATH_IS_KNOWN = 1.0
 
 
 # --- what a loader is made of ------------------------------------------------------------------------------------
@@ -85,6 +87,8 @@ def enumerate_batches(loader: Any, first_step: int = 0) -> Iterator[tuple[int, A
         for step, batch in enumerate(loader, first_step):
             yield step, batch, step == last_step
     except (ConnectionError, EOFError) as error:
+        # PyTorch raises an error that names the worker as soon as the system tells of its death: here, not later.
+        time.sleep(_SECONDS_UNTIL_DEATH_IS_KNOWN)
         raise RuntimeError(
             f"The connection to a worker process of the loader was lost ({error!r}). The worker was killed, often "
             "because memory ran out: lower `num_workers`, the batch size, or what the dataset keeps in memory."

@@ -17,6 +17,7 @@ from torch import distributed
 from pytorch_accelerated._agreement import PROCESS_TIMEOUT
 from pytorch_accelerated._background import BackgroundWriter, HostMemory
 from pytorch_accelerated._files import make_folder, repair_folder, replace_folder, temporary_of
+from pytorch_accelerated._loading import is_death_of_worker
 from pytorch_accelerated._manifest import seal_file, write_manifest
 from pytorch_accelerated._state_folder import Lineage
 from pytorch_accelerated._together import done_by_all
@@ -97,10 +98,13 @@ class StateWriter:
 
     def finish(self, error: BaseException) -> None:
         """Wait for the state under way when a run has failed; what goes wrong becomes a note on the error."""
-        try:
-            self.wait()
-        except Exception as failure:  # such as the loss of another process
-            add_note(error, str(failure))
+        while True:
+            try:
+                self.wait()
+            except Exception as failure:  # such as the loss of another process
+                add_note(error, str(failure))
+            if not self._background.is_under_way:  # a signal may interrupt the waiting
+                return
 
     def release(self) -> None:
         """Let go of what is only needed while a run lasts; nothing may be under way."""
@@ -205,6 +209,8 @@ def _explaining(step: Callable[[], None], target: Path) -> Callable[[], None]:
         except CheckpointError:
             raise
         except (OSError, RuntimeError, SafetensorError) as error:
+            if is_death_of_worker(error):
+                raise
             raise CheckpointError(
                 f"The training state {str(target)!r} could not be written: {error}. States saved before are untouched. "
                 "Check that the folder is writable, on every machine, and that the disk has room."

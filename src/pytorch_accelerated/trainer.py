@@ -443,8 +443,8 @@ class Trainer(TrainingLoop):
             self._report_exception(error)
             raise
         finally:
+            self._is_running = bool(outer_run)  # first: a signal may interrupt the rest
             self._tidy_up(is_nested=bool(outer_run))
-            self._is_running = bool(outer_run)
             vars(self).update(outer_run)
 
     @contextmanager
