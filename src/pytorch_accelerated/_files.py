@@ -19,6 +19,7 @@ import torch
 from pytorch_accelerated.exceptions import CheckpointError
 
 _STORABLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_BLOCK_SIZE = 1 << 20  # bytes
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -91,6 +92,8 @@ def as_plain(value: Any, place: str = "") -> Any:
     Raises:
         CheckpointError: Something in it is no tensor, number, string or container of them.
     """
+    if value is None or isinstance(value, torch.Tensor) or type(value) in _STORABLE:  # most of what there is
+        return value
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
@@ -100,8 +103,6 @@ def as_plain(value: Any, place: str = "") -> Any:
         return type(value)(plain) if type(value) in (OrderedDict, Counter) else plain
     if type(value) in (tuple, list, set, torch.Size):
         return type(value)(as_plain(item, f"{place}[...]") for item in value)
-    if value is None or isinstance(value, torch.Tensor) or type(value) in _STORABLE:
-        return value
     raise CheckpointError(
         f"A {type(value).__name__} cannot be saved{' as ' + place if place else ''}: to read it back would mean to run "
         "code from the file. Save tensors, numbers, strings and containers of them, such as `vars(...)` or `str(...)`."
@@ -123,9 +124,10 @@ def _numpy_scalar_globals() -> list[Any]:
 def crc32_of(path: Path) -> str:
     """Return a checksum that finds accidents, fast."""
     checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            checksum = zlib.crc32(block, checksum)
+    block = memoryview(bytearray(_BLOCK_SIZE))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            checksum = zlib.crc32(block[:size], checksum)
     return f"{checksum:08x}"
 
 
