@@ -293,6 +293,6 @@ def _has_size(saved: SavedState, name: str) -> bool:
 def _has_checksum(saved: SavedState, name: str) -> bool:
     path, facts = saved.path / name, saved.files[name]
     try:
-        return crc32_of(path) == facts["crc32"] if "crc32" in facts else sha256_of(path) == facts["sha256"]
+        return crc32_of(path) == str(facts["crc32"]) if "crc32" in facts else sha256_of(path) == str(facts["sha256"])
     except OSError:  # not readable
         return False
