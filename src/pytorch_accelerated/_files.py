@@ -58,8 +58,12 @@ def save_file(contents: Mapping[str, Any], path: str | os.PathLike[str]) -> None
         ) from error
 
 
-def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_file(path: str | os.PathLike[str], *, is_mapped: bool = False) -> dict[str, Any]:
     """Read a file that `save_file` wrote, or an older checkpoint, to host memory, without running code from it.
+
+    Args:
+        path: The file.
+        is_mapped: Whether the tensors stay in the file until they are looked at; it must be whole, and stay as it is.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -72,7 +76,7 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     try:
         with torch.serialization.safe_globals(_numpy_scalar_globals()):
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
+            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped))
     except Exception as error:
         raise CheckpointError(
             f"The checkpoint {str(path)!r} could not be read: {error}. It is damaged, or holds Python objects other "
