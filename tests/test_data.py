@@ -294,8 +294,8 @@ def test_placed_batches_are_on_the_device_and_hear_of_the_epoch():
 def test_a_batch_keeps_its_structure_when_it_is_moved(batch):
     moved = _data.move_to_device(batch, META)
     assert type(moved) is type(batch)
-    assert [tensor.device for tensor in _data._tensors_in(moved)] == [META]
-    assert [tensor.device.type for tensor in _data._tensors_in(batch)] == ["cpu"]
+    assert [tensor.device for tensor in _data.tensors_in(moved)] == [META]
+    assert [tensor.device.type for tensor in _data.tensors_in(batch)] == ["cpu"]
 
 
 def test_what_holds_no_tensor_is_not_touched():

@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 
 from pytorch_accelerated._agreement import PROCESS_TIMEOUT
 from pytorch_accelerated._data import PlacedBatches, RestOfEpoch, rebuild
+from pytorch_accelerated._direct import DirectLoader, is_direct, made_direct
 from pytorch_accelerated._rng import derive_seed, seed_generators
 from pytorch_accelerated._sharding import BatchShare, ExactDispatch, has_indices, loader_settings
 
@@ -301,8 +302,10 @@ def prepare(
         All four, prepared. Loaders that are no `DataLoader` only move their batches to the device.
     """
     eval_dls = eval_dl if isinstance(eval_dl, dict) else {} if eval_dl is None else {"": eval_dl}
-    train_dl = _share(accelerator, train_dl)
-    objects = [model, optimizer, train_dl, *(_share(accelerator, loader) for loader in eval_dls.values())]
+    train_dl, *own_eval_dls = (_own_loader(accelerator, loader) for loader in (train_dl, *eval_dls.values()))
+    if is_direct(accelerator):
+        optimizer = made_direct(accelerator, optimizer)
+    objects = [model, optimizer, train_dl, *own_eval_dls]
     present = [item for item in objects if item is not None]
     # DeepSpeed and FSDP have to see all objects at once. A single one is returned bare.
     results = accelerator.prepare(*present)
@@ -312,11 +315,9 @@ def prepare(
     return model, optimizer, _place(accelerator, train_dl), placed if isinstance(eval_dl, dict) else placed.get("")
 
 
-def _share(accelerator: Accelerator, loader: Any) -> Any:
-    # Accelerate itself would fill up the last batches with samples from the beginning.
+def _own_loader(accelerator: Accelerator, loader: Any) -> Any:
     is_left_to_accelerate = (
-        accelerator.num_processes == 1
-        or not has_indices(loader)
+        not has_indices(loader)
         or accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
         or getattr(accelerator, "parallelism_config", None) is not None
         or accelerator.split_batches
@@ -325,18 +326,20 @@ def _share(accelerator: Accelerator, loader: Any) -> Any:
     )
     if is_left_to_accelerate:
         return loader
-    share = BatchShare(loader.batch_sampler, accelerator.num_processes, accelerator.process_index)
-    shared = DataLoaderShard(
+    share = None
+    if accelerator.num_processes > 1:  # Accelerate would fill up the last batches with samples from the beginning
+        share = BatchShare(loader.batch_sampler, accelerator.num_processes, accelerator.process_index)
+    own = DirectLoader(
         loader.dataset,
         device=accelerator.device if accelerator.device_placement else None,
-        batch_sampler=share,
+        batch_sampler=share or loader.batch_sampler,
         _drop_last=loader.drop_last,
         _non_blocking=accelerator.non_blocking,
         **loader_settings(loader),
     )
-    shared.share = share
-    shared._is_accelerate_prepared = True
-    return shared
+    own.share = share
+    own._is_accelerate_prepared = True
+    return own
 
 
 def _place(accelerator: Accelerator, loader: Any) -> Any:

@@ -93,18 +93,26 @@ class Parts:
 # --- collecting --------------------------------------------------------------------------------------------------
 
 
-def collect_state(parts: Parts, accelerator: Accelerator, extras: Mapping[str, Any] | None) -> CollectedState:
+def collect_state(
+    parts: Parts, accelerator: Accelerator, extras: Mapping[str, Any] | None, announce: Callable[[], Any]
+) -> CollectedState:
     """Take the state of a trainer. Must be called on every process.
 
     Args:
         parts: The parts of the trainer.
         accelerator: The accelerator.
         extras: The user's entries.
+        announce: Called before; if it fails, nothing is collected.
 
     Raises:
         CheckpointError: Something in it could not be read back safely, on this process or another.
     """
-    return done_by_all(lambda: _collect_state(parts, accelerator, extras), int(accelerator.num_processes))
+
+    def collect() -> CollectedState:
+        announce()
+        return _collect_state(parts, accelerator, extras)
+
+    return done_by_all(collect, int(accelerator.num_processes))
 
 
 def _collect_state(parts: Parts, accelerator: Accelerator, extras: Mapping[str, Any] | None) -> CollectedState:

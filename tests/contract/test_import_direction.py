@@ -17,6 +17,7 @@ OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "torchmetrics", "timm", "tra
 MAY_IMPORT_ACCELERATE = {
     "__init__.py",
     "trainer.py",
+    "_direct.py",
     "_distributed.py",
     "_states.py",
     "_state_writing.py",
