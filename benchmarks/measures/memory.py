@@ -38,7 +38,7 @@ def measure(case: str, framework: str) -> list[Figure]:
     return [
         *figures,
         Figure("M-growth", last[0] - first_memory),
-        Figure("M-objects", (last[1] - first_count) / NUM_RUNS),
+        Figure("M-objects", max(0, last[1] - first_count) // NUM_RUNS),
     ]
 
 

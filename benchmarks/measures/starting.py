@@ -49,7 +49,7 @@ def time_script(script: str) -> float:
 
 
 def measure(case: str, framework: str) -> list[Figure]:
-    num_pairs = 6 if framework == OURS else 2
+    num_pairs = 5 if framework == OURS else 1
 
     def importing(module: Any) -> float:
         is_baseline = module.__name__ == f"frameworks.{HAND_WRITTEN}"

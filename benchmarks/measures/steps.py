@@ -46,12 +46,12 @@ class Plan(NamedTuple):
     """How often this library and the loop written by hand take turns; the others do a third of it."""
 
 
-def mlp_job(num_steps: int = 200, num_epochs: int = 4, **kwargs: Any) -> Job:
+def mlp_job(num_steps: int = 200, num_epochs: int = 3, **kwargs: Any) -> Job:
     return Job(make_mlp, make_dataset(32 * num_steps), num_epochs, **kwargs)
 
 
 def evaluation_job(**kwargs: Any) -> Job:
-    return mlp_job(num_steps=600, num_epochs=1, **kwargs)
+    return mlp_job(num_steps=400, num_epochs=1, **kwargs)
 
 
 def conv_net_job() -> Job:
@@ -68,11 +68,11 @@ def distributed_job() -> Job:
 
 
 PLANS = {
-    "A": Plan(step_of_training, mlp_job, num_pairs=12),
-    "A'": Plan(step_of_training, partial(mlp_job, has_own_loader=True), num_pairs=12),
-    "A-off": Plan(step_of_training, partial(mlp_job, is_quiet=True), num_pairs=12),
-    "B": Plan(step_of_evaluation, evaluation_job, num_pairs=12),
-    "B'": Plan(step_of_evaluation, partial(evaluation_job, has_own_loader=True), num_pairs=12),
+    "A": Plan(step_of_training, mlp_job, num_pairs=20),
+    "A'": Plan(step_of_training, partial(mlp_job, has_own_loader=True), num_pairs=20),
+    "A-off": Plan(step_of_training, partial(mlp_job, is_quiet=True), num_pairs=20),
+    "B": Plan(step_of_evaluation, evaluation_job, num_pairs=20),
+    "B'": Plan(step_of_evaluation, partial(evaluation_job, has_own_loader=True), num_pairs=20),
     "C": Plan(whole_call, partial(mlp_job, num_steps=16, num_epochs=20, has_own_loader=True), num_pairs=9),
     "D": Plan(step_of_training, conv_net_job, num_pairs=9),
     "G": Plan(step_of_training, partial(mlp_job, num_accumulated=4, is_bf16=True), num_pairs=12),
