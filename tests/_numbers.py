@@ -5,15 +5,20 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+from accelerate.data_loader import DataLoaderShard
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import TensorDataset
 
 from _support import Probe, Samples, weights_of
-from pytorch_accelerated import Trainer, TrainerPlaceholderValues
+from pytorch_accelerated import Trainer, TrainerPlaceholderValues, _distributed
+from pytorch_accelerated import trainer as trainer_module
 from pytorch_accelerated.schedulers import CosineLrScheduler
 
 IN_ORDER = {"shuffle": False}
@@ -124,6 +129,67 @@ def grid_differences(num_processes: int) -> dict[tuple[Any, ...], tuple[float, f
         expected_loss = mean_loss(make_net(), dataset[:], is_weighted)[0].item()
         differences[point] = (largest_difference(gradients, expected), abs(loss - expected_loss))
     return differences
+
+
+# --- the short way of a step against the general one ---------------------------------------------------------------
+
+
+@contextmanager
+def general_way() -> Iterator[None]:
+    """Let nothing be direct: optimizer, loaders and backward pass are Accelerate's own."""
+    with (
+        mock.patch.object(trainer_module, "is_direct", return_value=False),
+        mock.patch.object(_distributed, "is_direct", return_value=False),
+        mock.patch.object(_distributed, "DirectLoader", DataLoaderShard),
+    ):
+        yield
+
+
+def run_of(point: tuple[Any, ...], make_optimizer: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """Train at a point of the grid in earnest; return weights, history, random state and what the optimizer was."""
+    is_weighted, batch_size, accumulation, num_samples = point
+    net = make_net()
+    trainer_class = WeightedTextTrainer if is_weighted else TextTrainer
+    trainer = trainer_class(net, None, make_optimizer(net), callbacks=(), seed=4)
+    trainer.train(
+        make_texts(num_samples),
+        num_epochs=2,
+        eval_dataset=make_texts(7),
+        per_device_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        create_scheduler_fn=make_scheduler_fn("cosine"),
+        **kwargs,
+    )
+    return weights_of(net), trainer.run_history.state_dict(), torch.get_rng_state(), type(trainer.optimizer).__name__
+
+
+OPTIMIZERS = {
+    "SGD": lambda net: torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True),
+    "AdamW": lambda net: torch.optim.AdamW(net.parameters(), lr=0.01, amsgrad=True),
+}
+
+
+def points_where_the_ways_differ() -> list[Any]:
+    """Compare both ways over the grid, bit by bit, with clipping by norm at every other point."""
+    different = []
+    for number, (point, (name, make_optimizer)) in enumerate(itertools.product(GRID, OPTIMIZERS.items())):
+        kwargs = {"gradient_clip_norm": 0.3} if number % 4 < 2 else {}
+        *direct, used = run_of(point, make_optimizer, **kwargs)
+        with general_way():
+            *general, used_by_general = run_of(point, make_optimizer, **kwargs)
+        assert (used, used_by_general) == ("DirectOptimizer", "AcceleratedOptimizer")
+        if not are_equal(direct, general):
+            different.append((name, *point))
+    return different
+
+
+def are_equal(left: Any, right: Any) -> bool:
+    """Whether nested values are the same bit by bit."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(are_equal(left[name], right[name]) for name in left)
+    if isinstance(left, (tuple, list)):
+        return len(left) == len(right) and all(map(are_equal, left, right))
+    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
 
 # --- whole runs --------------------------------------------------------------------------------------------------

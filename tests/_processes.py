@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,7 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from _support import SOURCE
+from _starting import start
 
 WAIT_SECONDS = 20
 """A process that waits so long for another gives up."""
@@ -42,17 +41,20 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def launch(script: Path, folder: Path, num_processes: int, *arguments: str, timeout: float = 150) -> list[Ended]:
-    """Run a script on several processes, whose output goes to ``folder``; kill what takes longer than ``timeout``."""
+def launch(
+    script: Path, folder: Path, num_processes: int, *arguments: str, timeout: float = 150, **more: str
+) -> list[Ended]:
+    """Run a script on several processes, whose output goes to ``folder``; kill what takes longer than ``timeout``.
+
+    More arguments are changes to their environment.
+    """
     environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(SOURCE.parent), str(Path(__file__).parent)]),
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(num_processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
+        **more,
     }
     processes, ended = [], [Ended(-1, float("inf")) for _ in range(num_processes)]
 
@@ -60,15 +62,9 @@ def launch(script: Path, folder: Path, num_processes: int, *arguments: str, time
         ended[rank] = Ended(processes[rank].wait(), time.monotonic())
 
     for rank in range(num_processes):
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         with (folder / f"output-{rank}.txt").open("w") as output:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, str(script), str(folder), *arguments],
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+            processes.append(start(script, str(folder), *arguments, stdout=output.fileno(), cwd=folder, **own))
     watchers = [threading.Thread(target=watch, args=(rank,)) for rank in range(num_processes)]
     deadline = time.monotonic() + timeout
     try:

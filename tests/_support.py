@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+import _starting
 import pytorch_accelerated
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import EVENTS, TrainerCallback
@@ -210,16 +209,29 @@ def raiser(error: BaseException) -> Any:
 # --- processes ---------------------------------------------------------------------------------------------------
 
 
-def run_python(code: str, *arguments: str, timeout: float = 120, **environment: str) -> str:
-    """Run code in a process of its own, with the tests' helpers at hand, and return what it printed."""
-    paths = [str(SOURCE.parent), str(Path(__file__).parent)]
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environment},
-    )
+def run_python(
+    code: str,
+    *arguments: str,
+    timeout: float = 120,
+    cwd: Path | None = None,
+    has_imported_nothing: bool = False,
+    **environment: str,
+) -> str:
+    """Run code in a process of its own, with the tests' helpers at hand, and return what it printed.
+
+    Args:
+        code: The code.
+        arguments: Of the script that it is.
+        timeout: Seconds after which it is killed.
+        cwd: Its working directory.
+        has_imported_nothing: Whether it must be an interpreter that starts from scratch, which takes seconds.
+        environment: Changes to the environment of the tests.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "script.py")
+        script.write_text(code)
+        run = _starting.run_from_scratch if has_imported_nothing else _starting.run
+        result = run(script, *arguments, timeout=timeout, cwd=cwd, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

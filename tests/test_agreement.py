@@ -98,6 +98,18 @@ def test_an_error_goes_before_a_wish_and_the_first_before_the_second(agreement):
         agreement.settle()
 
 
+def test_of_bad_losses_the_earliest_is_raised_also_one_that_was_not_noticed_yet(agreement):
+    agreement._find_bad_loss = lambda: NonFiniteLossError("of step 3", 3)
+    for step in (9, 5):
+        agreement.request_end(NonFiniteLossError(f"of step {step}", step))
+    with pytest.raises(NonFiniteLossError, match="of step 3") as raised:
+        agreement.settle()
+    assert raised.value.step == 3
+    agreement.request_end(StopTrainingError("enough"))  # for which nobody looks at losses
+    with pytest.raises(StopTrainingError, match="enough"):
+        agreement.settle()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_number_of_a_signal_travels_with_the_request(agreement, number):
     agreement.request_end(RunInterruptedError(number))
@@ -126,7 +138,7 @@ def test_a_request_that_is_repeated_is_sent_once(agreement, monkeypatch):
         agreement.request_end(RunInterruptedError(signal.SIGUSR1))
     with pytest.raises(RunInterruptedError):
         agreement.settle()
-    assert sent == [[("RunInterruptedError", signal.SIGUSR1)]]
+    assert sent == [[("RunInterruptedError", (signal.SIGUSR1,))]]
 
 
 def test_of_all_processes_reasons_the_gravest_is_raised(agreement, monkeypatch):
@@ -134,7 +146,7 @@ def test_of_all_processes_reasons_the_gravest_is_raised(agreement, monkeypatch):
 
     def receive(reasons, own, group):
         assert own == []
-        reasons[:] = [[("StopTrainingError", "of rank 0")], [("NonFiniteLossError", "of rank 1")]]
+        reasons[:] = [[("StopTrainingError", ("of rank 0",))], [("NonFiniteLossError", ("of rank 1", 4))]]
 
     monkeypatch.setattr(_agreement.distributed, "all_gather_object", receive)
     agreement.start_exchange(0.0, 0)

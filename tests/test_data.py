@@ -6,16 +6,18 @@ import copy
 import os
 import pickle
 import random
+import signal
 from collections import namedtuple
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset
 
 from _support import Batches, Samples, SizedBatches, Stream, make_dataset, make_indexed_dataset
 from pytorch_accelerated import _data
+from pytorch_accelerated._sharding import BatchShare
 from pytorch_accelerated.utils import (
     LIMIT_BATCHES_ENV_VAR,
     DataLoaderSlice,
@@ -228,6 +230,69 @@ def test_a_whole_batch_dataset_gives_samples_and_batches_of_the_plain_one():
     assert _data.unchanged(whole) is whole
 
 
+def loader_of(dataset, sampler=None, **settings):
+    """A loader of whole batches whose sampler has a generator of its own."""
+    generator = torch.Generator().manual_seed(7)
+    sampler = RandomSampler(dataset, generator=generator) if sampler is None else sampler(dataset)
+    settings = {"batch_size": 4, "sampler": sampler, "collate_fn": _data.unchanged, **settings}
+    return DataLoader(_data.WholeBatchDataset(dataset), **settings)
+
+
+MIXED = TensorDataset(
+    torch.arange(22.0).view(2, 11).T, torch.arange(11), torch.arange(11) % 2 == 0, torch.randn(11, 2, 3).half()
+)
+IN_MEMORY = {
+    "plain, not contiguous": MIXED,
+    "a part": Subset(MIXED, [3, 1, 7, 0, 10]),
+    "a part of a part, counted from the end": Subset(Subset(MIXED, range(2, 9)), [-1, 5, 0, -2]),
+    "a part by an array": Subset(MIXED, np.array([3, 1, 7])),
+}
+
+
+@pytest.mark.parametrize("settings", [{}, {"drop_last": True}, {"sampler": SequentialSampler}, {"batch_size": 64}])
+@pytest.mark.parametrize("dataset", IN_MEMORY.values(), ids=IN_MEMORY)
+def test_whole_batches_are_those_of_the_loader_bit_by_bit(dataset, settings):
+    batches = list(_data.whole_batches_of(loader_of(dataset, **settings)))
+    expected = list(loader_of(dataset, **settings))
+    assert len(batches) == len(expected)
+    for batch, other in zip(batches, expected, strict=True):
+        for tensor, collated in zip(batch, other, strict=True):
+            assert torch.equal(tensor, collated)
+            assert (tensor.dtype, tensor.is_contiguous()) == (collated.dtype, True)
+
+
+def test_to_write_to_a_whole_batch_leaves_the_dataset_as_it_is():
+    dataset = make_dataset(8)
+    before = dataset.tensors[0].clone()
+    for inputs, _ in _data.whole_batches_of(loader_of(dataset, SequentialSampler)):
+        inputs.zero_()
+    assert torch.equal(dataset.tensors[0], before)
+
+
+def test_loaders_of_other_data_or_orders_are_left_to_pytorch():
+    def own_generator(dataset):
+        return RandomSampler(dataset)
+
+    def with_replacement(dataset):
+        return RandomSampler(dataset, replacement=True, generator=torch.Generator())
+
+    def fewer(dataset):
+        return RandomSampler(dataset, num_samples=3, generator=torch.Generator())
+
+    class Reversed(SequentialSampler):
+        def __iter__(self):
+            return reversed(range(len(self)))
+
+    dataset = make_dataset(8)
+    for sampler in (own_generator, with_replacement, fewer, Reversed):
+        assert _data.whole_batches_of(loader_of(dataset, sampler)) is None
+    assert _data.whole_batches_of(DataLoader(dataset)) is None
+    assert _data.whole_batches_of(loader_of(dataset, num_workers=1)) is None
+    batches = BatchShare(BatchSampler(SequentialSampler(dataset), 2, drop_last=False), 2, 0)
+    share = DataLoader(_data.WholeBatchDataset(dataset), batch_sampler=batches, collate_fn=_data.unchanged)
+    assert _data.whole_batches_of(share) is None
+
+
 @pytest.mark.parametrize("name", ["collate_fn", "sampler", "batch_sampler"])
 def test_whole_batches_are_not_used_where_the_user_makes_the_batches(name):
     dataset = make_dataset(4)
@@ -294,8 +359,8 @@ def test_placed_batches_are_on_the_device_and_hear_of_the_epoch():
 def test_a_batch_keeps_its_structure_when_it_is_moved(batch):
     moved = _data.move_to_device(batch, META)
     assert type(moved) is type(batch)
-    assert [tensor.device for tensor in _data._tensors_in(moved)] == [META]
-    assert [tensor.device.type for tensor in _data._tensors_in(batch)] == ["cpu"]
+    assert [tensor.device for tensor in _data.tensors_in(moved)] == [META]
+    assert [tensor.device.type for tensor in _data.tensors_in(batch)] == ["cpu"]
 
 
 def test_what_holds_no_tensor_is_not_touched():
@@ -350,7 +415,9 @@ def test_padding_is_removed_from_rows_and_vectors():
 
 
 @pytest.mark.parametrize("make_loader", [iter, list])
-def test_a_lost_worker_is_named(make_loader):
+def test_a_lost_worker_is_named(make_loader, monkeypatch):
+    monkeypatch.setattr(_data, "_SECONDS_UNTIL_DEATH_IS_KNOWN", 0)
+
     def batches():
         yield 1
         yield 2
@@ -363,3 +430,24 @@ def test_a_lost_worker_is_named(make_loader):
     loader = batches() if make_loader is iter else Loader([1, 2, 3])
     with pytest.raises(RuntimeError, match=r"a worker process of the loader was lost .*Connection reset by peer"):
         list(_data.enumerate_batches(loader))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no such timer")
+def test_the_error_that_names_a_lost_worker_is_waited_for(monkeypatch):
+    """It comes by a signal, shortly after the connection is lost, and must not strike while the run is tidied up."""
+
+    def tell(number, frame):
+        raise RuntimeError("DataLoader worker (pid 7) is killed")
+
+    def batches():
+        yield 1
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    before = signal.signal(signal.SIGALRM, tell)
+    try:
+        with pytest.raises(RuntimeError, match="pid 7"):
+            list(_data.enumerate_batches(batches()))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

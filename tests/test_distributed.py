@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.data_loader import DataLoaderShard
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import PartialState
 from torch.utils.data import DataLoader
 
@@ -217,8 +219,9 @@ def test_everything_is_prepared_at_once_and_returned_in_its_place(accelerator):
     loader = DataLoader(Samples(make_dataset(4)))
     eval_dls = {"a": DataLoader(Samples(make_dataset(2))), "b": [1]}
     model, optimizer, train_dl, prepared = _distributed.prepare(accelerator, model, optimizer, loader, eval_dls)
-    assert type(optimizer).__name__ == "AcceleratedOptimizer"
-    assert type(train_dl).__name__ == "DataLoaderShard"
+    assert isinstance(optimizer, AcceleratedOptimizer)
+    assert type(train_dl).__mro__[1] is DataLoaderShard
+    assert isinstance(train_dl, DataLoader)
     assert list(prepared) == ["a", "b"]
     assert (len(prepared["a"]), prepared["b"]) == (2, [1])
     assert len(accelerator._dataloaders) == 2

@@ -804,7 +804,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_an_error_that_names_the_pla
     assert isinstance(caught.value, ArithmeticError)
     assert recorder.log[-1] == "on_exception"
     assert trainer.model is model
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_an_evaluation_loss_that_is_not_finite_ends_the_run_too():

@@ -70,7 +70,7 @@ def test_the_loss_is_taken_from_an_entry_if_there_is_no_attribute():
 def test_the_weight_of_a_batch_is_its_items_or_else_its_size():
     assert read_batch_output({"loss": 1, "batch_size": 4}, "hook") == (4, 4)
     assert read_batch_output({"loss": 1, "batch_size": 4, "num_items_in_batch": 9}, "hook") == (9, 4)
-    assert read_batch_output({"loss": 1, "batch_size": torch.tensor(4)}, "hook").batch_size == 4
+    assert read_batch_output({"loss": 1, "batch_size": torch.tensor(4)}, "hook") == (4, 4)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(_manifest, "version", missing)
+    monkeypatch.setattr(_manifest, "_version_of", _manifest._version_of.__wrapped__)  # it remembers
     versions = _manifest.installed_versions()
     assert (versions["pytorch-accelerated"], versions["torch"], versions["accelerate"]) == (None, None, None)
 
@@ -109,6 +110,17 @@ def test_all_files_and_folders_are_flushed_to_the_disk(path, monkeypatch):
     rewrite_manifest(path)
     assert set(flushed) == {path, *path.rglob("*")}
     assert flushed[-1] == path
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_what_was_flushed_before_is_not_flushed_again(path, monkeypatch):
+    flushed = []
+    facts = {"model.pt": _manifest.facts_of_file(path / "model.pt")}
+    (path / "manifest.json").unlink()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    _manifest.write_manifest(path, {}, flushed=facts)
+    assert sorted(flushed[:-2]) == [path / "process_0.pt", path / "process_1.pt", path / "trainer_state.pt"]
+    assert flushed[-2:] == [path / "manifest.json", path]
 
 
 # --- order -------------------------------------------------------------------------------------------------------
@@ -236,6 +248,29 @@ def test_a_file_that_cannot_be_read_is_damaged(path, monkeypatch):
 
     monkeypatch.setattr(_manifest, "crc32_of", fail)
     with pytest.raises(CheckpointError, match="is damaged"):
+        _manifest.verify_state(path)
+
+
+def test_each_file_is_read_once(path, monkeypatch):
+    names, crc32_of = [], _manifest.crc32_of
+    monkeypatch.setattr(_manifest, "crc32_of", lambda file: (names.append(file.name), crc32_of(file))[1])
+    _manifest.verify_state(path)
+    assert sorted(names) == ["model.pt", "process_0.pt", "process_1.pt", "trainer_state.pt"]
+
+
+def test_nothing_is_read_if_a_size_is_wrong(path, monkeypatch):
+    """Large files take long to read."""
+    monkeypatch.setattr(_manifest, "crc32_of", None)
+    (path / "process_1.pt").write_text("short")
+    with pytest.raises(CheckpointError, match=r"is damaged: process_1.pt is missing or altered"):
+        _manifest.verify_state(path)
+
+
+def test_of_several_altered_files_the_first_is_named(path):
+    for name in ("model.pt", "process_1.pt"):
+        content = (path / name).read_bytes()
+        (path / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(CheckpointError, match=r"is damaged: process_1.pt is missing or altered"):
         _manifest.verify_state(path)
 
 

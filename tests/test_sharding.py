@@ -19,8 +19,8 @@ from pytorch_accelerated._sharding import (
     ExactDispatch,
     first_rows,
     has_indices,
-    is_stand_in,
     loader_settings,
+    share_of,
     without_samples,
 )
 
@@ -187,10 +187,10 @@ def test_which_loaders_choose_samples_by_index():
 def test_which_step_is_a_stand_in():
     share = BatchShare([[0], [1], [2]], 2, 1)
     list(share)
-    loader = SimpleNamespace(share=share)
-    assert [is_stand_in(loader, step) for step in range(3)] == [False, True, False]
-    assert not is_stand_in(SimpleNamespace(share="a user's own"), 1)
-    assert not is_stand_in(Batches(make_dataset(4), 2), 0)
+    assert share.stand_in_step == 1
+    assert share_of(SimpleNamespace(share=share)) is share
+    assert share_of(SimpleNamespace(share="a user's own")) is None
+    assert share_of(Batches(make_dataset(4), 2)) is None
 
 
 # --- what the main process deals out --------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_what_fills_up_the_last_step_is_cut_off(num_samples, num_processes):
         own[step]["row"].tolist()
         for step in range(len(steps))
         for own, loader in zip(batches, loaders, strict=True)
-        if not is_stand_in(loader, step)
+        if share_of(loader).stand_in_step != step
     ]
     assert flat(rows) == list(range(num_samples))
     assert {len(loader) for loader in loaders} == {len(steps)}

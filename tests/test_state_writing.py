@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import zipfile
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -144,3 +146,102 @@ def test_what_comes_after_happens_when_the_state_is_complete(tmp_path):
         )
     trainer.wait_for_training_state()
     assert seen == [tmp_path / "state_False", tmp_path / "state_True"]
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def state(tmp_path):
+    make_trainer().save_training_state(tmp_path / "state")
+    return tmp_path / "state"
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_files_can_be_read_by_pytorch_alone(state, mmap):
+    """They lack the checksums of PyTorch, which it does not look at."""
+    with zipfile.ZipFile(state / "model.pt") as file:
+        assert {entry.CRC for entry in file.infolist()} == {0}
+    weights = torch.load(state / "model.pt", weights_only=True, mmap=mmap)
+    assert list(weights) == ["weight", "bias"]
+    optimizer = torch.load(state / "optimizer.pt", weights_only=True, mmap=mmap)
+    assert set(optimizer) == {"state", "param_groups"}
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_option_of_pytorch_is_put_back(tmp_path, monkeypatch, is_on, fails):
+    seen, save = [], torch.save
+
+    def watched(contents, path):
+        seen.append(torch.serialization.get_crc32_options())
+        if fails:
+            raise OSError(28, "no room")
+        save(contents, path)
+
+    monkeypatch.setattr(torch, "save", watched)
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(is_on)
+    try:
+        with pytest.raises(CheckpointError) if fails else nullcontext():
+            make_trainer().save_training_state(tmp_path / "state")
+        assert torch.serialization.get_crc32_options() is is_on
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert set(seen) == {False}
+
+
+def test_checkpoints_keep_the_checksums_of_pytorch(tmp_path):
+    """They are for other programs too, some of which unpack them; and nothing else checks them."""
+    make_trainer().save_checkpoint(tmp_path / "model.pt")
+    with zipfile.ZipFile(tmp_path / "model.pt") as file:
+        assert file.testzip() is None
+
+
+def test_two_files_at_once_leave_the_option_as_it_was(tmp_path, monkeypatch):
+    """Older versions of PyTorch have it once for all threads; what another writer has set must not be put back."""
+    option = [True]
+    monkeypatch.setattr(torch.serialization, "get_crc32_options", lambda: option[0])
+    monkeypatch.setattr(torch.serialization, "set_crc32_options", lambda value: option.__setitem__(0, value))
+    entered, second_begins = threading.Event(), threading.Event()
+
+    def save(contents, path):
+        if contents == "first":
+            entered.set()
+            second_begins.wait(60)
+            ends.append("first")
+        else:
+            ends.append("second")
+
+    ends = []
+    monkeypatch.setattr(torch, "save", save)
+
+    def write_second():
+        assert entered.wait(60)
+        second_begins.set()
+        _state_writing._write_file(tmp_path / "second", "second")
+
+    thread = threading.Thread(target=write_second)
+    thread.start()
+    _state_writing._write_file(tmp_path / "first", "first")
+    thread.join()
+    assert ends == ["first", "second"]
+    assert option == [True]
+
+
+@pytest.mark.parametrize("name", ["flush_to_disk", "facts_of_file"])
+@pytest.mark.parametrize("file", ["model.pt", "process_0.pt"])
+def test_a_file_that_cannot_be_flushed_or_read_again_is_not_saved(state, monkeypatch, name, file):
+    act = getattr(_state_writing, name)
+
+    def fail(path):
+        if path.name == file:
+            raise OSError(5, "Input/output error", str(path))
+        return act(path)
+
+    monkeypatch.setattr(_state_writing, name, fail)
+    before = verify_state(state)
+    with pytest.raises(CheckpointError, match=rf"could not be written: .*Input/output error.*{file}"):
+        make_trainer().save_training_state(state)
+    assert verify_state(state) == before
+    assert [path.name for path in state.parent.iterdir()] == ["state"]

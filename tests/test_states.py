@@ -161,6 +161,19 @@ def test_a_new_state_takes_the_place_of_the_old_one(tmp_path):
     assert "stray" not in names_in(tmp_path / "a" / "state")
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_nothing_that_was_read_is_still_in_the_files(tmp_path):
+    """They may be deleted, on a server too, while the run goes on with what was in them."""
+    trainer = make_state_trainer()
+    trainer.save_training_state(tmp_path / "state")
+    saved = read_manifest(tmp_path / "state")
+    contents = _states.read_state(saved, trainer._accelerator, trainer._parts_of_state())
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    for name in saved.files:
+        os.truncate(tmp_path / "state" / name, 0)
+    assert_same_weights(contents.weights, trainer.model.state_dict())
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 def test_all_is_on_the_disk_before_the_state_has_its_name_and_the_name_before_the_old_one_goes(tmp_path, monkeypatch):
     """Against power loss."""

@@ -152,7 +152,6 @@ def test_a_tracker_goes_on_from_its_state():
         half.update(torch.tensor(2.0), 1)
         half.update(torch.tensor(4.0), 4)
     assert tracker.average == other.average == MEAN
-    assert all(isinstance(value, torch.Tensor) for value in tracker.state_dict().values())
 
 
 def test_the_means_of_an_epoch_have_the_names_they_are_recorded_by():
@@ -193,3 +192,78 @@ def test_a_metric_of_one_element_is_a_number(value):
 def test_any_other_metric_is_none(value):
     with pytest.raises(ValueError, match="Expected a metric that is one number"):
         as_number(value)
+
+
+# --- losses that are added up some at a time -----------------------------------------------------------------------
+
+MANY = 3 * 64 + 7
+
+
+def test_many_losses_of_any_weights_have_the_exact_mean():
+    values = torch.rand(MANY)
+    for weights in ([8] * MANY, [1 + i % 5 for i in range(MANY)], [torch.tensor(1 + i % 3) for i in range(MANY)]):
+        tracker = LossTracker()
+        for value, weight in zip(values, weights, strict=True):
+            tracker.update(value, weight)
+        exact = sum(value.item() * float(weight) for value, weight in zip(values, weights, strict=True))
+        assert float(tracker.total_loss) == pytest.approx(exact, rel=1e-14)
+        assert float(tracker.running_count) == sum(map(float, weights))
+
+
+def test_to_look_at_the_sums_does_not_change_them():
+    """Otherwise a progress bar would have a say in the last digits, and a resumed run in its history."""
+    looked_at, left_alone, resumed = LossTracker(), LossTracker(), LossTracker()
+    for number, value in enumerate(torch.rand(MANY)):
+        for tracker in (looked_at, left_alone, resumed):
+            tracker.update(value, 3)
+        assert looked_at.average > 0
+        if number % 50 == 20:
+            state, resumed = resumed.state_dict(), LossTracker()
+            resumed.load_state_dict(state)
+    assert looked_at.average == left_alone.average == resumed.average
+
+
+def test_what_a_step_does_to_its_loss_afterwards_does_not_count():
+    tracker, loss, weight = LossTracker(), torch.tensor(2.0), torch.tensor(3)
+    tracker.update(loss, weight)
+    loss.zero_()
+    weight.zero_()
+    assert tracker.average == 2.0
+
+
+def test_a_loss_that_is_part_of_a_large_tensor_does_not_keep_it():
+    tracker, large = LossTracker(), torch.ones(10_000)
+    tracker.update(large[3])
+    assert tracker._values[0].untyped_storage().nbytes() == 4
+
+
+@pytest.mark.parametrize("bad_index", [0, 5, 63, 64, 65, MANY - 1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_first_loss_that_is_not_finite_is_found(bad_index, value):
+    tracker = LossTracker()
+    assert tracker.find_non_finite() is None
+    for index in range(MANY):
+        tracker.update(torch.tensor(value if index in (bad_index, bad_index + 2) else 1.0), 2)
+    index, found = tracker.find_non_finite()
+    assert index == bad_index
+    assert not math.isfinite(found)
+
+
+def test_it_is_found_among_plain_numbers_too():
+    tracker = LossTracker()
+    for loss in (torch.tensor(1.0), 2.0, math.inf, torch.tensor(3.0)):
+        tracker.update(loss, 1)
+    assert tracker.find_non_finite() == (2, math.inf)
+
+
+def test_a_tracker_of_the_users_own_is_not_looked_into():
+    means = EpochMeans()
+    means.loss = object()
+    assert means.find_non_finite() is None
+
+
+def test_a_state_of_an_earlier_version_is_read():
+    tracker = LossTracker()
+    tracker.load_state_dict({"total_loss": torch.tensor(6.0), "running_count": torch.tensor(3.0)})
+    tracker.update(torch.tensor(4.0), 1)
+    assert tracker.average == 2.5

@@ -1089,3 +1089,18 @@ def test_a_stop_within_a_nested_evaluation_does_not_end_the_run_for_good(tmp_pat
     resumed = make_trainer()
     resumed.train(make_dataset(8), num_epochs=3, resume_from=tmp_path / "state")
     assert resumed.progress.num_epochs_completed == 3
+
+
+def test_an_error_in_the_tidying_up_leaves_a_trainer_that_can_train(monkeypatch):
+    """Such as one that a handler of signals raises, at any place."""
+
+    def fail(**_):
+        raise LookupError("of a signal")
+
+    trainer = make_trainer()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_tidy_up", fail)
+        with pytest.raises(LookupError):
+            trainer.train(make_dataset(4), 1)
+    trainer.train(make_dataset(4), 1)
+    assert trainer.progress.num_epochs_completed == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
@@ -21,10 +23,19 @@ _REASONS: dict[str, type[Exception]] = {
 """The exceptions by which one process ends the run of all; the first that any process has is raised by all."""
 
 
-def _plain(reason: Exception) -> tuple[str, str | int]:
+def _plain(reason: Exception) -> tuple[str, tuple[Any, ...]]:
     """Return the kind of a reason and what it is made of, to make it anew elsewhere."""
     kind = next(name for name, error in reversed(_REASONS.items()) if isinstance(reason, error))
-    return kind, reason.signal_number if isinstance(reason, RunInterruptedError) else str(reason)
+    if isinstance(reason, RunInterruptedError):
+        return kind, (reason.signal_number,)
+    return kind, (str(reason), reason.step) if isinstance(reason, NonFiniteLossError) else (str(reason),)
+
+
+def _precedence(reason: Exception) -> tuple[int, float]:
+    """Return what reasons are sorted by: the gravest comes first, and of bad losses the earliest."""
+    gravity = list(_REASONS.values()).index(type(reason))
+    step = getattr(reason, "step", None)
+    return gravity, math.inf if step is None else step
 
 
 @lru_cache(maxsize=1)  # one for all runs, as each holds connections
@@ -44,9 +55,13 @@ class Agreement:
 
     Args:
         num_processes: How many processes take part. With several, making this must happen on every one of them.
+        find_bad_loss: Looks whether this process has had a loss that is not finite, since such losses spread.
     """
 
-    def __init__(self, num_processes: int) -> None:
+    def __init__(
+        self, num_processes: int, find_bad_loss: Callable[[], NonFiniteLossError | None] = lambda: None
+    ) -> None:
+        self._find_bad_loss = find_bad_loss
         self.is_needed = num_processes > 1 and distributed.is_initialized()
         self._requests: list[Exception] = []
         self._agreed_reason: Exception | None = None
@@ -109,13 +124,18 @@ class Agreement:
             self.finish_exchange()
             self.stop_if_agreed()
 
-    def _first_reason(self) -> Exception | None:
+    def _first_reason(self) -> Exception:
+        reasons = self._reasons_of_all()
+        if any(isinstance(reason, NonFiniteLossError) for reason in reasons):
+            # With the gradients it spreads to processes that may have noticed theirs sooner.
+            own = self._find_bad_loss()
+            self._requests = [] if own is None else [own]
+            reasons += self._reasons_of_all()
+        return min(reasons, key=_precedence)
+
+    def _reasons_of_all(self) -> list[Exception]:
         own = list(dict.fromkeys(map(_plain, self._requests)))
         self._requests = []
         reasons_of_all: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(reasons_of_all, own, group=self._group)
-        reasons = [reason for reasons in reasons_of_all for reason in reasons]
-        of_first_kind = (
-            error(content) for name, error in _REASONS.items() for kind, content in reasons if kind == name
-        )
-        return next(of_first_kind, None)
+        return [_REASONS[kind](*content) for reasons in reasons_of_all for kind, content in reasons]

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from pytorch_accelerated._data import rebuild
 
+_ALIGNMENT = 64  # bytes, as PyTorch aligns its own
+
 
 class BackgroundWriter:
     """Writes in a thread, one thing at a time; what goes wrong there is raised where somebody waits for it."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        self._is_under_way = False
+        self._is_done = threading.Event()
         self._error: Exception | None = None
 
     def start(self, write: Callable[[], Any]) -> None:
         """Call a function in the background; nothing else may be under way."""
-        self._thread = threading.Thread(target=self._run, args=(write,), name="training state writer")
-        self._thread.start()
+        self._is_done.clear()
+        self._is_under_way = True
+        threading.Thread(target=self._run, args=(write,), name="training state writer").start()
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether something was started that nobody has waited for."""
+        return self._is_under_way
 
     def wait(self) -> None:
         """Wait until nothing is under way.
@@ -30,9 +41,9 @@ class BackgroundWriter:
         Raises:
             Exception: What went wrong since the last time.
         """
-        if self._thread is not None:
-            self._thread.join()
-        self._thread = None
+        if self._is_under_way:
+            self._is_done.wait()  # `Thread.join` takes a thread for ended when a handler of signals interrupts it
+        self._is_under_way = False
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -42,6 +53,8 @@ class BackgroundWriter:
             write()
         except Exception as error:
             self._error = error
+        finally:
+            self._is_done.set()
 
 
 class HostMemory:
@@ -61,19 +74,69 @@ class HostMemory:
             >>> copied
             {'weights': [tensor([1., 1.])]}
         """
-        numbers = itertools.count()
+        tensors: list[torch.Tensor] = []
 
-        def copy(item: Any) -> Any:
-            if isinstance(item, torch.Tensor):
-                return self._block(next(numbers), item).copy_(item.detach())
-            return rebuild(item, copy)
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            tensors.append(tensor)
+            return tensor
 
-        return copy(value)
+        _replace_tensors(value, note)
+        if not _are_alike(self._blocks, tensors):
+            self._blocks = []  # what there was is free before there is more
+            self._blocks = _make_blocks(tensors)
+        if tensors:
+            with torch.no_grad():
+                torch._foreach_copy_(self._blocks, tensors)
+        blocks = iter(self._blocks)
+        return _replace_tensors(value, lambda _: next(blocks))
 
-    def _block(self, number: int, like: torch.Tensor) -> torch.Tensor:
-        if number == len(self._blocks):
-            self._blocks.append(torch.empty(0))
-        block = self._blocks[number]
-        if block.shape != like.shape or block.dtype != like.dtype or block.layout != like.layout:
-            block = self._blocks[number] = torch.empty_like(like, device="cpu", requires_grad=False)
-        return block
+
+def _replace_tensors(value: Any, replace: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return a nested structure with something else in the place of each tensor."""
+    if isinstance(value, torch.Tensor):
+        return replace(value)
+    if value is None or isinstance(value, (str, float, int)):  # most of what there is
+        return value
+    return rebuild(value, lambda item: _replace_tensors(item, replace))
+
+
+def _are_alike(blocks: list[torch.Tensor], tensors: list[torch.Tensor]) -> bool:
+    return len(blocks) == len(tensors) and all(
+        block.shape == tensor.shape and block.dtype == tensor.dtype and block.layout == tensor.layout
+        for block, tensor in zip(blocks, tensors, strict=True)
+    )
+
+
+def _make_blocks(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return tensors of the host like others, the large ones in memory that is fast to use for the first time."""
+    sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT if _is_large(tensor) else 0 for tensor in tensors]
+    memory = _map_memory(sum(sizes))
+    starts = itertools.accumulate([0, *sizes[:-1]])
+    return [
+        _block_in(memory, start, tensor) if size else torch.empty_like(tensor, device="cpu")
+        for tensor, size, start in zip(tensors, sizes, starts, strict=True)
+    ]
+
+
+def _is_large(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor is worth a place in such memory, and has its numbers side by side."""
+    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    if not is_plain or tensor.is_quantized or tensor.nbytes < mmap.PAGESIZE:
+        return False
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _map_memory(num_bytes: int) -> memoryview:
+    # The system makes a page when it is first written to, and for pages of the usual size that takes six times as long
+    # as the copy itself.
+    if num_bytes == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
+        return memoryview(bytearray(num_bytes))
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
+
+
+def _block_in(memory: memoryview, start: int, like: torch.Tensor) -> torch.Tensor:
+    block = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=start)
+    return block.as_strided(like.shape, like.stride())

@@ -6,17 +6,22 @@ import copy
 import itertools
 import os
 import random
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
+    RandomSampler,
+    SequentialSampler,
     Subset,
     TensorDataset,
 )
@@ -27,6 +32,7 @@ LIMIT_BATCHES_ENV_VAR = "PT_ACC_LIMIT_BATCHES"
 """Environment variable: when set to a number, every epoch uses at most so many batches."""
 
 _MAX_DEFAULT_WORKERS = 8
+_SECONDS_UNTIL_DEATH_IS_KNOWN = 1.0
 
 
 # --- what a loader is made of ------------------------------------------------------------------------------------
@@ -81,6 +87,8 @@ def enumerate_batches(loader: Any, first_step: int = 0) -> Iterator[tuple[int, A
         for step, batch in enumerate(loader, first_step):
             yield step, batch, step == last_step
     except (ConnectionError, EOFError) as error:
+        # PyTorch raises an error that names the worker as soon as the system tells of its death: here, not later.
+        time.sleep(_SECONDS_UNTIL_DEATH_IS_KNOWN)
         raise RuntimeError(
             f"The connection to a worker process of the loader was lost ({error!r}). The worker was killed, often "
             "because memory ran out: lower `num_workers`, the batch size, or what the dataset keeps in memory."
@@ -88,18 +96,29 @@ def enumerate_batches(loader: Any, first_step: int = 0) -> Iterator[tuple[int, A
 
 
 def _with_look_ahead(loader: Any, first_step: int) -> Iterator[tuple[int, Any, bool]]:
-    batches = iter(loader)
-    nothing = object()
-    batch, step = next(batches, nothing), first_step
-    if batch is nothing and first_step == 0 and num_batches_of(loader) != 0:
+    step = first_step - 1
+    for step, (batch, is_last) in enumerate(marking_last(loader), first_step):
+        yield step, batch, is_last
+    if step < first_step == 0 and num_batches_of(loader) != 0:
         raise ValueError(
             f"The {type(loader).__name__} gave no batch in this epoch. Is it empty, or an iterator that an earlier "
             "epoch has used up? Pass an object whose `__iter__` starts anew each time."
         )
+
+
+def marking_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    """Yield each batch and whether it is the last; the one after it has been fetched then.
+
+    Example:
+        >>> list(marking_last("ab"))
+        [('a', False), ('b', True)]
+    """
+    remaining, nothing = iter(batches), object()
+    batch = next(remaining, nothing)
     while batch is not nothing:
-        following = next(batches, nothing)
-        yield step, batch, following is nothing
-        batch, step = following, step + 1
+        following = next(remaining, nothing)
+        yield batch, following is nothing
+        batch = following
 
 
 def reliable_num_batches_of(loader: Any) -> int | None:
@@ -199,27 +218,30 @@ def find_batch_size(batch: Any) -> int:
         >>> find_batch_size({"id": ["a", "b"], "image": (torch.zeros(2, 3), torch.zeros(2))})
         2
     """
-    for tensor in _tensors_in(batch):
+    if isinstance(batch, torch.Tensor) and batch.ndim > 0:
+        return batch.shape[0]
+    for tensor in tensors_in(batch):
         if tensor.ndim > 0:
-            return int(tensor.shape[0])
+            return tensor.shape[0]
     raise ValueError(
         f"No batch size was found: the batch, a {type(batch).__name__}, holds no tensor with at least one dimension. "
         "Override `calculate_train_batch_loss` and `calculate_eval_batch_loss` and return the `batch_size` yourself."
     )
 
 
-def _tensors_in(batch: Any) -> Iterator[torch.Tensor]:
+def tensors_in(batch: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a batch, however deeply they are nested in sequences, mappings and dataclasses."""
     if isinstance(batch, torch.Tensor):
         yield batch
     elif isinstance(batch, Mapping):
         for value in batch.values():
-            yield from _tensors_in(value)
+            yield from tensors_in(value)
     elif isinstance(batch, (tuple, list)):
         for value in batch:
-            yield from _tensors_in(value)
+            yield from tensors_in(value)
     elif is_dataclass(batch):
         for field in fields(batch):
-            yield from _tensors_in(getattr(batch, field.name))
+            yield from tensors_in(getattr(batch, field.name))
 
 
 # --- whole batches out of memory ---------------------------------------------------------------------------------
@@ -269,10 +291,63 @@ class WholeBatchDataset(Dataset[list[torch.Tensor]]):
         rows = torch.as_tensor(indices)
         return [tensor[rows] for tensor in self.tensors]
 
+    def batches(self, order: torch.Tensor, batch_size: int) -> Iterator[list[torch.Tensor]]:
+        """Yield samples in batches, the last with what is left.
+
+        Args:
+            order: The indices of the samples, shape ``(samples,)``.
+            batch_size: Samples in a batch.
+        """
+        for rows in torch.split(self._rows_of(order), batch_size) if len(order) else ():
+            yield [tensor.index_select(0, rows) for tensor in self.tensors]
+
+    def _rows_of(self, order: torch.Tensor) -> torch.Tensor:
+        """Return in which row of the tensors each sample is."""
+        dataset: Any = self.dataset
+        while isinstance(dataset, Subset):
+            order = torch.as_tensor(dataset.indices)[order]
+            dataset = dataset.dataset
+        return order.where(order >= 0, order + len(dataset)).to(self.tensors[0].device)
+
 
 def unchanged(batch: Any) -> Any:
     """Return a batch as it is: the ``collate_fn`` for batches that are whole already."""
     return batch
+
+
+def whole_batches_of(loader: Any) -> Iterator[list[torch.Tensor]] | None:
+    """Return the batches of an epoch without what a `DataLoader` does beside fetching them; ``None`` if it cannot be.
+
+    They are the loader's own, in the order that the generator of its sampler gives.
+
+    Args:
+        loader: Any loader.
+    """
+    dataset, batch_sampler = loader.dataset, loader.batch_sampler
+    is_plain = type(dataset) is WholeBatchDataset and loader.num_workers == 0 and not loader.pin_memory
+    is_plain = is_plain and type(batch_sampler) is BatchSampler
+    # The sampler of the loader itself is another one if it was made with a batch sampler.
+    order = _order_of(batch_sampler.sampler, len(dataset)) if is_plain else None
+    if order is None:
+        return None
+    num_left_out = len(order) % batch_sampler.batch_size if batch_sampler.drop_last else 0
+    batches: Iterator[list[torch.Tensor]] = dataset.batches(
+        order[: len(order) - num_left_out], batch_sampler.batch_size
+    )
+    return batches
+
+
+def _order_of(sampler: Any, num_samples: int) -> torch.Tensor | None:
+    """Return the indices that a sampler of PyTorch gives in an epoch, all at once; ``None`` for other samplers."""
+    if type(sampler) is SequentialSampler:
+        return torch.arange(num_samples)
+    is_permutation = (
+        type(sampler) is RandomSampler
+        and not sampler.replacement
+        and sampler.num_samples == num_samples
+        and sampler.generator is not None
+    )
+    return torch.randperm(num_samples, generator=sampler.generator) if is_permutation else None
 
 
 EXACT = "The data go on exactly where they were."
@@ -364,9 +439,20 @@ def rebuild(value: Any, change: Callable[[Any], Any]) -> Any:
     return value
 
 
-def move_to_device(batch: Any, device: torch.device) -> Any:
-    """Return a batch with all its tensors on ``device``: in mappings, sequences, dataclasses, whatever has ``.to``."""
-    return batch.to(device) if hasattr(batch, "to") else rebuild(batch, lambda item: move_to_device(item, device))
+def move_to_device(batch: Any, device: torch.device, non_blocking: bool = False) -> Any:
+    """Return a batch with all its tensors on ``device``: in mappings, sequences, dataclasses, whatever has ``.to``.
+
+    Args:
+        batch: The batch.
+        device: Where it should go.
+        non_blocking: Whether the host goes on before it is there; what uses it on the device waits all the same.
+    """
+    if not hasattr(batch, "to"):
+        return rebuild(batch, lambda item: move_to_device(item, device, non_blocking))
+    if non_blocking:
+        with suppress(TypeError):  # not all that have `.to` know of it
+            return batch.to(device, non_blocking=True)
+    return batch.to(device)
 
 
 # --- helpers of the public `utils` -------------------------------------------------------------------------------

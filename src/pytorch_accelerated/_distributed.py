@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -11,13 +12,14 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 
 from pytorch_accelerated._agreement import PROCESS_TIMEOUT
 from pytorch_accelerated._data import PlacedBatches, RestOfEpoch, rebuild
+from pytorch_accelerated._direct import DirectLoader, is_direct, made_direct
 from pytorch_accelerated._rng import derive_seed, seed_generators
 from pytorch_accelerated._sharding import BatchShare, ExactDispatch, has_indices, loader_settings
 
@@ -207,7 +209,7 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
         settings["mixed_precision"] = mixed_precision
     _complete_settings(settings)
     try:
-        return Accelerator(**settings)
+        accelerator = Accelerator(**settings)
     except ValueError as error:
         current = AcceleratorState._shared_state.get("_mixed_precision")
         if current is None or settings.get("mixed_precision") in (None, current):
@@ -217,6 +219,8 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
             "Accelerate keeps one setting for all accelerators of a process. Restart it (in a notebook, the kernel), "
             "or leave `mixed_precision` out to go on with the present one."
         ) from error
+    _leave_group_at_exit()
+    return accelerator
 
 
 def _complete_settings(settings: dict[str, Any]) -> None:
@@ -225,6 +229,18 @@ def _complete_settings(settings: dict[str, Any]) -> None:
     handlers = list(settings.get("kwargs_handlers") or ())
     if not any(isinstance(handler, InitProcessGroupKwargs) for handler in handlers):
         settings["kwargs_handlers"] = [*handlers, InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)]
+
+
+def _leave_group_at_exit() -> None:
+    # A process that ends in a group over gloo is aborted now and then, with everything done and a signal for exit code.
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        atexit.unregister(_leave_group)
+        atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def take_over_accumulation(accelerator: Accelerator, num_steps: int) -> None:
@@ -301,8 +317,10 @@ def prepare(
         All four, prepared. Loaders that are no `DataLoader` only move their batches to the device.
     """
     eval_dls = eval_dl if isinstance(eval_dl, dict) else {} if eval_dl is None else {"": eval_dl}
-    train_dl = _share(accelerator, train_dl)
-    objects = [model, optimizer, train_dl, *(_share(accelerator, loader) for loader in eval_dls.values())]
+    train_dl, *own_eval_dls = (_own_loader(accelerator, loader) for loader in (train_dl, *eval_dls.values()))
+    if is_direct(accelerator):
+        optimizer = made_direct(accelerator, optimizer)
+    objects = [model, optimizer, train_dl, *own_eval_dls]
     present = [item for item in objects if item is not None]
     # DeepSpeed and FSDP have to see all objects at once. A single one is returned bare.
     results = accelerator.prepare(*present)
@@ -312,11 +330,9 @@ def prepare(
     return model, optimizer, _place(accelerator, train_dl), placed if isinstance(eval_dl, dict) else placed.get("")
 
 
-def _share(accelerator: Accelerator, loader: Any) -> Any:
-    # Accelerate itself would fill up the last batches with samples from the beginning.
+def _own_loader(accelerator: Accelerator, loader: Any) -> Any:
     is_left_to_accelerate = (
-        accelerator.num_processes == 1
-        or not has_indices(loader)
+        not has_indices(loader)
         or accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
         or getattr(accelerator, "parallelism_config", None) is not None
         or accelerator.split_batches
@@ -325,18 +341,20 @@ def _share(accelerator: Accelerator, loader: Any) -> Any:
     )
     if is_left_to_accelerate:
         return loader
-    share = BatchShare(loader.batch_sampler, accelerator.num_processes, accelerator.process_index)
-    shared = DataLoaderShard(
+    share = None
+    if accelerator.num_processes > 1:  # Accelerate would fill up the last batches with samples from the beginning
+        share = BatchShare(loader.batch_sampler, accelerator.num_processes, accelerator.process_index)
+    own = DirectLoader(
         loader.dataset,
         device=accelerator.device if accelerator.device_placement else None,
-        batch_sampler=share,
+        batch_sampler=share or loader.batch_sampler,
         _drop_last=loader.drop_last,
         _non_blocking=accelerator.non_blocking,
         **loader_settings(loader),
     )
-    shared.share = share
-    shared._is_accelerate_prepared = True
-    return shared
+    own.share = share
+    own._is_accelerate_prepared = True
+    return own
 
 
 def _place(accelerator: Accelerator, loader: Any) -> Any:

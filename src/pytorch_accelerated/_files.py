@@ -19,6 +19,7 @@ import torch
 from pytorch_accelerated.exceptions import CheckpointError
 
 _STORABLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_BLOCK_SIZE = 1 << 20  # bytes
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -57,8 +58,12 @@ def save_file(contents: Mapping[str, Any], path: str | os.PathLike[str]) -> None
         ) from error
 
 
-def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_file(path: str | os.PathLike[str], *, is_mapped: bool = False) -> dict[str, Any]:
     """Read a file that `save_file` wrote, or an older checkpoint, to host memory, without running code from it.
+
+    Args:
+        path: The file.
+        is_mapped: Whether the tensors stay in the file until they are looked at; it must be whole, and stay as it is.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -71,7 +76,7 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     try:
         with torch.serialization.safe_globals(_numpy_scalar_globals()):
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
+            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped))
     except Exception as error:
         raise CheckpointError(
             f"The checkpoint {str(path)!r} could not be read: {error}. It is damaged, or holds Python objects other "
@@ -91,6 +96,8 @@ def as_plain(value: Any, place: str = "") -> Any:
     Raises:
         CheckpointError: Something in it is no tensor, number, string or container of them.
     """
+    if value is None or isinstance(value, torch.Tensor) or type(value) in _STORABLE:  # most of what there is
+        return value
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
@@ -100,8 +107,6 @@ def as_plain(value: Any, place: str = "") -> Any:
         return type(value)(plain) if type(value) in (OrderedDict, Counter) else plain
     if type(value) in (tuple, list, set, torch.Size):
         return type(value)(as_plain(item, f"{place}[...]") for item in value)
-    if value is None or isinstance(value, torch.Tensor) or type(value) in _STORABLE:
-        return value
     raise CheckpointError(
         f"A {type(value).__name__} cannot be saved{' as ' + place if place else ''}: to read it back would mean to run "
         "code from the file. Save tensors, numbers, strings and containers of them, such as `vars(...)` or `str(...)`."
@@ -123,9 +128,10 @@ def _numpy_scalar_globals() -> list[Any]:
 def crc32_of(path: Path) -> str:
     """Return a checksum that finds accidents, fast."""
     checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            checksum = zlib.crc32(block, checksum)
+    block = memoryview(bytearray(_BLOCK_SIZE))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            checksum = zlib.crc32(block[:size], checksum)
     return f"{checksum:08x}"
 
 

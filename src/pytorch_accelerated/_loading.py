@@ -81,6 +81,11 @@ def draws_nothing(loader: DataLoader[Any]) -> bool:
     return is_in_memory and loader.collate_fn in (default_collate, default_convert, unchanged)
 
 
+def is_death_of_worker(error: BaseException) -> bool:
+    """Tell whether an error says that a worker died, which PyTorch raises at any place of the program."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
 class WorkerSetup:
     """Prepares a worker for signals that are meant for the run, then calls the user's ``worker_init_fn``.
 

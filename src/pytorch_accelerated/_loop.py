@@ -14,12 +14,14 @@ from pytorch_accelerated import _data, _distributed
 from pytorch_accelerated._accumulation import AccumulationWindow, scale_gradients
 from pytorch_accelerated._agreement import Agreement
 from pytorch_accelerated._losses import batch_loss, read_batch_output
+from pytorch_accelerated._monitor import LossMonitor
 from pytorch_accelerated._order import EpochRandomness
 from pytorch_accelerated._prediction import concatenate, model_outputs, on_host
 from pytorch_accelerated._rng import preserved_rng_state
-from pytorch_accelerated._sharding import first_rows, is_stand_in, without_samples
+from pytorch_accelerated._sharding import first_rows, share_of, without_samples
 from pytorch_accelerated._stopping import InterruptFlag, RunInterruptedError
-from pytorch_accelerated._validation import raise_bad_loss
+from pytorch_accelerated._together import decided_by_main
+from pytorch_accelerated._validation import check_run, raise_bad_loss
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError, add_note
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.tracking import (
@@ -66,6 +68,7 @@ class TrainingLoop:
         self._early_stop_reason: str | None = None
         self.gradient_norm: torch.Tensor | None = None
         self.is_resumed = False
+        self.is_evaluating = False
         self.is_intermediate_evaluation = False
 
         self._train_dataloader: Any = None
@@ -81,10 +84,14 @@ class TrainingLoop:
         self._num_batches_per_epoch: int | None = None
         self._num_eval_steps: int | None = None
         self._means = EpochMeans()
+        self._means_set_aside: list[EpochMeans] = []
         self._window = AccumulationWindow()
         self._usual_weight: float | None = None
         self._is_update_due = False
         self._is_stand_in = False
+        self._is_direct = False
+        self._monitor = LossMonitor()
+        self._num_batches_done = 0
         self._agreement = Agreement(num_processes=1)
         self._batch_output: Mapping[str, Any] | None = None
         self._interrupt = InterruptFlag()
@@ -124,7 +131,10 @@ class TrainingLoop:
             loss: The loss of the batch, scaled to its share of the update.
         """
         try:
-            self._accelerator.backward(loss)
+            if self._is_direct:
+                loss.backward()  # type: ignore[no-untyped-call]
+            else:
+                self._accelerator.backward(loss)
         except (RuntimeError, AttributeError, TypeError) as error:
             raise_bad_loss(loss, error)
 
@@ -191,6 +201,14 @@ class TrainingLoop:
         return int(self._accelerator.process_index)
 
     @property
+    def recent_loss(self) -> float | None:
+        """The mean loss of the epoch so far, as of the last ``on_log_point``; to ask for it makes no device wait.
+
+        On a CUDA device it is that of the log point before. ``None`` until it is known.
+        """
+        return self._monitor.mean
+
+    @property
     def is_between_updates(self) -> bool:
         """Whether all samples that were trained on so far have entered an update; else more batches accumulate."""
         return self._window.num_samples == 0
@@ -227,16 +245,12 @@ class TrainingLoop:
         Raises:
             ValueError: Nothing was recorded under this name, or it is not one number.
         """
-        value, problem = None, None
-        if self.run_config.is_world_process_zero:
-            try:
-                value = as_number(self.run_history.get_latest_metric(metric_name))
-            except ValueError as error:
-                problem = str(error)
-        value, problem = _distributed.broadcast_from_main((value, problem), self.run_config.num_processes)
-        if problem is not None:
-            raise ValueError(problem)
-        return float(value)
+        config = self.run_config
+        return decided_by_main(
+            lambda: as_number(self.run_history.get_latest_metric(metric_name)),
+            config.is_world_process_zero,
+            config.num_processes,
+        )
 
     def get_model(self, keep_torch_compile: bool = True) -> Any:
         """Return the model without what Accelerate wrapped around it.
@@ -270,11 +284,7 @@ class TrainingLoop:
             RuntimeError: No training run is under way.
             ValueError: The system does not let programs handle the signal.
         """
-        if not self._interrupt.is_active:
-            raise RuntimeError(
-                "`end_run_on_signals` was called while no training run is under way, so there is none to end. Call it "
-                "in `on_training_run_start` of a callback, or in the hook `training_run_start`."
-            )
+        check_run(self._interrupt.is_active)
         self._interrupt.listen_to(*signals)
 
     # --- the training loop ---------------------------------------------------------------------------------------
@@ -336,10 +346,11 @@ class TrainingLoop:
         is_limit_reached = self._is_update_limit_reached()
         self._is_epoch_cut_short = is_limit_reached and num_done != self._num_batches_per_epoch
         remaining = () if is_limit_reached else self._rest_of_epoch(train_dl, num_done)
+        num_accumulated, share = self.run_config.gradient_accumulation_steps, share_of(train_dl)
         for step, batch, is_last in _data.enumerate_batches(remaining, num_done):
-            is_update_due = is_last or (step + 1) % self.run_config.gradient_accumulation_steps == 0
+            is_update_due = is_last or (step + 1) % num_accumulated == 0
             self._accelerator.sync_gradients = self._is_update_due = is_update_due
-            self._is_stand_in = is_stand_in(train_dl, step)
+            self._is_stand_in = share is not None and share.stand_in_step == step
             if is_update_due:
                 self._perform_forward_and_backward_passes(batch, step)
                 self._update_parameters()
@@ -365,6 +376,8 @@ class TrainingLoop:
         if num_done == 0:
             self._means = EpochMeans()
             self._window.reset()
+        self._means.first_step = self._num_batches_done = num_done
+        self._monitor = LossMonitor()
         self._num_batches_per_epoch = _data.reliable_num_batches_of(train_dl)
         self._set_data_epoch(self._train_randomness, train_dl, self.run_history.current_epoch - 1)
         return num_done
@@ -407,14 +420,14 @@ class TrainingLoop:
         correction = self._window.close(total_weight, self.run_config.num_processes)
         if correction is not None:
             scale_gradients(self.model.parameters(), correction)
-        if self._accelerator.scaler is not None:
+        if not self._is_direct and self._accelerator.scaler is not None:
             self._accelerator.unscale_gradients(self.optimizer)
         self._call("on_optimizer_step_start")
         self._clip_gradients()
         self.optimizer_step()
         self.progress.num_updates += 1
         self.progress.num_samples += num_samples
-        if self._accelerator.optimizer_step_was_skipped is not True:
+        if self._is_direct or self._accelerator.optimizer_step_was_skipped is not True:
             self.scheduler_step()
         self._call("on_optimizer_step_end")
         self.optimizer_zero_grad()
@@ -426,12 +439,20 @@ class TrainingLoop:
             if self._is_stand_in:
                 batch, batch_output = without_samples(batch, batch_output)
             self._call("on_train_step_end", batch=batch, batch_output=batch_output, step=step)
+        self._end_any_step(step)
         self._check_interrupt()
-        self._agreement.stop_if_agreed()
+        if self._agreement.is_needed:
+            self._agreement.stop_if_agreed()
+
+    def _end_any_step(self, step: int) -> None:
+        self._num_batches_done = step + 1
+        if self._monitor.is_due():
+            self._monitor.look(self._loss_tracker)
+            self._call("on_log_point")
 
     def _window_size(self, step: int) -> int:
         num_steps = self.run_config.gradient_accumulation_steps
-        if self._num_batches_per_epoch is None:
+        if self._num_batches_per_epoch is None or num_steps == 1:
             return num_steps
         return min(num_steps, self._num_batches_per_epoch - step)
 
@@ -485,8 +506,9 @@ class TrainingLoop:
             self._set_data_epoch(self._eval_randomness, valid_dl, 0)
             self.eval_epoch_start()
             self._call("on_eval_epoch_start", is_intermediate=is_intermediate)
+            share = share_of(valid_dl)
             for step, batch, _ in islice(_data.enumerate_batches(valid_dl), self._num_eval_steps):
-                self._is_stand_in = is_stand_in(valid_dl, step)
+                self._is_stand_in = share is not None and share.stand_in_step == step
                 self._perform_eval_step(batch, step)
                 if is_repeatable:
                     self._check_interrupt()
@@ -504,15 +526,17 @@ class TrainingLoop:
             self._update_loss_tracker(batch_output["loss"], weight)
             self._means.update_metrics(batch_output, weight)
         self._call("on_eval_step_end", batch=batch, batch_output=batch_output, step=step)
+        self._end_any_step(step)
 
     def _run_prediction(self, on_every_process: bool, move_to_host: bool) -> Any:
         is_kept = on_every_process or self.run_config.is_world_process_zero
         outputs = []
         with preserved_rng_state():
             self.eval_epoch_start()
+            share = share_of(self._eval_dataloader)
             for step, batch, _ in _data.enumerate_batches(self._eval_dataloader):
                 own = self.calculate_predictions(batch)
-                if is_stand_in(self._eval_dataloader, step):
+                if share is not None and share.stand_in_step == step:
                     own = first_rows(own, _data.find_batch_size(own), 0)
                 gathered = self.gather(own)
                 if is_kept:
@@ -522,9 +546,12 @@ class TrainingLoop:
     @contextmanager
     def _training_set_aside(self, is_intermediate: bool) -> Iterator[None]:
         """Keep the sums of the training epoch, and, if it goes on afterwards, the mode of each module."""
-        means, self._means = self._means, EpochMeans()
+        of_training = self._means, self._monitor, self._num_batches_done
+        self._means_set_aside.append(self._means)
+        self._means, self._monitor, self._num_batches_done = EpochMeans(), LossMonitor(), 0
         modes = [(module, module.training) for module in self.model.modules()] if is_intermediate else []
         self._num_eval_steps = None
+        was_evaluating, self.is_evaluating = self.is_evaluating, True
         self.is_intermediate_evaluation = is_intermediate
         try:
             with self._metric_prefix("intermediate_" if is_intermediate else ""):
@@ -532,15 +559,16 @@ class TrainingLoop:
                     self.run_history.update_metric("update", self.progress.num_updates)
                 yield
         finally:
-            self._means = means
-            self.is_intermediate_evaluation = False
+            self._means_set_aside.pop()
+            self._means, self._monitor, self._num_batches_done = of_training
+            self.is_evaluating, self.is_intermediate_evaluation = was_evaluating, False
             for module, mode in modes:
                 module.training = mode
 
     # --- what a run records --------------------------------------------------------------------------------------
 
     def _update_loss_tracker(self, loss: Any, batch_size: Any) -> None:
-        self._loss_tracker.update(loss, batch_size)
+        self._means.loss.update(loss, batch_size)
 
     def _add_epoch_loss_to_run_history(self, name: str) -> None:
         """Record the means over the epoch and all processes; the loss as ``name``."""
@@ -574,6 +602,8 @@ class TrainingLoop:
             loader.set_epoch(epoch)
 
     def _call(self, event: str, **kwargs: Any) -> None:
+        if event in self.callback_handler.unheard:
+            return
         try:
             self.callback_handler.call_event(event, self, **kwargs)
         except (StopTrainingError, NonFiniteLossError) as reason:

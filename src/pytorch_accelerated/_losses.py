@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from pytorch_accelerated._data import find_batch_size
 from pytorch_accelerated._validation import check_is_one_number, raise_bad_batch_output
@@ -63,21 +63,15 @@ def _loss_of_model(model: Callable[..., Any], batch: Any) -> dict[str, Any]:
     return {"loss": loss, "model_outputs": model_outputs, "batch_size": find_batch_size(batch)}
 
 
-class StepResult(NamedTuple):
-    """What the loop needs to know of a batch's loss."""
-
-    weight: Any
-    """How many items the loss is the mean over: tokens, if the step says so, or samples."""
-
-    batch_size: int
-
-
-def read_batch_output(batch_output: Any, hook: str) -> StepResult:
+def read_batch_output(batch_output: Any, hook: str) -> tuple[Any, int]:
     """Return the weight and the size of a batch.
 
     Args:
         batch_output: What the step returned.
         hook: The method that returned it, for the message.
+
+    Returns:
+        How many items the loss is the mean over: tokens, if the step says so, or samples; and the number of samples.
 
     Raises:
         TypeError: It is no mapping.
@@ -89,4 +83,4 @@ def read_batch_output(batch_output: Any, hook: str) -> StepResult:
     except (KeyError, TypeError, IndexError):
         raise_bad_batch_output(batch_output, hook)
     check_is_one_number(loss)
-    return StepResult(batch_output.get("num_items_in_batch", batch_size), int(batch_size))
+    return batch_output.get("num_items_in_batch", batch_size), int(batch_size)

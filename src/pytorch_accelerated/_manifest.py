@@ -8,7 +8,9 @@ import math
 import platform
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,7 @@ def installed_versions() -> dict[str, str | None]:
     return {**packages, "python": platform.python_version()}
 
 
+@cache  # to look it up takes a millisecond, and what is loaded stays
 def _version_of(package: str) -> str | None:
     try:
         return version(package)
@@ -109,23 +112,22 @@ def as_json_number(value: Any) -> float | str:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-def seal_file(path: Path) -> dict[str, Any]:
-    """Flush a file to disk, and return its size and checksum for the manifest."""
-    facts = {"size": path.stat().st_size, "crc32": crc32_of(path)}
-    flush_to_disk(path)
-    return facts
+def facts_of_file(path: Path) -> dict[str, Any]:
+    """Return the size and the checksum of a file for the manifest."""
+    return {"size": path.stat().st_size, "crc32": crc32_of(path)}
 
 
-def write_manifest(directory: Path, facts: Mapping[str, Any], sealed: Mapping[str, Any] | None = None) -> None:
+def write_manifest(directory: Path, facts: Mapping[str, Any], flushed: Mapping[str, Any] | None = None) -> None:
     """Complete a directory by a list of its files, all readable for whom the umask says, and flush it to disk.
 
     Args:
         directory: Where they are.
         facts: What the manifest tells beside them.
-        sealed: What `seal_file` returned for some of them.
+        flushed: What `facts_of_file` returned for those that are on the disk already.
     """
     paths = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
-    files = {name: (sealed or {}).get(name) or seal_file(path) for name, path in sorted(paths.items())}
+    flushed = flushed or {}
+    files = {name: flushed.get(name) or facts_of_file(path) for name, path in sorted(paths.items())}
     manifest = {
         "format_version": FORMAT_VERSION,
         "versions": installed_versions(),
@@ -139,8 +141,9 @@ def write_manifest(directory: Path, facts: Mapping[str, Any], sealed: Mapping[st
     for other in paths.values():
         if other.stat().st_mode != mode:  # safetensors lets nobody but the owner read its files
             other.chmod(mode)
+    others = [other for name, other in paths.items() if name not in flushed]
     folders = [folder for folder in directory.rglob("*") if folder.is_dir()]
-    for written in (path, *folders, directory):
+    for written in (*others, path, *folders, directory):
         flush_to_disk(written)
 
 
@@ -206,7 +209,7 @@ def _read_format_1(directory: Path, manifest: dict[str, Any], _: str) -> SavedSt
         history = state.get("run_history", {}).get("metrics", {})
         metrics = {name: as_json_number(values[-1]) for name, values in history.items() if values}
     except (CheckpointError, FileNotFoundError, KeyError, TypeError, ValueError, AttributeError):
-        problem = _missing_or_altered(TRAINER_STATE)
+        problem = f"{TRAINER_STATE} is missing or altered"
     return SavedState(
         path=directory,
         position=position,
@@ -265,27 +268,31 @@ def find_damage(saved: SavedState, compares_checksums: bool = True) -> str | Non
         saved: The state.
         compares_checksums: Whether the files are read, or only their sizes looked at.
     """
-    needed = (TRAINER_STATE, *map(process_file, range(saved.num_processes)))
-    for name in (*needed, *saved.files):
-        if name not in saved.files or not _is_intact(saved.path / name, saved.files[name], compares_checksums):
-            return _missing_or_altered(name)
+    names = dict.fromkeys((TRAINER_STATE, *map(process_file, range(saved.num_processes)), *saved.files))
+    damaged = next((name for name in names if not _has_size(saved, name)), None)
+    if damaged is None and compares_checksums:
+        with ThreadPoolExecutor() as readers:
+            are_intact = readers.map(partial(_has_checksum, saved), names)
+            damaged = next((name for name, is_intact in zip(names, are_intact, strict=True) if not is_intact), None)
+    if damaged is not None:
+        return f"{damaged} is missing or altered"
     # A file that is not listed cannot be vouched for. Users may put files of their own beside ours.
     unlisted = [path.name for path in saved.path.iterdir() if path.name not in saved.files]
     unexpected = [name for name in sorted(unlisted) if _READ_BY_ACCELERATE.fullmatch(name)]
     return f"{unexpected[0]} does not belong to it" if unexpected else saved.problem
 
 
-def _is_intact(path: Path, facts: Mapping[str, Any], compares_checksums: bool) -> bool:
+def _has_size(saved: SavedState, name: str) -> bool:
+    path = saved.path / name
     try:
-        has_size = path.is_file() and path.stat().st_size == facts["size"]
-        return has_size and (not compares_checksums or _has_checksum(path, facts))
+        return name in saved.files and path.is_file() and path.stat().st_size == saved.files[name]["size"]
     except OSError:  # not readable
         return False
 
 
-def _has_checksum(path: Path, facts: Mapping[str, Any]) -> bool:
-    return crc32_of(path) == str(facts["crc32"]) if "crc32" in facts else sha256_of(path) == str(facts["sha256"])
-
-
-def _missing_or_altered(name: str) -> str:
-    return f"{name} is missing or altered"
+def _has_checksum(saved: SavedState, name: str) -> bool:
+    path, facts = saved.path / name, saved.files[name]
+    try:
+        return crc32_of(path) == str(facts["crc32"]) if "crc32" in facts else sha256_of(path) == str(facts["sha256"])
+    except OSError:  # not readable
+        return False

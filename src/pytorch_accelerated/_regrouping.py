@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pytorch_accelerated.progress import TrainingProgress
-from pytorch_accelerated.tracking import EpochMeans
+from pytorch_accelerated.tracking import EpochMeans, LossTracker
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,15 @@ def add_up_means(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for state in states:
         total["loss"] = _sum(total["loss"], state["loss"])
         for name, sums in state["metrics"].items():
-            total["metrics"][name] = _sum(total["metrics"].get(name, {}), sums)
+            total["metrics"][name] = _sum(total["metrics"].get(name), sums)
     return total
 
 
-def _sum(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: left.get(name, 0) + value for name, value in right.items()}
+def _sum(*states: Mapping[str, Any] | None) -> dict[str, Any]:
+    total = LossTracker().state_dict()
+    for state in filter(None, states):
+        part = LossTracker()
+        part.load_state_dict(state)
+        total["total_loss"] += part.total_loss
+        total["running_count"] += part.running_count
+    return total

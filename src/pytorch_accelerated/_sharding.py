@@ -151,10 +151,10 @@ def has_indices(loader: Any) -> bool:
     return isinstance(loader, DataLoader) and not is_stream(loader) and loader.batch_sampler is not None
 
 
-def is_stand_in(loader: Any, step: int) -> bool:
-    """Tell whether the batch of a step is a stand-in, which counts for nothing; see `BatchShare`."""
+def share_of(loader: Any) -> BatchShare | ExactDispatch | None:
+    """Return what knows which step of a loader has a stand-in for its batch; ``None`` if none has."""
     share = getattr(loader, "share", None)
-    return isinstance(share, (BatchShare, ExactDispatch)) and share.stand_in_step == step
+    return share if isinstance(share, (BatchShare, ExactDispatch)) else None
 
 
 def first_rows(value: Any, num_rows: int, num_kept: int) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,14 +18,17 @@ from torch import distributed
 
 from pytorch_accelerated._agreement import PROCESS_TIMEOUT
 from pytorch_accelerated._background import BackgroundWriter, HostMemory
-from pytorch_accelerated._files import make_folder, repair_folder, replace_folder, temporary_of
-from pytorch_accelerated._manifest import seal_file, write_manifest
+from pytorch_accelerated._files import flush_to_disk, make_folder, repair_folder, replace_folder, temporary_of
+from pytorch_accelerated._loading import is_death_of_worker
+from pytorch_accelerated._manifest import facts_of_file, write_manifest
 from pytorch_accelerated._state_folder import Lineage
 from pytorch_accelerated._together import done_by_all
 from pytorch_accelerated.exceptions import CheckpointError, add_note
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_checksum_option = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -97,10 +102,13 @@ class StateWriter:
 
     def finish(self, error: BaseException) -> None:
         """Wait for the state under way when a run has failed; what goes wrong becomes a note on the error."""
-        try:
-            self.wait()
-        except Exception as failure:  # such as the loss of another process
-            add_note(error, str(failure))
+        while True:
+            try:
+                self.wait()
+            except Exception as failure:  # such as the loss of another process
+                add_note(error, str(failure))
+            if not self._background.is_under_way:  # a signal may interrupt the waiting
+                return
 
     def release(self) -> None:
         """Let go of what is only needed while a run lasts; nothing may be under way."""
@@ -155,7 +163,7 @@ def write_state(
     def write() -> None:
         if state.save_shards is not None:
             state.save_shards(temporary)
-        files = {**state.files, **state.own_files} if is_main else state.own_files
+        files = {**state.own_files, **state.files} if is_main else state.own_files
         sealed.update(_write_files(temporary, files))
 
     def commit() -> None:
@@ -176,24 +184,44 @@ def write_state(
 
 
 def _write_files(directory: Path, files: Mapping[str, Any]) -> dict[str, Any]:
-    """Write files, and return size and checksum of each; while one is written, the one before is sealed."""
+    """Write files, flush them to the disk, and return size and checksum of each.
+
+    While one is written, those before are flushed, and read again for their checksums.
+    """
+    flushed: list[Future[None]] = []
     sealed: dict[str, Future[dict[str, Any]]] = {}
-    with ThreadPoolExecutor(max_workers=1) as sealer:
+    with ThreadPoolExecutor(max_workers=2) as others:
         for name, contents in files.items():
             _write_file(directory / name, contents)
-            sealed[name] = sealer.submit(seal_file, directory / name)
+            flushed.append(others.submit(flush_to_disk, directory / name))
+            sealed[name] = others.submit(facts_of_file, directory / name)
+    for flush in flushed:
+        flush.result()
     return {name: facts.result() for name, facts in sealed.items()}
 
 
 def _write_file(path: Path, contents: Any) -> None:
     try:
-        torch.save(contents, str(path))  # given a file object, it would hold up the other threads
+        with _without_checksums_of_pytorch():
+            torch.save(contents, str(path))  # given a file object, it would hold up the other threads
     except RuntimeError:
         # PyTorch does not say why the system refused; Python does.
         with path.open("ab", buffering=0) as file:
             file.write(bytes(2**16))
             os.fsync(file.fileno())
         raise
+
+
+@contextmanager
+def _without_checksums_of_pytorch() -> Iterator[None]:
+    # They take as long as the writing, and `torch.load` does not look at them; the manifest has those that count.
+    with _checksum_option:  # which older versions of PyTorch have once for all threads
+        is_on = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            yield
+        finally:
+            torch.serialization.set_crc32_options(is_on)
 
 
 def _explaining(step: Callable[[], None], target: Path) -> Callable[[], None]:
@@ -205,6 +233,8 @@ def _explaining(step: Callable[[], None], target: Path) -> Callable[[], None]:
         except CheckpointError:
             raise
         except (OSError, RuntimeError, SafetensorError) as error:
+            if is_death_of_worker(error):
+                raise
             raise CheckpointError(
                 f"The training state {str(target)!r} could not be written: {error}. States saved before are untouched. "
                 "Check that the folder is writable, on every machine, and that the disk has room."

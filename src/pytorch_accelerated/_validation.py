@@ -27,6 +27,19 @@ def check_no_run(is_running: bool) -> None:
         )
 
 
+def check_run(is_running: bool) -> None:
+    """Raise unless a training run is under way that signals could end.
+
+    Raises:
+        RuntimeError: `TrainingLoop.end_run_on_signals` was called too early, too late or in an evaluation.
+    """
+    if not is_running:
+        raise RuntimeError(
+            "`end_run_on_signals` was called while no training run is under way, so there is none to end. Call it in "
+            "`on_training_run_start` of a callback, or in the hook `training_run_start`."
+        )
+
+
 def check_positive_integer(name: str, value: Any, unit: str) -> None:
     """Raise unless ``value`` is an integer of at least 1.
 

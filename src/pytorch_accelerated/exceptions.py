@@ -37,7 +37,16 @@ class CheckpointError(RuntimeError):
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The training loss became NaN or infinite; the message names epoch, step and rank."""
+    """The loss became NaN or infinite; the message names epoch, step and rank.
+
+    Args:
+        message: What happened, and what to do.
+        step: Index of the batch in its epoch; ``None`` if it is not known.
+    """
+
+    def __init__(self, message: str = "", step: int | None = None) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class SchedulerSettingsError(ValueError, AssertionError):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import defaultdict, deque
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -178,6 +179,10 @@ class InMemoryRunHistory(RunHistory):
         return self._values[metric_name]
 
 
+_MOST_WAITING = 64  # values
+_MOST_REMEMBERED = 256  # times as many
+
+
 class LossTracker:
     """A weighted mean that stays on the device until somebody asks for it.
 
@@ -190,13 +195,33 @@ class LossTracker:
     """
 
     def __init__(self) -> None:
-        self.total_loss: float | torch.Tensor = 0.0
-        self.running_count: float | torch.Tensor = 0
+        self._total: float | torch.Tensor = 0.0
+        self._count: float | torch.Tensor = 0
+        # Each operation on a tensor takes as long as all else here, so values are added up some at a time.
+        self._values: list[torch.Tensor] = []
+        self._weights: list[float | torch.Tensor] = []
+        self._added: deque[torch.Tensor] = deque(maxlen=_MOST_REMEMBERED)
+        self._num_added = 0
+
+    @property
+    def total_loss(self) -> float | torch.Tensor:
+        """The weighted sum so far."""
+        if not self._values:
+            return self._total
+        values = _stacked(self._values)
+        weights = self._weights_on(values.device)
+        return (values.to(weights.dtype) * weights).sum() + self._total
+
+    @property
+    def running_count(self) -> float | torch.Tensor:
+        """The sum of the weights so far."""
+        if any(isinstance(weight, torch.Tensor) for weight in self._weights):
+            return self._weights_on(_device_of(self._weights)).sum() + self._count
+        return sum(self._weights, start=self._count)
 
     def reset(self) -> None:
         """Start anew."""
-        self.total_loss = 0.0
-        self.running_count = 0
+        self.__init__()  # type: ignore[misc]
 
     def update(self, loss_batch_value: float | torch.Tensor, batch_size: float | torch.Tensor = 1) -> None:
         """Take in the mean of one batch, without reading it from the device.
@@ -205,25 +230,62 @@ class LossTracker:
             loss_batch_value: The mean over the batch: a number, or a tensor of one element.
             batch_size: The weight of the batch: its number of samples, tokens or whatever the mean was taken over.
         """
-        if isinstance(loss_batch_value, torch.Tensor):
-            value = loss_batch_value.detach()
-            if isinstance(self.total_loss, torch.Tensor) and not isinstance(batch_size, torch.Tensor):
-                self.total_loss.add_(value.reshape(()), alpha=batch_size)
-            else:
-                self.total_loss = widened(value) * batch_size + self.total_loss
+        if not isinstance(loss_batch_value, torch.Tensor):
+            self._add_number(loss_batch_value, batch_size)
+            return
+        if len(self._values) == _MOST_WAITING:
+            self._add_up()
+        self._values.append(loss_batch_value.detach().clone())  # the user may write to it later
+        self._weights.append(batch_size.detach().clone() if isinstance(batch_size, torch.Tensor) else batch_size)
+
+    def find_non_finite(self) -> tuple[int, float] | None:
+        """Return the index of the first value that is NaN or infinite, and the value; ``None`` if there is none.
+
+        Reads from the device. As many are remembered as come between two log points.
+        """
+        blocks = [*self._added, *([_stacked(self._values)] if self._values else [])]
+        values = [value for block in blocks for value in block.tolist()]
+        first_index = self._num_added + len(self._values) - len(values)
+        of_first = ((i, value) for i, value in enumerate(values, first_index) if not math.isfinite(value))
+        return next(of_first, None)
+
+    def _add_number(self, value: float, weight: float | torch.Tensor) -> None:
+        self._add_up()
+        self._total, self._count = self._total + value * weight, self._count + weight
+        self._added.append(torch.tensor([value], dtype=torch.float64))
+        self._num_added += 1
+
+    def _add_up(self) -> None:
+        if self._values:
+            self._total, self._count = self.total_loss, self.running_count
+            self._added.append(_stacked(self._values))
+            self._num_added += len(self._values)
+            self._values, self._weights = [], []
+
+    def _weights_on(self, device: torch.device) -> torch.Tensor:
+        if any(isinstance(weight, torch.Tensor) for weight in self._weights):
+            weights = _stacked([torch.as_tensor(weight, device=device) for weight in self._weights])
         else:
-            self.total_loss += loss_batch_value * batch_size
-        self.running_count = self.running_count + batch_size  # in place, whole numbers would have to stay whole
+            weights = torch.tensor(self._weights, dtype=torch.float64)
+        return weights.to(device, _wide_dtype(device), non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums as tensors in host memory."""
-        sums = {"total_loss": self.total_loss, "running_count": self.running_count}
-        return {name: torch.as_tensor(value, dtype=torch.float64).cpu() for name, value in sums.items()}
+        """Return the sums as tensors in host memory, and the values that are not in them yet."""
+        sums = {"total_loss": self._total, "running_count": self._count}
+        return {
+            **{name: torch.as_tensor(value, dtype=torch.float64).cpu() for name, value in sums.items()},
+            "values": [value.cpu() for value in self._values],
+            "weights": [weight.cpu() if isinstance(weight, torch.Tensor) else weight for weight in self._weights],
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self.total_loss = float(state_dict["total_loss"])
-        self.running_count = float(state_dict["running_count"])
+        self.reset()
+        self._total = float(state_dict["total_loss"])
+        self._count = float(state_dict["running_count"])
+        self._values = list(state_dict.get("values", ()))  # earlier versions added each up at once
+        self._weights = list(state_dict.get("weights", ()))
+        self._num_added = -len(self._values)
 
     @property
     def average(self) -> float:
@@ -245,10 +307,15 @@ class EpochMeans:
     def __init__(self) -> None:
         self.loss = LossTracker()
         self.metrics: dict[str, LossTracker] = {}
+        self.first_step = 0
+        """Index of the step whose loss came first; above 0 if the run was resumed within the epoch."""
 
     def update_metrics(self, batch_output: Mapping[str, Any], weight: float | torch.Tensor) -> None:
         """Take in the metrics of a batch, if its step returned any."""
-        for name, value in (batch_output.get("metrics") or {}).items():
+        metrics = batch_output.get("metrics")
+        if not metrics:
+            return
+        for name, value in metrics.items():
             if isinstance(value, torch.Tensor) and value.numel() != 1:
                 raise ValueError(
                     f"The metric {name!r} of a step has the shape {tuple(value.shape)}. Expected one number, the mean "
@@ -267,6 +334,12 @@ class EpochMeans:
         trackers = {loss_name: self.loss}
         trackers |= {f"{stage}_{name}": tracker for name, tracker in sorted(self.metrics.items())}
         return {name: (tracker.total_loss, tracker.running_count) for name, tracker in trackers.items()}
+
+    def find_non_finite(self) -> tuple[int, float] | None:
+        """Return the step of the first loss that is NaN or infinite, and the loss; reads from the device."""
+        tracker: Any = self.loss  # or the user's own
+        found = tracker.find_non_finite() if isinstance(tracker, LossTracker) else None
+        return None if found is None else (self.first_step + found[0], found[1])
 
     def state_dict(self) -> dict[str, Any]:
         """Return all sums."""
@@ -303,4 +376,20 @@ def as_number(value: Any) -> float:
 
 def widened(value: torch.Tensor) -> torch.Tensor:
     """Return a tensor of one element as a number in float64, so that sums and quotients lose no digits."""
-    return value.reshape(()).to(torch.float32 if value.device.type == "mps" else torch.float64)  # MPS has no float64
+    return value.reshape(()).to(_wide_dtype(value.device))
+
+
+def _wide_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def _stacked(numbers: list[torch.Tensor]) -> torch.Tensor:
+    """Return tensors of one element as one, on the device of the newest: older may come from a training state."""
+    device = numbers[-1].device
+    if numbers[0].device != device:
+        numbers = [number.to(device) for number in numbers]
+    return torch.stack([number.reshape(()) if number.ndim else number for number in numbers])
+
+
+def _device_of(numbers: Iterable[float | torch.Tensor]) -> torch.device:
+    return next(number.device for number in numbers if isinstance(number, torch.Tensor))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,8 +15,10 @@ from torch.utils.data import DataLoader
 from pytorch_accelerated import _checkpointing, _data, _distributed, _drift, _states, _validation
 from pytorch_accelerated._agreement import Agreement
 from pytorch_accelerated._data import LIMIT_BATCHES_ENV_VAR
+from pytorch_accelerated._direct import is_direct
 from pytorch_accelerated._loop import TrainingLoop
 from pytorch_accelerated._manifest import SavedState
+from pytorch_accelerated._monitor import find_non_finite_loss
 from pytorch_accelerated._order import EpochRandomness
 from pytorch_accelerated._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
 from pytorch_accelerated._rng import derive_seed, seed_generators
@@ -39,24 +42,13 @@ __all__ = [
 
 DEFAULT_CALLBACKS = get_default_callbacks()
 
+# fmt: off
 _ATTRIBUTES_OF_A_RUN = (
-    "run_config",
-    "stop_reason",
-    "is_resumed",
-    "_train_dataloader",
-    "_eval_dataloader",
-    "_current_eval_dataloader",
-    "_train_dl_kwargs",
-    "_eval_dl_kwargs",
-    "_train_randomness",
-    "_eval_randomness",
-    "_prepared_model",
-    "_batch_output",
-    "_agreement",
-    "_usual_weight",
-    "_interruption",
-    "_early_stop_reason",
+    "run_config", "stop_reason", "is_resumed", "_train_dataloader", "_eval_dataloader", "_current_eval_dataloader",
+    "_train_dl_kwargs", "_eval_dl_kwargs", "_train_randomness", "_eval_randomness", "_prepared_model", "_is_direct",
+    "_batch_output", "_agreement", "_usual_weight", "_interruption", "_early_stop_reason",
 )
+# fmt: on
 
 
 class Trainer(TrainingLoop):
@@ -388,7 +380,8 @@ class Trainer(TrainingLoop):
         Raises:
             CheckpointError: It cannot be written, or the one before in the background could not.
         """
-        state = _states.collect_state(self._parts_of_state(), self._accelerator, checkpoint_kwargs)
+        announce = partial(self.callback_handler.call_event, "on_training_state_save", self)
+        state = _states.collect_state(self._parts_of_state(), self._accelerator, checkpoint_kwargs, announce)
         self._state_writer.write(output_dir, state, self._lineage, self._accelerator, in_background, and_then)
 
     def wait_for_training_state(self) -> None:
@@ -450,8 +443,8 @@ class Trainer(TrainingLoop):
             self._report_exception(error)
             raise
         finally:
+            self._is_running = bool(outer_run)  # first: a signal may interrupt the rest
             self._tidy_up(is_nested=bool(outer_run))
-            self._is_running = bool(outer_run)
             vars(self).update(outer_run)
 
     @contextmanager
@@ -507,6 +500,7 @@ class Trainer(TrainingLoop):
             self._accelerator, self.model, self.optimizer, self._train_dataloader, self._eval_dataloader
         )
         self._prepared_model.prepared = self.model
+        self._is_direct = is_direct(self._accelerator)
 
     def _create_run_config(
         self,
@@ -539,7 +533,7 @@ class Trainer(TrainingLoop):
         )
 
     def _join_processes(self) -> None:
-        self._agreement = Agreement(self.run_config.num_processes)
+        self._agreement = Agreement(self.run_config.num_processes, partial(find_non_finite_loss, self))
         usual_weight = self.run_config.train_per_device_batch_size or 1
         self._usual_weight = float(usual_weight) if self._agreement.is_needed else None
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from _support import run_python
+from _processes import launch
 from pytorch_accelerated._ema import ModelEma
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
@@ -470,8 +470,7 @@ torch.save((ema.ema_model.module.state_dict(), loss), f"rank_{trainer.process_in
 @pytest.mark.distributed
 def test_all_processes_have_the_same_average_with_the_buffers_of_the_main_process():
     Path("run.py").write_text(DISTRIBUTED_RUN)
-    launch = "from torch.distributed.run import main; main(['--standalone', '--nproc-per-node=2', 'run.py'])"
-    run_python(launch, ACCELERATE_USE_CPU="true")
+    launch(Path("run.py").resolve(), Path.cwd(), num_processes=2)
 
     (main, main_loss), (other, other_loss) = (torch.load(f"rank_{rank}.pt") for rank in range(2))
     assert_same_state(other, main)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import TensorDataset
 
+from _processes import launch
 from _support import run_python
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
 from pytorch_accelerated.callbacks.finetuning import GradualUnfreezingCallback
@@ -302,9 +303,8 @@ torch.save((states, message), f"{trainer._accelerator.num_processes}_{trainer.pr
 def test_several_processes_train_as_one_and_refuse_what_was_frozen_before(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("run.py").write_text(DISTRIBUTED_RUN)
-    launch = "from torch.distributed.run import main; main(['--standalone', '--nproc-per-node=2', 'run.py'])"
-    run_python(DISTRIBUTED_RUN)
-    run_python(launch, ACCELERATE_USE_CPU="true")
+    run_python(DISTRIBUTED_RUN, cwd=tmp_path)
+    launch(Path("run.py").resolve(), tmp_path, num_processes=2)
 
     ((before, alone), _), ((_, main), message), ((_, other), _) = map(torch.load, ("1_0.pt", "2_0.pt", "2_1.pt"))
     assert not names_that_differ(main, other)

@@ -255,7 +255,8 @@ import enum, signal
 signal.Signals = enum.IntEnum("Signals", {"SIGINT": 2, "SIGTERM": 15})
 from pytorch_accelerated.callbacks import PreemptionCallback
 print([number.name for number in PreemptionCallback().signals])
-"""
+""",
+        has_imported_nothing=True,
     )
     assert printed == "['SIGTERM']\n"
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from _support import EventRecorder, Probe, make_dataset, make_trainer
-from pytorch_accelerated.callbacks import EarlyStoppingCallback, SaveBestModelCallback, TerminateOnNaNCallback
+from pytorch_accelerated import _monitor
+from pytorch_accelerated.callbacks import (
+    EarlyStoppingCallback,
+    SaveBestModelCallback,
+    SaveTrainingStateCallback,
+    TerminateOnNaNCallback,
+)
 from pytorch_accelerated.exceptions import NonFiniteLossError
 
 NAN = float("nan")
@@ -129,17 +134,50 @@ def test_a_metric_that_is_no_number_is_an_error(callback_class, tmp_path, monkey
 # --- losses that are not finite ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", [NAN, float("inf"), -float("inf")])
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_spoils_the_model(scripted, loss):
-    def spoil(trainer, batch_output, **kwargs):
-        if trainer.progress.num_updates == 3:
-            batch_output["loss"] = batch_output["loss"] * loss
+@pytest.fixture
+def spoil():
+    """Spoil the loss of the fourth update."""
 
-    trainer = scripted([1, 1, 1], [Probe(on_backward_start=spoil), TerminateOnNaNCallback])
+    def make(loss, event="on_backward_start"):
+        def multiply(trainer, batch_output, **kwargs):
+            if trainer.progress.num_updates == 3:
+                batch_output["loss"] = batch_output["loss"] * loss
+
+        return Probe(**{event: multiply})
+
+    return make
+
+
+@pytest.mark.parametrize("loss", [NAN, float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run_and_the_first_bad_step_is_named(scripted, spoil, loss):
+    trainer = scripted([1, 1, 1], [spoil(loss), TerminateOnNaNCallback])
     with pytest.raises(NonFiniteLossError, match=r"The loss is -?(nan|inf) in training, epoch 2, step 1, rank 0\. Try"):
         trainer.run()
-    assert trainer.progress.num_updates == 3
-    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def test_it_is_found_within_the_epoch(scripted, spoil, monkeypatch):
+    monkeypatch.setattr(_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
+    trainer = scripted([1, 1, 1], [spoil(NAN), TerminateOnNaNCallback])
+    with pytest.raises(NonFiniteLossError, match="in training, epoch 2, step 1"):
+        trainer.run()
+    assert trainer.progress.num_updates == 4
+
+
+def test_no_training_state_holds_what_it_has_spoilt(scripted, spoil, tmp_path):
+    states = SaveTrainingStateCallback(tmp_path, save_every_n_steps=1)
+    trainer = scripted([1, 1, 1], [states, spoil(NAN), TerminateOnNaNCallback])
+    with pytest.raises(NonFiniteLossError, match="in training, epoch 2, step 1"):
+        trainer.run()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["step_1", "step_2", "step_3"]
+
+
+def test_a_bad_loss_of_training_is_not_blamed_on_an_evaluation_within_the_epoch(scripted, spoil):
+    def evaluate(trainer, **kwargs):
+        trainer._run_eval_epochs(is_intermediate=True)
+
+    trainer = scripted([1, 1, 1], [spoil(NAN), Probe(on_train_step_end=evaluate), TerminateOnNaNCallback])
+    with pytest.raises(NonFiniteLossError, match="in training, epoch 2, step 1"):
+        trainer.run()
 
 
 def test_a_loss_that_is_not_finite_in_evaluation_ends_the_run(scripted):
@@ -162,93 +200,6 @@ def test_a_batch_can_be_looked_at_by_hand():
         callback.check_for_nan_after_batch({"loss": torch.tensor(NAN)}, step="validation")
     with pytest.raises(ArithmeticError, match=r"The loss is inf\. Try"):
         callback.check_for_nan_after_batch({"loss": math.inf})
-
-
-class OnDevice(torch.Tensor):
-    """A loss that says it is on an accelerator, and counts how often it is read from there."""
-
-    num_reads = 0
-
-    @property
-    def device(self):
-        return torch.device("cuda")
-
-    def tolist(self):
-        OnDevice.num_reads += 1
-        return super().tolist()
-
-    def item(self):
-        raise AssertionError("makes the host wait at every step")
-
-
-@pytest.fixture
-def watch():
-    """Let a callback see the losses of training steps as if they were on a device."""
-    OnDevice.num_reads = 0
-    trainer = SimpleNamespace(run_history=SimpleNamespace(current_epoch=4), process_index=2)
-
-    def give(callback, losses, first_step=0, event="on_backward_start"):
-        for step, loss in enumerate(losses, first_step):
-            output = {"loss": torch.tensor(float(loss)).as_subclass(OnDevice)}
-            getattr(callback, event)(trainer, batch=None, batch_output=output, step=step)
-        return trainer
-
-    return give
-
-
-def test_losses_on_a_device_are_read_together(watch):
-    callback = TerminateOnNaNCallback()
-    trainer = watch(callback, [1] * 120)
-    assert OnDevice.num_reads == 2
-    callback.on_train_epoch_end(trainer)
-    assert OnDevice.num_reads == 3
-    callback.on_train_epoch_end(trainer)
-    assert OnDevice.num_reads == 3, "there is nothing left to read"
-
-
-def test_the_first_bad_step_on_a_device_is_named(watch):
-    callback = TerminateOnNaNCallback()
-    trainer = watch(callback, [1, 1, 1, NAN, 1, math.inf])
-    with pytest.raises(NonFiniteLossError, match="The loss is nan in training, epoch 4, step 3, rank 2"):
-        callback.on_train_epoch_end(trainer)
-
-
-def test_bad_losses_on_a_device_are_found_within_an_epoch(watch):
-    with pytest.raises(NonFiniteLossError, match="in training, epoch 4, step 3, rank 2"):
-        watch(TerminateOnNaNCallback(), [1, 1, 1, *[NAN] * 50])
-    assert OnDevice.num_reads == 1
-
-
-def test_bad_losses_of_an_evaluation_on_a_device_are_found(watch):
-    callback = TerminateOnNaNCallback()
-    trainer = watch(callback, [1, NAN], event="on_eval_step_end")
-    with pytest.raises(NonFiniteLossError, match="in evaluation, epoch 4, step 1, rank 2"):
-        callback.on_eval_epoch_end(trainer)
-
-
-def test_losses_of_a_run_that_did_not_end_are_forgotten(watch):
-    callback = TerminateOnNaNCallback()
-    trainer = watch(callback, [1, NAN])
-    callback.on_training_run_start(trainer)
-    watch(callback, [1, 1])
-    callback.on_train_epoch_end(trainer)
-
-
-def test_a_bad_loss_of_training_is_not_blamed_on_an_evaluation_within_the_epoch(watch):
-    callback = TerminateOnNaNCallback()
-    watch(callback, [1, NAN])
-    trainer = watch(callback, [1, 1], event="on_eval_step_end")
-    with pytest.raises(NonFiniteLossError, match="in training, epoch 4, step 1, rank 2"):
-        callback.on_eval_epoch_end(trainer)
-
-
-def test_losses_of_a_run_that_failed_are_forgotten(watch):
-    callback = TerminateOnNaNCallback()
-    trainer = watch(callback, [1, NAN])
-    callback.on_exception(trainer, exception=ValueError())
-    callback.on_evaluation_run_start(trainer)
-    watch(callback, [1, 1], event="on_eval_step_end")
-    callback.on_eval_epoch_end(trainer)
 
 
 @pytest.mark.parametrize("patience", [0, -1])

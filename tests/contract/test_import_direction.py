@@ -17,6 +17,7 @@ OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "torchmetrics", "timm", "tra
 MAY_IMPORT_ACCELERATE = {
     "__init__.py",
     "trainer.py",
+    "_direct.py",
     "_distributed.py",
     "_states.py",
     "_state_writing.py",
@@ -186,6 +187,7 @@ levels = {name for name in logging.root.manager.loggerDict if name.startswith("p
 print(json.dumps({"changed": changed, "new": sorted(set(sys.modules) - modules), "all": sorted(sys.modules),
                   "own_loggers": sorted(levels)}))
 """,
+            has_imported_nothing=True,
             PYTHONWARNINGS="error",
         )
     )

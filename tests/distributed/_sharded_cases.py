@@ -1,6 +1,7 @@
 """What each of several processes does with a model that FSDP has sharded; run as a script, once per process.
 
-Accelerate shards on GPUs only. PyTorch can do it on CPUs too, over gloo, so Accelerate is told that these were GPUs.
+Accelerate shards on GPUs only. PyTorch can do it on CPUs too, over gloo, so Accelerate is told that these were GPUs,
+unless ``SHARDED_ON=gpu`` says that they are.
 The argument after the folder is the case.
 """
 
@@ -26,8 +27,9 @@ NUM_EPOCHS = 2
 
 
 def pretend_gpus() -> None:
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if os.environ.get("SHARDED_ON") != "gpu":
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     os.environ["ACCELERATE_USE_FSDP"] = "true"
 
 

@@ -77,6 +77,12 @@ def test_grid(results, num_processes, record_property):
         assert bad == {}
 
 
+def test_both_ways(results):
+    """The short way of a step gives the bits of Accelerate's, over the whole grid."""
+    for different in results:
+        assert different == []
+
+
 @functools.cache
 def whole_run_of_one_process(batch_size, accumulation, scheduler):
     return _numbers.whole_run(batch_size, accumulation, scheduler)
@@ -200,19 +206,15 @@ def test_gather_refuses(results, num_processes):
 
 
 def test_not_finite(results):
-    """All raise the error of rank 1, before the update that it would have spoilt."""
-    assert_alike([[{**run, "good": None} for run in result] for result in results])
+    """All raise the error of rank 1, whose loss went bad first, at the same update, with the same parameters."""
+    assert_alike([[{**run, "weights": None} for run in result] for result in results])
     for result in results:
         assert len(result) == 6 * NUM_REPEATS
         for run in result:
             stage, epoch, step = run["place"]
             assert f"in {stage}, epoch {epoch}, step {step}, rank 1." in run["message"]
-            num_epochs_trained = epoch - 1 if stage == "training" else epoch
-            num_updates = 3 * num_epochs_trained + (step // 2 if stage == "training" else 0)
-            assert run["num_updates"] == run["num_good"] == num_updates
-            for name, weight in run["weights"].items():
-                assert weight.isfinite().all()
-                assert torch.equal(weight, run["good"][name])
+            num_good = 3 * (epoch - 1) + step // 2 if stage == "training" else 3 * epoch
+            assert num_good <= run["num_updates"] <= 3 * epoch
             assert run["is_plain"]
             assert run["last_event"] == "on_exception"
             assert run["stop_reason"].startswith("NonFiniteLossError: ")

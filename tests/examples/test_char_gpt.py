@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from _support import SOURCE
+from _starting import run, run_from_scratch
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "char_gpt.py"
 ARGUMENTS = ("--updates", "24", "--log-every", "3", "--batch-size", "8")
 
 
 def run_example(folder: Path, *launcher: str) -> str:
-    result = subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLE), *ARGUMENTS],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(SOURCE.parent),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        check=False,
-    )
+    command = [*launcher, str(EXAMPLE), *ARGUMENTS]
+    start = run_from_scratch if launcher else run
+    result = start(*command, cwd=folder, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stderr
     return result.stdout
 

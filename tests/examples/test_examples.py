@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 
-import pytorch_accelerated
+from _starting import run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SOURCE = Path(pytorch_accelerated.__file__).parents[1]
 
 pytest.importorskip("matplotlib", reason="the examples need the extra `examples`")
 pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
 
 
-def run_example(name: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-    )
+def run_example(name: str, *arguments: str, folder: Path) -> CompletedProcess[str]:
+    result = run(EXAMPLES / name, *arguments, cwd=folder, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stderr
     return result
 

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
-from _support import SOURCE
+from _starting import run
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "resume.py"
 
 pytest.importorskip("sklearn", reason="the examples need the extra `examples`")
 
 
-def run_example(folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, str(EXAMPLE), "--epochs", "3"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment,
-        check=False,
-    )
+def run_example(folder: Path) -> CompletedProcess[str]:
+    return run(EXAMPLE, "--epochs", "3", cwd=folder, CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.slow

@@ -78,6 +78,13 @@ class TrainerCallback:
             **kwargs: Room for later arguments.
         """
 
+    def on_log_point(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Run about ten times a second, behind a step of training or evaluation: the time to show how the run goes.
+
+        To read a loss or a metric makes the host wait for the device; do it here, not at each step, or use
+        ``trainer.recent_loss``, for which nothing waits. Each process goes by its own clock.
+        """
+
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Run at the end of each training epoch; ``train_loss_epoch`` is in the run history."""
 
@@ -109,6 +116,9 @@ class TrainerCallback:
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Run at the end of each epoch, after training and evaluation."""
+
+    def on_training_state_save(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Run before a training state is collected, on every process; an exception keeps it from being saved."""
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Run once at the end of a training run that finished or was stopped, not after an exception."""

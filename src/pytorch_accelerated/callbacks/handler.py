@@ -32,6 +32,9 @@ class CallbackHandler:
 
     def __init__(self, callbacks: Iterable[Any]) -> None:
         self.callbacks: list[Any] = []
+        self.unheard: set[str] = set()
+        """Events of which it is known that `call_event` does nothing, so that it need not be called."""
+
         self._listeners: dict[str, tuple[_Listener, ...]] = {}
         self.add_callbacks(callbacks)
 
@@ -73,6 +76,7 @@ class CallbackHandler:
     def refresh(self) -> None:
         """Work out anew who implements what; needed after ``callbacks`` was changed by hand."""
         self._listeners = {}
+        self.unheard.clear()
 
     def call_event(self, event: str, *args: Any, **kwargs: Any) -> None:
         """Call the method named ``event`` of every callback that implements it.
@@ -90,9 +94,10 @@ class CallbackHandler:
             Exception: Whatever else a callback raises, at once, with a note naming callback, event, epoch and step.
         """
         stop_request: StopTrainingError | None = None
-        for callback, accepted in self._listeners_of(event):
+        listeners = self._listeners.get(event)
+        for callback, accepted in self._find_listeners(event) if listeners is None else listeners:
             try:
-                getattr(callback, event)(*args, **_only(accepted, kwargs))
+                getattr(callback, event)(*args, **(kwargs if accepted is None else _only(accepted, kwargs)))
             except StopTrainingError as error:
                 stop_request = stop_request or error
             except Exception as error:
@@ -104,9 +109,9 @@ class CallbackHandler:
     def call_event_on_all(self, event: str, *args: Any, **kwargs: Any) -> list[Exception]:
         """Call ``event`` on every callback even if some fail, and return their errors: for cleaning up."""
         errors: list[Exception] = []
-        for callback, accepted in self._listeners_of(event):
+        for callback, accepted in self._find_listeners(event):
             try:
-                getattr(callback, event)(*args, **_only(accepted, kwargs))
+                getattr(callback, event)(*args, **(kwargs if accepted is None else _only(accepted, kwargs)))
             except Exception as error:
                 errors.append(error)
         return errors
@@ -132,14 +137,16 @@ class CallbackHandler:
             yield f"{class_name}/{num_seen[class_name]}", callback
             num_seen[class_name] += 1
 
-    def _listeners_of(self, event: str) -> tuple[_Listener, ...]:
-        if event not in self._listeners:
-            in_order = sorted(self.callbacks, key=lambda callback: getattr(callback, "is_called_last", False) is True)
-            self._listeners[event] = tuple(
-                _Listener(callback, _accepted_keywords(getattr(callback, event)))
-                for callback in in_order
-                if _implements(callback, event)
-            )
+    def _find_listeners(self, event: str) -> tuple[_Listener, ...]:
+        in_order = sorted(self.callbacks, key=lambda callback: getattr(callback, "is_called_last", False) is True)
+        self._listeners[event] = tuple(
+            _Listener(callback, _accepted_keywords(getattr(callback, event)))
+            for callback in in_order
+            if _implements(callback, event)
+        )
+        is_plain = getattr(self.call_event, "__func__", None) is CallbackHandler.call_event
+        if is_plain and not self._listeners[event]:  # who replaces `call_event` wants to see every event
+            self.unheard.add(event)
         return self._listeners[event]
 
 
@@ -156,8 +163,8 @@ def _implements(callback: Any, event: str) -> bool:
     return getattr(method, "__func__", method) is not getattr(TrainerCallback, event, None)
 
 
-def _only(accepted: frozenset[str] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    return kwargs if accepted is None else {name: value for name, value in kwargs.items() if name in accepted}
+def _only(accepted: frozenset[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name in accepted}
 
 
 def _accepted_keywords(method: Callable[..., Any]) -> frozenset[str] | None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from pytorch_accelerated._monitor import describe_non_finite_loss, find_non_finite_loss
 from pytorch_accelerated._stopping import PatienceCounter
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
@@ -16,55 +15,35 @@ if TYPE_CHECKING:
 
     from pytorch_accelerated.trainer import Trainer
 
-_STEPS_BETWEEN_DEVICE_READS = 50
-
 
 class TerminateOnNaNCallback(TrainerCallback):
     """Ends the run with `NonFiniteLossError` when the loss becomes NaN or infinite, in training or evaluation.
 
-    A loss in host memory is looked at before the backward pass, so the parameters are still good. Looking at a loss on
-    a device would make the host wait for it, so those are looked at together every 50 steps and at the end of the
-    epoch; the error names the first bad step all the same.
+    To look at each loss would make the host wait for the device at each step. So they are looked at together: ten times
+    a second, at the end of an epoch, and before a training state is saved, which therefore never holds what a bad loss
+    has spoilt. The error names the first bad step.
     """
 
-    def __init__(self) -> None:
-        self._unread: list[_Loss] = []
-
-    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Forget losses of a run that failed."""
-        self._unread = []
-
-    def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Look at the losses kept for later, if the evaluation interrupts a run."""
-        self._read_losses(trainer)
-
-    def on_backward_start(
-        self, trainer: Trainer, batch: Any, batch_output: Mapping[str, Any], *, step: int = 0, **kwargs: Any
-    ) -> None:
-        """Look at the loss of the batch, or keep it for later."""
-        self._watch(trainer, batch_output, step, "training")
+    def on_log_point(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Look at the losses so far if their mean is not finite."""
+        if trainer.recent_loss is not None and not math.isfinite(trainer.recent_loss):
+            self._look(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Look at the losses kept for later."""
-        self._read_losses(trainer)
-
-    def on_eval_step_end(
-        self, trainer: Trainer, batch: Any, batch_output: Mapping[str, Any], *, step: int = 0, **kwargs: Any
-    ) -> None:
-        """Look at the loss of the batch, or keep it for later."""
-        self._watch(trainer, batch_output, step, "evaluation")
+        """Look at the losses of the epoch."""
+        self._look(trainer)
 
     def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Look at the losses kept for later."""
-        self._read_losses(trainer)
+        """Look at the losses of the evaluation."""
+        self._look(trainer)
+
+    def on_training_state_save(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Look at the losses so far."""
+        self._look(trainer)
 
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Look at the losses kept for later."""
-        self._read_losses(trainer)
-
-    def on_exception(self, trainer: Trainer, *, exception: BaseException, **kwargs: Any) -> None:
-        """Forget the losses kept for later."""
-        self._unread = []
+        """Look at the losses so far."""
+        self._look(trainer)
 
     def check_for_nan_after_batch(self, batch_output: Mapping[str, Any], step: Any = None) -> None:
         """Look at the loss of one batch at once.
@@ -76,52 +55,14 @@ class TerminateOnNaNCallback(TrainerCallback):
         Raises:
             NonFiniteLossError: The loss is NaN or infinite.
         """
-        loss = _to_number(batch_output["loss"])
+        loss = float(batch_output["loss"])
         if not math.isfinite(loss):
-            raise NonFiniteLossError(_describe(loss, "" if step is None else f" at step {step}"))
+            raise NonFiniteLossError(describe_non_finite_loss(loss, "" if step is None else f" at step {step}"))
 
-    def _watch(self, trainer: Trainer, batch_output: Mapping[str, Any], step: int, stage: str) -> None:
-        loss = batch_output["loss"]
-        if isinstance(loss, torch.Tensor) and loss.device.type != "cpu":
-            self._unread.append(_Loss(stage, step, loss.detach()))
-            if len(self._unread) >= _STEPS_BETWEEN_DEVICE_READS:
-                self._read_losses(trainer)
-            return
-        value = _to_number(loss)
-        if not math.isfinite(value):
-            _raise(trainer, value, step, stage)
-
-    def _read_losses(self, trainer: Trainer) -> None:
-        unread, self._unread = self._unread, []
-        if not unread:
-            return
-        values = torch.stack([loss.value.reshape(()) for loss in unread]).tolist()
-        for loss, value in zip(unread, values, strict=True):
-            if not math.isfinite(value):
-                _raise(trainer, value, loss.step, loss.stage)
-
-
-class _Loss(NamedTuple):
-    stage: str
-    step: int
-    value: torch.Tensor
-
-
-def _to_number(loss: Any) -> float:
-    return loss.item() if isinstance(loss, torch.Tensor) else float(loss)
-
-
-def _raise(trainer: Trainer, loss: float, step: int, stage: str) -> None:
-    place = f" in {stage}, epoch {trainer.run_history.current_epoch}, step {step}, rank {trainer.process_index}"
-    raise NonFiniteLossError(_describe(loss, place))
-
-
-def _describe(loss: float, place: str) -> str:
-    return (
-        f"The loss is {loss}{place}. Try a lower learning rate, gradient clipping or a warm-up, and look for invalid "
-        "values in the data; `torch.autograd.set_detect_anomaly(True)` finds the operation. To go on regardless, leave "
-        "out `TerminateOnNaNCallback`."
-    )
+    def _look(self, trainer: Trainer) -> None:
+        error = find_non_finite_loss(trainer)
+        if error is not None:
+            raise error
 
 
 class EarlyStoppingCallback(TrainerCallback):

@@ -1,0 +1,238 @@
+"""What it costs to save a training state and to go on from it, as ratios to the same thing written by hand.
+
+    python benchmarks/states.py
+    python benchmarks/states.py --model vector --only save
+
+Model and optimizer are 100 MB together: `layers`, 256 parameters and AdamW, or `vector`, one parameter and momentum.
+By hand, a state is `torch.save` of both and `os.fsync`.
+
+`save`: a training state with its manifest, flushed to the disk. `stall`: how long a step is held up by saving in the
+background, for the first time in a run and later, and by how much the next steps are held up together, while the state
+is written. `resume`: from a new trainer to the end of its first step, over `torch.load`, `load_state_dict` and a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from _rounds import interleaved, print_ratios
+from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
+
+WIDTH, NUM_LAYERS = 256, 128
+NUM_STEPS = 20  # between two states that are saved in the background
+BY_HAND = "torch.save and fsync"
+
+
+# --- models of 100 MB --------------------------------------------------------------------------------------------
+
+
+class Vector(nn.Module):
+    """One parameter, of which a step uses little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(100_000_000 // 4 // 2))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Multiply by the first numbers."""
+        return inputs * self.weight[: inputs.shape[1]]
+
+
+def make_vector() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = Vector()
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def make_layers() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(NUM_LAYERS)))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+Make = Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
+MODELS: dict[str, Make] = {"layers": make_layers, "vector": make_vector}
+DATA = TensorDataset(torch.ones(1, WIDTH), torch.zeros(1, WIDTH))
+
+
+def train(trainer: Trainer, data: Any = DATA, **kwargs: Any) -> None:
+    workers = {"num_workers": 0, "shuffle": False}
+    trainer.train(data, **{"num_epochs": 1, "per_device_batch_size": 1, "train_dataloader_kwargs": workers, **kwargs})
+
+
+def make_trainer(make: Make, *callbacks: TrainerCallback) -> Trainer:
+    model, optimizer = make()
+    return Trainer(model, nn.MSELoss(), optimizer, callbacks=callbacks)
+
+
+def step_by_hand(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    nn.functional.mse_loss(model(DATA.tensors[0]), DATA.tensors[1]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def save_by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> float:
+    """Write a state without anything that this library adds, and return the seconds."""
+    start = time.perf_counter()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, str(path))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return time.perf_counter() - start
+
+
+class Folder:
+    """Gives out a path that is free, with what is to be written to the disk otherwise out of the way."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def free(self, name: str) -> Path:
+        """Return the path of a name, at which nothing is."""
+        path = self.path / name
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        os.sync()
+        return path
+
+
+# --- the cases ---------------------------------------------------------------------------------------------------
+
+
+def candidates_of_saving(make: Make, folder: Folder) -> dict[str, Callable[[], float]]:
+    trainer = make_trainer(make)
+    train(trainer)
+
+    def ours() -> float:
+        path = folder.free("state")
+        start = time.perf_counter()
+        trainer.save_training_state(path)
+        return time.perf_counter() - start
+
+    return {
+        BY_HAND: lambda: save_by_hand(trainer.model, trainer.optimizer, folder.free("by_hand.pt")),
+        "training state": ours,
+    }
+
+
+class TimedSaving(SaveTrainingStateCallback):
+    """Notes when each step ended, and when the run could go on after it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, save_every_n_steps=NUM_STEPS, save_at_end=False, in_background=True)
+        self.ended: list[float] = []
+        self.went_on: list[float] = []
+
+    def on_train_step_end(self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any) -> None:
+        """Save, and take the time."""
+        self.ended.append(time.perf_counter())
+        super().on_train_step_end(trainer, batch, batch_output, **kwargs)
+        self.went_on.append(time.perf_counter())
+
+    def stall(self, step: int) -> float:
+        """Return how long the run stood still after a step."""
+        return self.went_on[step - 1] - self.ended[step - 1]
+
+    def seconds(self, start: int, stop: int) -> float:
+        """Return how long it took from the end of a step to that of another."""
+        return self.ended[stop - 1] - self.ended[start - 1]
+
+
+def candidates_of_stalling(make: Make, folder: Folder) -> dict[str, Callable[[], float]]:
+    model, optimizer = make()
+    step_by_hand(model, optimizer)
+    last: list[TimedSaving] = []
+
+    def first() -> float:
+        last[:] = [TimedSaving(folder.free("states"))]
+        num_samples = 3 * NUM_STEPS - 1
+        data = TensorDataset(torch.ones(num_samples, WIDTH), torch.zeros(num_samples, WIDTH))
+        train(make_trainer(make, *last), data)
+        return last[0].stall(NUM_STEPS)
+
+    def hold_up() -> float:
+        saved, half = 2 * NUM_STEPS, NUM_STEPS // 2  # the state is on the disk after half of the steps
+        with_saving = last[0].seconds(saved, saved + half - 1)
+        return with_saving - last[0].seconds(saved + half, saved + 2 * half - 1)
+
+    return {
+        BY_HAND: lambda: save_by_hand(model, optimizer, folder.free("by_hand.pt")),
+        "first stall": first,
+        "later stall": lambda: last[0].stall(2 * NUM_STEPS),
+        "stall and slower steps": hold_up,
+    }
+
+
+class FirstStep(TrainerCallback):
+    """Notes when the first step ended."""
+
+    end = 0.0
+
+    def on_train_step_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Take the time."""
+        self.end = self.end or time.perf_counter()
+
+
+def candidates_of_resuming(make: Make, folder: Folder) -> dict[str, Callable[[], float]]:
+    trainer = make_trainer(make)
+    train(trainer)
+    by_hand_path, path = folder.free("by_hand.pt"), folder.free("state")
+    save_by_hand(trainer.model, trainer.optimizer, by_hand_path)
+    trainer.save_training_state(path)
+
+    def by_hand() -> float:
+        model, optimizer = make()
+        start = time.perf_counter()
+        state = torch.load(by_hand_path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step_by_hand(model, optimizer)
+        return time.perf_counter() - start
+
+    def ours() -> float:
+        watch = FirstStep()
+        trainer = make_trainer(make, watch)
+        start = time.perf_counter()
+        train(trainer, num_epochs=2, resume_from=path)
+        return watch.end - start
+
+    return {"torch.load and a step": by_hand, "resume_from": ours}
+
+
+CASES: Mapping[str, Callable[[Make, Folder], dict[str, Callable[[], float]]]] = {
+    "save": candidates_of_saving,
+    "stall": candidates_of_stalling,
+    "resume": candidates_of_resuming,
+}
+
+
+def measure(case: str, model: str, num_rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each candidate of a case, round by round; the one written by hand comes first."""
+    with tempfile.TemporaryDirectory(prefix="states_") as path:
+        return interleaved(CASES[case](MODELS[model], Folder(Path(path))), num_rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", choices=CASES, help="one of the cases (default: all)")
+    parser.add_argument("--model", choices=MODELS, help="one of the models (default: both)")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for case in CASES if arguments.only is None else [arguments.only]:
+        for model in MODELS if arguments.model is None else [arguments.model]:
+            times = measure(case, model, arguments.rounds)
+            print(f"{case}, {model}")
+            print_ratios(times, next(iter(times)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The short way of a step, past what Accelerate works out anew each time although it stays the same in a run.
+
+At each step Accelerate asks which packages are installed, which kind of training this is and which arguments a method
+takes. On a small model that takes longer than the model. Where the answers are known to make no difference, the classes
+here do what is left of it: the same operations in the same order, so the numbers are the same bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.data_loader import DataLoaderShard
+from accelerate.optimizer import AcceleratedOptimizer
+
+from pytorch_accelerated._data import marking_last, move_to_device, tensors_in, whole_batches_of
+
+_PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_PLAIN_PRECISIONS = ("no", "bf16", "fp16")
+_NO_STEP_PACKAGE = "lomo_optim"  # its optimizers update the parameters in the backward pass
+
+
+def is_direct(accelerator: Any) -> bool:
+    """Tell whether the backward pass is ``loss.backward()`` and no more: one process or DDP, and no gradient scaler."""
+    return (
+        type(accelerator) is Accelerator
+        and "backward" not in vars(accelerator)
+        and accelerator.distributed_type in _PLAIN_TYPES
+        and accelerator.mixed_precision in _PLAIN_PRECISIONS
+        and accelerator.scaler is None
+    )
+
+
+class DirectOptimizer(AcceleratedOptimizer):  # type: ignore[misc]  # Accelerate has no types
+    """An optimizer as Accelerate prepares it, for runs that are `is_direct`.
+
+    Its state is only copied if it lies on another device; Accelerate copies it at the start of each run.
+
+    Args:
+        optimizer: The optimizer to wrap.
+        device: Where its state belongs; ``None`` to leave it where it is.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device | None) -> None:
+        super().__init__(optimizer, device_placement=device is not None and _has_state_elsewhere(optimizer, device))
+        zero_grad = getattr(optimizer.zero_grad, "__func__", None)
+        self._discards_as_pytorch = zero_grad is torch.optim.Optimizer.zero_grad
+
+    def step(self, closure: Any = None) -> None:
+        """Update the parameters, unless more batches accumulate."""
+        if self.gradient_state.sync_gradients:
+            self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Discard the gradients, unless more batches accumulate."""
+        if set_to_none is False or not self._discards_as_pytorch:
+            super().zero_grad(set_to_none)
+        elif self.gradient_state.sync_gradients:
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+
+def made_direct(accelerator: Accelerator, optimizer: Any) -> Any:
+    """Return an optimizer of PyTorch ready for runs that are `is_direct`, and anything else as it is."""
+    is_plain = isinstance(optimizer, torch.optim.Optimizer) and not getattr(optimizer, "_is_accelerate_prepared", False)
+    if not is_plain or type(optimizer).__module__.startswith(_NO_STEP_PACKAGE):
+        return optimizer
+    direct = DirectOptimizer(optimizer, accelerator.device if accelerator.device_placement else None)
+    direct._is_accelerate_prepared = True
+    return direct
+
+
+def _has_state_elsewhere(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    # Numbers of steps stay on the host, where the optimizer reads them.
+    states = [state for state in optimizer.state.values() if isinstance(state, dict)]
+    return any(tensor.ndim > 0 and not _is_on(tensor, device) for state in states for tensor in tensors_in(state))
+
+
+def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
+
+
+class DirectLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate has no types
+    """A loader as Accelerate prepares it, whose batches reach the device while the one before is trained on.
+
+    Takes the arguments of `accelerate.data_loader.DataLoaderShard`.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        self.begin()
+        try:
+            for batch, is_last in self._transferred(_batches_of(self.base_dataloader)):
+                self.end_of_dataloader = is_last
+                yield batch
+            self.iteration += 1
+        finally:
+            self.end()
+
+    def _transferred(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+        if self.device is None or self.device.type == "cpu":
+            return marking_last(batches)
+        if self.device.type == "cuda":
+            return _copied_beside(batches, self.device)
+        return marking_last(move_to_device(batch, self.device) for batch in batches)
+
+
+def _batches_of(loader: Any) -> Iterator[Any]:
+    whole_batches = whole_batches_of(loader)
+    return iter(loader) if whole_batches is None else whole_batches
+
+
+def _copied_beside(batches: Iterator[Any], device: torch.device) -> Iterator[tuple[Any, bool]]:
+    """Copy each batch on a CUDA stream of its own while the device computes, and let what uses the copy wait for it.
+
+    The host waits for nothing, given that the batches are in pinned memory.
+    """
+    beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def start_copy(batch: Any) -> tuple[Any, torch.cuda.Event]:
+        # What is queued so far may still read the memory of batches that the host has let go.
+        beside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(beside):
+            return move_to_device(batch, device, non_blocking=True), beside.record_event()
+
+    for (batch, is_there), is_last in marking_last(map(start_copy, batches)):
+        torch.cuda.current_stream(device).wait_event(is_there)
+        yield batch, is_last

@@ -1,0 +1,61 @@
+"""States that earlier versions of the library saved, one of each format from the second on, are gone on from.
+
+Bits may differ from machine to machine and from one PyTorch to the next, so values are compared with a tolerance.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+
+import _golden
+from _saved import names_in
+from pytorch_accelerated._manifest import FORMAT_VERSION, read_manifest
+from pytorch_accelerated.states import verify_state
+
+FORMATS = range(2, FORMAT_VERSION + 1)
+
+
+@pytest.fixture(params=FORMATS, ids="format {}".format)
+def golden(request, tmp_path):
+    """The format, the folder with the state, and how the run ended that saved it."""
+    name = f"training_state_format_{request.param}"
+    shutil.unpack_archive(_golden.DATA / f"{name}.tar.xz", tmp_path)
+    return request.param, tmp_path, json.loads((_golden.DATA / f"{name}.json").read_text())
+
+
+def assert_nearly_equal(left, right, place=""):
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), place
+        for name in left:
+            assert_nearly_equal(left[name], right[name], f"{place}/{name}")
+    else:
+        left, right = (torch.as_tensor(value, dtype=torch.float64) for value in (left, right))
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5, msg=lambda text: f"{place}: {text}")
+
+
+def test_the_run_goes_on_to_the_end_that_it_had(golden):
+    _, folder, expected = golden
+    trainer = _golden.make_trainer(folder, seed=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it was saved by the versions of its day
+        result = _golden.train(trainer, resume_from="latest")
+    assert trainer.is_resumed
+    assert trainer.callback_handler.callbacks[3]._num_steps == 15
+    assert_nearly_equal(result, expected)
+
+
+def test_the_state_is_whole_and_tells_where_it_was(golden):
+    format_version, folder, expected = golden
+    assert names_in(folder) == ["best.pt", "step_8"]
+    saved = verify_state(folder / "step_8")
+    assert json.loads((saved.path / "manifest.json").read_text())["format_version"] == format_version
+    assert saved == read_manifest(saved.path)
+    assert (saved.position.num_epochs_completed, saved.position.num_batches_in_epoch) == (1, 3)
+    assert (saved.position.num_updates, saved.position.num_samples) == (4, 26)
+    for name in ("train_loss_epoch", "eval_loss_epoch", "ema_model_eval_loss_epoch"):
+        assert saved.metrics[name] == pytest.approx(expected["history"][name][0])
