@@ -20,6 +20,12 @@ from frameworks import FRAMEWORKS
 FOLDER = Path(__file__).parent
 _VERSION = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
 _ERROR_LENGTH = 3000
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "ACCELERATE_USE_CPU": "true",  # as `accelerate launch --cpu` sets it; 0.1.61 does not take part in DDP without
+}
 
 
 def interpreter_of(framework: str) -> Path:
@@ -63,7 +69,7 @@ def run_on_terminal(command: list[str], folder: str, limit: float) -> str:
 
     One thread does the computing, and no GPU is used, on any machine.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | ENVIRONMENT
     own_side, its_side = pty.openpty()
     fcntl.ioctl(its_side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     shown = bytearray()

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from _common import Job, make_dataset, make_mlp, make_wide_mlp
+from frameworks import HAND_WRITTEN
 from measures import Figure, do, load_framework
 
 NUM_RUNS = 20
@@ -19,6 +20,9 @@ def measure(case: str, framework: str) -> list[Figure]:
     train = load_framework(framework).train
     if not _STATUS.exists():
         raise RuntimeError("This needs `/proc`, which only Linux has.")
+    load_framework(HAND_WRITTEN).train(
+        Job(make_mlp, make_dataset(32))
+    )  # loads the parts of PyTorch that training needs
     job = Job(make_wide_mlp, make_dataset(32 * 20), num_epochs=2)
     before = memory("VmRSS")
     _CLEAR_REFS.write_text("5")  # the peak is counted from here on

@@ -1,8 +1,17 @@
-"""Saving a state of 100 MB and going on from it, over `torch.save` with `os.fsync` and `torch.load` of the same."""
+"""Saving a training state and going on from it, over the same thing written by hand.
+
+Model and optimizer are 100 MB together: 256 parameters and AdamW, or one parameter and momentum. By hand, a state is
+`torch.save` of both and `os.fsync`.
+
+Saved in the background, a state holds up a step, for the first time in a run and later, and makes the next steps slower
+while it is written. To resume takes from a new trainer to the end of its first step; by hand, `torch.load`,
+`load_state_dict` and a step.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -12,122 +21,220 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from measures import Figure
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.callbacks import TrainerCallback
+from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
 
-NUM_PARAMETERS = 50_000_000 // 4  # and as many numbers of the optimizer: 100 MB
-NUM_PAIRS = 3
+WIDTH, NUM_LAYERS = 256, 128
+NUM_STEPS = 20  # between two states that are saved in the background
+NUM_ROUNDS = 3
+
+
+# --- models of 100 MB --------------------------------------------------------------------------------------------
 
 
 class Vector(nn.Module):
-    """Many parameters that cost next to nothing to train."""
+    """One parameter, of which a step uses little."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(NUM_PARAMETERS))
+        self.weight = nn.Parameter(torch.zeros(100_000_000 // 4 // 2))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Multiply by the first parameter."""
-        return inputs * self.weight[0]
+        """Multiply by the first numbers."""
+        return inputs * self.weight[: inputs.shape[1]]
 
 
-class SaveAfterFirstStep(TrainerCallback):
-    """Saves a training state, and takes the time that the loop stands still for it."""
+def make_vector() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = Vector()
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
-    def __init__(self, folder: Path, in_background: bool) -> None:
-        self.folder, self.in_background = folder, in_background
-        self.seconds = 0.0
 
-    def on_train_step_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Save, and take the time."""
+def make_layers() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(NUM_LAYERS)))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+Make = Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
+DATA = TensorDataset(torch.ones(1, WIDTH), torch.zeros(1, WIDTH))
+
+
+def train(trainer: Trainer, data: Any = DATA, **kwargs: Any) -> None:
+    workers = {"num_workers": 0, "shuffle": False}
+    trainer.train(data, **{"num_epochs": 1, "per_device_batch_size": 1, "train_dataloader_kwargs": workers, **kwargs})
+
+
+def make_trainer(make: Make, *callbacks: TrainerCallback) -> Trainer:
+    model, optimizer = make()
+    return Trainer(model, nn.MSELoss(), optimizer, callbacks=callbacks)
+
+
+def step_by_hand(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    nn.functional.mse_loss(model(DATA.tensors[0]), DATA.tensors[1]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def save_by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> float:
+    """Write a state without anything that this library adds, and return the seconds."""
+    start = time.perf_counter()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, str(path))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return time.perf_counter() - start
+
+
+class Folder:
+    """Gives out a path that is free, with what is to be written to the disk otherwise out of the way."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def free(self, name: str) -> Path:
+        """Return the path of a name, at which nothing is."""
+        path = self.path / name
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        os.sync()
+        return path
+
+
+# --- the cases ---------------------------------------------------------------------------------------------------
+
+
+Candidates = dict[str, Callable[[], float]]
+"""What is timed in turn, by the row that it belongs to; by hand comes first, and has none."""
+
+
+def saving(make: Make, folder: Folder) -> Candidates:
+    trainer = make_trainer(make)
+    train(trainer)
+
+    def ours() -> float:
+        path = folder.free("state")
         start = time.perf_counter()
-        trainer.save_training_state(self.folder, in_background=self.in_background)
-        self.seconds = time.perf_counter() - start
+        trainer.save_training_state(path)
+        return time.perf_counter() - start
+
+    return {
+        "": lambda: save_by_hand(trainer.model, trainer.optimizer, folder.free("by_hand.pt")),
+        "F-save": ours,
+    }
 
 
-class ReadClock(TrainerCallback):
-    """Notes when the first step is done."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def on_train_step_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Note the time."""
-        self.time = time.perf_counter()
-
-
-class Example:
-    """A model with its optimizer, once for each way to save and to go on.
-
-    Args:
-        folder: Where the states go.
-    """
-
-    batch = (torch.ones(1), torch.zeros(1))
+class TimedSaving(SaveTrainingStateCallback):
+    """Notes when each step ended, and when the run could go on after it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.model = Vector()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        super().__init__(folder, save_every_n_steps=NUM_STEPS, save_at_end=False, in_background=True)
+        self.ended: list[float] = []
+        self.went_on: list[float] = []
 
-    def save_by_hand(self) -> float:
-        """Return the seconds that one file takes."""
-        contents = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+    def on_train_step_end(self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any) -> None:
+        """Save, and take the time."""
+        self.ended.append(time.perf_counter())
+        super().on_train_step_end(trainer, batch, batch_output, **kwargs)
+        self.went_on.append(time.perf_counter())
+
+    def stall(self, step: int) -> float:
+        """Return how long the run stood still after a step."""
+        return self.went_on[step - 1] - self.ended[step - 1]
+
+    def seconds(self, start: int, stop: int) -> float:
+        """Return how long it took from the end of a step to that of another."""
+        return self.ended[stop - 1] - self.ended[start - 1]
+
+
+def stalling(make: Make, folder: Folder) -> Candidates:
+    model, optimizer = make()
+    step_by_hand(model, optimizer)
+    last: list[TimedSaving] = []
+
+    def first() -> float:
+        last[:] = [TimedSaving(folder.free("states"))]
+        num_samples = 3 * NUM_STEPS - 1
+        data = TensorDataset(torch.ones(num_samples, WIDTH), torch.zeros(num_samples, WIDTH))
+        train(make_trainer(make, *last), data)
+        return last[0].stall(NUM_STEPS)
+
+    def hold_up() -> float:
+        saved, half = 2 * NUM_STEPS, NUM_STEPS // 2  # the state is on the disk after half of the steps
+        with_saving = last[0].seconds(saved, saved + half - 1)
+        return with_saving - last[0].seconds(saved + half, saved + 2 * half - 1)
+
+    return {
+        "": lambda: save_by_hand(model, optimizer, folder.free("by_hand.pt")),
+        "F-stall": first,
+        "F-later": lambda: last[0].stall(2 * NUM_STEPS),
+        "F-held": hold_up,
+    }
+
+
+class FirstStep(TrainerCallback):
+    """Notes when the first step ended."""
+
+    end = 0.0
+
+    def on_train_step_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Take the time."""
+        self.end = self.end or time.perf_counter()
+
+
+def resuming(make: Make, folder: Folder) -> Candidates:
+    trainer = make_trainer(make)
+    train(trainer)
+    by_hand_path, path = folder.free("by_hand.pt"), folder.free("state")
+    save_by_hand(trainer.model, trainer.optimizer, by_hand_path)
+    trainer.save_training_state(path)
+
+    def by_hand() -> float:
+        model, optimizer = make()
         start = time.perf_counter()
-        with (self.folder / "by_hand.pt").open("wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
+        state = torch.load(by_hand_path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step_by_hand(model, optimizer)
         return time.perf_counter() - start
 
-    def save(self, in_background: bool = False) -> float:
-        """Return the seconds that the loop stands still for a training state."""
-        callback = SaveAfterFirstStep(self.folder / "state", in_background)
-        self.train([callback])
-        return callback.seconds
-
-    def resume_by_hand(self) -> float:
-        """Return the seconds from the start to the end of the first step."""
+    def ours() -> float:
+        watch = FirstStep()
+        trainer = make_trainer(make, watch)
         start = time.perf_counter()
-        contents = torch.load(self.folder / "by_hand.pt")
-        self.model.load_state_dict(contents["model"])
-        self.optimizer.load_state_dict(contents["optimizer"])
-        inputs, targets = self.batch
-        nn.functional.mse_loss(self.model(inputs), targets).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return time.perf_counter() - start
+        train(trainer, num_epochs=2, resume_from=path)
+        return watch.end - start
 
-    def resume(self) -> float:
-        """Return the seconds from the call to the end of the first step."""
-        clock = ReadClock()
-        start = time.perf_counter()
-        self.train([clock], num_epochs=2, resume_from=self.folder / "state")
-        return clock.time - start
-
-    def train(self, callbacks: list[TrainerCallback], num_epochs: int = 1, **kwargs: Any) -> None:
-        """Run the trainer."""
-        trainer = Trainer(self.model, nn.MSELoss(), self.optimizer, callbacks=callbacks)
-        trainer.train([self.batch], num_epochs=num_epochs, per_device_batch_size=1, **kwargs)
+    return {"": by_hand, "F-resume": ours}
 
 
-def compare_calls(row: str, own: Callable[[], float], by_hand: Callable[[], float]) -> Figure:
-    seconds, baselines = [], []
-    for _ in range(NUM_PAIRS):
-        baselines.append(by_hand())
-        seconds.append(own())
-    ratios = [taken / baseline for taken, baseline in zip(seconds, baselines, strict=True)]
-    return Figure(row, statistics.median(ratios), statistics.median(seconds), statistics.median(baselines))
+# --- measuring ---------------------------------------------------------------------------------------------------
+
+
+def interleaved(candidates: Candidates) -> dict[str, list[float]]:
+    """Time each candidate once per round, after a round that does not count."""
+    times: dict[str, list[float]] = {row: [] for row in candidates}
+    for round_number in range(NUM_ROUNDS + 1):
+        for row, run in candidates.items():
+            seconds = run()
+            if round_number > 0:
+                times[row].append(seconds)
+    return times
+
+
+def figures_of(candidates: Candidates, suffix: str) -> list[Figure]:
+    times = interleaved(candidates)
+    by_hand = times.pop("")
+    figures = []
+    for row, seconds in times.items():
+        ratio = statistics.median(own / base for own, base in zip(seconds, by_hand, strict=True))
+        figures.append(Figure(row + suffix, ratio, statistics.median(seconds), statistics.median(by_hand)))
+    return figures
 
 
 def measure(case: str, framework: str) -> list[Figure]:
-    with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
-        example = Example(Path(folder))
-        example.save()  # the optimizer has its momentum from now on
-        return [
-            compare_calls("F-save", example.save, example.save_by_hand),
-            compare_calls("F-stall", lambda: example.save(in_background=True), example.save_by_hand),
-            compare_calls("F-resume", example.resume, example.resume_by_hand),
-        ]
+    figures = []
+    with tempfile.TemporaryDirectory(prefix="benchmark_") as path:
+        for make, suffix in ((make_layers, ""), (make_vector, "-vector")):
+            for candidates_of in (saving, stalling, resuming):
+                figures += figures_of(candidates_of(make, Folder(Path(path))), suffix)
+    return figures

@@ -64,7 +64,7 @@ def exact_job(num_processes: int = 1) -> Job:
 
 
 def distributed_job() -> Job:
-    return Job(make_mlp, make_dataset(2 * 32 * 200), num_epochs=4, is_distributed=True)
+    return Job(make_mlp, make_dataset(2 * 32 * 200), num_epochs=3, is_distributed=True)
 
 
 PLANS = {
