@@ -4,6 +4,9 @@
 #   make test                   all tests, with branch coverage
 #   make soak KILLS=200         kill runs at random moments and start them again; SEED=7 repeats a soak
 #   make check                  what a change must pass: format-check, lint, types, tests, docs
+#   make bench                  compare the speed with other frameworks and with loops written by hand; about an hour
+#   make bench CASES=A,B ROUNDS=3 FRAMEWORKS=pytorch_accelerated,lightning
+#   make bench-gpu              throughput on a GPU, over loops written by hand
 #   make test PYTHON=python3.12 choose the interpreter for a new environment
 #   make test TESTS=tests/callbacks PYTEST_ARGS="-x -k early"
 #
@@ -16,20 +19,28 @@ TESTS ?=
 KILLS ?= 200
 SEED ?=
 PYTEST_ARGS ?=
+CASES ?=
+ROUNDS ?=
+FRAMEWORKS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+BENCH_VENV := benchmarks/.venv
+BENCH_INSTALL = $(@D)/bin/python -m pip install --disable-pip-version-check --quiet
+BENCH_OPTIONS := $(foreach name,CASES ROUNDS FRAMEWORKS,$(if $($(name)),$(name)=$($(name))))
 # ruff formats the Python blocks of Markdown too.
 CODE := src tests $(wildcard examples benchmarks) docs README.md
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installations into one environment get in each other's way
-.PHONY: help demo test soak check format format-check lint types docs build clean distclean
+.PRECIOUS: $(BENCH_VENV)/%/.stamp-torch
+.PHONY: help demo test soak check format format-check lint types docs build clean distclean \
+  bench bench-peers bench-page bench-gpu
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "also: make format, format-check, lint, types, docs, build, clean, distclean"
+	@echo "also: make format, format-check, lint, types, docs, build, bench-page, bench-peers, clean, distclean"
 
 # --- Environment --------------------------------------------------------------------------------------------------
 
@@ -61,6 +72,25 @@ $(VENV)/.stamp-docs: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[docs]'
 	@touch $@
 
+# The frameworks do not live together: benchmarks/requirements*.txt say why.
+$(BENCH_VENV)/%/.stamp-torch: $(VENV)/.stamp-venv constraints.txt
+	@echo "Installing PyTorch into $(BENCH_VENV)/$*"
+	$(BIN)/python -m venv $(BENCH_VENV)/$*
+	$(BENCH_INSTALL) --constraint constraints.txt torch
+	@touch $@
+
+$(BENCH_VENV)/own/.stamp: $(BENCH_VENV)/own/.stamp-torch pyproject.toml
+	$(BENCH_INSTALL) --constraint constraints.txt --editable '.[plots]'
+	@touch $@
+
+$(BENCH_VENV)/peers/.stamp: $(BENCH_VENV)/peers/.stamp-torch benchmarks/requirements.txt
+	$(BENCH_INSTALL) --no-deps --requirement benchmarks/requirements.txt
+	@touch $@
+
+$(BENCH_VENV)/%/.stamp: $(BENCH_VENV)/%/.stamp-torch benchmarks/requirements-%.txt
+	$(BENCH_INSTALL) --no-deps --requirement benchmarks/requirements-$*.txt
+	@touch $@
+
 # --- What to run --------------------------------------------------------------------------------------------------
 
 demo: $(VENV)/.stamp-examples
@@ -74,6 +104,23 @@ soak: $(VENV)/.stamp-dev
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/faults/_kills.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
 check: format-check lint types test docs
+
+# With FRAMEWORKS named, what is not installed stays so: `make bench-peers` installs them all.
+bench: $(BENCH_VENV)/own/.stamp $(if $(FRAMEWORKS),,bench-peers)
+	BENCH_OPTIONS="$(strip $(BENCH_OPTIONS))" $(BENCH_VENV)/own/bin/python benchmarks/run.py \
+	  $(if $(CASES),--cases "$(CASES)") $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(FRAMEWORKS),--frameworks "$(FRAMEWORKS)")
+
+# A peer that cannot be installed is reported as such in the table.
+bench-peers:
+	-$(MAKE) $(BENCH_VENV)/peers/.stamp
+	-$(MAKE) $(BENCH_VENV)/older/.stamp
+	-$(MAKE) $(BENCH_VENV)/previous/.stamp
+
+bench-page: $(BENCH_VENV)/own/.stamp
+	$(BENCH_VENV)/own/bin/python benchmarks/report.py --plot docs/benchmarks.svg > docs/benchmarks.md
+
+bench-gpu: $(BENCH_VENV)/own/.stamp
+	$(BENCH_VENV)/own/bin/python benchmarks/gpu.py
 
 format: $(VENV)/.stamp-dev
 	$(BIN)/ruff format $(CODE)
@@ -97,8 +144,8 @@ build: $(VENV)/.stamp-dev
 	$(BIN)/python -m build
 
 clean:
-	rm -rf build dist docs/_build htmlcov .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build htmlcov .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache benchmarks/results
 	find src tests docs $(wildcard examples benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) .ci/venv
+	rm -rf $(VENV) $(BENCH_VENV) .ci/venv

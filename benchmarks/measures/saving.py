@@ -1,24 +1,21 @@
-"""What it costs to save a training state and to go on from it, as ratios to the same thing written by hand.
+"""Saving a training state and going on from it, over the same thing written by hand.
 
-    python benchmarks/states.py
-    python benchmarks/states.py --model vector --only save
+Model and optimizer are 100 MB together: 256 parameters and AdamW, or one parameter and momentum. By hand, a state is
+`torch.save` of both and `os.fsync`.
 
-Model and optimizer are 100 MB together: `layers`, 256 parameters and AdamW, or `vector`, one parameter and momentum.
-By hand, a state is `torch.save` of both and `os.fsync`.
-
-`save`: a training state with its manifest, flushed to the disk. `stall`: how long a step is held up by saving in the
-background, for the first time in a run and later, and by how much the next steps are held up together, while the state
-is written. `resume`: from a new trainer to the end of its first step, over `torch.load`, `load_state_dict` and a step.
+Saved in the background, a state holds up a step, for the first time in a run and later, and makes the next steps slower
+while it is written. To resume takes from a new trainer to the end of its first step; by hand, `torch.load`,
+`load_state_dict` and a step.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +23,13 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from _rounds import interleaved, print_ratios
+from measures import Figure
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
 
 WIDTH, NUM_LAYERS = 256, 128
 NUM_STEPS = 20  # between two states that are saved in the background
-BY_HAND = "torch.save and fsync"
+NUM_ROUNDS = 3
 
 
 # --- models of 100 MB --------------------------------------------------------------------------------------------
@@ -61,7 +58,6 @@ def make_layers() -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 Make = Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
-MODELS: dict[str, Make] = {"layers": make_layers, "vector": make_vector}
 DATA = TensorDataset(torch.ones(1, WIDTH), torch.zeros(1, WIDTH))
 
 
@@ -107,7 +103,11 @@ class Folder:
 # --- the cases ---------------------------------------------------------------------------------------------------
 
 
-def candidates_of_saving(make: Make, folder: Folder) -> dict[str, Callable[[], float]]:
+Candidates = dict[str, Callable[[], float]]
+"""What is timed in turn, by the row that it belongs to; by hand comes first, and has none."""
+
+
+def saving(make: Make, folder: Folder) -> Candidates:
     trainer = make_trainer(make)
     train(trainer)
 
@@ -118,8 +118,8 @@ def candidates_of_saving(make: Make, folder: Folder) -> dict[str, Callable[[], f
         return time.perf_counter() - start
 
     return {
-        BY_HAND: lambda: save_by_hand(trainer.model, trainer.optimizer, folder.free("by_hand.pt")),
-        "training state": ours,
+        "": lambda: save_by_hand(trainer.model, trainer.optimizer, folder.free("by_hand.pt")),
+        "F-save": ours,
     }
 
 
@@ -146,7 +146,7 @@ class TimedSaving(SaveTrainingStateCallback):
         return self.ended[stop - 1] - self.ended[start - 1]
 
 
-def candidates_of_stalling(make: Make, folder: Folder) -> dict[str, Callable[[], float]]:
+def stalling(make: Make, folder: Folder) -> Candidates:
     model, optimizer = make()
     step_by_hand(model, optimizer)
     last: list[TimedSaving] = []
@@ -164,10 +164,10 @@ def candidates_of_stalling(make: Make, folder: Folder) -> dict[str, Callable[[],
         return with_saving - last[0].seconds(saved + half, saved + 2 * half - 1)
 
     return {
-        BY_HAND: lambda: save_by_hand(model, optimizer, folder.free("by_hand.pt")),
-        "first stall": first,
-        "later stall": lambda: last[0].stall(2 * NUM_STEPS),
-        "stall and slower steps": hold_up,
+        "": lambda: save_by_hand(model, optimizer, folder.free("by_hand.pt")),
+        "F-stall": first,
+        "F-later": lambda: last[0].stall(2 * NUM_STEPS),
+        "F-held": hold_up,
     }
 
 
@@ -181,7 +181,7 @@ class FirstStep(TrainerCallback):
         self.end = self.end or time.perf_counter()
 
 
-def candidates_of_resuming(make: Make, folder: Folder) -> dict[str, Callable[[], float]]:
+def resuming(make: Make, folder: Folder) -> Candidates:
     trainer = make_trainer(make)
     train(trainer)
     by_hand_path, path = folder.free("by_hand.pt"), folder.free("state")
@@ -204,35 +204,37 @@ def candidates_of_resuming(make: Make, folder: Folder) -> dict[str, Callable[[],
         train(trainer, num_epochs=2, resume_from=path)
         return watch.end - start
 
-    return {"torch.load and a step": by_hand, "resume_from": ours}
+    return {"": by_hand, "F-resume": ours}
 
 
-CASES: Mapping[str, Callable[[Make, Folder], dict[str, Callable[[], float]]]] = {
-    "save": candidates_of_saving,
-    "stall": candidates_of_stalling,
-    "resume": candidates_of_resuming,
-}
+# --- measuring ---------------------------------------------------------------------------------------------------
 
 
-def measure(case: str, model: str, num_rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each candidate of a case, round by round; the one written by hand comes first."""
-    with tempfile.TemporaryDirectory(prefix="states_") as path:
-        return interleaved(CASES[case](MODELS[model], Folder(Path(path))), num_rounds)
+def interleaved(candidates: Candidates) -> dict[str, list[float]]:
+    """Time each candidate once per round, after a round that does not count."""
+    times: dict[str, list[float]] = {row: [] for row in candidates}
+    for round_number in range(NUM_ROUNDS + 1):
+        for row, run in candidates.items():
+            seconds = run()
+            if round_number > 0:
+                times[row].append(seconds)
+    return times
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", choices=CASES, help="one of the cases (default: all)")
-    parser.add_argument("--model", choices=MODELS, help="one of the models (default: both)")
-    parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    for case in CASES if arguments.only is None else [arguments.only]:
-        for model in MODELS if arguments.model is None else [arguments.model]:
-            times = measure(case, model, arguments.rounds)
-            print(f"{case}, {model}")
-            print_ratios(times, next(iter(times)))
+def figures_of(candidates: Candidates, suffix: str) -> list[Figure]:
+    times = interleaved(candidates)
+    by_hand = times.pop("")
+    figures = []
+    for row, seconds in times.items():
+        ratio = statistics.median(own / base for own, base in zip(seconds, by_hand, strict=True))
+        figures.append(Figure(row + suffix, ratio, statistics.median(seconds), statistics.median(by_hand)))
+    return figures
 
 
-if __name__ == "__main__":
-    main()
+def measure(case: str, framework: str) -> list[Figure]:
+    figures = []
+    with tempfile.TemporaryDirectory(prefix="benchmark_") as path:
+        for make, suffix in ((make_layers, ""), (make_vector, "-vector")):
+            for candidates_of in (saving, stalling, resuming):
+                figures += figures_of(candidates_of(make, Folder(Path(path))), suffix)
+    return figures

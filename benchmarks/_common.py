@@ -1,0 +1,261 @@
+"""What every benchmark shares: the job that a framework is given, and probes that watch it being done."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+NUM_FEATURES, NUM_CLASSES = 64, 10
+NUM_TRIAL_STEPS = 2
+"""Forward passes that a framework may make to learn the shapes."""
+
+# --- probes --------------------------------------------------------------------------------------------------------
+
+
+class Probe(Protocol):
+    """Watches a job: the model tells it of each forward pass, whatever framework calls the model."""
+
+    num_steps_per_epoch: int
+    num_forwards: int
+
+    def tick(self) -> None:
+        """Note that a forward pass begins."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Return the context in which the job is to be done."""
+
+
+class EpochClock:
+    """Reads the clock at the first forward pass of each epoch, and when the job is done.
+
+    Args:
+        num_steps_per_epoch: Forward passes in an epoch.
+    """
+
+    def __init__(self, num_steps_per_epoch: int) -> None:
+        self.num_steps_per_epoch = num_steps_per_epoch
+        self.num_forwards = 0
+        self.call = 0.0
+        self.stamps: list[float] = []
+
+    def tick(self) -> None:
+        """Note that a forward pass begins."""
+        if self.num_forwards % self.num_steps_per_epoch == 0:
+            self.stamps.append(time.perf_counter())
+        self.num_forwards += 1
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Take the time of the whole job."""
+        start = time.perf_counter()
+        yield
+        self.stamps.append(time.perf_counter())
+        self.call = self.stamps[-1] - start
+
+    @property
+    def epochs(self) -> list[float]:
+        """Seconds from the first step of each epoch to the first of the next; the last one has no next."""
+        return [after - before for before, after in zip(self.stamps[:-2], self.stamps[1:-1], strict=True)]
+
+    @property
+    def pass_over_data(self) -> float:
+        """Seconds from the first step to the end of the job."""
+        return self.stamps[-1] - self.stamps[0]
+
+    @property
+    def start(self) -> float:
+        """Seconds from the call to the first step."""
+        return self.call - self.pass_over_data
+
+
+class _Counter:
+    """Notes a number at each forward pass; what it grew by in between belongs to one step."""
+
+    def __init__(self, num_steps_per_epoch: int) -> None:
+        self.num_steps_per_epoch = num_steps_per_epoch
+        self.count = 0
+        self.counts: list[int] = []
+
+    def tick(self) -> None:
+        """Note that a forward pass begins."""
+        self.counts.append(self.count)
+
+    @property
+    def num_forwards(self) -> int:
+        """How many forward passes there were."""
+        return len(self.counts)
+
+    @property
+    def per_step(self) -> list[int]:
+        """What each step counted, without the first, which brings its run with it."""
+        return [after - before for before, after in zip(self.counts[1:-1], self.counts[2:], strict=True)]
+
+
+class PythonCallCounter(_Counter):
+    """Counts the calls of functions that are written in Python, in the main thread."""
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count while the job is done."""
+
+        def count(frame: object, event: str, argument: object) -> None:
+            self.count += event == "call"
+
+        sys.setprofile(count)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+
+
+class HostReadCounter(_Counter):
+    """Counts how often the value of a tensor is read by the host, which on a GPU waits for the device."""
+
+    READERS = ("__bool__", "__complex__", "__float__", "__index__", "__int__", "cpu", "item", "numpy", "tolist")
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count while the job is done."""
+        originals = {name: getattr(torch.Tensor, name) for name in self.READERS}
+        for name, original in originals.items():
+            setattr(torch.Tensor, name, self._counting(original))
+        try:
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(torch.Tensor, name, original)
+
+    def _counting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def read(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return original(*args, **kwargs)
+
+        return read
+
+
+# --- models and data -----------------------------------------------------------------------------------------------
+
+
+class ProbedModel(nn.Sequential):
+    """A sequence of layers that tells a probe of each forward pass."""
+
+    probe: Probe
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Tell the probe, and compute."""
+        self.probe.tick()
+        return super().forward(inputs)
+
+
+def make_mlp(num_features: int = NUM_FEATURES, width: int = 64) -> ProbedModel:
+    return ProbedModel(nn.Linear(num_features, width), nn.ReLU(), nn.Linear(width, NUM_CLASSES))
+
+
+def make_wide_mlp() -> ProbedModel:
+    """Return a model of 17 MB, a copy of which would show in the memory."""
+    width = 2048
+    return ProbedModel(
+        nn.Linear(NUM_FEATURES, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, NUM_CLASSES)
+    )
+
+
+def make_conv_net() -> ProbedModel:
+    """Return a model of images of 3 x 32 x 32 whose step takes about 30 ms on one core with 32 of them."""
+    return ProbedModel(
+        *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
+        *(nn.Flatten(), nn.Linear(128, NUM_CLASSES)),
+    )
+
+
+def make_deep_mlp(num_layers: int) -> ProbedModel:
+    """Return a model of ``2 * (num_layers + 1)`` parameter tensors."""
+    hidden = [nn.Linear(NUM_FEATURES, NUM_FEATURES) for _ in range(num_layers)]
+    return ProbedModel(*hidden, nn.Linear(NUM_FEATURES, NUM_CLASSES))
+
+
+def make_dataset(num_samples: int, shape: tuple[int, ...] = (NUM_FEATURES,)) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(num_samples, *shape, generator=generator)
+    return TensorDataset(inputs, torch.randint(NUM_CLASSES, (num_samples,), generator=generator))
+
+
+class SingleSamples(Dataset[Any]):
+    """Gives its samples one by one, as a dataset of the user's does."""
+
+    def __init__(self, num_samples: int, num_features: int) -> None:
+        self.tensors = make_dataset(num_samples, (num_features,)).tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor[index] for tensor in self.tensors)
+
+
+# --- jobs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """One training or evaluation, the same for every framework; the optimizer is plain SGD."""
+
+    make_model: Callable[[], ProbedModel]
+    dataset: Any
+    num_epochs: int = 1
+    batch_size: int = 32
+    num_accumulated: int = 1
+    """Batches that make one update."""
+    is_bf16: bool = False
+    is_quiet: bool = False
+    """Whether progress bar, logs and the other default callbacks are switched off."""
+    has_own_loader: bool = False
+    """Whether the framework makes the loader as it does by default, instead of taking `loader`."""
+    is_distributed: bool = False
+    make_probe: Callable[[int], Probe] = EpochClock
+    model: ProbedModel = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    loss_func: nn.Module = field(init=False, default_factory=nn.CrossEntropyLoss)
+    probe: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = self.make_model()
+        self.model.probe = self.probe = self.make_probe(self.num_steps_per_epoch)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
+
+    @property
+    def num_steps_per_epoch(self) -> int:
+        """Batches of this process in an epoch; all are full."""
+        num_processes = torch.distributed.get_world_size() if self.is_distributed else 1
+        return len(self.dataset) // (self.batch_size * num_processes)
+
+    def loader(self, **kwargs: Any) -> DataLoader[Any]:
+        """Return the loader for training that all have in common."""
+        return DataLoader(self.dataset, self.batch_size, **({"shuffle": True} | kwargs))
+
+    def eval_loader(self, **kwargs: Any) -> DataLoader[Any]:
+        """Return the loader for evaluation that all have in common."""
+        return DataLoader(self.dataset, self.batch_size, shuffle=False, **kwargs)
+
+    def do(self, action: Callable[[Job], None]) -> Any:
+        """Let a framework do the job, and return the probe that has watched it.
+
+        Raises:
+            RuntimeError: It made another number of steps than the job has, so its figures would mean nothing.
+        """
+        with self.probe.watching():
+            action(self)
+        num_expected, num_made = self.num_epochs * self.num_steps_per_epoch, self.probe.num_forwards
+        if not num_expected <= num_made <= num_expected + NUM_TRIAL_STEPS:
+            raise RuntimeError(f"{num_made} steps were made; the job has {num_expected}.")
+        return self.probe

@@ -1,0 +1,25 @@
+"""What a step does, counted: the same on each machine, however busy."""
+
+from __future__ import annotations
+
+import statistics
+
+from _common import HostReadCounter, Job, PythonCallCounter, make_dataset, make_mlp
+from measures import Figure, do, load_framework
+
+
+def measure(case: str, framework: str) -> list[Figure]:
+    train = load_framework(framework).train
+
+    def count(make_probe: type) -> list[int]:
+        job = Job(make_mlp, make_dataset(32 * 50), num_epochs=3, make_probe=make_probe)
+        per_step: list[int] = do(job, train).per_step
+        return per_step
+
+    count(PythonCallCounter)  # what is made at the first use is not counted
+    reads = count(HostReadCounter)
+    return [
+        Figure("S", statistics.median(reads)),
+        Figure("S-all", statistics.mean(reads)),
+        Figure("S-calls", statistics.median(count(PythonCallCounter))),
+    ]

@@ -1,0 +1,47 @@
+"""What a callback costs that does nothing, by the difference that many of them make to a step."""
+
+from __future__ import annotations
+
+import statistics
+from itertools import pairwise
+from typing import Any
+
+from _common import Job, make_dataset, make_mlp
+from measures import Figure, do
+from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import TrainerCallback
+
+NUM_CALLBACKS = 1000
+NUM_PAIRS = 8
+
+
+class Idle(TrainerCallback):
+    """Implements one event, which fires once in a step, and does nothing in it."""
+
+    def on_train_step_end(self, trainer: Any, **kwargs: Any) -> None:
+        """Do nothing."""
+
+
+def seconds_per_step(callbacks: list[TrainerCallback]) -> float:
+    job = Job(make_mlp, make_dataset(32 * 100), num_epochs=3, is_quiet=True)
+
+    def train(job: Job) -> None:
+        trainer = Trainer(job.model, job.loss_func, job.optimizer, callbacks=callbacks)
+        trainer.train(job.dataset, num_epochs=job.num_epochs, per_device_batch_size=job.batch_size)
+
+    return statistics.median(do(job, train).epochs) / job.num_steps_per_epoch
+
+
+def cost_of(callback_class: type[TrainerCallback]) -> float:
+    """Return the microseconds that one callback adds to a step."""
+    without, with_them = [seconds_per_step([])], []
+    for _ in range(NUM_PAIRS):
+        with_them.append(seconds_per_step([callback_class() for _ in range(NUM_CALLBACKS)]))
+        without.append(seconds_per_step([]))
+    neighbours = pairwise(without)
+    added = [taken - (before + after) / 2 for taken, (before, after) in zip(with_them, neighbours, strict=True)]
+    return 1e6 * statistics.median(added) / NUM_CALLBACKS
+
+
+def measure(case: str, framework: str) -> list[Figure]:
+    return [Figure("Z", cost_of(Idle)), Figure("Z-none", cost_of(TrainerCallback))]

@@ -1,0 +1,105 @@
+"""How the cost of a step grows with callbacks, metrics and parameter tensors, and that of a start with the data."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from _common import Job, make_dataset, make_deep_mlp, make_mlp
+from measures import Figure, compare, do
+from measures.events import Idle, seconds_per_step
+from measures.steps import step_of_training
+from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import TrainerCallback
+
+NUM_CALLBACKS = (0, 1, 10, 100)
+NUM_METRICS = (0, 1, 10, 100)
+NUM_LAYERS = (2, 20, 200)
+NUM_SAMPLES = (10**4, 10**5, 10**6, 10**7)
+NUM_REPEATS = 3
+
+
+class MetricsTrainer(Trainer):
+    """Returns many metrics from each step."""
+
+    num_metrics = 0
+
+    def calculate_train_batch_loss(self, batch: Any) -> Mapping[str, Any]:
+        """Add the metrics to what the trainer returns."""
+        output = super().calculate_train_batch_loss(batch)
+        value = output["loss"].detach()
+        return {**output, "metrics": {f"metric_{number}": value for number in range(self.num_metrics)}}
+
+
+class StopClock(TrainerCallback):
+    """Notes when the first step starts."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def on_train_step_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Note the time."""
+        self.time = time.perf_counter()
+
+
+def step_with_callbacks(num_callbacks: int) -> float:
+    return seconds_per_step([Idle() for _ in range(num_callbacks)])
+
+
+def step_with_metrics(num_metrics: int) -> float:
+    def train(job: Job) -> None:
+        trainer = MetricsTrainer(job.model, job.loss_func, job.optimizer, callbacks=())
+        trainer.num_metrics = num_metrics
+        trainer.train(job.dataset, num_epochs=job.num_epochs, per_device_batch_size=job.batch_size)
+
+    job = Job(make_mlp, make_dataset(32 * 100), num_epochs=4)
+    return statistics.median(do(job, train).epochs) / job.num_steps_per_epoch
+
+
+def start_over(num_samples: int) -> float:
+    """Return the seconds from the call to the first step."""
+    model, clock = nn.Linear(1, 1), StopClock()
+    trainer = Trainer(model, nn.MSELoss(), torch.optim.SGD(model.parameters()), callbacks=[clock])
+    dataset = TensorDataset(torch.zeros(num_samples, 1), torch.zeros(num_samples, 1))
+    start = time.perf_counter()
+    trainer.train(dataset, num_epochs=1, per_device_batch_size=32, max_num_train_steps=1)
+    return clock.time - start
+
+
+def start_by_hand(num_samples: int) -> float:
+    """Return the seconds to the first batch of a plain loader."""
+    dataset = TensorDataset(torch.zeros(num_samples, 1), torch.zeros(num_samples, 1))
+    start = time.perf_counter()
+    next(iter(DataLoader(dataset, 32, shuffle=True)))
+    return time.perf_counter() - start
+
+
+def curve(row: str, seconds_with: Callable[[int], float], numbers: tuple[int, ...], unit: float) -> list[Figure]:
+    """Measure at each number in turn, several times over, and return the medians in a unit of so many seconds."""
+    times: dict[int, list[float]] = {number: [] for number in numbers}
+    for _ in range(NUM_REPEATS):
+        for number in numbers:
+            times[number].append(seconds_with(number))
+    return [Figure(row, statistics.median(seconds) / unit, at=number) for number, seconds in times.items()]
+
+
+def measure(case: str, framework: str) -> list[Figure]:
+    tensors = []
+    for num_layers in NUM_LAYERS:
+        make_job = partial(Job, partial(make_deep_mlp, num_layers), make_dataset(32 * 25), num_epochs=4)
+        num_tensors = 2 * (num_layers + 1)
+        tensors.append(compare("parameter tensors", framework, step_of_training(make_job), NUM_REPEATS, at=num_tensors))
+    return [
+        *curve("callbacks", step_with_callbacks, NUM_CALLBACKS, unit=1e-6),
+        *curve("metrics", step_with_metrics, NUM_METRICS, unit=1e-6),
+        *tensors,
+        *curve("samples", start_over, NUM_SAMPLES, unit=1e-3),
+        *curve("samples, by hand", start_by_hand, NUM_SAMPLES, unit=1e-3),
+    ]

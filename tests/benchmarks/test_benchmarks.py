@@ -1,0 +1,116 @@
+"""The benchmark runner knows what it has, measures it, and says plainly what was not measured."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from _support import SOURCE
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+def run_script(*command: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
+    result = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=240, check=True, env=environment
+    )
+    return result.stdout
+
+
+def results_with(*figures: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "command": "make bench",
+        "date": "2026-01-01",
+        "machine": "a machine",
+        "num_rounds": 2,
+        "versions": {"hand_written": "2.0", "pytorch_accelerated": "0.2", "keras": None},
+        "figures": [{"at": None, "seconds": None, "baseline": None, **figure} for figure in figures],
+        "errors": {"keras A": "ValueError: none"},
+    }
+
+
+def ratio(framework: str, value: float, row: str = "A") -> dict[str, Any]:
+    return {"row": row, "framework": framework, "value": value}
+
+
+def test_every_framework_has_its_file_its_environment_and_known_cases(load):
+    frameworks, cases = load("frameworks"), load("_cases")
+    for name, framework in frameworks.FRAMEWORKS.items():
+        assert (BENCHMARKS / "frameworks" / f"{framework.module or name}.py").is_file()
+        assert set(framework.cases.split()) <= set(cases.CASES)
+        if framework.environment != "own":
+            suffix = "" if framework.environment == "peers" else f"-{framework.environment}"
+            pins = (BENCHMARKS / f"requirements{suffix}.txt").read_text().lower()
+            assert f"\n{framework.package}==" in pins
+
+
+def test_a_file_that_nothing_runs_is_not_left_behind(load):
+    frameworks = load("frameworks").FRAMEWORKS
+    files = {path.stem for path in (BENCHMARKS / "frameworks").glob("[!_]*.py")}
+    assert files == {framework.module or name for name, framework in frameworks.items()}
+
+
+@pytest.mark.parametrize("module", ["run", "report"])
+def test_the_examples_in_docstrings_hold(load, module):
+    outcome = doctest.testmod(load(module))
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
+
+
+def test_a_worker_counts_what_a_step_does(tmp_path):
+    """Host reads at most at the end of an epoch; a number of calls that does not depend on the machine's speed."""
+    output = tmp_path / "results.json"
+    run_script(str(BENCHMARKS / "_worker.py"), "hand_written", "S", "--output", str(output))
+    results = json.loads(output.read_text())
+    figures = {figure["row"]: figure["value"] for figure in results["figures"]}
+    assert results["errors"] == {}
+    assert figures["S"] == 0
+    assert figures["S-calls"] > 100
+
+
+def test_a_case_that_fails_is_reported_with_its_reason(tmp_path):
+    output = tmp_path / "results.json"
+    run_script(str(BENCHMARKS / "_worker.py"), "no_such_framework", "S", "--output", str(output))
+    assert list(json.loads(output.read_text())["errors"]) == ["S"]
+
+
+def test_the_table_tells_medians_extremes_and_missed_budgets(load):
+    figures = [ratio("pytorch_accelerated", 1.2), ratio("pytorch_accelerated", 1.4), ratio("hand_written", 1.0)]
+    text = load("report").markdown(results_with(*figures))
+    assert "| 1.300 (1.200 to 1.400) | 1.05 | **no** |" in text
+    assert "| Keras (torch) | not installed |" in text
+    assert "- keras A failed: ValueError: none" in text
+
+
+def test_peaks_of_memory_are_taken_over_that_of_the_loop_written_by_hand(load):
+    figures = [ratio("hand_written", 50.0, "M-peak"), ratio("pytorch_accelerated", 53.0, "M-peak")]
+    found = load("report").spreads(results_with(*figures))
+    assert found["M-peak", "pytorch_accelerated"].median == 3.0
+    assert ("M-peak", "hand_written") not in found
+
+
+def test_the_page_is_complete(load):
+    page = load("report").page(results_with(ratio("pytorch_accelerated", 1.2), ratio("hand_written", 1.0)))
+    assert "$" not in page.replace("$ make", "")
+    assert "| A |" in page
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which it would use")
+def test_without_a_gpu_its_benchmark_says_so():
+    assert run_script(str(BENCHMARKS / "gpu.py")).startswith("There is no GPU")
