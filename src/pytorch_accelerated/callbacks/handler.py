@@ -95,9 +95,12 @@ class CallbackHandler:
         """
         stop_request: StopTrainingError | None = None
         listeners = self._listeners.get(event)
-        for callback, accepted in self._find_listeners(event) if listeners is None else listeners:
+        for method, accepted, callback in self._find_listeners(event) if listeners is None else listeners:
             try:
-                getattr(callback, event)(*args, **(kwargs if accepted is None else _only(accepted, kwargs)))
+                if accepted is None:
+                    method(*args, **kwargs)
+                else:
+                    method(*args, **_only(accepted, kwargs))
             except StopTrainingError as error:
                 stop_request = stop_request or error
             except Exception as error:
@@ -109,9 +112,9 @@ class CallbackHandler:
     def call_event_on_all(self, event: str, *args: Any, **kwargs: Any) -> list[Exception]:
         """Call ``event`` on every callback even if some fail, and return their errors: for cleaning up."""
         errors: list[Exception] = []
-        for callback, accepted in self._find_listeners(event):
+        for method, accepted, _ in self._find_listeners(event):
             try:
-                getattr(callback, event)(*args, **(kwargs if accepted is None else _only(accepted, kwargs)))
+                method(*args, **(kwargs if accepted is None else _only(accepted, kwargs)))
             except Exception as error:
                 errors.append(error)
         return errors
@@ -140,7 +143,7 @@ class CallbackHandler:
     def _find_listeners(self, event: str) -> tuple[_Listener, ...]:
         in_order = sorted(self.callbacks, key=lambda callback: getattr(callback, "is_called_last", False) is True)
         self._listeners[event] = tuple(
-            _Listener(callback, _accepted_keywords(getattr(callback, event)))
+            _Listener(getattr(callback, event), _accepted_keywords(getattr(callback, event)), callback)
             for callback in in_order
             if _implements(callback, event)
         )
@@ -151,9 +154,11 @@ class CallbackHandler:
 
 
 class _Listener(NamedTuple):
-    callback: Any
+    method: Callable[..., Any]
     accepted: frozenset[str] | None
-    """Names of the keyword arguments its method takes; ``None`` if it takes all."""
+    """Names of the keyword arguments the method takes; ``None`` if it takes all."""
+
+    callback: Any
 
 
 def _implements(callback: Any, event: str) -> bool:
