@@ -40,6 +40,7 @@ from pytorch_accelerated.callbacks import (
     LimitEvalStepsCallback,
     StepBasedEvaluationCallback,
     TerminateOnNaNCallback,
+    get_default_callbacks,
 )
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler, cosine_lr, plan_decays, wsd_lr
@@ -615,6 +616,20 @@ def test_the_users_optimizer_stays_linked_and_may_get_groups_between_runs():
     train(trainer, create_scheduler_fn=lambda optimizer: LambdaLR(optimizer, lambda step: 1.0))
     assert rates == [0.1, 0.01]
     assert not torch.equal(frozen["weight"], model[0].weight)
+
+
+def test_a_trainer_goes_when_the_program_lets_it_go():
+    """Not with the next full garbage collection: workers of its loaders would live on until then."""
+    gc.collect()
+    gc.disable()
+    try:
+        trainer = make_trainer(callbacks=get_default_callbacks(progress_bar=False))
+        train(trainer, eval_dataset=make_dataset(8))
+        reference = weakref.ref(trainer)
+        del trainer
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_after_a_run_the_loops_tensors_and_the_data_are_free():

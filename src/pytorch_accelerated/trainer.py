@@ -619,6 +619,7 @@ class Trainer(TrainingLoop):
                 self._state_writer.release()
                 _distributed.release(self._accelerator, self.optimizer, model.prepared, model.plain)
             self.model = model.restore(self._accelerator, self.model)
+        self._agreement = Agreement(num_processes=1)  # that of the run refers to the trainer
         self._batch_output = None
 
 

@@ -17,6 +17,7 @@ import signal
 import threading
 import time
 
+import coverage
 import pytest
 
 import _runs
@@ -35,6 +36,17 @@ pytestmark = [
 SECONDS_TO_END = 15
 STEP = 9
 """At which step of 18 the worker is killed, within the second epoch."""
+
+
+@pytest.fixture(autouse=True)
+def _not_measured():
+    """The error would strike within coverage's own lock too, which is then held for ever."""
+    measurement = coverage.Coverage.current()
+    if measurement is not None:
+        measurement.stop()
+    yield
+    if measurement is not None:
+        measurement.start()
 
 
 @pytest.fixture(scope="module")

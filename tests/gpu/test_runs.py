@@ -93,8 +93,8 @@ class Watch:
             self.places.append(" < ".join(reversed(names)))
 
 
-LOG_POINTS = ("progress_bar.py", "reporting.py", "_add_epoch_loss_to_run_history")
-"""Where numbers are shown, which somebody has to wait for."""
+LOG_POINTS = ("progress_bar.py", "reporting.py", "_monitor.py", "_add_epoch_loss_to_run_history")
+"""Where numbers are read at the end of an epoch, which somebody has to wait for."""
 
 
 def test_a_run_with_the_default_callbacks_waits_for_the_device_only_where_numbers_are_shown():
