@@ -52,7 +52,9 @@ def measure(framework: str, cases: list[str], num_processes: int, limit: float) 
         num_processes: With more than one, torchrun starts them.
         limit: Seconds after which the process is ended.
     """
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)] if num_processes > 1 else []
+    torchrun = []
+    if num_processes > 1:  # on a port that is free
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
         output = Path(folder) / "results.json"
         worker = [str(FOLDER / "_worker.py"), framework, *cases, "--output", str(output)]

@@ -12,7 +12,7 @@ from frameworks import FRAMEWORKS, HAND_WRITTEN, OURS
 from measures import Figure, compare
 
 FOLDER = Path(__file__).parent.parent
-OWN_OPTIMIZERS = ("keras", "skorch")
+OWN_OPTIMIZERS = ("fastai", "keras", "skorch")
 """Frameworks that do not step the optimizer of the job, whose first update is not noticed."""
 
 IMPORT = """
@@ -44,8 +44,10 @@ train(job)
 def time_script(script: str) -> float:
     """Run a script in a fresh process, and return the seconds that it tells of itself."""
     command = [sys.executable, "-c", script, str(time.time())]
-    output = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=True).stdout
-    return float(output.rpartition("seconds ")[2].split()[0])
+    result = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
+    if "seconds " not in result.stdout:
+        raise RuntimeError(result.stderr.strip().rpartition("\n")[2] or "The script ended without an update.")
+    return float(result.stdout.rpartition("seconds ")[2].split()[0])
 
 
 def measure(case: str, framework: str) -> list[Figure]:
