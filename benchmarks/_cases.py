@@ -23,7 +23,7 @@ ROWS = {
     "B": Row("evaluation, same loader, default callbacks and bar", budget=1.08),
     "B'": Row("evaluation, the library's own loader", budget=0.35),
     "C": Row("512 samples, 20 epochs, all defaults, whole call", budget=0.9),
-    "D": Row("training step of about 30 ms (small convolutional net)", budget=1.01),
+    "D": Row("training step of 30 ms, a small convolutional net", budget=1.01),
     "E-import": Row("import, over `import torch`", budget=1.05),
     "E-start": Row("start of the script to the first update", budget=1.05),
     "F-save": Row(
@@ -87,9 +87,9 @@ CASES = {
 }
 
 CURVES = {
-    "callbacks": "us per step with so many callbacks that implement one event of the step",
-    "metrics": "us per step with so many metrics returned from it",
+    "callbacks": "microseconds that so many callbacks add to a step, each of which does nothing in one event of it",
+    "metrics": "microseconds that so many metrics add to a step which returns them",
     "parameter tensors": "step over the hand-written loop with so many parameter tensors",
-    "samples": "ms from the call of `train` to the first step with so many samples",
-    "samples, by hand": "ms from the making of a `DataLoader` to its first batch with so many samples",
+    "samples": "milliseconds from the call of `train` to the first step with so many samples",
+    "samples, by hand": "milliseconds from the making of a `DataLoader` to its first batch with so many samples",
 }

@@ -64,9 +64,9 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def about(results: dict[str, Any]) -> str:
-    return (
-        f"`{results['command']}`, {results['date']}, {results['num_rounds']} rounds, one thread.\n{results['machine']}."
-    )
+    num_rounds = results["num_rounds"]
+    rounds = f"{num_rounds} round{'s' if num_rounds > 1 else ''}"
+    return f"`{results['command']}`, {results['date']}, {rounds}, one thread.\n{results['machine']}."
 
 
 def budgets(results: dict[str, Any]) -> str:

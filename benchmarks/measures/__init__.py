@@ -57,3 +57,13 @@ def compare(row: str, framework: str, measurement: Measurement, num_pairs: int, 
         baselines.append(measurement(by_hand))
     ratios = [2 * taken / (before + after) for taken, (before, after) in zip(seconds, pairwise(baselines), strict=True)]
     return Figure(row, statistics.median(ratios), statistics.median(seconds), statistics.median(baselines), at)
+
+
+def added_seconds(with_it: Callable[[], float], without: Callable[[], float], num_pairs: int) -> float:
+    """Measure something with and without an addition in turn, and return what the addition costs."""
+    bare, added = [without()], []
+    for _ in range(num_pairs):
+        seconds = with_it()
+        bare.append(without())
+        added.append(seconds - (bare[-2] + bare[-1]) / 2)
+    return statistics.median(added)

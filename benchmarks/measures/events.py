@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from itertools import pairwise
 from typing import Any
 
 from _common import Job, make_dataset, make_mlp
-from measures import Figure, do
+from measures import Figure, added_seconds, do
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import TrainerCallback
 
@@ -34,13 +33,9 @@ def seconds_per_step(callbacks: list[TrainerCallback]) -> float:
 
 def cost_of(callback_class: type[TrainerCallback]) -> float:
     """Return the microseconds that one callback adds to a step."""
-    without, with_them = [seconds_per_step([])], []
-    for _ in range(NUM_PAIRS):
-        with_them.append(seconds_per_step([callback_class() for _ in range(NUM_CALLBACKS)]))
-        without.append(seconds_per_step([]))
-    neighbours = pairwise(without)
-    added = [taken - (before + after) / 2 for taken, (before, after) in zip(with_them, neighbours, strict=True)]
-    return 1e6 * statistics.median(added) / NUM_CALLBACKS
+    many = [callback_class() for _ in range(NUM_CALLBACKS)]
+    added = added_seconds(lambda: seconds_per_step(many), lambda: seconds_per_step([]), NUM_PAIRS)
+    return 1e6 * added / NUM_CALLBACKS
 
 
 def measure(case: str, framework: str) -> list[Figure]:

@@ -13,17 +13,16 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from _common import Job, make_dataset, make_deep_mlp, make_mlp
-from measures import Figure, compare, do
+from measures import Figure, added_seconds, compare, do
 from measures.events import Idle, seconds_per_step
 from measures.steps import step_of_training
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import TrainerCallback
 
-NUM_CALLBACKS = (0, 1, 10, 100)
-NUM_METRICS = (0, 1, 10, 100)
+NUM_CALLBACKS = NUM_METRICS = (1, 10, 100)
 NUM_LAYERS = (2, 20, 200)
 NUM_SAMPLES = (10**4, 10**5, 10**6, 10**7)
-NUM_REPEATS = 3
+NUM_REPEATS = 8
 
 
 class MetricsTrainer(Trainer):
@@ -59,7 +58,7 @@ def step_with_metrics(num_metrics: int) -> float:
         trainer.num_metrics = num_metrics
         trainer.train(job.dataset, num_epochs=job.num_epochs, per_device_batch_size=job.batch_size)
 
-    job = Job(make_mlp, make_dataset(32 * 100), num_epochs=4)
+    job = Job(make_mlp, make_dataset(32 * 100), num_epochs=3)
     return statistics.median(do(job, train).epochs) / job.num_steps_per_epoch
 
 
@@ -81,25 +80,36 @@ def start_by_hand(num_samples: int) -> float:
     return time.perf_counter() - start
 
 
-def curve(row: str, seconds_with: Callable[[int], float], numbers: tuple[int, ...], unit: float) -> list[Figure]:
-    """Measure at each number in turn, several times over, and return the medians in a unit of so many seconds."""
-    times: dict[int, list[float]] = {number: [] for number in numbers}
-    for _ in range(NUM_REPEATS):
-        for number in numbers:
-            times[number].append(seconds_with(number))
-    return [Figure(row, statistics.median(seconds) / unit, at=number) for number, seconds in times.items()]
+def growth(row: str, seconds_with: Callable[[int], float], numbers: tuple[int, ...]) -> list[Figure]:
+    """Return the microseconds that so many of something add to a step."""
+    added = {
+        number: added_seconds(partial(seconds_with, number), partial(seconds_with, 0), NUM_REPEATS)
+        for number in numbers
+    }
+    return [Figure(row, 1e6 * seconds, at=number) for number, seconds in added.items()]
+
+
+def starts(row: str, seconds_with: Callable[[int], float]) -> list[Figure]:
+    """Return the milliseconds of the start with each number of samples."""
+    medians = {number: statistics.median(seconds_with(number) for _ in range(3)) for number in NUM_SAMPLES}
+    return [Figure(row, 1e3 * seconds, at=number) for number, seconds in medians.items()]
+
+
+def tensors(framework: str) -> list[Figure]:
+    """Return the ratios to the loop written by hand, by number of parameter tensors."""
+    figures = []
+    for num_layers in NUM_LAYERS:
+        make_job = partial(Job, partial(make_deep_mlp, num_layers), make_dataset(32 * 25), num_epochs=3)
+        measurement = step_of_training(make_job)
+        figures.append(compare("parameter tensors", framework, measurement, NUM_REPEATS, at=2 * (num_layers + 1)))
+    return figures
 
 
 def measure(case: str, framework: str) -> list[Figure]:
-    tensors = []
-    for num_layers in NUM_LAYERS:
-        make_job = partial(Job, partial(make_deep_mlp, num_layers), make_dataset(32 * 25), num_epochs=4)
-        num_tensors = 2 * (num_layers + 1)
-        tensors.append(compare("parameter tensors", framework, step_of_training(make_job), NUM_REPEATS, at=num_tensors))
     return [
-        *curve("callbacks", step_with_callbacks, NUM_CALLBACKS, unit=1e-6),
-        *curve("metrics", step_with_metrics, NUM_METRICS, unit=1e-6),
-        *tensors,
-        *curve("samples", start_over, NUM_SAMPLES, unit=1e-3),
-        *curve("samples, by hand", start_by_hand, NUM_SAMPLES, unit=1e-3),
+        *growth("callbacks", step_with_callbacks, NUM_CALLBACKS),
+        *growth("metrics", step_with_metrics, NUM_METRICS),
+        *tensors(framework),
+        *starts("samples", start_over),
+        *starts("samples, by hand", start_by_hand),
     ]
