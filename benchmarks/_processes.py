@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONDONTWRITEBYTECODE": "",  # what is installed is compiled, and not anew at each import
     "ACCELERATE_USE_CPU": "true",  # as `accelerate launch --cpu` sets it; 0.1.61 does not take part in DDP without
 }
 

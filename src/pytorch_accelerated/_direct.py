@@ -8,6 +8,7 @@ here do what is left of it: the same operations in the same order, so the number
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ def is_direct(accelerator: Any) -> bool:
         and accelerator.mixed_precision in _PLAIN_PRECISIONS
         and accelerator.scaler is None
     )
+
+
+def no_sync(accelerator: Any, model: Any, is_direct: bool) -> AbstractContextManager[Any]:
+    """Return what keeps DDP from exchanging gradients while batches accumulate."""
+    return getattr(model, "no_sync", nullcontext)() if is_direct else accelerator.no_sync(model)
 
 
 class DirectOptimizer(AcceleratedOptimizer):  # type: ignore[misc]  # Accelerate has no types

@@ -13,6 +13,7 @@ from torch import nn
 from pytorch_accelerated import _data, _distributed
 from pytorch_accelerated._accumulation import AccumulationWindow, scale_gradients
 from pytorch_accelerated._agreement import Agreement
+from pytorch_accelerated._direct import no_sync
 from pytorch_accelerated._losses import batch_loss, read_batch_output
 from pytorch_accelerated._monitor import LossMonitor
 from pytorch_accelerated._order import EpochRandomness
@@ -192,8 +193,7 @@ class TrainingLoop:
     @property
     def device(self) -> torch.device:
         """Where batches are put and the model runs, on this process."""
-        device: torch.device = self._accelerator.device
-        return device
+        return self._accelerator.device  # type: ignore[no-any-return]
 
     @property
     def process_index(self) -> int:
@@ -356,7 +356,7 @@ class TrainingLoop:
                 self._update_parameters()
                 is_limit_reached = self._is_update_limit_reached()
             else:
-                with self._accelerator.no_sync(self.model):
+                with no_sync(self._accelerator, self.model, self._is_direct):
                     self._perform_forward_and_backward_passes(batch, step)
             self._end_train_step(batch, step)
             if is_limit_reached:
