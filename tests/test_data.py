@@ -114,6 +114,9 @@ def test_default_workers_are_persistent(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     kwargs = _data.default_dl_kwargs(Samples(make_dataset(4)), 8, 1, pin_memory=True)
     assert kwargs == {"batch_size": 8, "pin_memory": True, "num_workers": 2, "persistent_workers": True}
+    on_device = TensorDataset(torch.zeros(3, device="meta"))
+    assert _data.default_dl_kwargs(make_dataset(4), 8, 1, pin_memory=True)["pin_memory"] is True
+    assert _data.default_dl_kwargs(on_device, 8, 1, pin_memory=True)["pin_memory"] is False
     assert _data.default_dl_kwargs(make_dataset(4), 8, 1, pin_memory=False) == {
         "batch_size": 8,
         "pin_memory": False,

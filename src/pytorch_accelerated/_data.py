@@ -156,7 +156,9 @@ def default_dl_kwargs(dataset: Any, batch_size: int, num_local_processes: int, p
     """Return the keyword arguments that suit the loader of a dataset on this machine, but for the order."""
     num_workers = default_num_workers(dataset, num_local_processes)
     workers = {"num_workers": num_workers, **({"persistent_workers": True} if num_workers else {})}
-    return {"batch_size": batch_size, "pin_memory": pin_memory, **workers}
+    tensors = sliceable_tensors(dataset) or ()
+    is_on_host = all(tensor.device.type == "cpu" for tensor in tensors)  # only that memory can be pinned
+    return {"batch_size": batch_size, "pin_memory": pin_memory and is_on_host, **workers}
 
 
 def merge_dl_kwargs(defaults: Mapping[str, Any], given: Mapping[str, Any] | None, dataset: Any) -> dict[str, Any]:
