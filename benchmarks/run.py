@@ -22,7 +22,7 @@ import torch
 
 import report
 from _cases import CASES
-from _processes import FOLDER, measure, version_of
+from _environments import FOLDER, measure, version_of
 from frameworks import FRAMEWORKS
 
 SECONDS_PER_PROCESS = 900
