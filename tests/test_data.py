@@ -234,11 +234,12 @@ def test_a_whole_batch_dataset_gives_samples_and_batches_of_the_plain_one():
 
 
 def loader_of(dataset, sampler=None, **settings):
-    """A loader of whole batches whose sampler has a generator of its own."""
+    """A loader of whole batches as a run has it: made with a batch sampler, so that its own sampler is another."""
     generator = torch.Generator().manual_seed(7)
     sampler = RandomSampler(dataset, generator=generator) if sampler is None else sampler(dataset)
-    settings = {"batch_size": 4, "sampler": sampler, "collate_fn": _data.unchanged, **settings}
-    return DataLoader(_data.WholeBatchDataset(dataset), **settings)
+    batches = BatchSampler(sampler, settings.pop("batch_size", 4), settings.pop("drop_last", False))
+    whole = _data.WholeBatchDataset(dataset)
+    return DataLoader(whole, batch_sampler=batches, collate_fn=_data.unchanged, **settings)
 
 
 MIXED = TensorDataset(
