@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import random
+import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
-from pytorch_accelerated._rng import derive_seed, get_rng_state, preserved_rng_state, seed_generators, set_rng_state
+from pytorch_accelerated import _rng
+from pytorch_accelerated._rng import (
+    RandomStream,
+    derive_seed,
+    generators_put_back,
+    get_rng_state,
+    host_generators_seeded,
+    preserved_rng_state,
+    seed_generators,
+    set_rng_state,
+)
 
 
 def draw():
@@ -22,6 +34,29 @@ def test_derived_seeds_are_stable_and_independent():
     assert len(seeds) == 200
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(1, 23) != derive_seed(12, 3)
+
+
+@contextmanager
+def interrupted_at(line):
+    """Raise `KeyboardInterrupt` before that many lines of the module have run, as a signal may."""
+    lines_left = line
+
+    def trace(frame, event, _):
+        nonlocal lines_left
+        if frame.f_code.co_filename != _rng.__file__:
+            return None
+        lines_left -= event == "line"
+        if lines_left < 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    outer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(outer)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**63 - 1])
@@ -70,3 +105,35 @@ def test_states_of_gpus_are_kept_where_there_are_any(monkeypatch):
     assert kept == [["of the gpu"]]
     set_rng_state({**state, "cuda": []})
     assert len(kept) == 1
+
+
+@pytest.mark.parametrize("make_block", [lambda: host_generators_seeded(8), lambda: RandomStream(8)])
+def test_generators_are_put_back_wherever_a_signal_strikes(make_block):
+    seed_generators(3)
+    users_generator = np.random.get_bit_generator()
+    expected = draw()
+    num_strikes, is_struck = 0, True
+    while is_struck:
+        seed_generators(3)
+        is_struck = False
+        with generators_put_back():
+            block = make_block()
+            try:
+                with interrupted_at(num_strikes), block:
+                    np.random.randn()
+            except KeyboardInterrupt:
+                is_struck = True
+        assert np.random.get_bit_generator() is users_generator
+        assert draw() == expected
+        num_strikes += is_struck
+    assert num_strikes > 10
+
+
+def test_blocks_that_are_still_open_keep_what_they_put_aside():
+    """A sampler may evaluate a model."""
+    with RandomStream(8):
+        expected = draw()
+    with RandomStream(8):
+        with generators_put_back(), host_generators_seeded(9):
+            draw()
+        assert draw() == expected

@@ -43,7 +43,7 @@ from _support import (
     train,
     weights_of,
 )
-from pytorch_accelerated import Trainer, TrainerPlaceholderValues
+from pytorch_accelerated import Trainer, TrainerPlaceholderValues, _rng
 from pytorch_accelerated.callbacks import (
     LimitBatchesCallback,
     StepBasedEvaluationCallback,
@@ -863,6 +863,21 @@ def test_without_a_seed_nothing_is_seeded():
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (np.random.get_state()[1] == states[1]).all()
     assert random.getstate() == states[2]
+
+
+def test_a_signal_while_generators_are_aside_does_not_keep_them_there(monkeypatch):
+    trainer = make_trainer(make_model())
+    generator, state = np.random.get_bit_generator(), torch.get_rng_state()
+
+    def interrupt(depth):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_rng, "_put_back", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer, Samples(make_dataset(4)))
+    assert np.random.get_bit_generator() is generator
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # --- checkpoints (C5) and states ---------------------------------------------------------------------------------

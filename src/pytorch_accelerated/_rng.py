@@ -49,15 +49,35 @@ def seed_host_generators(seed: int) -> None:
     random.seed(seed)
 
 
+_SPARE_NUMPY_GENERATOR = np.random.MT19937(0)
+_put_aside: list[tuple[torch.Tensor, Any, Any]] = []
+"""The global generators that the open ``with`` blocks of this module will put back, outermost first."""
+
+
 @contextmanager
-def host_generators_seeded(seed: int) -> Iterator[None]:
-    """Seed the generators of the host for the body, and leave them as they were."""
-    outer = _put_aside(_SPARE_NUMPY_GENERATOR)
-    seed_host_generators(seed)
+def generators_put_back() -> Iterator[None]:
+    """At the end of the body put back what is still aside.
+
+    An error that comes from a signal, such as ``KeyboardInterrupt``, or the one of a worker that was killed, may
+    strike in the first or last steps of a block that had put the generators aside, and so keep it from its work.
+    """
+    depth = len(_put_aside)
     try:
         yield
     finally:
-        _put_back(outer)
+        _put_back(depth)
+
+
+@contextmanager
+def host_generators_seeded(seed: int) -> Iterator[None]:
+    """Seed the generators of the host for the body, and leave them as they were."""
+    depth = len(_put_aside)
+    try:
+        _put_generators_aside(_SPARE_NUMPY_GENERATOR)
+        seed_host_generators(seed)
+        yield
+    finally:
+        _put_back(depth)
 
 
 class RandomStream:
@@ -81,35 +101,36 @@ class RandomStream:
 
     def __init__(self, seed: int) -> None:
         self._numpy = np.random.MT19937(0)
-        self._outer: Any = None
+        self._depth = 0
         with host_generators_seeded(seed):
             self._own = torch.default_generator.get_state(), random.getstate()
         with self:
             np.random.seed(seed % 2**32)
 
     def __enter__(self) -> None:
-        self._outer = _put_aside(self._numpy)
+        self._depth = len(_put_aside)
+        _put_generators_aside(self._numpy)
         _set_state(*self._own)
 
     def __exit__(self, *exception: object) -> None:
         self._own = torch.default_generator.get_state(), random.getstate()
-        _put_back(self._outer)
+        _put_back(self._depth)
 
 
-_SPARE_NUMPY_GENERATOR = np.random.MT19937(0)
-
-
-def _put_aside(numpy_generator: Any) -> Any:
+def _put_generators_aside(numpy_generator: Any) -> None:
     # NumPy's state takes long to copy, so its generator is changed for another.
+    # `get_bit_generator` and `set_bit_generator` are documented, but not in NumPy's stubs.
     outer = torch.default_generator.get_state(), random.getstate(), np.random.get_bit_generator()  # type: ignore[attr-defined]
-    np.random.set_bit_generator(numpy_generator)  # type: ignore[attr-defined]  # documented, but not in the stubs
-    return outer
-
-
-def _put_back(outer: Any) -> None:
-    torch_state, python_state, numpy_generator = outer
-    _set_state(torch_state, python_state)
+    _put_aside.append(outer)  # first, so that whatever comes between, it is not lost
     np.random.set_bit_generator(numpy_generator)  # type: ignore[attr-defined]
+
+
+def _put_back(depth: int) -> None:
+    if len(_put_aside) > depth:
+        torch_state, python_state, numpy_generator = _put_aside[depth]
+        np.random.set_bit_generator(numpy_generator)  # type: ignore[attr-defined]
+        _set_state(torch_state, python_state)
+        del _put_aside[depth:]  # last, so that it can be begun anew
 
 
 def _set_state(torch_state: torch.Tensor, python_state: Any) -> None:

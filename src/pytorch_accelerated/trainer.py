@@ -21,7 +21,7 @@ from pytorch_accelerated._manifest import SavedState
 from pytorch_accelerated._monitor import find_non_finite_loss
 from pytorch_accelerated._order import EpochRandomness
 from pytorch_accelerated._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
-from pytorch_accelerated._rng import derive_seed, seed_generators
+from pytorch_accelerated._rng import derive_seed, generators_put_back, seed_generators
 from pytorch_accelerated._state_folder import Lineage
 from pytorch_accelerated._state_writing import StateWriter
 from pytorch_accelerated.callbacks import CallbackHandler, LimitBatchesCallback, get_default_callbacks
@@ -437,7 +437,8 @@ class Trainer(TrainingLoop):
         self._run_seed = _distributed.choose_seed(self._accelerator, self._seed)
         self.callback_handler.refresh()
         try:
-            yield
+            with generators_put_back():
+                yield
         except BaseException as error:
             self._state_writer.finish(error)
             self._report_exception(error)

@@ -18,6 +18,7 @@ import threading
 import time
 
 import coverage
+import numpy as np
 import pytest
 
 import _runs
@@ -108,6 +109,7 @@ def assert_ends_well(trainer, killer, whole_run, litter=()):
     """Train, and assert what holds wherever the error came up."""
     folder = next(c.save_dir for c in trainer.callback_handler.callbacks if isinstance(c, SaveTrainingStateCallback))
     model, handlers = trainer.model, [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    generator = np.random.get_bit_generator()
     begin = time.monotonic()
     with pytest.raises(RuntimeError) as caught:
         _runs.train(trainer, num_workers=2)
@@ -126,6 +128,7 @@ def assert_ends_well(trainer, killer, whole_run, litter=()):
     assert "training state writer" not in [thread.name for thread in threading.enumerate()]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert trainer.model is model
+    assert np.random.get_bit_generator() is generator
     del caught
 
     # What can be done afterwards.
