@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.optim.lr_scheduler import StepLR
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 import _numbers
@@ -179,6 +181,85 @@ def test_a_scheduler_knows_that_the_optimizer_has_stepped():
     probe = Probe(on_optimizer_step_end=lambda trainer: rates.append(trainer.optimizer.param_groups[0]["lr"]))
     train(make_trainer(callbacks=[probe]), create_scheduler_fn=lambda optimizer: StepLR(optimizer, 1, gamma=0.5))
     assert rates == pytest.approx([0.05, 0.025, 0.0125, 0.00625])
+
+
+def stepped(accelerator, optimizer):
+    """Make a step, and return whether it was the short one."""
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    before = [parameter.detach().clone() for parameter in optimizer.param_groups[0]["params"]]
+    is_short = _direct._bare_step(optimizer) is not None
+    made_direct(accelerator, optimizer).step()
+    assert not any(map(torch.equal, before, optimizer.param_groups[0]["params"]))
+    return is_short
+
+
+def test_a_step_that_nobody_watches_is_short(accelerator, optimizer):
+    assert stepped(accelerator, optimizer)
+    scheduler = StepLR(optimizer, 1)
+    assert stepped(accelerator, optimizer)
+    scheduler.step()  # it has noticed the step, or it would warn
+
+
+def test_a_profiler_sees_the_ranges_of_pytorch(accelerator, optimizer):
+    with torch.profiler.profile() as profiler:
+        assert not stepped(accelerator, optimizer)
+        made_direct(accelerator, optimizer).zero_grad()
+    names = {event.name for event in profiler.events()}
+    assert {"Optimizer.step#AdamW.step", "Optimizer.zero_grad#AdamW.zero_grad"} <= names
+
+
+def test_hooks_of_an_optimizer_are_called(accelerator, optimizer):
+    calls = []
+    hooks = [
+        optimizer.register_step_pre_hook(lambda *arguments: calls.append("before")),
+        optimizer.register_step_post_hook(lambda *arguments: calls.append("after")),
+        register_optimizer_step_pre_hook(lambda *arguments: calls.append("before any")),
+        register_optimizer_step_post_hook(lambda *arguments: calls.append("after any")),
+    ]
+    for hook in hooks:
+        calls.clear()
+        assert not stepped(accelerator, optimizer)
+        hook.remove()
+        assert len(calls) >= 1
+    assert calls == ["after any"]
+    assert stepped(accelerator, optimizer)
+
+
+def test_a_step_that_was_changed_is_called_as_it_is(accelerator):
+    calls = []
+
+    def noting(step):
+        @functools.wraps(step)
+        def noted(*args, **kwargs):
+            calls.append(args[1:])
+            return step(*args, **kwargs)
+
+        return noted
+
+    class Own(torch.optim.SGD):
+        step = noting(torch.optim.SGD.step)
+
+    class Patched(torch.optim.SGD):
+        pass
+
+    own, patched, both = (kind(make_model().parameters(), lr=0.1) for kind in (Own, Patched, Patched))
+    Patched.step = noting(Patched.step)
+    assert stepped(accelerator, patched) is False
+    patched.step = noting(patched.step)
+    assert stepped(accelerator, patched) is False
+    StepLR(both, 1)
+    both.step = noting(both.step)  # it looks like the scheduler's
+    assert stepped(accelerator, both) is False
+    assert len(calls) == 5
+    stepped(accelerator, own)
+    assert len(calls) == 6
+
+
+def test_a_closure_is_called(accelerator, optimizer):
+    calls = []
+    made_direct(accelerator, optimizer).step(lambda: calls.append("closure"))
+    assert calls == ["closure"]
 
 
 def test_it_can_be_copied_and_pickled(accelerator, optimizer):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -234,7 +236,25 @@ def test_what_a_step_does_to_its_loss_afterwards_does_not_count():
 def test_a_loss_that_is_part_of_a_large_tensor_does_not_keep_it():
     tracker, large = LossTracker(), torch.ones(10_000)
     tracker.update(large[3])
-    assert tracker._values[0].untyped_storage().nbytes() == 4
+    assert tracker._block.untyped_storage().nbytes() < 1000
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda tracker: pickle.loads(pickle.dumps(tracker))])
+def test_a_copy_goes_on_by_itself(copied):
+    tracker = LossTracker()
+    tracker.update(torch.tensor(2.0))
+    other = copied(tracker)
+    other.update(torch.tensor(5.0))
+    assert (tracker.average, other.average) == (2.0, 3.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_losses_of_any_precision_and_of_one_element_count_as_they_are(dtype):
+    losses = [torch.rand(shape, dtype=dtype) for shape in ((), (1,), (1, 1))]
+    tracker = LossTracker()
+    for loss in losses:
+        tracker.update(loss)
+    assert tracker.average == sum(loss.double().item() for loss in losses) / 3
 
 
 @pytest.mark.parametrize("bad_index", [0, 5, 63, 64, 65, MANY - 1])

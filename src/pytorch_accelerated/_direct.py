@@ -7,7 +7,7 @@ here do what is left of it: the same operations in the same order, so the number
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,12 +15,15 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.data_loader import DataLoaderShard
 from accelerate.optimizer import AcceleratedOptimizer
+from torch.optim import optimizer as _optimizer
 
 from pytorch_accelerated._data import marking_last, move_to_device, tensors_in, whole_batches_of
 
 _PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 _PLAIN_PRECISIONS = ("no", "bf16", "fp16")
 _NO_STEP_PACKAGE = "lomo_optim"  # its optimizers update the parameters in the backward pass
+_PROFILED_STEP = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
+_is_profiler_on = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 
 def is_direct(accelerator: Any) -> bool:
@@ -56,12 +59,17 @@ class DirectOptimizer(AcceleratedOptimizer):  # type: ignore[misc]  # Accelerate
 
     def step(self, closure: Any = None) -> None:
         """Update the parameters, unless more batches accumulate."""
-        if self.gradient_state.sync_gradients:
+        if not self.gradient_state.sync_gradients:
+            return
+        bare_step = _bare_step(self.optimizer) if closure is None else None
+        if bare_step is None:
             self.optimizer.step(closure)
+        else:
+            bare_step(self.optimizer)
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
         """Discard the gradients, unless more batches accumulate."""
-        if set_to_none is False or not self._discards_as_pytorch:
+        if set_to_none is False or not self._discards_as_pytorch or _is_profiler_on():
             super().zero_grad(set_to_none)
         elif self.gradient_state.sync_gradients:
             for group in self.optimizer.param_groups:
@@ -77,6 +85,33 @@ def made_direct(accelerator: Accelerator, optimizer: Any) -> Any:
     direct = DirectOptimizer(optimizer, accelerator.device if accelerator.device_placement else None)
     direct._is_accelerate_prepared = True
     return direct
+
+
+def _bare_step(optimizer: Any) -> Callable[[Any], Any] | None:
+    """Return an optimizer's step without what PyTorch puts around it, if that would do nothing else now.
+
+    PyTorch opens a range for its profiler at each step, which takes as long as the step itself on a small model,
+    whether a profiler runs or not, and calls the hooks. A scheduler of PyTorch notes that there was a step.
+    """
+    step, replaced = type(optimizer).step, vars(optimizer).get("step")
+    by_scheduler = getattr(replaced, "_wrapped_by_lr_sched", False)
+    is_known = getattr(step, "__code__", None) is _PROFILED_STEP and (
+        replaced is None or (by_scheduler and replaced.__wrapped__ is step)
+    )
+    if not is_known or _is_profiler_on() or _has_step_hooks(optimizer):
+        return None
+    if by_scheduler:
+        optimizer._opt_called = True
+    return step.__wrapped__  # type: ignore[no-any-return]
+
+
+def _has_step_hooks(optimizer: Any) -> bool:
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _optimizer._global_optimizer_pre_hooks
+        or _optimizer._global_optimizer_post_hooks
+    )
 
 
 def _has_state_elsewhere(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:

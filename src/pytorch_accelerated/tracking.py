@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 
 class RunHistory(ABC):
@@ -180,7 +180,7 @@ class InMemoryRunHistory(RunHistory):
 
 
 _MOST_WAITING = 64  # values
-_MOST_REMEMBERED = 256  # times as many
+_MOST_REMEMBERED = 256  # blocks of so many
 
 
 class LossTracker:
@@ -197,8 +197,9 @@ class LossTracker:
     def __init__(self) -> None:
         self._total: float | torch.Tensor = 0.0
         self._count: float | torch.Tensor = 0
-        # Each operation on a tensor takes as long as all else here, so values are added up some at a time.
-        self._values: list[torch.Tensor] = []
+        # Adding takes several operations on tensors, so values wait in a block and are added up some at a time.
+        self._block = torch.empty(0)
+        self._places: Sequence[torch.Tensor] = ()  # views of the block, one for each value
         self._weights: list[float | torch.Tensor] = []
         self._added: deque[torch.Tensor] = deque(maxlen=_MOST_REMEMBERED)
         self._num_added = 0
@@ -206,11 +207,9 @@ class LossTracker:
     @property
     def total_loss(self) -> float | torch.Tensor:
         """The weighted sum so far."""
-        if not self._values:
+        if not self._weights:
             return self._total
-        values = _stacked(self._values)
-        weights = self._weights_on(values.device)
-        return (values.to(weights.dtype) * weights).sum() + self._total
+        return (self._values * self._weights_on(self._block.device)).sum() + self._total
 
     @property
     def running_count(self) -> float | torch.Tensor:
@@ -233,9 +232,12 @@ class LossTracker:
         if not isinstance(loss_batch_value, torch.Tensor):
             self._add_number(loss_batch_value, batch_size)
             return
-        if len(self._values) == _MOST_WAITING:
+        if len(self._weights) == _MOST_WAITING:
             self._add_up()
-        self._values.append(loss_batch_value.detach().clone())  # the user may write to it later
+        if not self._places:
+            self._make_block(loss_batch_value.device)
+        value = loss_batch_value.detach()
+        self._places[len(self._weights)].copy_(value.reshape(()) if value.ndim else value)
         self._weights.append(batch_size.detach().clone() if isinstance(batch_size, torch.Tensor) else batch_size)
 
     def find_non_finite(self) -> tuple[int, float] | None:
@@ -245,9 +247,8 @@ class LossTracker:
         """
         if math.isfinite(float(self.total_loss)):  # one number tells of all
             return None
-        blocks = [*self._added, *([_stacked(self._values)] if self._values else [])]
-        values = [value for block in blocks for value in block.tolist()]
-        first_index = self._num_added + len(self._values) - len(values)
+        values = [value for block in (*self._added, self._values) for value in block.tolist()]
+        first_index = self._num_added + len(self._weights) - len(values)
         of_first = ((i, value) for i, value in enumerate(values, first_index) if not math.isfinite(value))
         return next(of_first, None)
 
@@ -257,16 +258,29 @@ class LossTracker:
         self._added.append(torch.tensor([value], dtype=torch.float64))
         self._num_added += 1
 
+    @property
+    def _values(self) -> torch.Tensor:
+        return self._block[: len(self._weights)]
+
+    def _make_block(self, device: torch.device) -> None:
+        """Make a block on a device, with the values that wait: those of a training state come to it from the host."""
+        block = torch.empty(_MOST_WAITING, dtype=_wide_dtype(device), device=device)
+        block[: len(self._weights)] = self._values
+        self._block, self._places = block, block.unbind()
+
     def _add_up(self) -> None:
-        if self._values:
+        if self._weights:
             self._total, self._count = self.total_loss, self.running_count
-            self._added.append(_stacked(self._values))
-            self._num_added += len(self._values)
-            self._values, self._weights = [], []
+            self._added.append(self._values.clone())
+            self._num_added += len(self._weights)
+            self._weights = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_places": ()}  # in a copy they would be no views
 
     def _weights_on(self, device: torch.device) -> torch.Tensor:
         if any(isinstance(weight, torch.Tensor) for weight in self._weights):
-            weights = _stacked([torch.as_tensor(weight, device=device) for weight in self._weights])
+            weights = torch.stack([torch.as_tensor(weight, device=device).reshape(()) for weight in self._weights])
         else:
             weights = torch.tensor(self._weights, dtype=torch.float64)
         return weights.to(device, _wide_dtype(device), non_blocking=True)
@@ -276,7 +290,7 @@ class LossTracker:
         sums = {"total_loss": self._total, "running_count": self._count}
         return {
             **{name: torch.as_tensor(value, dtype=torch.float64).cpu() for name, value in sums.items()},
-            "values": [value.cpu() for value in self._values],
+            "values": self._values.cpu().clone(),
             "weights": [weight.cpu() if isinstance(weight, torch.Tensor) else weight for weight in self._weights],
         }
 
@@ -285,9 +299,9 @@ class LossTracker:
         self.reset()
         self._total = float(state_dict["total_loss"])
         self._count = float(state_dict["running_count"])
-        self._values = list(state_dict.get("values", ()))  # earlier versions added each up at once
-        self._weights = list(state_dict.get("weights", ()))
-        self._num_added = -len(self._values)
+        self._weights = list(state_dict.get("weights", ()))  # the first versions added each up at once
+        self._block = torch.tensor([float(value) for value in state_dict.get("values", ())], dtype=torch.float64)
+        self._num_added = -len(self._weights)
 
     @property
     def average(self) -> float:
@@ -383,14 +397,6 @@ def widened(value: torch.Tensor) -> torch.Tensor:
 
 def _wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-
-
-def _stacked(numbers: list[torch.Tensor]) -> torch.Tensor:
-    """Return tensors of one element as one, on the device of the newest: older may come from a training state."""
-    device = numbers[-1].device
-    if numbers[0].device != device:
-        numbers = [number.to(device) for number in numbers]
-    return torch.stack([number.reshape(()) if number.ndim else number for number in numbers])
 
 
 def _device_of(numbers: Iterable[float | torch.Tensor]) -> torch.device:
