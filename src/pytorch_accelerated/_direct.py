@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -21,6 +21,8 @@ from pytorch_accelerated._data import marking_last, move_to_device, tensors_in, 
 
 _PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 _PLAIN_PRECISIONS = ("no", "bf16", "fp16")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _NO_STEP_PACKAGE = "lomo_optim"  # its optimizers update the parameters in the backward pass
 _PROFILED_STEP = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 _is_profiler_on = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
@@ -40,6 +42,16 @@ def is_direct(accelerator: Any) -> bool:
 def no_sync(accelerator: Any, model: Any, is_direct: bool) -> AbstractContextManager[Any]:
     """Return what keeps DDP from exchanging gradients while batches accumulate."""
     return getattr(model, "no_sync", nullcontext)() if is_direct else accelerator.no_sync(model)
+
+
+def call_without_gradients(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Call a function as under `torch.no_grad`, by what that comes down to: a third of its time."""
+    outer = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        torch._C._set_grad_enabled(outer)
 
 
 class DirectOptimizer(AcceleratedOptimizer):  # type: ignore[misc]  # Accelerate has no types

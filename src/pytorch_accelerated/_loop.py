@@ -13,7 +13,7 @@ from torch import nn
 from pytorch_accelerated import _data, _distributed
 from pytorch_accelerated._accumulation import AccumulationWindow, scale_gradients
 from pytorch_accelerated._agreement import Agreement
-from pytorch_accelerated._direct import no_sync
+from pytorch_accelerated._direct import call_without_gradients, no_sync
 from pytorch_accelerated._losses import batch_loss, read_batch_output
 from pytorch_accelerated._monitor import LossMonitor
 from pytorch_accelerated._order import EpochRandomness
@@ -161,8 +161,7 @@ class TrainingLoop:
 
     def calculate_eval_batch_loss(self, batch: Any) -> Mapping[str, Any]:
         """Compute the loss of one evaluation batch, without gradients; see `calculate_train_batch_loss`."""
-        with torch.no_grad():
-            return batch_loss(self.model, self.loss_func, batch)
+        return call_without_gradients(batch_loss, self.model, self.loss_func, batch)
 
     def calculate_predictions(self, batch: Any) -> Any:
         """Return the model's outputs for one batch of `Trainer.predict`, without gradients.
@@ -170,8 +169,7 @@ class TrainingLoop:
         By default the model is called with the batch's first item, or with all of it as keyword arguments if it is a
         mapping. Returns tensors of one row per sample, nested as you like.
         """
-        with torch.no_grad():
-            return model_outputs(self.model, batch)
+        return call_without_gradients(model_outputs, self.model, batch)
 
     def eval_epoch_end(self) -> None:
         """Called at the end of each evaluation; its loss is in the run history."""

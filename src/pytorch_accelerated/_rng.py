@@ -110,7 +110,9 @@ class RandomStream:
     def __enter__(self) -> None:
         self._depth = len(_put_aside)
         _put_generators_aside(self._numpy)
-        _set_state(*self._own)
+        torch_state, python_state = self._own
+        torch.default_generator.set_state(torch_state)
+        random.setstate(python_state)
 
     def __exit__(self, *exception: object) -> None:
         self._own = torch.default_generator.get_state(), random.getstate()
@@ -129,13 +131,9 @@ def _put_back(depth: int) -> None:
     if len(_put_aside) > depth:
         torch_state, python_state, numpy_generator = _put_aside[depth]
         np.random.set_bit_generator(numpy_generator)  # type: ignore[attr-defined]
-        _set_state(torch_state, python_state)
+        torch.default_generator.set_state(torch_state)
+        random.setstate(python_state)
         del _put_aside[depth:]  # last, so that it can be begun anew
-
-
-def _set_state(torch_state: torch.Tensor, python_state: Any) -> None:
-    torch.default_generator.set_state(torch_state)
-    random.setstate(python_state)
 
 
 def get_rng_state() -> dict[str, Any]:
@@ -145,7 +143,7 @@ def get_rng_state() -> dict[str, Any]:
     version, internal, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": _cuda_states(),
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached_gaussian],
         "python": [version, list(internal), gauss_next],
     }
@@ -153,20 +151,33 @@ def get_rng_state() -> dict[str, Any]:
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Restore what `get_rng_state` returned."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
     name, keys, position, has_gauss, cached_gaussian = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian))
     version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
+    _set_states(
+        state["torch"],
+        state["cuda"],
+        (name, keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian),
+        (version, tuple(internal), gauss_next),
+    )
 
 
 @contextmanager
 def preserved_rng_state() -> Iterator[None]:
     """Leave all global generators as they were, whatever the body draws from them."""
-    state = get_rng_state()
+    states = torch.get_rng_state(), _cuda_states(), np.random.get_state(), random.getstate()
     try:
         yield
     finally:
-        set_rng_state(state)
+        _set_states(*states)
+
+
+def _cuda_states() -> list[torch.Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _set_states(of_torch: torch.Tensor, of_cuda: list[torch.Tensor], of_numpy: Any, of_python: Any) -> None:
+    torch.set_rng_state(of_torch)
+    if of_cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(of_cuda)
+    np.random.set_state(of_numpy)
+    random.setstate(of_python)

@@ -236,7 +236,7 @@ class LossTracker:
             self._add_up()
         if not self._places:
             self._make_block(loss_batch_value.device)
-        value = loss_batch_value.detach()
+        value = loss_batch_value.detach() if loss_batch_value.requires_grad else loss_batch_value
         self._places[len(self._weights)].copy_(value.reshape(()) if value.ndim else value)
         self._weights.append(batch_size.detach().clone() if isinstance(batch_size, torch.Tensor) else batch_size)
 

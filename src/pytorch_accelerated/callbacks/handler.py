@@ -6,6 +6,7 @@ import difflib
 import inspect
 import warnings
 from collections import Counter
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
@@ -174,6 +175,13 @@ def _only(accepted: frozenset[str], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _accepted_keywords(method: Callable[..., Any]) -> frozenset[str] | None:
     # Programs leave out ``**kwargs`` now and then; they get what they name.
+    function = getattr(method, "__func__", method)
+    if (
+        isinstance(function, FunctionType)
+        and not vars(function)
+        and function.__code__.co_flags & inspect.CO_VARKEYWORDS
+    ):
+        return None  # it is not decorated: what `inspect.signature` would find out in many times as long
     try:
         parameters = inspect.signature(method).parameters
     except (TypeError, ValueError):
