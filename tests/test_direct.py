@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.data import DataLoader, TensorDataset
 
 import _numbers
-from _support import Probe, make_dataset, make_model, make_trainer, run_python, train
+from _support import Probe, Samples, Stream, make_dataset, make_model, make_trainer, run_python, train
 from pytorch_accelerated import _direct
 from pytorch_accelerated._direct import DirectLoader, DirectOptimizer, is_direct, made_direct
 
@@ -243,7 +243,7 @@ def test_a_step_that_was_changed_is_called_as_it_is(accelerator):
     class Patched(torch.optim.SGD):
         pass
 
-    own, patched, both = (kind(make_model().parameters(), lr=0.1) for kind in (Own, Patched, Patched))
+    own, patched, both = (kind(make_model().parameters(), lr=0.1) for kind in (Own, Patched, torch.optim.SGD))
     Patched.step = noting(Patched.step)
     assert stepped(accelerator, patched) is False
     patched.step = noting(patched.step)
@@ -251,9 +251,9 @@ def test_a_step_that_was_changed_is_called_as_it_is(accelerator):
     StepLR(both, 1)
     both.step = noting(both.step)  # it looks like the scheduler's
     assert stepped(accelerator, both) is False
-    assert len(calls) == 5
+    assert len(calls) == 4
     stepped(accelerator, own)
-    assert len(calls) == 6
+    assert len(calls) == 5
 
 
 def test_a_closure_is_called(accelerator, optimizer):
@@ -311,3 +311,56 @@ def test_one_batch_is_fetched_ahead():
     batches = iter(DirectLoader(Watched(), device=None, batch_size=1))
     next(batches)
     assert fetched == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kwargs", [{"batch_size": 4}, {"batch_size": 4, "drop_last": True}, {"batch_size": None}])
+def test_batches_are_those_of_pytorch_and_counted_as_it_does(monkeypatch, num_workers, kwargs):
+    iterators = []
+    without_ranges = _direct._without_ranges
+    monkeypatch.setattr(
+        _direct, "_without_ranges", lambda iterator: without_ranges(iterators.append(iterator) or iterator)
+    )
+    plain = DataLoader(Samples(make_dataset(10)), num_workers=num_workers, **kwargs)
+    expected = list(plain)
+    batches = list(_direct._batches_of(plain))
+    assert [[tensor.tolist() for tensor in batch] for batch in batches] == [
+        [tensor.tolist() for tensor in batch] for batch in expected
+    ]
+    assert iterators[0]._num_yielded == len(expected)
+
+
+def test_a_profiler_sees_the_ranges_of_a_loader():
+    loader = DirectLoader(Samples(make_dataset(10)), device=torch.device("cpu"), batch_size=4)
+    with torch.profiler.profile() as profiler:
+        list(loader)
+    ranges = [event.name for event in profiler.events() if event.name.startswith("enumerate(DataLoader)")]
+    assert len(ranges) == 3 + 1
+
+
+def test_a_loader_with_an_iterator_of_its_own_keeps_it():
+    calls = []
+
+    class OwnIterator(torch.utils.data.dataloader._SingleProcessDataLoaderIter):
+        def __next__(self):
+            calls.append("next")
+            return super().__next__()
+
+    class Own(DataLoader):
+        def _get_iterator(self):
+            return OwnIterator(self)
+
+    assert len(list(_direct._batches_of(Own(make_dataset(8), batch_size=4)))) == 2
+    assert calls == ["next"] * 3
+
+
+def test_a_stream_that_is_longer_than_it_said_is_reported():
+    class Longer(Stream):
+        def __len__(self):
+            return 1
+
+    loader = DataLoader(Longer(make_dataset(4)), batch_size=1)
+    assert len(loader) == 1
+    with pytest.warns(UserWarning, match="Length of IterableDataset"):
+        list(_direct._batches_of(loader))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -16,14 +17,16 @@ from accelerate import Accelerator, DistributedType
 from accelerate.data_loader import DataLoaderShard
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.optim import optimizer as _optimizer
+from torch.utils.data import dataloader
 
-from pytorch_accelerated._data import marking_last, move_to_device, tensors_in, whole_batches_of
+from pytorch_accelerated._data import is_stream, marking_last, move_to_device, tensors_in, whole_batches_of
 
 _PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 _PLAIN_PRECISIONS = ("no", "bf16", "fp16")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _NO_STEP_PACKAGE = "lomo_optim"  # its optimizers update the parameters in the backward pass
+_PYTORCHS_ITERATORS = (dataloader._SingleProcessDataLoaderIter, dataloader._MultiProcessingDataLoaderIter)
 _PROFILED_STEP = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 _is_profiler_on = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
@@ -39,9 +42,9 @@ def is_direct(accelerator: Any) -> bool:
     )
 
 
-def no_sync(accelerator: Any, model: Any, is_direct: bool) -> AbstractContextManager[Any]:
-    """Return what keeps DDP from exchanging gradients while batches accumulate."""
-    return getattr(model, "no_sync", nullcontext)() if is_direct else accelerator.no_sync(model)
+def choose_no_sync(accelerator: Any, model: Any, is_direct: bool) -> Callable[[], AbstractContextManager[Any]]:
+    """Return what makes the contexts that keep DDP from exchanging gradients while batches accumulate."""
+    return getattr(model, "no_sync", nullcontext) if is_direct else partial(accelerator.no_sync, model)
 
 
 def call_without_gradients(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -162,7 +165,25 @@ class DirectLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate has no 
 
 def _batches_of(loader: Any) -> Iterator[Any]:
     whole_batches = whole_batches_of(loader)
-    return iter(loader) if whole_batches is None else whole_batches
+    if whole_batches is not None:
+        return whole_batches
+    iterator = iter(loader)
+    is_known = type(iterator) in _PYTORCHS_ITERATORS and not is_stream(loader)
+    return _without_ranges(iterator) if is_known else iterator
+
+
+def _without_ranges(iterator: Any) -> Iterator[Any]:
+    """Yield the batches of a loader of PyTorch without a range for its profiler around each, unless one runs."""
+    while True:
+        try:
+            if _is_profiler_on():
+                batch = next(iterator)
+            else:
+                batch = iterator._next_data()
+                iterator._num_yielded += 1
+        except StopIteration:
+            return
+        yield batch
 
 
 def _copied_beside(batches: Iterator[Any], device: torch.device) -> Iterator[tuple[Any, bool]]:

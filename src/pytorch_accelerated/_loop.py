@@ -13,7 +13,7 @@ from torch import nn
 from pytorch_accelerated import _data, _distributed
 from pytorch_accelerated._accumulation import AccumulationWindow, scale_gradients
 from pytorch_accelerated._agreement import Agreement
-from pytorch_accelerated._direct import call_without_gradients, no_sync
+from pytorch_accelerated._direct import call_without_gradients, choose_no_sync
 from pytorch_accelerated._losses import batch_loss, read_batch_output
 from pytorch_accelerated._monitor import LossMonitor
 from pytorch_accelerated._order import EpochRandomness
@@ -345,6 +345,7 @@ class TrainingLoop:
         self._is_epoch_cut_short = is_limit_reached and num_done != self._num_batches_per_epoch
         remaining = () if is_limit_reached else self._rest_of_epoch(train_dl, num_done)
         num_accumulated, share = self.run_config.gradient_accumulation_steps, share_of(train_dl)
+        no_sync = choose_no_sync(self._accelerator, self.model, self._is_direct)
         for step, batch, is_last in _data.enumerate_batches(remaining, num_done):
             is_update_due = is_last or (step + 1) % num_accumulated == 0
             self._accelerator.sync_gradients = self._is_update_due = is_update_due
@@ -354,7 +355,7 @@ class TrainingLoop:
                 self._update_parameters()
                 is_limit_reached = self._is_update_limit_reached()
             else:
-                with no_sync(self._accelerator, self.model, self._is_direct):
+                with no_sync():
                     self._perform_forward_and_backward_passes(batch, step)
             self._end_train_step(batch, step)
             if is_limit_reached:
