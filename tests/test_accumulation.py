@@ -190,5 +190,5 @@ def test_weights_in_tensors_lose_no_digits():
     window = AccumulationWindow()
     shares = [window.add(torch.tensor(weight), num_batches=3) for weight in (3, 5, 2)]
     assert [share.dtype for share in shares] == [torch.float64] * 3
-    assert [float(share) * float(window._expected) for share in shares] == pytest.approx([3, 5, 2], rel=1e-15)
+    assert [float(share) * float(window.expected) for share in shares] == pytest.approx([3, 5, 2], rel=1e-15)
     assert float(window.close()) == pytest.approx(9 / 10, rel=1e-15)

@@ -8,11 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import distributed
+from torch.utils.data import Sampler, Subset, default_collate
 
-from pytorch_accelerated import _agreement
-from pytorch_accelerated._agreement import Agreement
+from _support import Probe, Samples, Stream, make_dataset, make_trainer, train
+from pytorch_accelerated import Trainer, _agreement
+from pytorch_accelerated._agreement import Agreement, is_foreseeable
 from pytorch_accelerated._stopping import RunInterruptedError
+from pytorch_accelerated.callbacks import get_default_callbacks
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
+from pytorch_accelerated.trainer import TrainerWithTimmScheduler
 
 
 @pytest.fixture
@@ -155,6 +159,146 @@ def test_of_all_processes_reasons_the_gravest_is_raised(agreement, monkeypatch):
         agreement.finish_exchange()
 
 
+# --- exchanges that are left out ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that only the test changes."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(_agreement.time, "monotonic", lambda: now.seconds)
+    return now
+
+
+@pytest.fixture
+def foreseeable(agreement, clock):
+    """One that may leave exchanges out; its world is one process, so that it thinks of only that one."""
+    return Agreement(num_processes=1, is_foreseeable=lambda: True), clock
+
+
+def exchanged(agreement, clock, num_updates, seconds, foreseen_weight=8.0):
+    """Make updates that take so long, and return the numbers of those with an exchange."""
+    exchanged = []
+    for update in range(num_updates):
+        agreement.start_exchange(8.0, 8, foreseen_weight)
+        if agreement._left_out is None:
+            exchanged.append(update)
+        assert agreement.finish_exchange() == (8.0, 8)
+        agreement.stop_if_agreed()
+        clock.seconds += seconds
+    return exchanged
+
+
+@pytest.fixture
+def pair(foreseeable):
+    agreement, clock = foreseeable
+    agreement.is_needed, agreement._group = True, None
+    return agreement, clock
+
+
+def test_fast_updates_exchange_some_times_a_second(pair):
+    assert exchanged(*pair, 100, seconds=2**-10) == [0, 1, 3, 7, 15, 31, 63]
+    assert exchanged(*pair, 1000, seconds=2**-10) == list(range(27, 1000, 102))
+
+
+@pytest.mark.parametrize("seconds", [0.06, 0.1, 5.0])
+def test_slow_updates_exchange_each_time(pair, seconds):
+    assert exchanged(*pair, 10, seconds) == list(range(10))
+
+
+def test_updates_that_are_not_foreseen_exchange_each_time(pair):
+    agreement, clock = pair
+    exchanged(agreement, clock, 100, seconds=0.001)
+    assert exchanged(agreement, clock, 5, seconds=0.001, foreseen_weight=None) == list(range(5))
+    agreement._is_foreseeable = lambda: False
+    exchanged(agreement, clock, 100, seconds=0.001)
+    assert exchanged(agreement, clock, 5, seconds=0.001) == list(range(5))
+
+
+def test_a_request_waits_for_the_next_exchange(pair):
+    agreement, clock = pair
+    exchanged(agreement, clock, 32, seconds=0.001)
+    agreement.request_end(StopTrainingError("enough"))
+    for _ in range(31):  # that are left out
+        agreement.start_exchange(8.0, 8, 8.0)
+        agreement.finish_exchange()
+        agreement.stop_if_agreed()
+    agreement.start_exchange(8.0, 8, 8.0)
+    agreement.finish_exchange()
+    with pytest.raises(StopTrainingError, match="enough"):
+        agreement.stop_if_agreed()
+
+
+def test_the_numbers_of_an_exchange_that_is_left_out_are_those_of_all_processes(pair):
+    agreement, clock = pair
+    exchanged(agreement, clock, 32, seconds=0.001)
+    agreement._num_processes = 3
+    agreement.start_exchange(8.0, 8, 8.0)
+    assert agreement.finish_exchange() == (24.0, 24)
+
+
+def test_a_weight_that_nobody_foresaw_is_an_error(pair):
+    agreement, clock = pair
+    exchanged(agreement, clock, 32, seconds=0.001)
+    with pytest.raises(RuntimeError, match="hold 7 samples, but the loader promised 8"):
+        agreement.start_exchange(7, 7, 8.0)
+
+
+def foreseeable_after(trainer, dataset=None, **kwargs):
+    """Whether exchanges could be left out, as of the last step of a run."""
+    answers = []
+    trainer.callback_handler.add_callback(Probe(on_train_epoch_end=lambda t: answers.append(is_foreseeable(t))))
+    train(trainer, dataset, **kwargs)
+    return answers[-1]
+
+
+@pytest.mark.parametrize(
+    "dataset", [make_dataset(8), Samples(make_dataset(8)), Subset(Samples(make_dataset(9)), range(8))]
+)
+def test_a_run_of_the_librarys_own_steps_is_foreseeable(dataset):
+    assert foreseeable_after(make_trainer(callbacks=get_default_callbacks()), dataset)
+    assert foreseeable_after(make_trainer(cls=TrainerWithTimmScheduler), dataset)
+
+
+def test_what_may_end_a_run_in_a_step_or_weigh_it_otherwise_is_not(monkeypatch):
+    for event in _agreement._EVENTS_OF_A_STEP:
+        assert not foreseeable_after(make_trainer(callbacks=[Probe(**{event: lambda trainer, **_: None})]))
+    for name in _agreement._METHODS_OF_A_STEP:
+        method = getattr(Trainer, name)
+        own = type("Own", (Trainer,), {name: lambda self, *args, m=method, **kwargs: m(self, *args, **kwargs)})
+        assert not foreseeable_after(make_trainer(cls=own))
+        trainer = make_trainer()
+        setattr(trainer, name, getattr(trainer, name))
+        assert not foreseeable_after(trainer)
+
+
+class InPairs(Samples):
+    def __getitems__(self, indices):
+        return [self[index] for index in indices for _ in range(2)]
+
+
+class Backwards(Sampler):
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        return iter(range(7, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "kwargs"),
+    [
+        (InPairs(make_dataset(8)), {}),
+        (Subset(InPairs(make_dataset(8)), range(8)), {}),
+        (Stream(make_dataset(8)), {}),
+        (Samples(make_dataset(8)), {"collate_fn": lambda samples: default_collate(samples[:1])}),
+        (make_dataset(8), {"train_dataloader_kwargs": {"sampler": Backwards(), "shuffle": False}}),
+    ],
+)
+def test_batches_of_which_the_sizes_are_not_known_are_not(dataset, kwargs):
+    assert not foreseeable_after(make_trainer(), dataset, **kwargs)
+
+
 @pytest.mark.parametrize("error", [type("MyStop", (StopTrainingError,), {}), type("MyNaN", (NonFiniteLossError,), {})])
 def test_a_subclass_is_raised_as_what_it_is_derived_from(agreement, error):
     agreement.request_end(error("enough"))
@@ -165,19 +309,21 @@ def test_a_subclass_is_raised_as_what_it_is_derived_from(agreement, error):
 @pytest.mark.parametrize(("backend", "num_groups"), [("gloo", 0), ("nccl", 1)])
 def test_beside_a_backend_of_devices_the_numbers_have_a_group_on_hosts(backend, num_groups, monkeypatch):
     """One for all runs, as each holds connections; over gloo the processes' own group will do."""
-    groups, world = [], object()
+    groups = []
 
     def new_group(**settings):
         groups.append(settings["backend"])
-        return "the group"
+        return f"group {len(groups)}"
 
     fake = SimpleNamespace(
         is_initialized=lambda: True,
         get_backend=lambda: backend,
         new_group=new_group,
-        group=SimpleNamespace(WORLD=world),
+        group=SimpleNamespace(WORLD=object()),
     )
     monkeypatch.setattr(_agreement, "distributed", fake)
     agreements = [Agreement(2), Agreement(2)]
     assert groups == ["gloo"] * num_groups
-    assert {agreement._group for agreement in agreements} == {"the group" if num_groups else None}
+    assert {agreement._group for agreement in agreements} == {"group 1" if num_groups else None}
+    fake.group.WORLD = object()  # the processes have been connected anew
+    assert Agreement(2)._group == ("group 2" if num_groups else None)

@@ -38,22 +38,23 @@ class AccumulationWindow:
         self.num_samples = 0
         """How many samples they hold; only counted."""
 
-        self._expected: float | torch.Tensor | None = None  # of a batch that is alone in its window, nothing
+        self.expected: float | torch.Tensor | None = None
+        """What it is going to be if all batches are as usual; nothing is expected where nothing is counted."""
 
     def reset(self) -> None:
         """Forget the batches since the last update."""
         self.total = self.num_samples = 0
-        self._expected = None
+        self.expected = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums of a window that waits for more batches."""
-        return {"total": self.total, "num_samples": self.num_samples, "expected": self._expected}
+        return {"total": self.total, "num_samples": self.num_samples, "expected": self.expected}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with the window that `state_dict` described."""
         self.total = state_dict["total"]
         self.num_samples = state_dict["num_samples"]
-        self._expected = state_dict["expected"] or None  # earlier versions wrote 0
+        self.expected = state_dict["expected"] or None  # earlier versions wrote 0
 
     def add(
         self, weight: float | torch.Tensor, num_batches: int, usual_weight: float | None = None
@@ -66,14 +67,14 @@ class AccumulationWindow:
             usual_weight: What a batch weighs as a rule, above 0 and the same on every process. ``None``, if there is
                 one process, for the weight of the window's first batch.
         """
-        if self._expected is None and num_batches == 1 and usual_weight is None:
+        if self.expected is None and num_batches == 1 and usual_weight is None:
             return None
         if isinstance(weight, torch.Tensor):
             weight = widened(weight)
-        if self._expected is None:
-            self._expected = num_batches * (_at_least_one(weight) if usual_weight is None else usual_weight)
+        if self.expected is None:
+            self.expected = num_batches * (_at_least_one(weight) if usual_weight is None else usual_weight)
         self.total = self.total + weight
-        return None if _are_equal_numbers(weight, self._expected) else weight / self._expected
+        return None if _are_equal_numbers(weight, self.expected) else weight / self.expected
 
     def close(self, total: float | torch.Tensor | None = None, num_processes: int = 1) -> float | torch.Tensor | None:
         """End the window, and return what to multiply the gradients by; ``None``, the usual case, if nothing.
@@ -82,11 +83,11 @@ class AccumulationWindow:
             total: The weight of the window on all processes; ``None`` if there is one.
             num_processes: How many processes' gradients are averaged.
         """
-        if self._expected is None:
+        if self.expected is None:
             self.num_samples = 0
             return None
         total = self.total if total is None else total
-        expected = self._expected * num_processes
+        expected = self.expected * num_processes
         self.reset()
         return None if _are_equal_numbers(total, expected) else expected / _at_least_one(total)
 

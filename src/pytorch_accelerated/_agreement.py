@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from datetime import timedelta
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
 PROCESS_TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another, unless the user's accelerator says otherwise."""
+
+SECONDS_BETWEEN_EXCHANGES = 0.1
+"""How often processes exchange numbers if there is no need to do so at each update."""
 
 _REASONS: dict[str, type[Exception]] = {
     error.__name__: error for error in (NonFiniteLossError, StopTrainingError, RunInterruptedError)
@@ -38,12 +41,17 @@ def _precedence(reason: Exception) -> tuple[int, float]:
     return gravity, math.inf if step is None else step
 
 
-@lru_cache(maxsize=1)  # one for all runs, as each holds connections
-def _host_group(world_id: int) -> Any:
-    del world_id  # another world, another group
+_group_on_hosts: list[Any] = []
+"""The group of all processes, and the one beside it that connects their hosts: one for all runs, as it takes ports."""
+
+
+def _host_group() -> Any:
     if distributed.get_backend() == "gloo":
         return None  # the default group connects the hosts
-    return distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
+    world = distributed.group.WORLD
+    if not _group_on_hosts or _group_on_hosts[0] is not world:
+        _group_on_hosts[:] = world, distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
+    return _group_on_hosts[1]
 
 
 class Agreement:
@@ -53,34 +61,67 @@ class Agreement:
     goes on, and all of them raise the same exception at the same place. The numbers travel between the hosts, beside
     the backward pass, so no device has to wait. With a single process nothing is sent.
 
+    Where every process knows the weights of the others beforehand, and nothing can ask for the end of the run at a
+    certain update, most exchanges are left out, by all alike: some times a second are often enough for a signal. How
+    many are left out before the next is agreed on in each exchange.
+
     Args:
         num_processes: How many processes take part. With several, making this must happen on every one of them.
         find_bad_loss: Looks whether this process has had a loss that is not finite, since such losses spread.
+        is_foreseeable: Tells whether exchanges may be left out, as far as this process knows.
     """
 
     def __init__(
-        self, num_processes: int, find_bad_loss: Callable[[], NonFiniteLossError | None] = lambda: None
+        self,
+        num_processes: int,
+        find_bad_loss: Callable[[], NonFiniteLossError | None] = lambda: None,
+        is_foreseeable: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._num_processes = num_processes
         self._find_bad_loss = find_bad_loss
+        self._is_foreseeable = is_foreseeable
         self.is_needed = num_processes > 1 and distributed.is_initialized()
         self._requests: list[Exception] = []
         self._agreed_reason: Exception | None = None
-        self._group: Any = _host_group(id(distributed.group.WORLD)) if self.is_needed else None
-        self._numbers = torch.zeros(3, dtype=torch.float64)
+        self._group: Any = _host_group() if self.is_needed else None
+        self._numbers = torch.zeros(5, dtype=torch.float64)
         self._exchange: Any = None
+        self._left_out: tuple[float, int] | None = None
+        self._num_to_leave_out = self._num_updates = 0
+        self._last_time: float | None = None
 
     def request_end(self, reason: Exception) -> None:
         """Ask for the end of the run: a `StopTrainingError` or a `NonFiniteLossError`."""
         self._requests.append(reason)
 
-    def start_exchange(self, weight: float | torch.Tensor, num_samples: int) -> None:
+    def start_exchange(
+        self, weight: float | torch.Tensor, num_samples: int, foreseen_weight: float | torch.Tensor | None = None
+    ) -> None:
         """Tell the others about this process's share of the update, and whether it wants to end the run.
 
         Args:
             weight: The sum of the weights of its batches.
             num_samples: How many samples were in them.
+            foreseen_weight: What the weight is on each process, as they all know if the run is foreseeable; ``None`` if
+                this update is not.
+
+        Raises:
+            RuntimeError: The exchange would be left out, but the weight is another.
         """
-        self._numbers = torch.tensor([float(weight), num_samples, len(self._requests)], dtype=torch.float64)
+        self._num_updates += 1
+        if foreseen_weight is not None and self._num_to_leave_out > 0:
+            if weight != foreseen_weight:
+                raise RuntimeError(
+                    f"The batches of an update hold {weight:g} samples, but the loader promised {foreseen_weight:g}. "
+                    "Does a dataset or a collation leave some out? Tell the `batch_size` by overriding "
+                    "`calculate_train_batch_loss`, so that all processes are asked for theirs."
+                )
+            self._num_to_leave_out -= 1
+            self._left_out = float(weight), num_samples
+            return
+        needs_each = 0 if self._is_foreseeable() else 1
+        numbers = float(weight), num_samples, len(self._requests), needs_each, self._updates_between_exchanges()
+        self._numbers = torch.tensor(numbers, dtype=torch.float64)
         self._exchange = distributed.all_reduce(self._numbers, group=self._group, async_op=True)
 
     def finish_exchange(self) -> tuple[float, int]:
@@ -91,11 +132,15 @@ class Agreement:
         Raises:
             NonFiniteLossError: The loss of some process is not finite; the update must not be made.
         """
+        if self._left_out is not None:
+            (weight, num_samples), self._left_out = self._left_out, None
+            return weight * self._num_processes, num_samples * self._num_processes
         if self._exchange is None:  # a subclass has replaced the step that starts it
             self.start_exchange(weight=0.0, num_samples=0)
         self._exchange.wait()
         self._exchange = None
-        weight, num_samples, num_requests = self._numbers.tolist()
+        weight, num_samples, num_requests, need_each, total_updates = self._numbers.tolist()
+        self._num_to_leave_out = 0 if need_each else max(0, int(total_updates / self._num_processes) - 1)
         if num_requests > 0:
             self._agreed_reason = self._first_reason()
         if isinstance(self._agreed_reason, NonFiniteLossError):
@@ -124,6 +169,13 @@ class Agreement:
             self.finish_exchange()
             self.stop_if_agreed()
 
+    def _updates_between_exchanges(self) -> float:
+        """Propose how often to exchange, by the speed since the last time, but at most twice as seldom as then."""
+        now, num_updates = time.monotonic(), self._num_updates
+        seconds = math.inf if self._last_time is None else now - self._last_time
+        self._last_time, self._num_updates = now, 0
+        return min(num_updates * SECONDS_BETWEEN_EXCHANGES / max(seconds, 1e-6), 2 * num_updates)
+
     def _first_reason(self) -> Exception:
         reasons = self._reasons_of_all()
         if any(isinstance(reason, NonFiniteLossError) for reason in reasons):
@@ -139,3 +191,41 @@ class Agreement:
         reasons_of_all: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(reasons_of_all, own, group=self._group)
         return [_REASONS[kind](*content) for reasons in reasons_of_all for kind, content in reasons]
+
+
+_EVENTS_OF_A_STEP = {
+    "on_train_step_start",
+    "on_backward_start",
+    "on_optimizer_step_start",
+    "on_optimizer_step_end",
+    "on_train_step_end",
+}
+_METHODS_OF_A_STEP = (
+    "_perform_forward_and_backward_passes",
+    "calculate_train_batch_loss",
+    "backward_step",
+    "_update_loss_tracker",
+    "_update_parameters",
+    "_clip_gradients",
+    "optimizer_step",
+    "scheduler_step",
+    "optimizer_zero_grad",
+    "_end_train_step",
+)
+
+
+def is_foreseeable(trainer: Any) -> bool:
+    """Tell whether the steps of a run are the library's own, in a process: so that they weigh what the loader promises.
+
+    Then also nothing is called in them that might end the run. To be asked again, as callbacks may join a run.
+    """
+    return (
+        trainer.callback_handler.unheard >= _EVENTS_OF_A_STEP
+        and all(source.gives_full_batches for source in trainer._train_randomness)
+        and all(_is_own(trainer, name) for name in _METHODS_OF_A_STEP)
+    )
+
+
+def _is_own(trainer: Any, method: str) -> bool:
+    module = getattr(type(trainer), method).__module__
+    return method not in vars(trainer) and module.partition(".")[0] == __name__.partition(".")[0]

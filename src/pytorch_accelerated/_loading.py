@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate, default_convert, get_worker_info
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    Subset,
+    default_collate,
+    default_convert,
+    get_worker_info,
+)
 
 from pytorch_accelerated._data import WholeBatchDataset, sliceable_tensors, unchanged
 from pytorch_accelerated._rng import derive_seed, host_generators_seeded, seed_host_generators
@@ -79,6 +86,16 @@ def draws_nothing(loader: DataLoader[Any]) -> bool:
     dataset: Any = loader.dataset
     is_in_memory = isinstance(dataset, (WholeBatchDataset, list, tuple)) or sliceable_tensors(dataset) is not None
     return is_in_memory and loader.collate_fn in (default_collate, default_convert, unchanged)
+
+
+def keeps_all_samples(loader: DataLoader[Any]) -> bool:
+    """Tell whether a batch is known to have as many rows as there are indices in it."""
+    dataset: Any = loader.dataset
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    is_whole = isinstance(dataset, WholeBatchDataset) and loader.collate_fn is unchanged
+    is_collated = loader.collate_fn is default_collate and not hasattr(dataset, "__getitems__")
+    return is_whole or is_collated
 
 
 def is_death_of_worker(error: BaseException) -> bool:

@@ -405,7 +405,8 @@ class TrainingLoop:
         loss = batch_output["loss"]
         share = self._window.add(weight, self._window_size(step), self._usual_weight)
         if self._is_update_due and self._agreement.is_needed:
-            self._agreement.start_exchange(self._window.total, self._window.num_samples)
+            foreseen = None if step + 1 == self._num_batches_per_epoch else self._window.expected
+            self._agreement.start_exchange(self._window.total, self._window.num_samples, foreseen)
         self.backward_step(loss if share is None else loss * share)
         if not self._is_stand_in:
             self._update_loss_tracker(loss, weight)

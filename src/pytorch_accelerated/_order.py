@@ -16,7 +16,7 @@ from torch.utils.data import (
 )
 
 from pytorch_accelerated._data import has_state, is_stream, unchanged
-from pytorch_accelerated._loading import SeededSamples, WorkerSetup, draws_nothing
+from pytorch_accelerated._loading import SeededSamples, WorkerSetup, draws_nothing, keeps_all_samples
 from pytorch_accelerated._rng import RandomStream, derive_seed
 from pytorch_accelerated._sharding import loader_settings
 from pytorch_accelerated._streams import TrackedStream
@@ -46,6 +46,9 @@ class EpochRandomness:
 
         self.stream: TrackedStream | None = None
         """What the loader reads from, if its position can be stored."""
+
+        self.gives_full_batches = False
+        """Whether all batches are known to be of the loader's batch size, but for the last."""
 
         self._process_index = process_index
         self._orders: list[_OwnGenerator] = []
@@ -86,6 +89,7 @@ class EpochRandomness:
         if isinstance(sampler, _SHUFFLING_SAMPLERS):
             self._orders.append(_OwnGenerator.of(sampler))
         is_known = type(sampler) in _KNOWN_SAMPLERS and type(batch_sampler) in (BatchSampler, type(None))
+        self.gives_full_batches = is_known and keeps_all_samples(loader)
         order = sampler if batch_sampler is None else batch_sampler
         if not is_known:
             order = OwnStreamOrder(order)

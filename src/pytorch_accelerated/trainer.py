@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pytorch_accelerated import _checkpointing, _data, _distributed, _drift, _states, _validation
-from pytorch_accelerated._agreement import Agreement
+from pytorch_accelerated._agreement import Agreement, is_foreseeable
 from pytorch_accelerated._data import LIMIT_BATCHES_ENV_VAR
 from pytorch_accelerated._direct import is_direct
 from pytorch_accelerated._loop import TrainingLoop
@@ -534,7 +534,8 @@ class Trainer(TrainingLoop):
         )
 
     def _join_processes(self) -> None:
-        self._agreement = Agreement(self.run_config.num_processes, partial(find_non_finite_loss, self))
+        find_bad_loss, may_wait = partial(find_non_finite_loss, self), partial(is_foreseeable, self)
+        self._agreement = Agreement(self.run_config.num_processes, find_bad_loss, may_wait)
         usual_weight = self.run_config.train_per_device_batch_size or 1
         self._usual_weight = float(usual_weight) if self._agreement.is_needed else None
 

@@ -6,6 +6,7 @@ an argument, such as ``killed``, the script loses the process of rank 1 in the m
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from collections import OrderedDict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -23,6 +25,8 @@ from _numbers import IN_ORDER, Pair, TextTrainer, gradients_of, make_net, make_t
 from _processes import NUM_REPEATS, WAIT_SECONDS, run_cases
 from _support import EventRecorder, Probe, Samples, Stream, make_dataset, make_indexed_dataset, make_trainer, weights_of
 from pytorch_accelerated import Trainer
+from pytorch_accelerated import trainer as trainer_module
+from pytorch_accelerated._agreement import Agreement
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
     ModelEmaCallback,
@@ -449,6 +453,90 @@ def case_limits(rank: int, directory: Path) -> Any:
         dataset = make_dataset(16 * num_processes() - 3)  # 8 batches on each process, so 4 updates
         train(trainer, dataset, max_num_train_steps=limit, gradient_accumulation_steps=2)
         results[limit] = (trainer.progress.num_updates, trainer.stop_reason, weights_of(trainer.model))
+    return results
+
+
+# --- exchanges that are left out ---------------------------------------------------------------------------------
+
+
+def counted_run(num_samples: int, accumulation: int, callbacks: Any = ()) -> dict[str, Any]:
+    """Train with the library's own step; return the result and how many updates, and exchanges for them, were made."""
+    num_exchanges = 0
+    start_exchange = Agreement.start_exchange
+
+    def start_and_count(self: Any, *of_update: Any, **of_settling: Any) -> None:
+        nonlocal num_exchanges
+        start_exchange(self, *of_update, **of_settling)
+        num_exchanges += bool(of_update) and self._left_out is None
+
+    trainer = make_trainer(callbacks=callbacks, seed=3)
+    with mock.patch.object(Agreement, "start_exchange", start_and_count):
+        train(trainer, Samples(make_dataset(num_samples)), gradient_accumulation_steps=accumulation)
+    result = weights_of(trainer.model), trainer.run_history.state_dict(), trainer.progress.state_dict()
+    return {"result": result, "num_updates": trainer.progress.num_updates, "num_exchanges": num_exchanges}
+
+
+def case_exchanges_left_out(rank: int, directory: Path) -> Any:
+    results = []
+    for num_samples in (120, 121, 119, 7, 1):
+        for accumulation in (1, 3):
+            seldom = counted_run(num_samples, accumulation)
+            with mock.patch.object(trainer_module, "is_foreseeable", return_value=False):
+                always = counted_run(num_samples, accumulation)
+            results.append((seldom, always))
+    return results
+
+
+def case_a_stop_where_one_process_has_a_callback(rank: int, directory: Path) -> Any:
+    """The others learn that it has one, and stop at the same update as it does."""
+
+    def stop(trainer: Any, step: int, **_: Any) -> None:
+        if step == 13:
+            raise StopTrainingError("enough")
+
+    trainer = make_trainer(callbacks=[Probe(on_train_step_end=stop)] if rank == 1 else [])
+    train(trainer, Samples(make_dataset(120)))
+    return {"reason": trainer.stop_reason, "num_updates": trainer.progress.num_updates}
+
+
+class Spoilt(Samples):
+    """Does something when a sample is loaded, here or in a worker."""
+
+    def __init__(self, dataset: Any, index: int, spoil: Any) -> None:
+        super().__init__(dataset)
+        self.index, self.spoil = index, spoil
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, targets = super().__getitem__(index)
+        return (self.spoil(inputs) if index == self.index else inputs), targets
+
+
+def case_a_bad_loss_between_exchanges(rank: int, directory: Path) -> Any:
+    messages = []
+    for _ in range(NUM_REPEATS):
+        dataset = Spoilt(make_dataset(2 * num_processes() * 50), 2 * (5 * num_processes() + 1), lambda x: x * math.nan)
+        trainer = make_trainer(callbacks=[TerminateOnNaNCallback])
+        try:
+            train(trainer, dataset, train_dataloader_kwargs=IN_ORDER)
+        except NonFiniteLossError as error:
+            messages.append(str(error))
+    return messages
+
+
+def case_a_signal_between_exchanges(rank: int, directory: Path) -> Any:
+    def interrupt(inputs: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return inputs
+
+    results = []
+    for _ in range(NUM_REPEATS):
+        dataset = Spoilt(make_dataset(2 * num_processes() * 500), 2 * (40 * num_processes() + 1), interrupt)
+        trainer, is_interrupted = make_trainer(), False
+        try:
+            train(trainer, dataset, train_dataloader_kwargs=IN_ORDER)
+        except KeyboardInterrupt:
+            is_interrupted = True
+        results.append((is_interrupted, trainer.progress.state_dict(), weights_of(trainer.model)))
     return results
 
 

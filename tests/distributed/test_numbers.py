@@ -295,6 +295,40 @@ def test_ctrl_c(results):
         assert run["is_interrupted"]
 
 
+def test_exchanges_left_out(results):
+    """Where all is foreseeable the numbers are those of exchanges at each update, uneven ends included."""
+    assert_alike(results)
+    for seldom, always in results[0]:
+        assert plain(seldom["result"]) == plain(always["result"])
+        assert seldom["num_updates"] == always["num_updates"] == always["num_exchanges"]
+        assert seldom["num_exchanges"] <= always["num_exchanges"]
+    seldom, always = results[0][0]
+    assert seldom["num_exchanges"] <= always["num_exchanges"] / 2
+
+
+def test_a_stop_where_one_process_has_a_callback(results):
+    assert_alike(results)
+    assert results[0]["reason"] == "enough"
+    assert results[0]["num_updates"] == 15  # the request of step 13 was heard in the next update
+
+
+def test_a_bad_loss_between_exchanges(results):
+    assert_alike(results)
+    assert len(results[0]) == NUM_REPEATS
+    for message in results[0]:
+        assert "nan" in message
+        assert "epoch 1, step 5, rank 1" in message
+
+
+def test_a_signal_between_exchanges(results):
+    """It ends the run of all after the same update, long before the epoch is over."""
+    assert_alike(results)
+    for is_interrupted, progress, _ in results[0]:
+        assert is_interrupted
+        assert progress["num_epochs_completed"] == 0
+        assert 40 <= progress["num_updates"] < 500
+
+
 def test_limits(results):
     assert_alike(results)
     assert {limit: num_updates for limit, (num_updates, *_) in results[0].items()} == {1: 1, 3: 3, 4: 4, 7: 7, 99: 8}
