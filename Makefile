@@ -7,6 +7,7 @@
 #   make bench                  compare the speed with other frameworks and with loops written by hand; about an hour
 #   make bench CASES=A,B ROUNDS=3 FRAMEWORKS=pytorch_accelerated,lightning
 #   make bench-gpu              throughput on a GPU, over loops written by hand
+#   make bench-settings         what compiling, channels last and fused optimizers gain
 #   make test PYTHON=python3.12 choose the interpreter for a new environment
 #   make test TESTS=tests/callbacks PYTEST_ARGS="-x -k early"
 #
@@ -36,7 +37,7 @@ CODE := src tests $(wildcard examples benchmarks) docs README.md
 .NOTPARALLEL: # two installations into one environment get in each other's way
 .PRECIOUS: $(BENCH_VENV)/%/.stamp-torch
 .PHONY: help demo test soak check format format-check lint types docs build clean distclean \
-  bench bench-peers bench-page bench-gpu
+  bench bench-peers bench-page bench-gpu bench-settings
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -121,6 +122,9 @@ bench-page: $(BENCH_VENV)/own/.stamp
 
 bench-gpu: $(BENCH_VENV)/own/.stamp
 	$(BENCH_VENV)/own/bin/python benchmarks/gpu.py
+
+bench-settings: $(BENCH_VENV)/own/.stamp
+	$(BENCH_VENV)/own/bin/python benchmarks/settings.py
 
 format: $(VENV)/.stamp-dev
 	$(BIN)/ruff format $(CODE)
