@@ -190,7 +190,8 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
 
     Raises:
         TypeError: ``source`` is something else.
-        ValueError: The precision contradicts ``source``, or an accelerator made earlier in this process.
+        ValueError: The precision contradicts ``source``, or it or the compiler an accelerator made earlier in this
+            process.
     """
     if source is not None and not isinstance(source, (Accelerator, Mapping)):
         raise TypeError(
@@ -219,8 +220,25 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
             "Accelerate keeps one setting for all accelerators of a process. Restart it (in a notebook, the kernel), "
             "or leave `mixed_precision` out to go on with the present one."
         ) from error
+    _check_compiler(settings, accelerator)
     _leave_group_at_exit()
     return accelerator
+
+
+def _check_compiler(settings: Mapping[str, Any], accelerator: Accelerator) -> None:
+    plugin = settings.get("dynamo_plugin")
+    backend = settings.get("dynamo_backend") if plugin is None else plugin.backend
+    if backend is None:
+        return
+    asked, current = (
+        str(getattr(one, "value", one)).upper() for one in (backend, accelerator.state.dynamo_plugin.backend)
+    )
+    if asked != current:
+        raise ValueError(
+            f"The `accelerator` is to compile with {asked!r}, but this process already uses {current!r}: Accelerate "
+            "keeps one setting for all accelerators of a process. Restart it (in a notebook, the kernel), or pass "
+            "`torch.compile(model, backend=...)` to the trainer instead."
+        )
 
 
 def _complete_settings(settings: dict[str, Any]) -> None:
@@ -280,7 +298,8 @@ class PreparedModel:
 
     def __init__(self, plain: Any) -> None:
         self.plain = plain
-        self._attributes = _forward_attributes(plain)
+        compiled = getattr(plain, "_orig_mod", None)  # the model within a compiled one
+        self._attributes = [(part, _forward_attributes(part)) for part in (plain, compiled)]
         self.prepared: Any = plain
 
     def restore(self, accelerator: Accelerator, model: Any) -> Any:
@@ -290,9 +309,10 @@ class PreparedModel:
             accelerator: The accelerator.
             model: The trainer's model at the end of the run; if a callback put another one there, that one is kept.
         """
-        for name in _forward_attributes(self.plain):
-            del vars(self.plain)[name]
-        getattr(self.plain, "__dict__", {}).update(self._attributes)
+        for part, attributes in self._attributes:
+            for name in _forward_attributes(part):
+                del vars(part)[name]
+            getattr(part, "__dict__", {}).update(attributes)
         return self.plain if model is self.prepared else accelerator.unwrap_model(model)
 
 

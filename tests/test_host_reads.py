@@ -1,0 +1,268 @@
+"""A step reads no value of a tensor on the host between log points; on a GPU each read makes the host wait."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
+
+from _support import Probe, Samples, make_dataset, make_trainer
+from pytorch_accelerated import Trainer, _monitor, callbacks
+from pytorch_accelerated.callbacks import EVENTS, TrainerCallback, get_default_callbacks
+from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
+
+pytestmark = pytest.mark.usefixtures("_fresh_accelerate_state")
+
+# fmt: off
+READERS = {  # `to` is not among them: in these tests every device is the host
+    torch.Tensor: (
+        "__bool__", "__complex__", "__float__", "__index__", "__int__", "allclose", "cpu", "equal", "is_nonzero",
+        "item", "nonzero", "numpy", "tolist",
+    ),
+    torch: ("allclose", "equal", "is_nonzero", "nonzero"),
+}
+# fmt: on
+NUM_EPOCHS, BATCH_SIZE, NUM_STEPS = 2, 3, 67
+DATASET = make_dataset(200)
+"""Its last batch is short, and it gives more losses than wait before the loop adds them up."""
+
+
+class Reads:
+    """Who reads values in a run, from the first step of each pass through the data to its last.
+
+    What is read after the last step, where the means are recorded, is let go.
+    """
+
+    def __init__(self):
+        self.readers = []
+        self._since_step = []
+
+    def around(self, others):
+        """Put callbacks between those that tell where the steps are."""
+        first = Probe(
+            on_train_step_start=self._begin, on_eval_epoch_start=self._interrupt, on_eval_step_start=self._begin
+        )
+        last = Probe(
+            on_train_step_end=self._keep,
+            on_train_epoch_end=self._let_go,
+            on_eval_step_end=self._keep,
+            on_eval_epoch_end=self._let_go,
+        )
+        return [first, *others, last]
+
+    @contextmanager
+    def watching(self):
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, names in READERS.items():
+                for name in names:
+                    patch.setattr(owner, name, self._watched(name, getattr(owner, name)))
+            yield
+
+    def _watched(self, name, original):
+        def read(*args, **kwargs):
+            reader = find_reader(sys._getframe(1))
+            if reader is not None:
+                self._since_step.append(f"{reader} by {name}")
+            return original(*args, **kwargs)
+
+        return read
+
+    def _begin(self, trainer, step, **_):
+        if step == 0:
+            self._let_go()
+
+    def _interrupt(self, trainer, is_intermediate, **_):
+        if is_intermediate:  # and so within a step of training
+            self._keep()
+
+    def _keep(self, *_, **__):
+        self.readers += self._since_step
+        self._let_go()
+
+    def _let_go(self, *_, **__):
+        self._since_step = []
+
+
+def find_reader(frame):
+    """Return the callback and event that a frame is part of, or else the method of the library.
+
+    ``None`` where batches are loaded: indices and seeds are in host memory anyway.
+    """
+    of_library = None
+    while frame is not None:
+        owner, function, module = frame.f_locals.get("self"), frame.f_code.co_name, frame.f_globals.get("__name__", "")
+        if module.startswith("torch.utils.data"):
+            return None
+        if isinstance(owner, TrainerCallback) and function in EVENTS:
+            return f"{type(owner).__name__}.{function}"
+        if owner is not None and module.startswith("pytorch_accelerated"):
+            of_library = of_library or f"{type(owner).__name__}.{function}"
+        frame = frame.f_back
+    return of_library or "<user>"
+
+
+def readers_in(others, *, cls=Trainer, mixed_precision=None, dataset=DATASET, **kwargs):
+    """Train with evaluation, evaluate, and return who read."""
+    reads, loading = Reads(), {"num_workers": 0}
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.1), nn.Linear(4, 1))
+    trainer = make_trainer(model, lr=0.01, callbacks=reads.around(others), cls=cls, mixed_precision=mixed_precision)
+    with reads.watching():
+        trainer.train(
+            dataset,
+            NUM_EPOCHS,
+            dataset,
+            per_device_batch_size=BATCH_SIZE,
+            train_dataloader_kwargs=loading,
+            eval_dataloader_kwargs=loading,
+            **kwargs,
+        )
+        trainer.evaluate(dataset, per_device_batch_size=BATCH_SIZE, dataloader_kwargs=loading)
+    return reads.readers
+
+
+def assert_no_reads(readers):
+    assert not readers, f"Values of tensors were read on the host: {dict(Counter(readers))}"
+
+
+@pytest.fixture
+def no_log_point(monkeypatch):
+    monkeypatch.setattr(_monitor, "SECONDS_BETWEEN_LOG_POINTS", float("inf"))
+
+
+# --- the watch ---------------------------------------------------------------------------------------------------
+
+
+class Curious(TrainerCallback):
+    def on_train_step_end(self, trainer, batch_output, **kwargs):
+        self._look(batch_output["loss"])
+
+    def _look(self, loss):
+        return loss.item()
+
+
+class CuriousTrainer(Trainer):
+    def optimizer_step(self):
+        super().optimizer_step()
+        if next(self.model.parameters()).isnan().any():
+            raise ValueError
+
+
+def test_a_callback_that_reads_is_named_with_the_event(no_log_point):
+    readers = readers_in([*get_default_callbacks(), Curious()])
+    with pytest.raises(
+        AssertionError, match=rf"host: {{'Curious.on_train_step_end by item': {NUM_EPOCHS * NUM_STEPS}}}"
+    ):
+        assert_no_reads(readers)
+
+
+def test_a_step_that_reads_is_named(no_log_point):
+    with pytest.raises(AssertionError, match=r"'CuriousTrainer._update_parameters by __bool__'"):
+        assert_no_reads(readers_in(get_default_callbacks(), cls=CuriousTrainer))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        *(bool, complex, float, int, operator.index),
+        *(operator.methodcaller(name) for name in ("cpu", "is_nonzero", "item", "nonzero", "numpy", "tolist")),
+        *(lambda one: one.equal(one), lambda one: one.allclose(one)),
+        *(lambda one: torch.equal(one, one), lambda one: torch.allclose(one, one)),
+        *(lambda one: torch.is_nonzero(one), lambda one: torch.nonzero(one)),
+    ],
+)
+def test_each_way_to_read_is_noticed(read):
+    reads, before = Reads(), dict(vars(torch.Tensor))
+    with reads.watching():
+        read(torch.tensor(1))
+    assert [reader.partition(" by ")[0] for reader in reads._since_step] == ["<user>"]
+    assert dict(vars(torch.Tensor)) == before
+
+
+# --- what does not read ------------------------------------------------------------------------------------------
+
+
+class Measuring(Trainer):
+    """Returns a metric, and weighs each batch by a number that is on the device."""
+
+    def calculate_train_batch_loss(self, batch):
+        return self._measured(super().calculate_train_batch_loss(batch), batch)
+
+    def calculate_eval_batch_loss(self, batch):
+        return self._measured(super().calculate_eval_batch_loss(batch), batch)
+
+    def _measured(self, output, batch):
+        error = (output["model_outputs"].detach() - batch[1]).abs().mean()
+        return {**output, "metrics": {"error": error}, "num_items_in_batch": (batch[1] > 0).sum()}
+
+
+@pytest.mark.parametrize("dataset", [DATASET, Samples(DATASET)], ids=["whole batches", "single samples"])
+@pytest.mark.parametrize("num_accumulated", [1, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_clip_norm": 0.1},
+        {"gradient_clip_value": 0.1},
+        {"create_scheduler_fn": CosineLrScheduler.create_scheduler_fn()},
+        {"create_scheduler_fn": partial(StepLR, step_size=5)},
+        {"cls": Measuring},
+        {"mixed_precision": "bf16"},
+    ],
+    ids=["plain", "clipped by norm", "clipped by value", "scheduled", "scheduled by PyTorch", "measured", "bf16"],
+)
+def test_no_step_reads_with_the_default_callbacks(no_log_point, settings, num_accumulated, dataset):
+    readers = readers_in(
+        get_default_callbacks(), dataset=dataset, gradient_accumulation_steps=num_accumulated, **settings
+    )
+    assert_no_reads(readers)
+
+
+STEP_EVENTS = [event for event in EVENTS if "_step_" in event or event == "on_backward_start"]
+WITH_STEPS = {
+    "GradientNormCallback": lambda folder: callbacks.GradientNormCallback(),
+    "GradualUnfreezingCallback": lambda folder: callbacks.GradualUnfreezingCallback(),
+    "ModelEmaCallback": lambda folder: callbacks.ModelEmaCallback(save_path=folder / "average.pt"),
+    "SaveTrainingStateCallback": lambda folder: callbacks.SaveTrainingStateCallback(folder, save_every_n_epochs=1),
+    "StepBasedEvaluationCallback": lambda folder: callbacks.StepBasedEvaluationCallback(40),
+    "WSDCheckpointCallback": lambda folder: callbacks.WSDCheckpointCallback(folder),
+}
+"""What is saved has to be read: states at ends of epochs here; checkpoints by `torch.save`, which is not watched."""
+
+
+def test_all_callbacks_that_act_in_steps_are_tried():
+    found = [
+        name
+        for name in callbacks.__all__
+        if any(
+            getattr(getattr(callbacks, name), event, None) not in (None, getattr(TrainerCallback, event))
+            for event in STEP_EVENTS
+        )
+    ]
+    assert found == sorted(WITH_STEPS)
+
+
+@pytest.mark.parametrize("name", WITH_STEPS)
+def test_no_callback_reads_in_a_step(no_log_point, tmp_path, name):
+    schedule = WSDLrScheduler.create_scheduler_fn()
+    others = [*get_default_callbacks(), WITH_STEPS[name](tmp_path)]
+    assert_no_reads(readers_in(others, gradient_clip_norm=1.0, create_scheduler_fn=schedule))
+
+
+# --- log points --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dataset", [DATASET, Samples(DATASET)], ids=["whole batches", "single samples"])
+def test_a_log_point_reads_the_mean_once_for_all_callbacks(monkeypatch, dataset):
+    """With one after each step; the last of a pass lies behind its last step."""
+    monkeypatch.setattr(_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
+    num_passes = 2 * NUM_EPOCHS + 1
+    assert Counter(readers_in(get_default_callbacks(), dataset=dataset)) == {
+        "LossMonitor.look by __float__": num_passes * (NUM_STEPS - 1)
+    }
