@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pytorch_accelerated._loading import is_death_of_worker
 from pytorch_accelerated.exceptions import CheckpointError
 
 _STORABLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -52,6 +53,8 @@ def save_file(contents: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if is_death_of_worker(error):  # which PyTorch reports wherever the program is
+            raise
         raise CheckpointError(
             f"The checkpoint {str(path)!r} could not be written: {error}. What was saved there before is untouched. "
             "Check that the folder is writable and the disk has room."
