@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 from _support import Samples, make_dataset
 from pytorch_accelerated._data import WholeBatchDataset, unchanged
-from pytorch_accelerated._loading import SeededSamples, WorkerSetup, draws_nothing
+from pytorch_accelerated._loading import SeededSamples, WorkerSetup, deaths_put_off, draws_nothing
 from pytorch_accelerated._order import EpochRandomness
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -209,3 +210,59 @@ class NeedsFile(Augmented):
 def test_the_users_own_start_of_a_worker_finds_the_dataset():
     batches = batches_of(DataLoader(NeedsFile(), batch_size=6, num_workers=2, worker_init_fn=open_file))
     assert torch.cat(batches).tolist() == [len("opened by worker 0")] * 12
+
+
+# --- deaths of workers -------------------------------------------------------------------------------------------
+
+needs_sigchld = pytest.mark.skipif(
+    not hasattr(signal, "SIGCHLD"), reason="this system does not tell of ended processes"
+)
+
+
+@pytest.fixture
+def raise_if_dead():
+    """PyTorch's handler, or one like it."""
+
+    def handle(number, frame):
+        raise RuntimeError("DataLoader worker (pid 1) is killed")
+
+    outer = signal.signal(signal.SIGCHLD, handle)
+    yield handle
+    signal.signal(signal.SIGCHLD, outer)
+
+
+@needs_sigchld
+def test_a_death_comes_after_what_it_would_interrupt(raise_if_dead):
+    done = []
+
+    def be_interrupted():
+        with deaths_put_off():
+            signal.raise_signal(signal.SIGCHLD)
+            done.append("all")
+
+    with pytest.raises(RuntimeError, match="is killed"):
+        be_interrupted()
+    assert done == ["all"]
+    assert signal.getsignal(signal.SIGCHLD) is raise_if_dead
+    with deaths_put_off():
+        pass
+    with pytest.raises(LookupError), deaths_put_off():
+        raise LookupError
+    assert signal.getsignal(signal.SIGCHLD) is raise_if_dead
+
+
+@needs_sigchld
+def test_elsewhere_than_on_the_main_thread_and_without_a_handler_nothing_is_put_off(raise_if_dead):
+    seen = []
+
+    def look():
+        with deaths_put_off():
+            seen.append(signal.getsignal(signal.SIGCHLD))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [raise_if_dead]
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    look()
+    assert seen[1] == signal.SIG_DFL

@@ -43,7 +43,7 @@ from _support import (
     train,
     weights_of,
 )
-from pytorch_accelerated import Trainer, TrainerPlaceholderValues, _rng
+from pytorch_accelerated import Trainer, TrainerPlaceholderValues, _distributed, _rng
 from pytorch_accelerated.callbacks import (
     LimitBatchesCallback,
     StepBasedEvaluationCallback,
@@ -1109,12 +1109,12 @@ def test_a_stop_within_a_nested_evaluation_does_not_end_the_run_for_good(tmp_pat
 def test_an_error_in_the_tidying_up_leaves_a_trainer_that_can_train(monkeypatch):
     """Such as one that a handler of signals raises, at any place."""
 
-    def fail(**_):
+    def fail(*_):
         raise LookupError("of a signal")
 
     trainer = make_trainer()
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_tidy_up", fail)
+        patch.setattr(_distributed, "release", fail)
         with pytest.raises(LookupError):
             trainer.train(make_dataset(4), 1)
     trainer.train(make_dataset(4), 1)

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from pytorch_accelerated._data import rebuild
+from pytorch_accelerated._loading import deaths_put_off
 
+_SECONDS_BETWEEN_LOOKS = 0.1
 _ALIGNMENT = 64  # bytes, as PyTorch aligns its own
 
 
@@ -26,9 +28,10 @@ class BackgroundWriter:
 
     def start(self, write: Callable[[], Any]) -> None:
         """Call a function in the background; nothing else may be under way."""
-        self._is_done.clear()
-        self._is_under_way = True
-        threading.Thread(target=self._run, args=(write,), name="training state writer").start()
+        with deaths_put_off():
+            self._is_done.clear()
+            self._is_under_way = True
+            threading.Thread(target=self._run, args=(write,), name="training state writer").start()
 
     @property
     def is_under_way(self) -> bool:
@@ -41,8 +44,10 @@ class BackgroundWriter:
         Raises:
             Exception: What went wrong since the last time.
         """
-        if self._is_under_way:
-            self._is_done.wait()  # `Thread.join` takes a thread for ended when a handler of signals interrupts it
+        # `Thread.join` would take a thread for ended when a handler of signals interrupts it.
+        while self._is_under_way and not self._is_done.is_set():
+            with deaths_put_off():
+                self._is_done.wait(_SECONDS_BETWEEN_LOOKS)
         self._is_under_way = False
         error, self._error = self._error, None
         if error is not None:
@@ -130,7 +135,7 @@ def _map_memory(num_bytes: int) -> memoryview:
     # The system makes a page when it is first written to, and for pages of the usual size that takes six times as long
     # as the copy itself.
     if num_bytes == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
-        return memoryview(bytearray(num_bytes))
+        return torch.empty(num_bytes, dtype=torch.uint8).numpy().data  # aligned, as all of PyTorch's
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a system without large pages
         memory.madvise(mmap.MADV_HUGEPAGE)

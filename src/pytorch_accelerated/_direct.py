@@ -20,6 +20,7 @@ from torch.optim import optimizer as _optimizer
 from torch.utils.data import dataloader
 
 from pytorch_accelerated._data import is_stream, marking_last, move_to_device, tensors_in, whole_batches_of
+from pytorch_accelerated._loading import deaths_put_off
 
 _PLAIN_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 _PLAIN_PRECISIONS = ("no", "bf16", "fp16")
@@ -174,16 +175,21 @@ def _batches_of(loader: Any) -> Iterator[Any]:
 
 def _without_ranges(iterator: Any) -> Iterator[Any]:
     """Yield the batches of a loader of PyTorch without a range for its profiler around each, unless one runs."""
-    while True:
-        try:
-            if _is_profiler_on():
-                batch = next(iterator)
-            else:
-                batch = iterator._next_data()
-                iterator._num_yielded += 1
-        except StopIteration:
-            return
-        yield batch
+    try:
+        while True:
+            try:
+                if _is_profiler_on():
+                    batch = next(iterator)
+                else:
+                    batch = iterator._next_data()
+                    iterator._num_yielded += 1
+            except StopIteration:
+                return
+            yield batch
+    finally:
+        if iterator._num_workers > 0 and not iterator._persistent_workers:
+            with deaths_put_off():  # each end of a worker makes PyTorch raise the death of another anew
+                iterator._shutdown_workers()
 
 
 def _copied_beside(batches: Iterator[Any], device: torch.device) -> Iterator[tuple[Any, bool]]:

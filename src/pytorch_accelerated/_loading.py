@@ -6,7 +6,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,6 +102,28 @@ def keeps_all_samples(loader: DataLoader[Any]) -> bool:
 def is_death_of_worker(error: BaseException) -> bool:
     """Tell whether an error says that a worker died, which PyTorch raises at any place of the program."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
+@contextmanager
+def deaths_put_off() -> Iterator[None]:
+    """Let the error of a worker that died come after the body, not within it.
+
+    The steps of `threading` and `multiprocessing` are written in Python. If an error strikes between the taking of a
+    lock and the place that would give it back, all who want it wait for ever.
+    """
+    is_main = threading.current_thread() is threading.main_thread()  # elsewhere no handler of signals runs
+    raise_if_dead = signal.getsignal(signal.SIGCHLD) if is_main and hasattr(signal, "SIGCHLD") else None
+    if not callable(raise_if_dead):
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGCHLD, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, raise_if_dead)
+    if came:
+        raise_if_dead(*came[-1])
 
 
 class WorkerSetup:

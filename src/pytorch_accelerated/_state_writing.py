@@ -19,7 +19,7 @@ from torch import distributed
 from pytorch_accelerated._agreement import PROCESS_TIMEOUT
 from pytorch_accelerated._background import BackgroundWriter, HostMemory
 from pytorch_accelerated._files import flush_to_disk, make_folder, repair_folder, replace_folder, temporary_of
-from pytorch_accelerated._loading import is_death_of_worker
+from pytorch_accelerated._loading import deaths_put_off, is_death_of_worker
 from pytorch_accelerated._manifest import facts_of_file, write_manifest
 from pytorch_accelerated._state_folder import Lineage
 from pytorch_accelerated._together import done_by_all
@@ -190,14 +190,20 @@ def _write_files(directory: Path, files: Mapping[str, Any]) -> dict[str, Any]:
     """
     flushed: list[Future[None]] = []
     sealed: dict[str, Future[dict[str, Any]]] = {}
-    with ThreadPoolExecutor(max_workers=2) as others:
+    others = ThreadPoolExecutor(max_workers=2)
+    try:
         for name, contents in files.items():
             _write_file(directory / name, contents)
-            flushed.append(others.submit(flush_to_disk, directory / name))
-            sealed[name] = others.submit(facts_of_file, directory / name)
-    for flush in flushed:
-        flush.result()
-    return {name: facts.result() for name, facts in sealed.items()}
+            with deaths_put_off():
+                flushed.append(others.submit(flush_to_disk, directory / name))
+                sealed[name] = others.submit(facts_of_file, directory / name)
+    finally:
+        with deaths_put_off():
+            others.shutdown()
+    with deaths_put_off():
+        for flush in flushed:
+            flush.result()
+        return {name: facts.result() for name, facts in sealed.items()}
 
 
 def _write_file(path: Path, contents: Any) -> None:

@@ -16,6 +16,7 @@ from pytorch_accelerated import _checkpointing, _data, _distributed, _drift, _st
 from pytorch_accelerated._agreement import Agreement, is_foreseeable
 from pytorch_accelerated._data import LIMIT_BATCHES_ENV_VAR
 from pytorch_accelerated._direct import is_direct
+from pytorch_accelerated._loading import deaths_put_off
 from pytorch_accelerated._loop import TrainingLoop
 from pytorch_accelerated._manifest import SavedState
 from pytorch_accelerated._monitor import find_non_finite_loss
@@ -423,10 +424,7 @@ class Trainer(TrainingLoop):
 
     @contextmanager
     def _tidy_run(self) -> Iterator[None]:
-        """Forget the run before, tell the callbacks of an exception, and tidy up however the run ends.
-
-        An evaluation that a callback starts within a run leaves that run as it was.
-        """
+        """Forget the run before, tell the callbacks of an exception, and tidy up; an outer run is left as it was."""
         outer_run = {name: getattr(self, name) for name in _ATTRIBUTES_OF_A_RUN} if self._is_running else {}
         self._is_running = True
         self.stop_reason = self._interruption = None
@@ -440,13 +438,15 @@ class Trainer(TrainingLoop):
             with generators_put_back():
                 yield
         except BaseException as error:
-            self._state_writer.finish(error)
-            self._report_exception(error)
-            raise
-        finally:
-            self._is_running = bool(outer_run)  # first: a signal may interrupt the rest
-            self._tidy_up(is_nested=bool(outer_run))
-            vars(self).update(outer_run)
+            with deaths_put_off():  # the run has its error
+                try:
+                    self._state_writer.finish(error)
+                    self._report_exception(error)
+                finally:
+                    self._tidy_up(outer_run)
+                raise
+        with deaths_put_off():
+            self._tidy_up(outer_run)
 
     @contextmanager
     def _tidy_evaluation(
@@ -611,18 +611,20 @@ class Trainer(TrainingLoop):
         else:
             self.scheduler.load_state_dict(state)
 
-    def _tidy_up(self, is_nested: bool) -> None:
+    def _tidy_up(self, outer_run: Mapping[str, Any]) -> None:
+        self._is_running = bool(outer_run)  # first: a signal may interrupt the rest
         for source in (*self._train_randomness, *self._eval_randomness):
             source.end_run()
         _distributed.release(self._accelerator, self._train_dataloader, *_data.loaders_in(self._eval_dataloader))
         model, self._prepared_model = self._prepared_model, None
         if model is not None:
-            if not is_nested:
+            if not outer_run:
                 self._state_writer.release()
                 _distributed.release(self._accelerator, self.optimizer, model.prepared, model.plain)
             self.model = model.restore(self._accelerator, self.model)
         self._agreement = Agreement(num_processes=1)  # that of the run refers to the trainer
         self._batch_output = None
+        vars(self).update(outer_run)
 
 
 class TrainerWithTimmScheduler(Trainer):

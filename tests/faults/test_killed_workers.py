@@ -16,6 +16,8 @@ import shutil
 import signal
 import threading
 import time
+import traceback
+from pathlib import Path
 
 import coverage
 import numpy as np
@@ -25,7 +27,7 @@ import _runs
 from _saved import names_in
 from _support import Probe
 from pytorch_accelerated import _background, _files, _state_folder, _state_writing
-from pytorch_accelerated.callbacks import SaveTrainingStateCallback
+from pytorch_accelerated.callbacks import SaveTrainingStateCallback, saving
 from pytorch_accelerated.states import list_states, verify_state
 
 pytestmark = [
@@ -235,6 +237,50 @@ def test_while_a_state_is_written_in_the_background(tmp_path, whole_run, monkeyp
     monkeypatch.setattr(_state_writing, "write_state", kill_and_write)
     monkeypatch.setattr(_background.threading, "Event", Told)
     assert_ends_well(_runs.make_trainer(tmp_path, in_background=True), killer, whole_run)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_while_a_lock_is_held_that_another_thread_waits_for(tmp_path, whole_run, monkeypatch, in_background):
+    """The lock would never be given back, and the run never end."""
+    killer = Killer(waits=False)
+    enter, armed = threading.Condition.__enter__, threading.Event()
+
+    def enter_and_kill(condition):
+        result = enter(condition)
+        is_main = threading.get_ident() == threading.main_thread().ident
+        if armed.is_set() and is_main and killer.pid is None:
+            files = {Path(frame.filename).name for frame in traceback.extract_stack(limit=8)}
+            if files & {"_background.py", "_state_writing.py"}:
+                killer()
+                time.sleep(0.3)  # until it is known
+        return result
+
+    monkeypatch.setattr(threading.Condition, "__enter__", enter_and_kill)
+    kill = Probe(on_train_step_start=lambda trainer, **_: armed.set() if is_now(trainer) else None)
+    trainer = _runs.make_trainer(tmp_path, callbacks=[kill], in_background=in_background)
+    assert_ends_well(trainer, killer, whole_run)
+
+
+def test_while_a_run_that_has_failed_ends(tmp_path, monkeypatch):
+    """The run keeps its own error, and nothing of its end is left out."""
+    killer = Killer(waits=False)
+
+    def release(folder):
+        killer()
+        time.sleep(0.3)
+        return _state_folder.release_folder(folder)
+
+    def fail(trainer, **_):
+        raise LookupError("of the run")
+
+    monkeypatch.setattr(saving, "release_folder", release)
+    trainer = _runs.make_trainer(tmp_path, callbacks=[Probe(on_train_step_end=fail)])
+    with pytest.raises(LookupError, match="of the run"):
+        _runs.train(trainer, num_workers=2)
+    assert killer.pid is not None
+    assert _state_folder._held_locks == {}
+    del trainer  # which keeps the workers for its next run
+    assert_workers_end()
 
 
 @pytest.mark.parametrize("number", range(6))
