@@ -101,7 +101,8 @@ def largest_difference(left: Any, right: Any) -> float:
 
 # --- the grid of contract N1 -------------------------------------------------------------------------------------
 
-GRID = list(itertools.product((False, True), (1, 3, 8), (1, 2, 4), (1, 5, 24, 29, 50)))
+LENGTHS = (1, 5, 24, 29, 50)
+GRID = list(itertools.product((False, True), (1, 3, 8), (1, 2, 4), LENGTHS))
 """With weights or without, batch size per process, accumulation, length of the dataset."""
 
 
@@ -129,6 +130,18 @@ def grid_differences(num_processes: int) -> dict[tuple[Any, ...], tuple[float, f
         expected_loss = mean_loss(make_net(), dataset[:], is_weighted)[0].item()
         differences[point] = (largest_difference(gradients, expected), abs(loss - expected_loss))
     return differences
+
+
+def table_of(differences: dict[tuple[Any, ...], tuple[float, float]], num_processes: int) -> str:
+    """Return the largest differences of gradients and of the loss, over the lengths of the dataset, as a table."""
+    header = f"\nprocesses: {num_processes:<3}    batch   accumulation   gradients       loss"
+    lines = []
+    for is_weighted, batch_size, accumulation in dict.fromkeys(point[:3] for point in GRID):
+        pairs = [differences[is_weighted, batch_size, accumulation, length] for length in LENGTHS]
+        gradients, loss = (max(numbers) for numbers in zip(*pairs, strict=True))
+        kind = "token weights" if is_weighted else "samples"
+        lines.append(f"{kind:15} {batch_size:7} {accumulation:14} {gradients:11.1e} {loss:10.1e}")
+    return "\n".join([header, *lines])
 
 
 # --- the short way of a step against the general one ---------------------------------------------------------------

@@ -153,7 +153,7 @@ def test_gradients_and_loss_of_every_update_are_those_of_the_big_batch(record_pr
     differences = _numbers.grid_differences(num_processes=1)
     worst = max(gradients for gradients, _ in differences.values())
     record_property("largest difference of a gradient", worst)
-    print(f"1 process, {len(differences)} points: {worst:.2e} gradients")
+    print(_numbers.table_of(differences, num_processes=1))
     assert len(differences) == 90
     assert {point: pair for point, pair in differences.items() if not max(pair) <= 1e-6} == {}
 
