@@ -250,6 +250,7 @@ IN_MEMORY = {
     "a part": Subset(MIXED, [3, 1, 7, 0, 10]),
     "a part of a part, counted from the end": Subset(Subset(MIXED, range(2, 9)), [-1, 5, 0, -2]),
     "a part by an array": Subset(MIXED, np.array([3, 1, 7])),
+    "more batches than are laid out at once": TensorDataset(torch.arange(5000)),
 }
 
 

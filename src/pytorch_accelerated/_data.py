@@ -31,6 +31,7 @@ from pytorch_accelerated._rng import preserved_rng_state
 LIMIT_BATCHES_ENV_VAR = "PT_ACC_LIMIT_BATCHES"
 """Environment variable: when set to a number, every epoch uses at most so many batches."""
 
+_BATCHES_IN_PART = 1024
 _MAX_DEFAULT_WORKERS = 8
 _SECONDS_UNTIL_DEATH_IS_KNOWN = 1.0
 
@@ -300,16 +301,16 @@ class WholeBatchDataset(Dataset[list[torch.Tensor]]):
             order: The indices of the samples, shape ``(samples,)``.
             batch_size: Samples in a batch.
         """
-        for rows in torch.split(self._rows_of(order), batch_size) if len(order) else ():
-            yield [tensor.index_select(0, rows) for tensor in self.tensors]
-
-    def _rows_of(self, order: torch.Tensor) -> torch.Tensor:
-        """Return in which row of the tensors each sample is."""
         dataset: Any = self.dataset
         while isinstance(dataset, Subset):
             order = torch.as_tensor(dataset.indices)[order]
             dataset = dataset.dataset
-        return order.where(order >= 0, order + len(dataset)).to(self.tensors[0].device)
+        order = order.to(self.tensors[0].device)
+        # In parts: an epoch with millions of batches does not wait for the last of them to be laid out.
+        for part in torch.split(order, _BATCHES_IN_PART * batch_size) if len(order) else ():
+            part_rows = part.where(part >= 0, part + len(dataset))
+            for rows in torch.split(part_rows, batch_size):
+                yield [tensor.index_select(0, rows) for tensor in self.tensors]
 
 
 def unchanged(batch: Any) -> Any:
