@@ -22,13 +22,14 @@ SEED ?=
 PYTEST_ARGS ?=
 CASES ?=
 ROUNDS ?=
+PEER_ROUNDS ?=
 FRAMEWORKS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 BENCH_VENV := benchmarks/.venv
 BENCH_INSTALL = $(@D)/bin/python -m pip install --disable-pip-version-check --quiet
-BENCH_OPTIONS := $(foreach name,CASES ROUNDS FRAMEWORKS,$(if $($(name)),$(name)=$($(name))))
+BENCH_OPTIONS := $(foreach name,CASES ROUNDS PEER_ROUNDS FRAMEWORKS,$(if $($(name)),$(name)=$($(name))))
 # ruff formats the Python blocks of Markdown too.
 CODE := src tests $(wildcard examples benchmarks) docs README.md
 
@@ -109,7 +110,8 @@ check: format-check lint types test docs
 # With FRAMEWORKS named, what is not installed stays so: `make bench-peers` installs them all.
 bench: $(BENCH_VENV)/own/.stamp $(if $(FRAMEWORKS),,bench-peers)
 	BENCH_OPTIONS="$(strip $(BENCH_OPTIONS))" $(BENCH_VENV)/own/bin/python benchmarks/run.py \
-	  $(if $(CASES),--cases "$(CASES)") $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(FRAMEWORKS),--frameworks "$(FRAMEWORKS)")
+	  $(if $(CASES),--cases "$(CASES)") $(if $(FRAMEWORKS),--frameworks "$(FRAMEWORKS)") \
+	  $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(PEER_ROUNDS),--peer-rounds $(PEER_ROUNDS))
 
 # A peer that cannot be installed is reported as such in the table.
 bench-peers:

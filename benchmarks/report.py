@@ -66,6 +66,8 @@ def markdown(results: dict[str, Any]) -> str:
 def about(results: dict[str, Any]) -> str:
     num_rounds = results["num_rounds"]
     rounds = f"{num_rounds} round{'s' if num_rounds > 1 else ''}"
+    if (num_peer_rounds := results["num_peer_rounds"]) != num_rounds:
+        rounds += f" ({num_peer_rounds} for the other frameworks)"
     return f"`{results['command']}`, {results['date']}, {rounds}, one thread.\n{results['machine']}."
 
 

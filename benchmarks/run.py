@@ -23,7 +23,7 @@ import torch
 import report
 from _cases import CASES
 from _environments import FOLDER, measure, version_of
-from frameworks import FRAMEWORKS
+from frameworks import FRAMEWORKS, HAND_WRITTEN, OURS
 
 SECONDS_PER_PROCESS = 900
 
@@ -38,13 +38,15 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "machine": describe_machine(),
         "num_rounds": arguments.rounds,
+        "num_peer_rounds": min(arguments.rounds, arguments.peer_rounds),
         "cases": arguments.cases,
         "versions": versions,
         "figures": [],
         "errors": {},
     }
+    installed = [name for name, version in versions.items() if version]
     for round_number in range(arguments.rounds):
-        run_round(round_number, arguments.cases, [name for name in versions if versions[name]], results)
+        run_round(round_number, arguments.cases, those_of_round(round_number, installed, arguments), results)
     write(results, arguments.output)
     print(report.markdown(results))
 
@@ -54,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cases", default=",".join(CASES), help="separated by commas (default: all)")
     parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), help="separated by commas (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured (default: 5)")
+    parser.add_argument("--peer-rounds", type=int, help="how often the other frameworks are (default: as often)")
     parser.add_argument("--output", type=Path, default=FOLDER / "results", help="the folder for the results")
     arguments = parser.parse_args()
     for name, known in (("cases", CASES), ("frameworks", FRAMEWORKS)):
@@ -62,9 +65,21 @@ def parse_arguments() -> argparse.Namespace:
         if unknown:
             parser.error(f"--{name}: unknown {', '.join(unknown)}. Known: {', '.join(known)}.")
         setattr(arguments, name, chosen)
-    if arguments.rounds < 1:
-        parser.error(f"--rounds: {arguments.rounds} is less than 1.")
+    if arguments.peer_rounds is None:
+        arguments.peer_rounds = arguments.rounds
+    if arguments.rounds < 1 or arguments.peer_rounds < 0:
+        parser.error("--rounds has to be at least 1, --peer-rounds at least 0.")
     return arguments
+
+
+def those_of_round(round_number: int, installed: list[str], arguments: argparse.Namespace) -> list[str]:
+    """Return the frameworks that are measured in a round; this library and the loop written by hand are in each.
+
+    Example:
+        >>> those_of_round(1, [OURS, "keras"], argparse.Namespace(peer_rounds=1))
+        ['pytorch_accelerated']
+    """
+    return [name for name in installed if name in (HAND_WRITTEN, OURS) or round_number < arguments.peer_rounds]
 
 
 def describe_machine() -> str:

@@ -39,6 +39,7 @@ def results_with(*figures: dict[str, Any]) -> dict[str, Any]:
         "date": "2026-01-01",
         "machine": "a machine",
         "num_rounds": 2,
+        "num_peer_rounds": 1,
         "versions": {"hand_written": "2.0", "pytorch_accelerated": "0.2", "keras": None},
         "figures": [{"at": None, "seconds": None, "baseline": None, **figure} for figure in figures],
         "errors": {"keras A": "ValueError: none"},
@@ -94,6 +95,7 @@ def test_the_table_tells_medians_extremes_and_missed_budgets(load):
     figures = [ratio("pytorch_accelerated", 1.2), ratio("pytorch_accelerated", 1.4), ratio("hand_written", 1.0)]
     text = load("report").markdown(results_with(*figures))
     assert "| 1.300 (1.200 to 1.400) | 1.05 | **no** |" in text
+    assert "2 rounds (1 for the other frameworks)" in text
     assert "| Keras (torch) | not installed |" in text
     assert "- keras A failed: ValueError: none" in text
 
