@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import namedtuple
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -632,6 +634,28 @@ def test_workers_are_reproducible_and_differ_between_epochs(kwargs):
         assert torch.equal(one, other)
     assert not torch.equal(runs[0][0], runs[2][0])
     assert not torch.equal(torch.cat(runs[0][:2]), torch.cat(runs[0][2:]))
+
+
+@pytest.mark.parametrize("is_failing", [False, True])
+@pytest.mark.parametrize("is_persistent", [False, True])
+def test_no_worker_outlives_its_run(is_failing, is_persistent):
+    """Not even while an error is kept, as a notebook does, or the trainer."""
+    seen = []
+
+    def look(trainer, **_):
+        seen.append(len(multiprocessing.active_children()))
+        if is_failing:
+            raise LookupError("of a callback")
+
+    trainer = make_trainer(callbacks=[Probe(on_eval_step_end=look)])
+    kwargs = {"num_workers": 2, "persistent_workers": is_persistent}
+    dl_kwargs = {"train_dataloader_kwargs": kwargs, "eval_dataloader_kwargs": kwargs}
+    with pytest.raises(LookupError) if is_failing else nullcontext() as kept:
+        train(trainer, eval_dataset=make_dataset(8), num_epochs=2, **dl_kwargs)
+    assert seen[0] == (4 if is_persistent else 2)
+    assert multiprocessing.active_children() == []
+    assert len(list(trainer._train_dataloader)) == len(trainer._train_dataloader)
+    del kept
 
 
 def test_a_loader_passed_as_dataset_tells_its_own_batch_size():

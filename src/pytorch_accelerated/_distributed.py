@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from pytorch_accelerated._agreement import PROCESS_TIMEOUT
 from pytorch_accelerated._data import PlacedBatches, RestOfEpoch, rebuild
 from pytorch_accelerated._direct import DirectLoader, is_direct, made_direct
+from pytorch_accelerated._loading import end_workers
 from pytorch_accelerated._rng import derive_seed, seed_generators
 from pytorch_accelerated._sharding import BatchShare, ExactDispatch, has_indices, loader_settings
 
@@ -400,11 +401,13 @@ def skip_batches(accelerator: Accelerator, loader: Any, num_batches: int) -> Any
 
 
 def release(accelerator: Accelerator, *prepared: Any) -> None:
-    """Let Accelerate forget objects it prepared, and only these: the user may have prepared others.
+    """Let Accelerate forget objects it prepared, and only these: the user may have prepared others. Workers end.
 
     `Accelerator.free_memory` forgets all of them and runs a full garbage collection, which can take longer than a run.
     """
     forgotten = [item.loader if isinstance(item, ExactDispatch) else item for item in prepared]
+    for item in forgotten:
+        end_workers(getattr(item, "base_dataloader", item))
     for registry in ("_models", "_optimizers", "_dataloaders", "_schedulers"):
         kept = [item for item in getattr(accelerator, registry, []) if all(item is not o for o in forgotten)]
         setattr(accelerator, registry, kept)

@@ -126,6 +126,15 @@ def deaths_put_off() -> Iterator[None]:
         raise_if_dead(*came[-1])
 
 
+def end_workers(loader: Any) -> None:
+    """Let the persistent workers of a loader end; if its batches are asked for again, it starts others.
+
+    PyTorch lets them live, idle and with their memory, as long as the loader.
+    """
+    if isinstance(loader, DataLoader):
+        loader._iterator = None
+
+
 class WorkerSetup:
     """Prepares a worker for signals that are meant for the run, then calls the user's ``worker_init_fn``.
 

@@ -279,7 +279,6 @@ def test_while_a_run_that_has_failed_ends(tmp_path, monkeypatch):
         _runs.train(trainer, num_workers=2)
     assert killer.pid is not None
     assert _state_folder._held_locks == {}
-    del trainer  # which keeps the workers for its next run
     assert_workers_end()
 
 
