@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pytorch_accelerated._losses import batch_loss, read_batch_output
+from pytorch_accelerated._prediction import model_outputs
 
 INPUTS, TARGETS = torch.arange(6.0).reshape(3, 2), torch.ones(3)
 
@@ -37,6 +38,63 @@ def test_with_a_loss_function_a_batch_is_inputs_and_targets(kind):
 def test_any_other_batch_is_explained(batch):
     with pytest.raises(TypeError, match=r"batch is a .*pair of inputs and targets"):
         batch_loss(lambda inputs: inputs, lambda outputs, targets: outputs, batch)
+
+
+def fail(*args, **kwargs):
+    raise IndexError("too small")
+
+
+@pytest.mark.parametrize(
+    ("compute", "note"),
+    [
+        (lambda: batch_loss(fail, len, (INPUTS, TARGETS)), "The model was called with float32 (3, 2)"),
+        (
+            lambda: batch_loss(lambda inputs: {"logits": inputs.half()}, fail, (INPUTS, TARGETS.long())),
+            "The loss function was called with {'logits': 'float16 (3, 2)'}, int64 (3,)",
+        ),
+        (
+            lambda: batch_loss(fail, None, {"tokens": INPUTS.long(), "names": ["a", "b"]}),
+            "The model was called with tokens=int64 (3, 2), names=['str', 'str']",
+        ),
+        (lambda: batch_loss(fail, None, (INPUTS, 2.0)), "The model was called with float32 (3, 2), float"),
+        (lambda: batch_loss(fail, None, INPUTS > 1), "The model was called with bool (3, 2)"),
+        (lambda: model_outputs(fail, (INPUTS, TARGETS)), "The model was called with float32 (3, 2)"),
+        (lambda: model_outputs(fail, {"a": INPUTS}), "The model was called with a=float32 (3, 2)"),
+    ],
+)
+def test_an_error_of_the_model_or_the_loss_tells_the_shapes(compute, note):
+    with pytest.raises(IndexError, match="too small") as caught:
+        compute()
+    assert caught.value.__notes__ == [note]
+
+
+class Closed(list):
+    """Can be neither copied nor printed."""
+
+    def __iter__(self):
+        raise LookupError
+
+    __repr__ = __iter__
+
+
+def test_the_note_hides_no_error_and_is_not_endless():
+    with pytest.raises(IndexError, match="too small") as caught:
+        batch_loss(fail, len, (Closed(), TARGETS))
+    assert getattr(caught.value, "__notes__", []) == []
+    with pytest.raises(IndexError, match="too small") as caught:
+        batch_loss(fail, len, (["text"] * 1000, TARGETS))
+    assert len(caught.value.__notes__[0]) == 400
+
+
+def test_the_death_of_a_worker_is_not_blamed_on_the_model():
+    """PyTorch raises it at any place."""
+
+    def die(inputs):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    with pytest.raises(RuntimeError, match="is killed") as caught:
+        batch_loss(die, len, (INPUTS, TARGETS))
+    assert not hasattr(caught.value, "__notes__")
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from pytorch_accelerated._data import find_batch_size
+import torch
+
+from pytorch_accelerated._data import find_batch_size, rebuild
+from pytorch_accelerated._loading import is_death_of_worker
 from pytorch_accelerated._validation import check_is_one_number, raise_bad_batch_output
+from pytorch_accelerated.exceptions import add_note
+
+_LONGEST_NOTE = 400  # characters
 
 
 def batch_loss(model: Callable[..., Any], loss_func: Callable[..., Any] | None, batch: Any) -> dict[str, Any]:
@@ -34,9 +41,9 @@ def batch_loss(model: Callable[..., Any], loss_func: Callable[..., Any] | None, 
             "or pass `loss_func=None` if the model returns its loss."
         )
     inputs, targets = batch[0], batch[1]
-    model_outputs = model(inputs)
+    model_outputs = call_model(model, inputs)
     return {
-        "loss": loss_func(model_outputs, targets),
+        "loss": _call("The loss function", loss_func, model_outputs, targets),
         "model_outputs": model_outputs,
         "batch_size": find_batch_size(inputs),
     }
@@ -46,11 +53,11 @@ def _loss_of_model(model: Callable[..., Any], batch: Any) -> dict[str, Any]:
     if is_dataclass(batch) and not isinstance(batch, type):
         batch = {field.name: getattr(batch, field.name) for field in fields(batch)}
     if isinstance(batch, Mapping):
-        model_outputs = model(**batch)
+        model_outputs = call_model(model, **batch)
     elif isinstance(batch, (tuple, list)):
-        model_outputs = model(*batch)
+        model_outputs = call_model(model, *batch)
     else:
-        model_outputs = model(batch)
+        model_outputs = call_model(model, batch)
     loss = getattr(model_outputs, "loss", None)
     if loss is None and isinstance(model_outputs, Mapping):
         loss = model_outputs.get("loss")
@@ -61,6 +68,35 @@ def _loss_of_model(model: Callable[..., Any], batch: Any) -> dict[str, Any]:
             "Otherwise pass a `loss_func`."
         )
     return {"loss": loss, "model_outputs": model_outputs, "batch_size": find_batch_size(batch)}
+
+
+def call_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a model; if it fails, the error tells by what arguments."""
+    return _call("The model", model, *args, **kwargs)
+
+
+def _call(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        if not is_death_of_worker(error):
+            with suppress(Exception):  # the user's types may fail to be copied or printed
+                given = [*map(str, map(_outline, args)), *(f"{key}={_outline(kwargs[key])}" for key in kwargs)]
+                add_note(error, f"{name} was called with {', '.join(given)}"[:_LONGEST_NOTE])
+        raise
+
+
+def _outline(value: Any) -> Any:
+    """Return types and shapes in place of the tensors of a batch.
+
+    Example:
+        >>> _outline((torch.zeros(8, 4), [torch.arange(3), "cat"]))
+        ('float32 (8, 4)', ['int64 (3,)', 'str'])
+    """
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    outline = rebuild(value, _outline)
+    return type(value).__name__ if outline is value else outline
 
 
 def read_batch_output(batch_output: Any, hook: str) -> tuple[Any, int]:

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 
 from pytorch_accelerated._data import move_to_device
+from pytorch_accelerated._losses import call_model
 
 
 def model_outputs(model: Any, batch: Any) -> Any:
     """Call a model with the inputs of a batch: all of a mapping, the first item of a tuple or list, or the batch."""
     if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(batch[0])
-    return model(batch)
+        return call_model(model, **batch)
+    return call_model(model, batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def on_host(outputs: Any) -> Any:
