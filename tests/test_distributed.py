@@ -145,6 +145,8 @@ def test_another_precision_than_that_of_the_process_is_explained(accelerator):
         _distributed.create_accelerator(None, "bf16")
     with pytest.raises(ValueError, match=r"'bf16', but this process"):
         _distributed.create_accelerator({"mixed_precision": "bf16"}, None)
+    with pytest.raises(ValueError, match=r"bfloat16.*'fp16', 'bf16'"):
+        _distributed.create_accelerator(None, "bfloat16")
 
 
 FIRST = """

@@ -130,6 +130,19 @@ def test_a_folder_that_cannot_be_made_is_an_error_that_names_the_path(tmp_path):
         _files.save_file({"a": 1}, tmp_path / "file" / "model.pt")
 
 
+def test_whether_a_file_can_be_written_is_known_before_there_is_anything_to_write(tmp_path):
+    path = tmp_path / "folder" / "model.pt"
+    _files.check_can_write(path)
+    assert list(tmp_path.rglob("*")) == [path.parent]
+    path.write_text("old")
+    _files.check_can_write(path)
+    assert path.read_text() == "old"
+    with pytest.raises(CheckpointError, match=r"saved as '.*model.pt/model.pt'.*path of a file in a folder"):
+        _files.check_can_write(path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"saved as '.*folder': .*[Dd]irectory"):
+        _files.check_can_write(path.parent)
+
+
 @pytest.fixture
 def _group_may_read():
     umask = os.umask(0o022)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -147,3 +148,13 @@ def test_the_weight_of_a_batch_is_its_items_or_else_its_size():
 def test_an_output_that_lacks_something_is_explained(output, error, words):
     with pytest.raises(error, match=words):
         read_batch_output(output, "hook")
+
+
+def test_a_loss_alone_is_explained_without_a_warning_of_pytorch():
+    torch.set_warn_always(True)  # else it warns of such an index once in a process
+    try:
+        with warnings.catch_warnings(record=True) as caught, pytest.raises(TypeError, match="of type Tensor"):
+            read_batch_output(torch.tensor(0.5), "hook")
+    finally:
+        torch.set_warn_always(False)
+    assert caught == []

@@ -10,7 +10,7 @@ import torch
 
 from pytorch_accelerated._data import rebuild
 from pytorch_accelerated._distributed import is_sharded
-from pytorch_accelerated._files import load_file, save_file
+from pytorch_accelerated._files import check_can_write, load_file, save_file
 from pytorch_accelerated._together import done_by_all
 from pytorch_accelerated.exceptions import CheckpointError
 
@@ -57,6 +57,16 @@ def save_checkpoint(
     """
     is_writer = accelerator.is_local_main_process if is_per_node else accelerator.is_main_process
     done_by_all(lambda: save_file(checkpoint, path) if is_writer else None, accelerator.num_processes)
+
+
+def check_save_path(path: str | os.PathLike[str], accelerator: Accelerator) -> None:
+    """Raise at the start of a run if a checkpoint could not be saved later. Must be called on every process.
+
+    Raises:
+        CheckpointError: It could not be written, on this process or another.
+    """
+    is_writer = accelerator.is_local_main_process
+    done_by_all(lambda: check_can_write(path) if is_writer else None, accelerator.num_processes)
 
 
 def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, PrecisionType, broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 
 from pytorch_accelerated._agreement import PROCESS_TIMEOUT
@@ -213,11 +213,11 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
     try:
         accelerator = Accelerator(**settings)
     except ValueError as error:
-        current = AcceleratorState._shared_state.get("_mixed_precision")
-        if current is None or settings.get("mixed_precision") in (None, current):
+        current, asked = AcceleratorState._shared_state.get("_mixed_precision"), settings.get("mixed_precision")
+        if current in (None, asked) or asked not in PrecisionType.list():
             raise
         raise ValueError(
-            f"`mixed_precision` is {settings['mixed_precision']!r}, but this process already uses {current!r}: "
+            f"`mixed_precision` is {asked!r}, but this process already uses {current!r}: "
             "Accelerate keeps one setting for all accelerators of a process. Restart it (in a notebook, the kernel), "
             "or leave `mixed_precision` out to go on with the present one."
         ) from error

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import tempfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping
@@ -58,6 +59,26 @@ def save_file(contents: Mapping[str, Any], path: str | os.PathLike[str]) -> None
         raise CheckpointError(
             f"The checkpoint {str(path)!r} could not be written: {error}. What was saved there before is untouched. "
             "Check that the folder is writable and the disk has room."
+        ) from error
+
+
+def check_can_write(path: str | os.PathLike[str]) -> None:
+    """Make the folder of a file to come, and raise if the file could not be written.
+
+    Raises:
+        CheckpointError: It could not.
+    """
+    path = Path(path)
+    try:
+        make_folder(path.parent)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"No checkpoint can be saved as {str(path)!r}: {error}. Give the path of a file in a folder that can be "
+            "written to."
         ) from error
 
 

@@ -113,6 +113,8 @@ def read_batch_output(batch_output: Any, hook: str) -> tuple[Any, int]:
         TypeError: It is no mapping.
         ValueError: ``loss`` or ``batch_size`` is missing, or the loss is not one number.
     """
+    if isinstance(batch_output, torch.Tensor):
+        raise_bad_batch_output(batch_output, hook)
     try:
         loss = batch_output["loss"]
         batch_size = batch_output["batch_size"]

@@ -25,12 +25,24 @@ from pytorch_accelerated.callbacks import (
     StopTrainingError,
     TrainerCallback,
 )
+from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.schedulers import CosineLrScheduler
 
 NAN = float("nan")
 
 
 # --- the best model ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("callback", [SaveBestModelCallback, ModelEmaCallback])
+def test_a_path_that_cannot_be_written_is_an_error_before_the_training(tmp_path, callback):
+    """Not at its end, when there is something to lose."""
+    (tmp_path / "file").touch()
+    recorder = EventRecorder()
+    trainer = make_trainer(callbacks=[recorder, callback(save_path=tmp_path / "file" / "model.pt")])
+    with pytest.raises(CheckpointError, match=r"file/model.pt"):
+        trainer.train(make_dataset(8), 1, eval_dataset=make_dataset(4))
+    assert "on_train_step_start" not in recorder.log
 
 
 class RememberWeights(TrainerCallback):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytorch_accelerated._checkpointing import check_save_path
 from pytorch_accelerated._distributed import is_sharded
 from pytorch_accelerated._ema import ModelEma
 from pytorch_accelerated._stopping import is_better
@@ -92,12 +93,14 @@ class ModelEmaCallback(TrainerCallback):
 
         Raises:
             RuntimeError: The model is sharded over processes, so that no process could hold the average.
+            CheckpointError: Nothing can be saved at the path.
         """
         if is_sharded(trainer._accelerator):
             raise RuntimeError(
                 f"`{type(self).__name__}` needs the whole model on each process, but FSDP or DeepSpeed has "
                 "split it. Use plain data parallelism, or leave out the callback."
             )
+        check_save_path(self.save_path, trainer._accelerator)
         self.ema_model = self.model_ema(self._plain_model(trainer), self.decay)
         self._initial_numbers = _numbers(self.ema_model)
         self.best_metric = self.best_metric_epoch = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytorch_accelerated._checkpointing import check_save_path
 from pytorch_accelerated._distributed import is_sharded
 from pytorch_accelerated._state_folder import Retention, claim_folder, find_newest_state, release_folder, rotate
 from pytorch_accelerated._states import check_num_processes, open_state
@@ -66,8 +67,14 @@ class SaveBestModelCallback(TrainerCallback):
         self._has_saved = False
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Check the metric's name, and forget the best model of an earlier run."""
+        """Check the metric's name and the path, and forget the best model of an earlier run.
+
+        Raises:
+            ValueError: There will be no such metric.
+            CheckpointError: Nothing can be saved there.
+        """
         check_watched_metric(trainer, self.watch_metric, type(self).__name__)
+        check_save_path(self.save_path, trainer._accelerator)
         if trainer.is_resumed:
             self._check_saved_model()
             return
