@@ -153,8 +153,10 @@ def test_an_output_that_lacks_something_is_explained(output, error, words):
 def test_a_loss_alone_is_explained_without_a_warning_of_pytorch():
     torch.set_warn_always(True)  # else it warns of such an index once in a process
     try:
-        with warnings.catch_warnings(record=True) as caught, pytest.raises(TypeError, match="of type Tensor"):
-            read_batch_output(torch.tensor(0.5), "hook")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with pytest.raises(TypeError, match="of type Tensor"):
+                read_batch_output(torch.tensor(0.5), "hook")
     finally:
         torch.set_warn_always(False)
     assert caught == []
