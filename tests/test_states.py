@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, IterableDataset
 
+import _golden
 from _saved import (
     assert_equal,
     bytes_in,
@@ -211,12 +212,13 @@ def test_a_full_disk_leaves_the_old_state_and_no_rest(tmp_path, is_replacing):
     assert names_in(tmp_path) == (["state"] if is_replacing else [])
 
 
-@pytest.mark.parametrize("limit", [100, 1000, 5000, 16000])
-def test_a_limit_on_the_size_of_files_is_an_error_that_names_path_and_reason(tmp_path, limit):
+@pytest.mark.parametrize("share", [0.005, 0.05, 0.3, 0.95])
+def test_a_limit_on_the_size_of_files_is_an_error_that_names_path_and_reason(tmp_path, share):
     """It meets the writers of safetensors and PyTorch, which are not Python, too, at one file or another."""
     trainer = make_state_trainer()
     trainer.save_training_state(tmp_path / "state", {"number": 1})
     before = bytes_in(tmp_path)
+    limit = int(share * max(len(content) for content in before.values()))
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, former[1]))
     try:
@@ -224,7 +226,7 @@ def test_a_limit_on_the_size_of_files_is_an_error_that_names_path_and_reason(tmp
             trainer.save_training_state(tmp_path / "state", {"number": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
-    if limit < 1000:
+    if share < 0.05:
         assert "File too large" in str(caught.value)
     assert bytes_in(tmp_path) == before
     assert trainer.load_training_state(tmp_path / "state")["number"] == 1
@@ -576,12 +578,14 @@ def test_a_state_of_the_first_format_resumes_as_it_did(golden):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it was saved by the versions of its day
         train_as_golden(resumed, resume_from="latest")
+    assert resumed.progress == whole.progress
+    assert resumed.callback_handler.callbacks[1]._num_steps == 15
+    if not _golden.draws_as_then():
+        pytest.skip("the rest of the run draws other numbers with this PyTorch")
     torch.testing.assert_close(weights_of(resumed.model), weights_of(whole.model))
     for name in ("train_loss_epoch", "eval_loss_epoch"):
         values = (trainer.run_history.get_metric_values(name) for trainer in (resumed, whole))
         assert next(values) == pytest.approx(next(values))
-    assert resumed.progress == whole.progress
-    assert resumed.callback_handler.callbacks[1]._num_steps == 15
 
 
 def test_a_state_of_the_first_format_tells_its_position_and_metrics(golden):

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping
@@ -106,6 +107,18 @@ def load_file(path: str | os.PathLike[str], *, is_mapped: bool = False) -> dict[
             f"The checkpoint {str(path)!r} could not be read: {error}. It is damaged, or holds Python objects other "
             "than tensors, numbers, strings and containers of them, which are not loaded because that could run code."
         ) from error
+
+
+def check_is_complete(path: Path) -> None:
+    """Raise if the end of a file is missing that `torch.save` wrote by its name.
+
+    Where that is C++ of an older PyTorch, it does not notice that a disk had no room for the last part.
+
+    Raises:
+        RuntimeError: It is missing.
+    """
+    if not zipfile.is_zipfile(path):
+        raise RuntimeError(f"the end of {path.name!r} is missing")
 
 
 def as_plain(value: Any, place: str = "") -> Any:

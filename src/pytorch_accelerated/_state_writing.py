@@ -18,7 +18,14 @@ from torch import distributed
 
 from pytorch_accelerated._agreement import PROCESS_TIMEOUT
 from pytorch_accelerated._background import BackgroundWriter, HostMemory
-from pytorch_accelerated._files import flush_to_disk, make_folder, repair_folder, replace_folder, temporary_of
+from pytorch_accelerated._files import (
+    check_is_complete,
+    flush_to_disk,
+    make_folder,
+    repair_folder,
+    replace_folder,
+    temporary_of,
+)
 from pytorch_accelerated._loading import deaths_put_off, is_death_of_worker
 from pytorch_accelerated._manifest import facts_of_file, write_manifest
 from pytorch_accelerated._state_folder import Lineage
@@ -28,6 +35,7 @@ from pytorch_accelerated.exceptions import CheckpointError, add_note
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_SUFFIXES_OF_TORCH_SAVE = (".pt", ".bin", ".pkl")
 _checksum_option = threading.Lock()
 
 
@@ -168,6 +176,9 @@ def write_state(
 
     def commit() -> None:
         if is_main:
+            for path in temporary.rglob("*"):
+                if path.suffix in _SUFFIXES_OF_TORCH_SAVE and path.name not in sealed:  # Accelerate wrote it
+                    check_is_complete(path)
             generation, number = lineage.take_number(target.parent)
             write_manifest(temporary, {**state.facts, "generation": generation, "number": number}, sealed)
             replace_folder(target)
@@ -210,6 +221,7 @@ def _write_file(path: Path, contents: Any) -> None:
     try:
         with _without_checksums_of_pytorch():
             torch.save(contents, str(path))  # given a file object, it would hold up the other threads
+        check_is_complete(path)
     except RuntimeError:
         # PyTorch does not say why the system refused; Python does.
         with path.open("ab", buffering=0) as file:

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -48,7 +49,7 @@ def check_positive_integer(name: str, value: Any, unit: str) -> None:
         ValueError: It is below 1.
     """
     try:
-        if isinstance(value, bool):
+        if isinstance(value, (bool, np.bool_)):
             raise TypeError  # noqa: TRY301 - the one message below serves both
         number = operator.index(value)
     except TypeError as error:
