@@ -16,6 +16,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 TESTS ?=
 KILLS ?= 200
 SEED ?=
@@ -26,7 +27,7 @@ PEER_ROUNDS ?=
 FRAMEWORKS ?=
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS)
 BENCH_VENV := benchmarks/.venv
 BENCH_INSTALL = $(@D)/bin/python -m pip install --disable-pip-version-check --quiet
 BENCH_OPTIONS := $(foreach name,CASES ROUNDS PEER_ROUNDS FRAMEWORKS,$(if $($(name)),$(name)=$($(name))))
@@ -59,17 +60,17 @@ $(VENV)/.stamp-venv:
 	@touch $@
 
 # A bigger set of extras contains the smaller one, but each is installed only when its target is asked for.
-$(VENV)/.stamp-examples: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+$(VENV)/.stamp-examples: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
 	@echo "Installing the package and what the examples need into $(VENV) (PyTorch is large; minutes on a slow line)"
 	$(INSTALL) --editable '.[examples]'
 	@touch $@
 
-$(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+$(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
 	@echo "Installing the package and the development tools into $(VENV) (PyTorch is large; minutes on a slow line)"
 	$(INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/.stamp-examples
 
-$(VENV)/.stamp-docs: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+$(VENV)/.stamp-docs: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
 	@echo "Installing the package and the documentation tools into $(VENV)"
 	$(INSTALL) --editable '.[docs]'
 	@touch $@
