@@ -6,7 +6,6 @@ Bits may differ from machine to machine and from one PyTorch to the next, so val
 from __future__ import annotations
 
 import json
-import shutil
 import warnings
 
 import pytest
@@ -24,7 +23,7 @@ FORMATS = range(2, FORMAT_VERSION + 1)
 def golden(request, tmp_path):
     """The format, the folder with the state, and how the run ended that saved it."""
     name = f"training_state_format_{request.param}"
-    shutil.unpack_archive(_golden.DATA / f"{name}.tar.xz", tmp_path)
+    _golden.unpack(_golden.DATA / f"{name}.tar.xz", tmp_path)
     return request.param, tmp_path, json.loads((_golden.DATA / f"{name}.json").read_text())
 
 

@@ -560,7 +560,7 @@ def test_all_that_a_run_has_for_callbacks_can_take_a_refusal(state):
 @pytest.fixture
 def golden(tmp_path):
     """A state in the first format, saved after the eighth step: within the second epoch, and a window."""
-    shutil.unpack_archive(GOLDEN_STATE, tmp_path)
+    _golden.unpack(GOLDEN_STATE, tmp_path)
     return tmp_path / "step_8"
 
 

@@ -254,7 +254,7 @@ def test_losses_of_any_precision_and_of_one_element_count_as_they_are(dtype):
     tracker = LossTracker()
     for loss in losses:
         tracker.update(loss)
-    assert tracker.average == sum(loss.double().item() for loss in losses) / 3
+    assert tracker.average == pytest.approx(sum(loss.double().item() for loss in losses) / 3, rel=1e-15)
 
 
 @pytest.mark.parametrize("bad_index", [0, 5, 63, 64, 65, MANY - 1])
