@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
 
 from _processes import launch
 
-pytestmark = pytest.mark.distributed
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(
+        "fsdp_version" not in inspect.signature(FullyShardedDataParallelPlugin).parameters,
+        reason="the second FSDP came to Accelerate after its lowest version that is supported",
+    ),
+]
 
 CASES = Path(__file__).with_name("_sharded_cases.py")
 TIMEOUT_SECONDS = 150
