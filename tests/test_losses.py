@@ -69,6 +69,15 @@ def test_an_error_of_the_model_or_the_loss_tells_the_shapes(compute, note):
     assert caught.value.__notes__ == [note]
 
 
+def test_the_keys_of_a_batch_may_be_any_names():
+    def of_all(model, name, function, args):
+        return {"loss": model + name + function + args}
+
+    batch = {name: torch.tensor([float(value)]) for value, name in enumerate(("model", "name", "function", "args"))}
+    assert batch_loss(of_all, None, batch)["loss"] == 6
+    assert model_outputs(of_all, batch)["loss"] == 6
+
+
 class Closed(list):
     """Can be neither copied nor printed."""
 

@@ -285,3 +285,12 @@ def test_a_file_of_accelerate_whose_end_is_lost_is_not_saved(tmp_path, file):
     with pytest.raises(CheckpointError, match=rf"the end of '{file}' is missing"):
         _state_writing.write_state(tmp_path / "state", contents, lineage=Lineage(), is_main=True, num_processes=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_accelerate_in_the_former_format_is_saved(tmp_path):
+    def save_shards(folder):
+        torch.save({"a": torch.ones(3)}, folder / "optimizer.bin", _use_new_zipfile_serialization=False)
+
+    contents = CollectedState(files={}, own_files={}, facts={}, save_shards=save_shards)
+    _state_writing.write_state(tmp_path / "state", contents, lineage=Lineage(), is_main=True, num_processes=1)
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["manifest.json", "optimizer.bin"]

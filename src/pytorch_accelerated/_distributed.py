@@ -401,13 +401,13 @@ def skip_batches(accelerator: Accelerator, loader: Any, num_batches: int) -> Any
 
 
 def release(accelerator: Accelerator, *prepared: Any) -> None:
-    """Let Accelerate forget objects it prepared, and only these: the user may have prepared others. Workers end.
+    """Let workers end, and Accelerate forget objects it prepared, and only these: the user may have prepared others.
 
     `Accelerator.free_memory` forgets all of them and runs a full garbage collection, which can take longer than a run.
     """
     forgotten = [item.loader if isinstance(item, ExactDispatch) else item for item in prepared]
     for item in forgotten:
-        end_workers(getattr(item, "base_dataloader", item))
+        end_workers(item)
     for registry in ("_models", "_optimizers", "_dataloaders", "_schedulers"):
         kept = [item for item in getattr(accelerator, registry, []) if all(item is not o for o in forgotten)]
         setattr(accelerator, registry, kept)

@@ -121,6 +121,12 @@ def check_is_complete(path: Path) -> None:
         raise RuntimeError(f"the end of {path.name!r} is missing")
 
 
+def begins_as_archive(path: Path) -> bool:
+    """Tell whether a file begins as those do that `torch.save` writes by default: as a zip archive."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def as_plain(value: Any, place: str = "") -> Any:
     """Return what can be stored and read back without running code, in nested containers too.
 

@@ -132,7 +132,7 @@ def end_workers(loader: Any) -> None:
     PyTorch lets them live, idle and with their memory, as long as the loader.
     """
     if isinstance(loader, DataLoader):
-        loader._iterator = None
+        getattr(loader, "base_dataloader", loader)._iterator = None  # Accelerate's are around the one that has them
 
 
 class WorkerSetup:

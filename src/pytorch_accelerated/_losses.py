@@ -70,12 +70,12 @@ def _loss_of_model(model: Callable[..., Any], batch: Any) -> dict[str, Any]:
     return {"loss": loss, "model_outputs": model_outputs, "batch_size": find_batch_size(batch)}
 
 
-def call_model(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def call_model(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """Call a model; if it fails, the error tells by what arguments."""
     return _call("The model", model, *args, **kwargs)
 
 
-def _call(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _call(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     try:
         return function(*args, **kwargs)
     except Exception as error:

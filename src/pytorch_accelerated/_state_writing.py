@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +19,7 @@ from torch import distributed
 from pytorch_accelerated._agreement import PROCESS_TIMEOUT
 from pytorch_accelerated._background import BackgroundWriter, HostMemory
 from pytorch_accelerated._files import (
+    begins_as_archive,
     check_is_complete,
     flush_to_disk,
     make_folder,
@@ -176,9 +177,7 @@ def write_state(
 
     def commit() -> None:
         if is_main:
-            for path in temporary.rglob("*"):
-                if path.suffix in _SUFFIXES_OF_TORCH_SAVE and path.name not in sealed:  # Accelerate wrote it
-                    check_is_complete(path)
+            _check_files_of_others(temporary, sealed)
             generation, number = lineage.take_number(target.parent)
             write_manifest(temporary, {**state.facts, "generation": generation, "number": number}, sealed)
             replace_folder(target)
@@ -192,6 +191,16 @@ def write_state(
         if is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _check_files_of_others(directory: Path, own_files: Iterable[str]) -> None:
+    """Raise if the end of a file is missing that Accelerate, or what it calls, wrote by `torch.save`.
+
+    Files in the format from before PyTorch 1.6 do not show it.
+    """
+    for path in directory.rglob("*"):
+        if path.suffix in _SUFFIXES_OF_TORCH_SAVE and path.name not in own_files and begins_as_archive(path):
+            check_is_complete(path)
 
 
 def _write_files(directory: Path, files: Mapping[str, Any]) -> dict[str, Any]:
