@@ -1,4 +1,4 @@
-"""The run whose state is kept in `tests/data`, so that later versions of the library show that they can go on from it.
+"""The run whose state is kept in `tests/golden_states`, so that later versions of the library show that they can go on from it.
 
 Run as a script, this makes the files of the current format, which are never to be made again once it is released:
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from _support import make_dataset
 from pytorch_accelerated import Trainer
-from pytorch_accelerated._manifest import FORMAT_VERSION
+from pytorch_accelerated._checkpoint.manifest import FORMAT_VERSION
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
     ModelEmaCallback,
@@ -29,7 +29,7 @@ from pytorch_accelerated.callbacks import (
 )
 from pytorch_accelerated.schedulers import CosineLrScheduler
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "golden_states"
 STEP = 8
 """After so many steps the state was saved: within the second epoch of five steps, and within a window of two."""
 

@@ -17,8 +17,9 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import TensorDataset
 
 from _support import Probe, Samples, weights_of
-from pytorch_accelerated import Trainer, TrainerPlaceholderValues, _distributed
+from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated import trainer as trainer_module
+from pytorch_accelerated._distributed import accelerator as accelerator_module
 from pytorch_accelerated.schedulers import CosineLrScheduler
 
 IN_ORDER = {"shuffle": False}
@@ -151,9 +152,9 @@ def table_of(differences: dict[tuple[Any, ...], tuple[float, float]], num_proces
 def general_way() -> Iterator[None]:
     """Let nothing be direct: optimizer, loaders and backward pass are Accelerate's own."""
     with (
-        mock.patch.object(trainer_module, "is_direct", return_value=False),
-        mock.patch.object(_distributed, "is_direct", return_value=False),
-        mock.patch.object(_distributed, "DirectLoader", DataLoaderShard),
+        mock.patch.object(trainer_module, "can_use_fast_path", return_value=False),
+        mock.patch.object(accelerator_module, "can_use_fast_path", return_value=False),
+        mock.patch.object(accelerator_module, "FastPathLoader", DataLoaderShard),
     ):
         yield
 
@@ -191,7 +192,7 @@ def points_where_the_ways_differ() -> list[Any]:
         *direct, used = run_of(point, make_optimizer, **kwargs)
         with general_way():
             *general, used_by_general = run_of(point, make_optimizer, **kwargs)
-        assert (used, used_by_general) == ("DirectOptimizer", "AcceleratedOptimizer")
+        assert (used, used_by_general) == ("FastPathOptimizer", "AcceleratedOptimizer")
         if not are_equal(direct, general):
             different.append((name, *point))
     return different

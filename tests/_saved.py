@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from _support import make_dataset
-from pytorch_accelerated import Trainer, _manifest
-from pytorch_accelerated._manifest import MANIFEST, TRAINER_STATE, process_file
+from pytorch_accelerated import Trainer
+from pytorch_accelerated._checkpoint import manifest as manifest_module
+from pytorch_accelerated._checkpoint.manifest import MANIFEST, TRAINER_STATE, process_file
 from pytorch_accelerated.progress import TrainingProgress
 
 
@@ -27,7 +28,7 @@ def make_up_state(path: Path, *, epochs: int = 0, batches: int = 0, num_processe
     position = TrainingProgress(num_epochs_completed=epochs, num_batches_in_epoch=batches)
     defaults = {"metrics": {}, "settings": {}, "generation": 0, "number": 0}
     facts = {"num_processes": num_processes, "position": asdict(position), **defaults, **facts}
-    _manifest.write_manifest(path, facts)
+    manifest_module.write_manifest(path, facts)
     return path
 
 
@@ -36,7 +37,7 @@ def rewrite_manifest(path: Path, **changes: Any) -> None:
     manifest = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).unlink()
     kept = ("num_processes", "position", "metrics", "settings", "generation", "number", "versions")
-    _manifest.write_manifest(path, {**{name: manifest[name] for name in kept}, **changes})
+    manifest_module.write_manifest(path, {**{name: manifest[name] for name in kept}, **changes})
 
 
 def names_in(folder: Path) -> list[str]:

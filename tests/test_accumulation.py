@@ -55,11 +55,11 @@ def test_windows_do_not_know_of_each_other():
 # --- with a usual weight, as of several processes ---------------------------------------------------------------------
 
 
-def effective_weights_of_processes(weights_by_process, num_expected, usual_weight):
+def effective_weights_of_processes(weights_by_process, num_expected, nominal_weight):
     """Return what each batch's gradient is multiplied by in the end, the average over the processes included."""
     windows = [AccumulationWindow() for _ in weights_by_process]
     shares = [
-        [window.add(weight, num_expected, usual_weight) for weight in weights]
+        [window.add(weight, num_expected, nominal_weight) for weight in weights]
         for window, weights in zip(windows, weights_by_process, strict=True)
     ]
     total = float(sum(window.total for window in windows))
@@ -73,7 +73,7 @@ def effective_weights_of_processes(weights_by_process, num_expected, usual_weigh
 
 
 @pytest.mark.parametrize("kind", [float, lambda weight: torch.tensor(float(weight))])
-@pytest.mark.parametrize("usual_weight", [8.0, 1.0, 3.0])
+@pytest.mark.parametrize("nominal_weight", [8.0, 1.0, 3.0])
 @pytest.mark.parametrize(
     "weights",
     [
@@ -87,10 +87,10 @@ def effective_weights_of_processes(weights_by_process, num_expected, usual_weigh
     ],
 )
 @pytest.mark.parametrize("num_missing", [0, 1])
-def test_each_batch_of_each_process_has_its_share(weights, usual_weight, num_missing, kind):
+def test_each_batch_of_each_process_has_its_share(weights, nominal_weight, num_missing, kind):
     """Also if the window turns out shorter than was thought when it began."""
     of_kind = [[kind(weight) for weight in own] for own in weights]
-    effective = effective_weights_of_processes(of_kind, len(weights[0]) + num_missing, usual_weight)
+    effective = effective_weights_of_processes(of_kind, len(weights[0]) + num_missing, nominal_weight)
     flat = [weight for own in weights for weight in own]
     assert effective == pytest.approx([weight / sum(flat) for weight in flat], rel=1e-6)
 
@@ -101,45 +101,45 @@ def test_processes_without_any_item_give_no_gradient_and_no_nan():
 
 def test_equal_full_batches_of_several_processes_cost_no_correction():
     window = AccumulationWindow()
-    assert [window.add(8, 1, usual_weight=8.0), window.close(24.0, num_processes=3)] == [None, None]
-    assert [window.add(8, 2, usual_weight=8.0) for _ in range(2)] == [0.5, 0.5]
+    assert [window.add(8, 1, nominal_weight=8.0), window.close(24.0, num_processes=3)] == [None, None]
+    assert [window.add(8, 2, nominal_weight=8.0) for _ in range(2)] == [0.5, 0.5]
     assert window.close(48.0, num_processes=3) is None
 
 
 def test_a_window_of_one_batch_is_corrected_if_another_process_had_another_weight():
     window = AccumulationWindow()
-    assert window.add(8, 1, usual_weight=8.0) is None
+    assert window.add(8, 1, nominal_weight=8.0) is None
     assert window.close(12.0, num_processes=2) == pytest.approx(16 / 12)
 
 
-@pytest.mark.parametrize("usual_weight", [None, 8.0])
-def test_the_total_is_that_of_the_open_window(usual_weight):
+@pytest.mark.parametrize("nominal_weight", [None, 8.0])
+def test_the_total_is_that_of_the_open_window(nominal_weight):
     window = AccumulationWindow()
     assert window.total == 0
     totals = []
     for weight in (8, 3, 0.5):
-        window.add(weight, 3, usual_weight)
+        window.add(weight, 3, nominal_weight)
         totals.append(window.total)
     assert totals == [8, 11, 11.5]
     window.close()
     assert window.total == 0
-    window.add(torch.tensor(2), 3, usual_weight)
-    window.add(torch.tensor(3), 3, usual_weight)
+    window.add(torch.tensor(2), 3, nominal_weight)
+    window.add(torch.tensor(3), 3, nominal_weight)
     assert isinstance(window.total, torch.Tensor)
     assert window.total.item() == 5
     window.reset()
     assert window.total == 0
 
 
-@pytest.mark.parametrize("usual_weight", [None, 8.0])
+@pytest.mark.parametrize("nominal_weight", [None, 8.0])
 @pytest.mark.parametrize("num_done", [0, 1, 2])
-def test_an_open_window_goes_on_from_its_state(num_done, usual_weight):
+def test_an_open_window_goes_on_from_its_state(num_done, nominal_weight):
     weights = [5, 2, 9]
     windows = [AccumulationWindow(), AccumulationWindow()]
     for weight in weights[:num_done]:
-        windows[0].add(weight, 3, usual_weight)
+        windows[0].add(weight, 3, nominal_weight)
     windows[1].load_state_dict(windows[0].state_dict())
-    shares = [[window.add(weight, 3, usual_weight) for weight in weights[num_done:]] for window in windows]
+    shares = [[window.add(weight, 3, nominal_weight) for weight in weights[num_done:]] for window in windows]
     assert shares[0] == shares[1]
     assert windows[0].total == windows[1].total == 16
     assert windows[0].close() == windows[1].close() is not None

@@ -13,7 +13,7 @@ import torch
 
 import _golden
 from _saved import names_in
-from pytorch_accelerated._manifest import FORMAT_VERSION, read_manifest
+from pytorch_accelerated._checkpoint.manifest import FORMAT_VERSION, read_manifest
 from pytorch_accelerated.states import verify_state
 
 FORMATS = range(2, FORMAT_VERSION + 1)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 from _support import Probe, Samples, make_dataset, make_trainer
-from pytorch_accelerated import Trainer, _monitor, callbacks
+from pytorch_accelerated import Trainer, _loss_monitor, callbacks
 from pytorch_accelerated.callbacks import EVENTS, TrainerCallback, get_default_callbacks
 from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
 
@@ -133,7 +133,7 @@ def assert_no_reads(readers):
 
 @pytest.fixture
 def no_log_point(monkeypatch):
-    monkeypatch.setattr(_monitor, "SECONDS_BETWEEN_LOG_POINTS", float("inf"))
+    monkeypatch.setattr(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", float("inf"))
 
 
 # --- the watch ---------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_no_callback_reads_in_a_step(no_log_point, tmp_path, name):
 @pytest.mark.parametrize("dataset", [DATASET, Samples(DATASET)], ids=["whole batches", "single samples"])
 def test_a_log_point_reads_the_mean_once_for_all_callbacks(monkeypatch, dataset):
     """With one after each step; the last of a pass lies behind its last step."""
-    monkeypatch.setattr(_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
+    monkeypatch.setattr(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
     num_passes = 2 * NUM_EPOCHS + 1
     assert Counter(readers_in(get_default_callbacks(), dataset=dataset)) == {
         "LossMonitor.look by __float__": num_passes * (NUM_STEPS - 1)

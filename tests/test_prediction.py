@@ -11,7 +11,8 @@ from torch import nn
 from _numbers import EVALUATED_LENGTHS, evaluations, expected_evaluations
 from _support import Batches, Samples, make_dataset, make_indexed_dataset, make_model, make_trainer
 from pytorch_accelerated import Trainer
-from pytorch_accelerated._prediction import concatenate, model_outputs, on_host
+from pytorch_accelerated._nested import concatenate, on_host
+from pytorch_accelerated._step import model_outputs
 
 Pair = namedtuple("Pair", ["left", "right"])
 

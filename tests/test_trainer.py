@@ -45,7 +45,9 @@ from _support import (
     train,
     weights_of,
 )
-from pytorch_accelerated import Trainer, TrainerPlaceholderValues, _distributed, _rng
+from pytorch_accelerated import Trainer, TrainerPlaceholderValues
+from pytorch_accelerated._data import rng as rng_module
+from pytorch_accelerated._distributed import accelerator as accelerator_module
 from pytorch_accelerated.callbacks import (
     LimitBatchesCallback,
     StepBasedEvaluationCallback,
@@ -897,7 +899,7 @@ def test_a_signal_while_generators_are_aside_does_not_keep_them_there(monkeypatc
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_rng, "_put_back", interrupt)
+    monkeypatch.setattr(rng_module, "_put_back", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(trainer, Samples(make_dataset(4)))
     assert np.random.get_bit_generator() is generator
@@ -1138,7 +1140,7 @@ def test_an_error_in_the_tidying_up_leaves_a_trainer_that_can_train(monkeypatch)
 
     trainer = make_trainer()
     with monkeypatch.context() as patch:
-        patch.setattr(_distributed, "release", fail)
+        patch.setattr(accelerator_module, "release", fail)
         with pytest.raises(LookupError):
             trainer.train(make_dataset(4), 1)
     trainer.train(make_dataset(4), 1)

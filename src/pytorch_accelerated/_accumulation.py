@@ -57,22 +57,22 @@ class AccumulationWindow:
         self.expected = state_dict["expected"] or None  # earlier versions wrote 0
 
     def add(
-        self, weight: float | torch.Tensor, num_batches: int, usual_weight: float | None = None
+        self, weight: float | torch.Tensor, num_batches: int, nominal_weight: float | None = None
     ) -> float | torch.Tensor | None:
         """Take in the next batch, and return what to multiply its loss by; ``None`` if nothing.
 
         Args:
             weight: How many items its mean loss was taken over; a tensor stays on its device.
             num_batches: How many batches the window is going to have, as far as is known when it begins.
-            usual_weight: What a batch weighs as a rule, above 0 and the same on every process. ``None``, if there is
+            nominal_weight: What a batch weighs as a rule, above 0 and the same on every process. ``None``, if there is
                 one process, for the weight of the window's first batch.
         """
-        if self.expected is None and num_batches == 1 and usual_weight is None:
+        if self.expected is None and num_batches == 1 and nominal_weight is None:
             return None
         if isinstance(weight, torch.Tensor):
             weight = widened(weight)
         if self.expected is None:
-            self.expected = num_batches * (_at_least_one(weight) if usual_weight is None else usual_weight)
+            self.expected = num_batches * (_at_least_one(weight) if nominal_weight is None else nominal_weight)
         self.total = self.total + weight
         return None if _are_equal_numbers(weight, self.expected) else weight / self.expected
 

@@ -10,18 +10,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pytorch_accelerated import _data, _distributed
+from pytorch_accelerated import _nested
 from pytorch_accelerated._accumulation import AccumulationWindow, scale_gradients
-from pytorch_accelerated._agreement import Agreement
-from pytorch_accelerated._direct import call_without_gradients, choose_no_sync
-from pytorch_accelerated._losses import batch_loss, read_batch_output
-from pytorch_accelerated._monitor import LossMonitor
-from pytorch_accelerated._order import EpochRandomness
-from pytorch_accelerated._prediction import concatenate, model_outputs, on_host
-from pytorch_accelerated._rng import preserved_rng_state
-from pytorch_accelerated._sharding import first_rows, share_of, without_samples
-from pytorch_accelerated._stopping import InterruptFlag, RunInterruptedError
-from pytorch_accelerated._together import decided_by_main
+from pytorch_accelerated._data.determinism import SeededLoader
+from pytorch_accelerated._data.loaders import (
+    EXACT,
+    RestOfEpoch,
+    enumerate_batches,
+    guarantee_of_skipping,
+    reliable_num_batches_of,
+)
+from pytorch_accelerated._data.rng import preserve_rng_state
+from pytorch_accelerated._data.sharding import sharding_of, without_samples
+from pytorch_accelerated._distributed.accelerator import skip_batches
+from pytorch_accelerated._distributed.collectives import gather_uneven, run_on_main, sum_over_processes
+from pytorch_accelerated._distributed.consensus import StopConsensus
+from pytorch_accelerated._distributed.fast_path import call_without_gradients, choose_no_sync
+from pytorch_accelerated._loss_monitor import LossMonitor
+from pytorch_accelerated._nested import concatenate, first_rows, on_host
+from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
+from pytorch_accelerated._step import batch_loss, model_outputs, read_batch_output
 from pytorch_accelerated._validation import check_run, raise_bad_loss
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError, add_note
 from pytorch_accelerated.progress import TrainingProgress
@@ -75,8 +83,8 @@ class TrainingLoop:
         self._train_dataloader: Any = None
         self._eval_dataloader: Any = None
         self._current_eval_dataloader: Any = None
-        self._train_randomness: list[EpochRandomness] = []
-        self._eval_randomness: list[EpochRandomness] = []
+        self._train_randomness: list[SeededLoader] = []
+        self._eval_randomness: list[SeededLoader] = []
         self._run_seed = 0
         self._last_epoch = 0
         self._is_epoch_cut_short = False
@@ -85,15 +93,15 @@ class TrainingLoop:
         self._num_batches_per_epoch: int | None = None
         self._num_eval_steps: int | None = None
         self._means = EpochMeans()
-        self._means_set_aside: list[EpochMeans] = []
+        self._suspended_means: list[EpochMeans] = []
         self._window = AccumulationWindow()
-        self._usual_weight: float | None = None
+        self._nominal_weight: float | None = None
         self._is_update_due = False
-        self._is_stand_in = False
-        self._is_direct = False
+        self._is_dummy = False
+        self._uses_fast_path = False
         self._monitor = LossMonitor()
         self._num_batches_done = 0
-        self._agreement = Agreement(num_processes=1)
+        self._agreement = StopConsensus(num_processes=1)
         self._batch_output: Mapping[str, Any] | None = None
         self._interrupt = InterruptFlag()
         self._interruption: RunInterruptedError | None = None
@@ -132,7 +140,7 @@ class TrainingLoop:
             loss: The loss of the batch, scaled to its share of the update.
         """
         try:
-            if self._is_direct:
+            if self._uses_fast_path:
                 loss.backward()  # type: ignore[no-untyped-call]
             else:
                 self._accelerator.backward(loss)
@@ -233,7 +241,7 @@ class TrainingLoop:
         """
         if self._accelerator.num_processes == 1:
             return self._accelerator.gather(tensor)
-        return _distributed.gather_uneven(self._accelerator, tensor, padding_value)
+        return gather_uneven(self._accelerator, tensor, padding_value)
 
     def get_agreed_metric(self, metric_name: str) -> float:
         """Return the newest value of a metric as a number, the main process's on every process, to decide by.
@@ -244,7 +252,7 @@ class TrainingLoop:
             ValueError: Nothing was recorded under this name, or it is not one number.
         """
         config = self.run_config
-        return decided_by_main(
+        return run_on_main(
             lambda: as_number(self.run_history.get_latest_metric(metric_name)),
             config.is_world_process_zero,
             config.num_processes,
@@ -292,7 +300,7 @@ class TrainingLoop:
             try:
                 self.training_run_start()
                 self._call("on_training_run_start")
-                self._agreement.settle()
+                self._agreement.sync()
                 self._run_epochs()
             except StopTrainingError as stop:
                 self._stop(stop)
@@ -321,7 +329,7 @@ class TrainingLoop:
             self.progress.phase = "end"
             self.training_run_epoch_end()
             self._call("on_training_run_epoch_end")
-            self._agreement.settle()
+            self._agreement.sync()
         except RunInterruptedError:
             raise  # a state that is saved now goes on within the epoch
         except BaseException:
@@ -344,12 +352,12 @@ class TrainingLoop:
         is_limit_reached = self._is_update_limit_reached()
         self._is_epoch_cut_short = is_limit_reached and num_done != self._num_batches_per_epoch
         remaining = () if is_limit_reached else self._rest_of_epoch(train_dl, num_done)
-        num_accumulated, share = self.run_config.gradient_accumulation_steps, share_of(train_dl)
-        no_sync = choose_no_sync(self._accelerator, self.model, self._is_direct)
-        for step, batch, is_last in _data.enumerate_batches(remaining, num_done):
+        num_accumulated, share = self.run_config.gradient_accumulation_steps, sharding_of(train_dl)
+        no_sync = choose_no_sync(self._accelerator, self.model, self._uses_fast_path)
+        for step, batch, is_last in enumerate_batches(remaining, num_done):
             is_update_due = is_last or (step + 1) % num_accumulated == 0
             self._accelerator.sync_gradients = self._is_update_due = is_update_due
-            self._is_stand_in = share is not None and share.stand_in_step == step
+            self._is_dummy = share is not None and share.dummy_step == step
             if is_update_due:
                 self._perform_forward_and_backward_passes(batch, step)
                 self._update_parameters()
@@ -366,7 +374,7 @@ class TrainingLoop:
         self._add_epoch_loss_to_run_history("train_loss_epoch")
         self.train_epoch_end()
         self._call("on_train_epoch_end")
-        self._agreement.settle()
+        self._agreement.sync()
         return is_limit_reached
 
     def _begin_train_epoch(self, train_dl: Any) -> int:
@@ -377,7 +385,7 @@ class TrainingLoop:
             self._window.reset()
         self._means.first_step = self._num_batches_done = num_done
         self._monitor = LossMonitor()
-        self._num_batches_per_epoch = _data.reliable_num_batches_of(train_dl)
+        self._num_batches_per_epoch = reliable_num_batches_of(train_dl)
         self._set_data_epoch(self._train_randomness, train_dl, self.run_history.current_epoch - 1)
         return num_done
 
@@ -385,30 +393,30 @@ class TrainingLoop:
         """Return the batches that are left of an epoch; a resumed run tells how exactly they go on."""
         position, self._stream_position = self._stream_position, None
         if num_done > 0:
-            guarantee = _data.EXACT if position is not None else _data.guarantee_of_skipping(train_dl)
+            guarantee = EXACT if position is not None else guarantee_of_skipping(train_dl)
             self.print(f"Going on after batch {num_done} of epoch {self.run_history.current_epoch}. {guarantee}")
         if position is None:
-            return _distributed.skip_batches(self._accelerator, train_dl, num_done)
+            return skip_batches(self._accelerator, train_dl, num_done)
         for source in self._train_randomness:
             if source.stream is not None:
                 source.stream.resume(position, num_done)
-        return _data.RestOfEpoch(train_dl, 0) if num_done else train_dl
+        return RestOfEpoch(train_dl, 0) if num_done else train_dl
 
     def _perform_forward_and_backward_passes(self, batch: Any, step: int) -> None:
         self._call("on_train_step_start", batch=batch, step=step)
         batch_output = self.calculate_train_batch_loss(batch)
         weight, batch_size = read_batch_output(batch_output, "calculate_train_batch_loss")
-        if self._is_stand_in:
+        if self._is_dummy:
             weight = batch_size = 0
         self._window.num_samples += batch_size
         self._call("on_backward_start", batch=batch, batch_output=batch_output, step=step)
         loss = batch_output["loss"]
-        share = self._window.add(weight, self._window_size(step), self._usual_weight)
+        share = self._window.add(weight, self._window_size(step), self._nominal_weight)
         if self._is_update_due and self._agreement.is_needed:
             foreseen = None if step + 1 == self._num_batches_per_epoch else self._window.expected
             self._agreement.start_exchange(self._window.total, self._window.num_samples, foreseen)
         self.backward_step(loss if share is None else loss * share)
-        if not self._is_stand_in:
+        if not self._is_dummy:
             self._update_loss_tracker(loss, weight)
             self._means.update_metrics(batch_output, weight)
         self._batch_output = batch_output
@@ -420,14 +428,14 @@ class TrainingLoop:
         correction = self._window.close(total_weight, self.run_config.num_processes)
         if correction is not None:
             scale_gradients(self.model.parameters(), correction)
-        if not self._is_direct and self._accelerator.scaler is not None:
+        if not self._uses_fast_path and self._accelerator.scaler is not None:
             self._accelerator.unscale_gradients(self.optimizer)
         self._call("on_optimizer_step_start")
         self._clip_gradients()
         self.optimizer_step()
         self.progress.num_updates += 1
         self.progress.num_samples += num_samples
-        if self._is_direct or self._accelerator.optimizer_step_was_skipped is not True:
+        if self._uses_fast_path or self._accelerator.optimizer_step_was_skipped is not True:
             self.scheduler_step()
         self._call("on_optimizer_step_end")
         self.optimizer_zero_grad()
@@ -436,13 +444,13 @@ class TrainingLoop:
         self.progress.num_batches_in_epoch = step + 1
         batch_output, self._batch_output = self._batch_output, None
         if batch_output is not None:  # a subclass may have replaced the whole step
-            if self._is_stand_in:
+            if self._is_dummy:
                 batch, batch_output = without_samples(batch, batch_output)
             self._call("on_train_step_end", batch=batch, batch_output=batch_output, step=step)
         self._end_any_step(step)
         self._check_interrupt()
         if self._agreement.is_needed:
-            self._agreement.stop_if_agreed()
+            self._agreement.raise_if_stopped()
 
     def _end_any_step(self, step: int) -> None:
         self._num_batches_done = step + 1
@@ -496,19 +504,19 @@ class TrainingLoop:
             if ends_epoch:
                 self.progress.num_evaluations_in_epoch += 1
             if not is_intermediate:  # which is within a step, and steps are finished
-                self._agreement.settle()
+                self._agreement.sync()
 
     def _run_eval_epoch(self, valid_dl: Any, is_training: bool = True, is_intermediate: bool = False) -> None:
         # What a callback or a hook evaluates is finished, because a resumed run would not come to it again.
         is_repeatable, self._is_evaluation_repeatable = self._is_evaluation_repeatable, False
-        with self._training_set_aside(is_intermediate), preserved_rng_state():
+        with self._suspend_training(is_intermediate), preserve_rng_state():
             self._current_eval_dataloader = valid_dl
             self._set_data_epoch(self._eval_randomness, valid_dl, 0)
             self.eval_epoch_start()
             self._call("on_eval_epoch_start", is_intermediate=is_intermediate)
-            share = share_of(valid_dl)
-            for step, batch, _ in islice(_data.enumerate_batches(valid_dl), self._num_eval_steps):
-                self._is_stand_in = share is not None and share.stand_in_step == step
+            share = sharding_of(valid_dl)
+            for step, batch, _ in islice(enumerate_batches(valid_dl), self._num_eval_steps):
+                self._is_dummy = share is not None and share.dummy_step == step
                 self._perform_eval_step(batch, step)
                 if is_repeatable:
                     self._check_interrupt()
@@ -520,7 +528,7 @@ class TrainingLoop:
         self._call("on_eval_step_start", batch=batch, step=step)
         batch_output = self.calculate_eval_batch_loss(batch)
         weight, _ = read_batch_output(batch_output, "calculate_eval_batch_loss")
-        if self._is_stand_in:
+        if self._is_dummy:
             batch, batch_output = without_samples(batch, batch_output)
         else:
             self._update_loss_tracker(batch_output["loss"], weight)
@@ -531,23 +539,23 @@ class TrainingLoop:
     def _run_prediction(self, on_every_process: bool, move_to_host: bool) -> Any:
         is_kept = on_every_process or self.run_config.is_world_process_zero
         outputs = []
-        with preserved_rng_state():
+        with preserve_rng_state():
             self.eval_epoch_start()
-            share = share_of(self._eval_dataloader)
-            for step, batch, _ in _data.enumerate_batches(self._eval_dataloader):
+            share = sharding_of(self._eval_dataloader)
+            for step, batch, _ in enumerate_batches(self._eval_dataloader):
                 own = self.calculate_predictions(batch)
-                if share is not None and share.stand_in_step == step:
-                    own = first_rows(own, _data.find_batch_size(own), 0)
+                if share is not None and share.dummy_step == step:
+                    own = first_rows(own, _nested.find_batch_size(own), 0)
                 gathered = self.gather(own)
                 if is_kept:
                     outputs.append(on_host(gathered) if move_to_host else gathered)
         return concatenate(outputs) if is_kept else None
 
     @contextmanager
-    def _training_set_aside(self, is_intermediate: bool) -> Iterator[None]:
+    def _suspend_training(self, is_intermediate: bool) -> Iterator[None]:
         """Keep the sums of the training epoch, and, if it goes on afterwards, the mode of each module."""
         of_training = self._means, self._monitor, self._num_batches_done
-        self._means_set_aside.append(self._means)
+        self._suspended_means.append(self._means)
         self._means, self._monitor, self._num_batches_done = EpochMeans(), LossMonitor(), 0
         modes = [(module, module.training) for module in self.model.modules()] if is_intermediate else []
         self._num_eval_steps = None
@@ -559,7 +567,7 @@ class TrainingLoop:
                     self.run_history.update_metric("update", self.progress.num_updates)
                 yield
         finally:
-            self._means_set_aside.pop()
+            self._suspended_means.pop()
             self._means, self._monitor, self._num_batches_done = of_training
             self.is_evaluating, self.is_intermediate_evaluation = was_evaluating, False
             for module, mode in modes:
@@ -574,7 +582,7 @@ class TrainingLoop:
         """Record the means over the epoch and all processes; the loss as ``name``."""
         sums = self._means.sums(name)
         if self.run_config.is_distributed:
-            sums = _distributed.sum_over_processes(self._accelerator, sums)
+            sums = sum_over_processes(self._accelerator, sums)
         for metric, (total, weight) in sums.items():
             self.run_history.update_metric(metric, weighted_mean(total, weight))
 
@@ -595,14 +603,14 @@ class TrainingLoop:
     def _loss_tracker(self, tracker: LossTracker) -> None:
         self._means.loss = tracker
 
-    def _set_data_epoch(self, randomness: list[EpochRandomness], loader: Any, epoch: int) -> None:
+    def _set_data_epoch(self, randomness: list[SeededLoader], loader: Any, epoch: int) -> None:
         for source in randomness:
             source.set_epoch(epoch, self._run_seed)
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)
 
     def _call(self, event: str, **kwargs: Any) -> None:
-        if event in self.callback_handler.unheard:
+        if event in self.callback_handler.events_without_listeners:
             return
         try:
             self.callback_handler.call_event(event, self, **kwargs)
@@ -618,21 +626,21 @@ class TrainingLoop:
         if self._interruption is None:
             try:
                 self._check_interrupt()
-                self._agreement.settle()
+                self._agreement.sync()
             except RunInterruptedError as interruption:
                 self._interruption = interruption
 
     def _end_together(self, reason: Exception) -> None:
         if not self._agreement.is_needed:
             raise reason
-        self._agreement.request_end(reason)
+        self._agreement.request_stop(reason)
 
     def _end_run(self, hook: Callable[[], None], event: str) -> None:
         with suppress(StopTrainingError):  # the run has ended already
             hook()
         with suppress(StopTrainingError):
             self._call(event)
-            self._agreement.settle()
+            self._agreement.sync()
 
     def _stop(self, stop: StopTrainingError) -> None:
         self.stop_reason = str(stop) or "a callback asked to stop"
@@ -642,7 +650,7 @@ class TrainingLoop:
             self._early_stop_reason = self.stop_reason
         with suppress(StopTrainingError):  # that is what is being done
             self._call("on_stop_training_error")
-            self._agreement.settle()
+            self._agreement.sync()
 
     def _report_exception(self, error: BaseException) -> None:
         self.stop_reason = f"{type(error).__name__}: {error}"

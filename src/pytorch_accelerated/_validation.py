@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from pytorch_accelerated._data import is_dataset, num_batches_of
+from pytorch_accelerated._data.loaders import is_dataset, num_batches_of
 
 
 def check_no_run(is_running: bool) -> None:

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pytorch_accelerated import _manifest
-from pytorch_accelerated._manifest import MANIFEST, SavedState
-from pytorch_accelerated._state_folder import find_newest_state, list_states
+from pytorch_accelerated._checkpoint import manifest
+from pytorch_accelerated._checkpoint.folder import find_newest_state, list_states
+from pytorch_accelerated._checkpoint.manifest import MANIFEST, SavedState
 from pytorch_accelerated.exceptions import CheckpointError
 
 __all__ = ["SavedState", "find_latest_state", "list_states", "main", "verify_state"]
@@ -50,7 +50,7 @@ def verify_state(path: str | os.PathLike[str]) -> SavedState:
         FileNotFoundError: There is no such directory.
         CheckpointError: The state is damaged, or a newer version of this library wrote it.
     """
-    return _manifest.verify_state(Path(path))
+    return manifest.verify_state(Path(path))
 
 
 # --- the command line --------------------------------------------------------------------------------------------
@@ -99,8 +99,8 @@ def _verify(path: Path) -> bool:
 
 
 def _show(path: Path) -> bool:
-    state = _manifest.read_manifest(path)
-    state = replace(state, problem=_manifest.find_damage(state, compares_checksums=False))
+    state = manifest.read_manifest(path)
+    state = replace(state, problem=manifest.find_damage(state, compares_checksums=False))
     facts = {
         "state": str(path),
         "files are": _verdict(state),

@@ -12,23 +12,45 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from pytorch_accelerated import _checkpointing, _data, _distributed, _drift, _states, _validation
-from pytorch_accelerated._agreement import Agreement, is_foreseeable
-from pytorch_accelerated._data import LIMIT_BATCHES_ENV_VAR
-from pytorch_accelerated._direct import is_direct
-from pytorch_accelerated._loading import deaths_put_off
+from pytorch_accelerated import _validation
+from pytorch_accelerated._checkpoint.folder import Lineage
+from pytorch_accelerated._checkpoint.manifest import SavedState
+from pytorch_accelerated._checkpoint.portable import build_checkpoint, load_checkpoint, model_state_of, save_checkpoint
+from pytorch_accelerated._checkpoint.resume import name_of, run_settings, warn_about_mismatch
+from pytorch_accelerated._checkpoint.state import (
+    Parts,
+    StateContents,
+    collect_state,
+    open_state,
+    read_state,
+    restore_state,
+)
+from pytorch_accelerated._checkpoint.writer import StateWriter
+from pytorch_accelerated._data.defaults import default_dl_kwargs, loader_arguments, merge_dl_kwargs
+from pytorch_accelerated._data.determinism import SeededLoader
+from pytorch_accelerated._data.limits import LIMIT_BATCHES_ENV_VAR, limit_from_environment
+from pytorch_accelerated._data.loaders import batch_size_of, is_dataset, loaders_in, num_batches_of
+from pytorch_accelerated._data.rng import derive_seed, restore_generators, seed_generators
+from pytorch_accelerated._data.workers import defer_worker_errors
+from pytorch_accelerated._distributed.accelerator import (
+    PreparedModel,
+    choose_seed,
+    create_accelerator,
+    num_batches_per_step,
+    prepare,
+    release,
+    take_over_accumulation,
+)
+from pytorch_accelerated._distributed.collectives import num_local_processes
+from pytorch_accelerated._distributed.consensus import StopConsensus, can_skip_exchange
+from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._loop import TrainingLoop
-from pytorch_accelerated._manifest import SavedState
-from pytorch_accelerated._monitor import find_non_finite_loss
-from pytorch_accelerated._order import EpochRandomness
-from pytorch_accelerated._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
-from pytorch_accelerated._rng import derive_seed, generators_put_back, seed_generators
-from pytorch_accelerated._state_folder import Lineage
-from pytorch_accelerated._state_writing import StateWriter
+from pytorch_accelerated._loss_monitor import find_non_finite_loss
 from pytorch_accelerated.callbacks import CallbackHandler, LimitBatchesCallback, get_default_callbacks
 from pytorch_accelerated.callbacks.saving import find_state_to_resume
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
+from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
 from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
 from pytorch_accelerated.tracking import EpochMeans, RunHistory
 
@@ -46,8 +68,8 @@ DEFAULT_CALLBACKS = get_default_callbacks()
 # fmt: off
 _ATTRIBUTES_OF_A_RUN = (
     "run_config", "stop_reason", "is_resumed", "_train_dataloader", "_eval_dataloader", "_current_eval_dataloader",
-    "_train_dl_kwargs", "_eval_dl_kwargs", "_train_randomness", "_eval_randomness", "_prepared_model", "_is_direct",
-    "_batch_output", "_agreement", "_usual_weight", "_interruption", "_early_stop_reason",
+    "_train_dl_kwargs", "_eval_dl_kwargs", "_train_randomness", "_eval_randomness", "_prepared_model", "_uses_fast_path",
+    "_batch_output", "_agreement", "_nominal_weight", "_interruption", "_early_stop_reason",
 )
 # fmt: on
 
@@ -103,7 +125,7 @@ class Trainer(TrainingLoop):
         self.create_scheduler_fn: Callable[..., Any] | None = None
         self._train_dl_kwargs: dict[str, Any] | None = None
         self._eval_dl_kwargs: dict[str, Any] | None = None
-        self._prepared_model: _distributed.PreparedModel | None = None
+        self._prepared_model: PreparedModel | None = None
         self._waiting_scheduler_state: Mapping[str, Any] | None = None
         self._state_writer = StateWriter()
         self._settings: dict[str, Any] = {}
@@ -205,7 +227,7 @@ class Trainer(TrainingLoop):
         self.eval_dataset = eval_dataset
         self.collate_fn = collate_fn
         self.create_scheduler_fn = create_scheduler_fn
-        with self._tidy_run():
+        with self._run_context():
             saved_state = find_state_to_resume(self, self._accelerator, resume_from, allow_other_num_processes)
             self._make_train_loader(per_device_batch_size, train_dataloader_kwargs)
             if eval_dataset is not None:
@@ -216,7 +238,7 @@ class Trainer(TrainingLoop):
             self._run_training()
             self.wait_for_training_state()
         if self._interruption is not None:
-            raise self._interruption.consequence()
+            raise self._interruption.to_exit_exception()
 
     def evaluate(
         self,
@@ -241,7 +263,7 @@ class Trainer(TrainingLoop):
         """
         if dataset is not None:
             self.eval_dataset = dataset
-        with self._tidy_evaluation(per_device_batch_size, dataloader_kwargs, collate_fn):
+        with self._evaluation_context(per_device_batch_size, dataloader_kwargs, collate_fn):
             self._run_evaluation()
 
     def predict(
@@ -269,7 +291,7 @@ class Trainer(TrainingLoop):
         """
         eval_dataset, self.eval_dataset = self.eval_dataset, dataset
         try:
-            with self._tidy_evaluation(per_device_batch_size, dataloader_kwargs, collate_fn):
+            with self._evaluation_context(per_device_batch_size, dataloader_kwargs, collate_fn):
                 return self._run_prediction(on_every_process, move_to_host)
         finally:
             self.eval_dataset = eval_dataset
@@ -289,19 +311,19 @@ class Trainer(TrainingLoop):
     ) -> Iterable[Any]:
         """Make the loader of ``self.train_dataset``; any iterable of batches will do."""
         _validation.check_data_not_empty("train_dataset", self.train_dataset)
-        if not _data.is_dataset(self.train_dataset):
+        if not is_dataset(self.train_dataset):
             return self.train_dataset  # type: ignore[no-any-return]
         defaults = self.get_default_train_dl_kwargs(batch_size)
-        self._train_dl_kwargs = _data.merge_dl_kwargs(defaults, train_dl_kwargs, self.train_dataset)
+        self._train_dl_kwargs = merge_dl_kwargs(defaults, train_dl_kwargs, self.train_dataset)
         return self._create_dataloader(self.train_dataset, self._train_dl_kwargs)
 
     def create_eval_dataloader(self, batch_size: int, eval_dl_kwargs: Mapping[str, Any] | None = None) -> Iterable[Any]:
         """Make the loader of ``self.eval_dataset``; any iterable of batches will do."""
         _validation.check_data_not_empty("eval_dataset", self.eval_dataset)
-        if not _data.is_dataset(self.eval_dataset):
+        if not is_dataset(self.eval_dataset):
             return self.eval_dataset  # type: ignore[no-any-return]
         defaults = self.get_default_eval_dl_kwargs(batch_size)
-        self._eval_dl_kwargs = _data.merge_dl_kwargs(defaults, eval_dl_kwargs, self.eval_dataset)
+        self._eval_dl_kwargs = merge_dl_kwargs(defaults, eval_dl_kwargs, self.eval_dataset)
         return self._create_dataloader(self.eval_dataset, self._eval_dl_kwargs)
 
     def create_scheduler(self) -> Any:
@@ -332,11 +354,11 @@ class Trainer(TrainingLoop):
         Raises:
             CheckpointError: The file cannot be written.
         """
-        model_state = _checkpointing.model_state_of(self.model, self._accelerator)
+        model_state = model_state_of(self.model, self._accelerator)
         optimizer = self.optimizer if save_optimizer else None
         scheduler = self.scheduler if save_scheduler else None
-        checkpoint = _checkpointing.build_checkpoint(model_state, optimizer, scheduler, checkpoint_kwargs)
-        _checkpointing.save_checkpoint(checkpoint, save_path, self._accelerator, save_per_node)
+        checkpoint = build_checkpoint(model_state, optimizer, scheduler, checkpoint_kwargs)
+        save_checkpoint(checkpoint, save_path, self._accelerator, save_per_node)
 
     def load_checkpoint(
         self, checkpoint_path: str | os.PathLike[str], load_optimizer: bool = True, load_scheduler: bool = True
@@ -356,7 +378,7 @@ class Trainer(TrainingLoop):
             CheckpointError: It is damaged, or belongs to another model; nothing has been changed.
         """
         optimizer = self.optimizer if load_optimizer else None
-        checkpoint = _checkpointing.load_checkpoint(checkpoint_path, self.get_model(), optimizer)
+        checkpoint = load_checkpoint(checkpoint_path, self.get_model(), optimizer)
         scheduler_state = checkpoint.pop("scheduler_state_dict", None)
         if load_scheduler and scheduler_state is not None:
             self._load_scheduler_state(scheduler_state)
@@ -382,8 +404,8 @@ class Trainer(TrainingLoop):
             CheckpointError: It cannot be written, or the one before in the background could not.
         """
         announce = partial(self.callback_handler.call_event, "on_training_state_save", self)
-        state = _states.collect_state(self._parts_of_state(), self._accelerator, checkpoint_kwargs, announce)
-        self._state_writer.write(output_dir, state, self._lineage, self._accelerator, in_background, and_then)
+        collected = collect_state(self._parts_of_state(), self._accelerator, checkpoint_kwargs, announce)
+        self._state_writer.write(output_dir, collected, self._lineage, self._accelerator, in_background, and_then)
 
     def wait_for_training_state(self) -> None:
         """Wait until the state that is written in the background is complete, as `train` does at its end.
@@ -409,21 +431,21 @@ class Trainer(TrainingLoop):
             FileNotFoundError: There is no such directory.
             CheckpointError: It is incomplete, damaged, or of another model; nothing has been changed.
         """
-        saved = _states.open_state(input_dir, self._accelerator, allow_other_num_processes)
-        return self._restore(_states.read_state(saved, self._accelerator, self._parts_of_state()))
+        saved = open_state(input_dir, self._accelerator, allow_other_num_processes)
+        return self._restore(read_state(saved, self._accelerator, self._parts_of_state()))
 
     # --- the start and the end of a run --------------------------------------------------------------------------
 
     def _create_accelerator(self) -> Accelerator:
         """Make the accelerator that serves all runs of this trainer."""
-        return _distributed.create_accelerator(self._accelerator_source, self._mixed_precision)
+        return create_accelerator(self._accelerator_source, self._mixed_precision)
 
     def _create_callback_handler(self, callbacks: Iterable[Any]) -> CallbackHandler:
-        limit = _data.limit_from_environment()
+        limit = limit_from_environment()
         return CallbackHandler([*([] if limit is None else [LimitBatchesCallback(limit)]), *callbacks])
 
     @contextmanager
-    def _tidy_run(self) -> Iterator[None]:
+    def _run_context(self) -> Iterator[None]:
         """Forget the run before, tell the callbacks of an exception, and tidy up; an outer run is left as it was."""
         outer_run = {name: getattr(self, name) for name in _ATTRIBUTES_OF_A_RUN} if self._is_running else {}
         self._is_running = True
@@ -432,30 +454,30 @@ class Trainer(TrainingLoop):
         self._train_dataloader = self._eval_dataloader = self._current_eval_dataloader = None
         self._train_dl_kwargs = self._eval_dl_kwargs = None
         self._train_randomness, self._eval_randomness = [], []
-        self._run_seed = _distributed.choose_seed(self._accelerator, self._seed)
+        self._run_seed = choose_seed(self._accelerator, self._seed)
         self.callback_handler.refresh()
         try:
-            with generators_put_back():
+            with restore_generators():
                 yield
         except BaseException as error:
-            with deaths_put_off():  # the run has its error
+            with defer_worker_errors():  # the run has its error
                 try:
                     self._state_writer.finish(error)
                     self._report_exception(error)
                 finally:
-                    self._tidy_up(outer_run)
+                    self._teardown(outer_run)
                 raise
-        with deaths_put_off():
-            self._tidy_up(outer_run)
+        with defer_worker_errors():
+            self._teardown(outer_run)
 
     @contextmanager
-    def _tidy_evaluation(
+    def _evaluation_context(
         self, batch_size: int, dl_kwargs: Mapping[str, Any] | None, collate_fn: Callable[..., Any] | None
     ) -> Iterator[None]:
         """Make everything ready that goes over ``self.eval_dataset``, and tidy up afterwards."""
         _validation.check_positive_integer("per_device_batch_size", batch_size, "samples")
         self.collate_fn = collate_fn
-        with self._tidy_run():
+        with self._run_context():
             self._make_eval_loaders(batch_size, dl_kwargs)
             self._prepare_model_optimizer_and_dataloaders()
             self.run_config = self._create_run_config(num_epochs=1, per_device_batch_size=batch_size)
@@ -466,7 +488,7 @@ class Trainer(TrainingLoop):
     def _make_train_loader(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
         loader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
         _validation.check_loader_not_empty("train_dataset", loader)
-        self._train_randomness = [self._own_randomness(loader)]
+        self._train_randomness = [self._seeded_loader(loader)]
         self._train_dataloader = self._train_randomness[0].loader
 
     def _make_eval_loaders(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
@@ -479,29 +501,29 @@ class Trainer(TrainingLoop):
                 loaders[name] = self.create_eval_dataloader(batch_size=batch_size, eval_dl_kwargs=dl_kwargs)
         finally:
             self.eval_dataset = datasets
-        randomness = {name: self._own_randomness(loader) for name, loader in loaders.items()}
+        randomness = {name: self._seeded_loader(loader) for name, loader in loaders.items()}
         self._eval_randomness = list(randomness.values())
         loaders = {name: source.loader for name, source in randomness.items()}
         self._eval_dataloader = loaders if isinstance(datasets, dict) else loaders[""]
 
-    def _own_randomness(self, loader: Any) -> EpochRandomness:
-        return EpochRandomness(loader, self.process_index, _distributed.num_batches_per_step(self._accelerator))
+    def _seeded_loader(self, loader: Any) -> SeededLoader:
+        return SeededLoader(loader, self.process_index, num_batches_per_step(self._accelerator))
 
     def _default_dl_kwargs(self, dataset: Any, batch_size: int) -> dict[str, Any]:
-        num_local_processes = _distributed.num_local_processes(int(self._accelerator.num_processes))
+        num_local = num_local_processes(int(self._accelerator.num_processes))
         is_gpu = self._accelerator.device.type == "cuda"
-        return _data.default_dl_kwargs(dataset, batch_size, num_local_processes, pin_memory=is_gpu)
+        return default_dl_kwargs(dataset, batch_size, num_local, pin_memory=is_gpu)
 
     def _create_dataloader(self, dataset: Any, dl_kwargs: Mapping[str, Any]) -> Iterable[Any]:
-        return DataLoader(**_data.loader_arguments(dataset, self.collate_fn, dl_kwargs))
+        return DataLoader(**loader_arguments(dataset, self.collate_fn, dl_kwargs))
 
     def _prepare_model_optimizer_and_dataloaders(self) -> None:
-        self._prepared_model = _distributed.PreparedModel(self.model)
-        self.model, self.optimizer, self._train_dataloader, self._eval_dataloader = _distributed.prepare(
+        self._prepared_model = PreparedModel(self.model)
+        self.model, self.optimizer, self._train_dataloader, self._eval_dataloader = prepare(
             self._accelerator, self.model, self.optimizer, self._train_dataloader, self._eval_dataloader
         )
         self._prepared_model.prepared = self.model
-        self._is_direct = is_direct(self._accelerator)
+        self._uses_fast_path = can_use_fast_path(self._accelerator)
 
     def _create_run_config(
         self,
@@ -513,11 +535,11 @@ class Trainer(TrainingLoop):
         gradient_clip_norm: float | None = None,
     ) -> TrainerRunConfig:
         accelerator = self._accelerator
-        train_size = _data.batch_size_of(self._train_dataloader, self._train_dl_kwargs, per_device_batch_size)
-        eval_size = _data.batch_size_of(self._eval_dataloader, self._eval_dl_kwargs, per_device_batch_size)
+        train_size = batch_size_of(self._train_dataloader, self._train_dl_kwargs, per_device_batch_size)
+        eval_size = batch_size_of(self._eval_dataloader, self._eval_dl_kwargs, per_device_batch_size)
         return derive_run_config(
             num_epochs=num_epochs,
-            num_batches_per_epoch=_data.num_batches_of(self._train_dataloader),
+            num_batches_per_epoch=num_batches_of(self._train_dataloader),
             gradient_accumulation_steps=gradient_accumulation_steps,
             max_num_train_steps=max_num_train_steps,
             num_processes=int(accelerator.num_processes),
@@ -534,16 +556,16 @@ class Trainer(TrainingLoop):
         )
 
     def _join_processes(self) -> None:
-        find_bad_loss, may_wait = partial(find_non_finite_loss, self), partial(is_foreseeable, self)
-        self._agreement = Agreement(self.run_config.num_processes, find_bad_loss, may_wait)
-        usual_weight = self.run_config.train_per_device_batch_size or 1
-        self._usual_weight = float(usual_weight) if self._agreement.is_needed else None
+        find_bad_loss, may_wait = partial(find_non_finite_loss, self), partial(can_skip_exchange, self)
+        self._agreement = StopConsensus(self.run_config.num_processes, find_bad_loss, may_wait)
+        nominal_weight = self.run_config.train_per_device_batch_size or 1
+        self._nominal_weight = float(nominal_weight) if self._agreement.is_needed else None
 
     def _set_up_training(self, num_epochs: int, saved: SavedState | None, reset_run_history: bool) -> None:
-        self._settings = _drift.settings_of_run(
+        self._settings = run_settings(
             self.run_config, self.train_dataset, self._train_dataloader, self.optimizer, self.loss_func, self._seed
         )
-        contents = None if saved is None else _states.read_state(saved, self._accelerator, self._parts_of_state())
+        contents = None if saved is None else read_state(saved, self._accelerator, self._parts_of_state())
         if reset_run_history:
             self.run_history.reset()
         self._check_eval_batch_size()
@@ -551,7 +573,7 @@ class Trainer(TrainingLoop):
         if isinstance(self.model, nn.Module):  # what was left in `.grad` goes, also of what the optimizer does not hold
             self.model.zero_grad()
         self.optimizer.zero_grad()
-        _distributed.take_over_accumulation(self._accelerator, self.run_config.gradient_accumulation_steps)
+        take_over_accumulation(self._accelerator, self.run_config.gradient_accumulation_steps)
         self.scheduler = self.create_scheduler()
         if isinstance(self.scheduler, StatefulSchedulerBase) and self.scheduler.num_updates < 0:
             self.scheduler.step()  # so that update k trains at curve(k)
@@ -567,7 +589,7 @@ class Trainer(TrainingLoop):
         if contents is not None:
             self._resume(contents, num_epochs)
 
-    def _resume(self, contents: _states.StateContents, num_epochs: int) -> None:
+    def _resume(self, contents: StateContents, num_epochs: int) -> None:
         state = self._restore(contents)
         self.run_history._set_epoch(state["current_epoch"])
         self._num_batches_to_skip = self.progress.num_batches_in_epoch if self.progress.phase == "training" else 0
@@ -575,15 +597,15 @@ class Trainer(TrainingLoop):
         self._last_epoch = num_epochs
         self.is_resumed = True
         if self.run_config.is_world_process_zero:
-            _drift.warn_of_drift(contents.saved, self._parts_of_state().settings)
+            warn_about_mismatch(contents.saved, self._parts_of_state().settings)
 
     def _check_eval_batch_size(self) -> None:
         """Refuse evaluation data that gives no batch; a subclass may demand more."""
-        for loader in _data.loaders_in(self._eval_dataloader):
+        for loader in loaders_in(self._eval_dataloader):
             _validation.check_loader_not_empty("eval_dataset", loader)
 
-    def _parts_of_state(self) -> _states.Parts:
-        return _states.Parts(
+    def _parts_of_state(self) -> Parts:
+        return Parts(
             model=self.model,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
@@ -595,12 +617,12 @@ class Trainer(TrainingLoop):
             stream=next((source.stream for source in self._train_randomness), None),
             seed=self._run_seed,
             stop_reason=self._early_stop_reason,
-            settings={**self._settings, "scheduler": _drift.name_of(self.scheduler)},
+            settings={**self._settings, "scheduler": name_of(self.scheduler)},
         )
 
-    def _restore(self, contents: _states.StateContents) -> dict[str, Any]:
+    def _restore(self, contents: StateContents) -> dict[str, Any]:
         parts = self._parts_of_state()
-        _states.restore_state(contents, self._accelerator, parts, self._load_scheduler_state, self.print)
+        restore_state(contents, self._accelerator, parts, self._load_scheduler_state, self.print)
         self._run_seed, self._early_stop_reason = contents.own["seed"], contents.own["stopped"]
         self._lineage = Lineage(contents.saved)
         return {name: value for name, value in contents.trainer_state.items() if name != "trainer"}
@@ -611,18 +633,18 @@ class Trainer(TrainingLoop):
         else:
             self.scheduler.load_state_dict(state)
 
-    def _tidy_up(self, outer_run: Mapping[str, Any]) -> None:
+    def _teardown(self, outer_run: Mapping[str, Any]) -> None:
         self._is_running = bool(outer_run)  # first: a signal may interrupt the rest
         for source in (*self._train_randomness, *self._eval_randomness):
             source.end_run()
-        _distributed.release(self._accelerator, self._train_dataloader, *_data.loaders_in(self._eval_dataloader))
+        release(self._accelerator, self._train_dataloader, *loaders_in(self._eval_dataloader))
         model, self._prepared_model = self._prepared_model, None
         if model is not None:
             if not outer_run:
                 self._state_writer.release()
-                _distributed.release(self._accelerator, self.optimizer, model.prepared, model.plain)
+                release(self._accelerator, self.optimizer, model.prepared, model.plain)
             self.model = model.restore(self._accelerator, self.model)
-        self._agreement = Agreement(num_processes=1)  # that of the run refers to the trainer
+        self._agreement = StopConsensus(num_processes=1)  # that of the run refers to the trainer
         self._batch_output = None
         vars(self).update(outer_run)
 

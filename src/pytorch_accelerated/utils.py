@@ -1,13 +1,9 @@
 """Public helpers, gathered under one import path."""
 
-from pytorch_accelerated._data import (
-    LIMIT_BATCHES_ENV_VAR,
-    DataLoaderSlice,
-    LimitBatches,
-    remove_padding,
-    worker_init_fn,
-)
-from pytorch_accelerated._distributed import (
+from pytorch_accelerated._data.limits import LIMIT_BATCHES_ENV_VAR, DataLoaderSlice, LimitBatches
+from pytorch_accelerated._data.workers import worker_init_fn
+from pytorch_accelerated._distributed.collectives import remove_padding
+from pytorch_accelerated._distributed.decorators import (
     local_process_zero_first,
     local_process_zero_only,
     world_process_zero_only,

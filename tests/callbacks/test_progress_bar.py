@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from _support import Batches, Probe, make_dataset, make_trainer, raiser
-from pytorch_accelerated import Trainer, _monitor
+from pytorch_accelerated import Trainer, _loss_monitor
 from pytorch_accelerated.callbacks import ProgressBarCallback, StepBasedEvaluationCallback
 from pytorch_accelerated.callbacks import progress_bar as module
 from pytorch_accelerated.exceptions import StopTrainingError
@@ -72,7 +72,7 @@ def test_the_last_loss_shown_is_that_of_the_epoch(bars):
 def test_the_running_loss_is_shown_at_each_log_point(bars, monkeypatch):
     """Time is told by a clock that moves 0.04 seconds with each look."""
     times = itertools.count()
-    monkeypatch.setattr(_monitor.time, "monotonic", lambda: next(times) / 25)
+    monkeypatch.setattr(_loss_monitor.time, "monotonic", lambda: next(times) / 25)
     losses = []
     probe = Probe(on_train_step_end=lambda trainer, **_: losses.append(f"{trainer._loss_tracker.average:.4f}"))
     train(make_trainer(callbacks=[probe, ProgressBarCallback]), make_dataset(32), per_device_batch_size=4)

@@ -12,8 +12,9 @@ import torch
 
 from _saved import names_in, rewrite_manifest
 from _support import Probe, assert_same_weights, make_dataset, make_model, make_trainer, run_python, weights_of
-from pytorch_accelerated import Trainer, _state_folder
-from pytorch_accelerated._manifest import read_manifest
+from pytorch_accelerated import Trainer
+from pytorch_accelerated._checkpoint import folder as folder_module
+from pytorch_accelerated._checkpoint.manifest import read_manifest
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.states import list_states
@@ -420,7 +421,7 @@ print(len(steps), "steps")
 """
 
 
-@pytest.mark.skipif(_state_folder.fcntl is None, reason="this system has no record locks")
+@pytest.mark.skipif(folder_module.fcntl is None, reason="this system has no record locks")
 @pytest.mark.parametrize("resume_from", ["latest", "nothing"])
 def test_two_runs_cannot_save_in_one_folder(tmp_path, resume_from):
     answers = []
@@ -442,7 +443,7 @@ def test_the_folder_is_given_back_however_the_run_ends(tmp_path, event):
 
     with pytest.raises(LookupError):
         train(make(tmp_path, [Probe(**{event: fail})]))
-    assert _state_folder._held_locks == {}
+    assert folder_module._held_locks == {}
 
 
 def test_the_folder_is_given_back_if_the_state_is_refused(tmp_path):
@@ -452,7 +453,7 @@ def test_the_folder_is_given_back_if_the_state_is_refused(tmp_path):
     other.optimizer = torch.optim.Adam(other.model.parameters())
     with pytest.raises(CheckpointError, match="another model"):
         train(other, resume_from="latest")
-    assert _state_folder._held_locks == {}
+    assert folder_module._held_locks == {}
 
 
 def test_the_folder_is_kept_through_an_evaluation_within_the_run(tmp_path):
@@ -460,7 +461,7 @@ def test_the_folder_is_kept_through_an_evaluation_within_the_run(tmp_path):
 
     def evaluate(trainer, **_):
         trainer.evaluate(make_dataset(4))
-        held.append(len(_state_folder._held_locks))
+        held.append(len(folder_module._held_locks))
 
     train(make(tmp_path, [Probe(on_train_epoch_end=evaluate)]), num_epochs=1)
     assert held == [1]

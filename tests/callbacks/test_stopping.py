@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from _support import EventRecorder, Probe, make_dataset, make_trainer
-from pytorch_accelerated import _monitor
+from pytorch_accelerated import _loss_monitor
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
     SaveBestModelCallback,
@@ -156,7 +156,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_first_bad_step_is_named(
 
 
 def test_it_is_found_within_the_epoch(scripted, spoil, monkeypatch):
-    monkeypatch.setattr(_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
+    monkeypatch.setattr(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
     trainer = scripted([1, 1, 1], [spoil(NAN), TerminateOnNaNCallback])
     with pytest.raises(NonFiniteLossError, match="in training, epoch 2, step 1"):
         trainer.run()

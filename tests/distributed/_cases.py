@@ -16,7 +16,9 @@ from torch.utils.data import Sampler
 
 from _processes import run_cases
 from _support import Batches, Probe, Samples, make_dataset, make_indexed_dataset, make_model, make_trainer, weights_of
-from pytorch_accelerated import Trainer, _checkpointing, _distributed
+from pytorch_accelerated import Trainer
+from pytorch_accelerated._checkpoint import portable
+from pytorch_accelerated._distributed import collectives
 from pytorch_accelerated.callbacks import EarlyStoppingCallback, StepBasedEvaluationCallback
 from pytorch_accelerated.schedulers import CosineLrScheduler
 from pytorch_accelerated.utils import local_process_zero_first, local_process_zero_only, world_process_zero_only
@@ -171,9 +173,9 @@ def case_decorators(rank: int, directory: Path) -> Any:
 
 def case_broadcast(rank: int, directory: Path) -> Any:
     own = {f"of {rank}": (7.0, 1), "both": (rank, torch.tensor(2.0))}
-    sums = _distributed.sum_over_processes(Accelerator(), own)
+    sums = collectives.sum_over_processes(Accelerator(), own)
     return {
-        "value": _distributed.broadcast_from_main({"rank": rank}, 2),
+        "value": collectives.broadcast_from_main({"rank": rank}, 2),
         "sums": {name: [float(number) for number in pair] for name, pair in sums.items()},
     }
 
@@ -260,8 +262,8 @@ def case_batches(rank: int, directory: Path) -> Any:
 
 def case_checkpoint(rank: int, directory: Path) -> Any:
     written = []
-    save_file = _checkpointing.save_file
-    _checkpointing.save_file = lambda contents, path: (written.append(str(path)), save_file(contents, path))
+    save_file = portable.save_file
+    portable.save_file = lambda contents, path: (written.append(str(path)), save_file(contents, path))
     try:
         trainer = make_trainer()
         probe = Probe(on_training_run_epoch_end=lambda trainer, **k: trainer.save_checkpoint(directory / "during.pt"))
@@ -269,7 +271,7 @@ def case_checkpoint(rank: int, directory: Path) -> Any:
         train(trainer, make_dataset(16))
         trainer.save_checkpoint(directory / "after.pt", save_per_node=False)
     finally:
-        _checkpointing.save_file = save_file
+        portable.save_file = save_file
     other = make_trainer(make_model(seed=9))
     other.load_checkpoint(directory / "during.pt")
     names = sorted(torch.load(directory / "during.pt", weights_only=True)["model_state_dict"])

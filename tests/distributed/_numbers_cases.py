@@ -26,7 +26,7 @@ from _processes import NUM_REPEATS, WAIT_SECONDS, run_cases
 from _support import EventRecorder, Probe, Samples, Stream, make_dataset, make_indexed_dataset, make_trainer, weights_of
 from pytorch_accelerated import Trainer
 from pytorch_accelerated import trainer as trainer_module
-from pytorch_accelerated._agreement import Agreement
+from pytorch_accelerated._distributed.consensus import StopConsensus
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
     ModelEmaCallback,
@@ -462,7 +462,7 @@ def case_limits(rank: int, directory: Path) -> Any:
 def counted_run(num_samples: int, accumulation: int, callbacks: Any = ()) -> dict[str, Any]:
     """Train with the library's own step; return the result and how many updates, and exchanges for them, were made."""
     num_exchanges = 0
-    start_exchange = Agreement.start_exchange
+    start_exchange = StopConsensus.start_exchange
 
     def start_and_count(self: Any, *of_update: Any, **of_settling: Any) -> None:
         nonlocal num_exchanges
@@ -470,7 +470,7 @@ def counted_run(num_samples: int, accumulation: int, callbacks: Any = ()) -> dic
         num_exchanges += bool(of_update) and self._left_out is None
 
     trainer = make_trainer(callbacks=callbacks, seed=3)
-    with mock.patch.object(Agreement, "start_exchange", start_and_count):
+    with mock.patch.object(StopConsensus, "start_exchange", start_and_count):
         train(trainer, Samples(make_dataset(num_samples)), gradient_accumulation_steps=accumulation)
     result = weights_of(trainer.model), trainer.run_history.state_dict(), trainer.progress.state_dict()
     return {"result": result, "num_updates": trainer.progress.num_updates, "num_exchanges": num_exchanges}
@@ -481,7 +481,7 @@ def case_exchanges_left_out(rank: int, directory: Path) -> Any:
     for num_samples in (120, 121, 119, 7, 1):
         for accumulation in (1, 3):
             seldom = counted_run(num_samples, accumulation)
-            with mock.patch.object(trainer_module, "is_foreseeable", return_value=False):
+            with mock.patch.object(trainer_module, "can_skip_exchange", return_value=False):
                 always = counted_run(num_samples, accumulation)
             results.append((seldom, always))
     return results

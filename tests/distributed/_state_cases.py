@@ -19,8 +19,8 @@ import _runs
 from _processes import run_cases
 from _saved import bytes_in, make_state_trainer, names_in, rewrite_manifest
 from _support import Probe, make_dataset, make_indexed_dataset, make_model, make_trainer, weights_of
-from pytorch_accelerated import _together
-from pytorch_accelerated._manifest import read_manifest
+from pytorch_accelerated._checkpoint.manifest import read_manifest
+from pytorch_accelerated._distributed import collectives
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback
 from pytorch_accelerated.callbacks import saving as saving_module
 from pytorch_accelerated.exceptions import CheckpointError
@@ -53,11 +53,11 @@ def case_together(rank: int, directory: Path) -> Any:
 
     is_main = rank == 0
     return {
-        "decided": _together.decided_by_main(lambda: {"by": rank}, is_main, 2),
-        "not decided": message_of(lambda: _together.decided_by_main(lambda: fail(KeyError("mine")), is_main, 2)),
-        "done": _together.done_by_all(lambda: rank, 2),
-        "not done": message_of(lambda: _together.done_by_all(lambda: fail_on_one(CheckpointError("full")), 2)),
-        "wrong": message_of(lambda: _together.done_by_all(lambda: fail_on_one(LookupError("mine")), 2)),
+        "decided": collectives.run_on_main(lambda: {"by": rank}, is_main, 2),
+        "not decided": message_of(lambda: collectives.run_on_main(lambda: fail(KeyError("mine")), is_main, 2)),
+        "done": collectives.run_on_all(lambda: rank, 2),
+        "not done": message_of(lambda: collectives.run_on_all(lambda: fail_on_one(CheckpointError("full")), 2)),
+        "wrong": message_of(lambda: collectives.run_on_all(lambda: fail_on_one(LookupError("mine")), 2)),
     }
 
 
@@ -206,22 +206,22 @@ def case_minutes(rank: int, directory: Path) -> Any:
     """Only the main process's clock counts, and it is asked now and then only."""
     seconds = [0.0]
     exchanges = []
-    monotonic, decided_by_main = time.monotonic, _together.decided_by_main
+    monotonic, run_on_main = time.monotonic, collectives.run_on_main
 
     def count(*arguments: Any) -> Any:
         exchanges.append(1)
-        return decided_by_main(*arguments)
+        return run_on_main(*arguments)
 
     def tick(trainer: Any, **_: Any) -> None:
         seconds[0] += 1.0 if rank == 0 else 1000.0
 
-    time.monotonic, saving_module.decided_by_main = lambda: seconds[0], count
+    time.monotonic, saving_module.run_on_main = lambda: seconds[0], count
     try:
         settings = {"save_every_n_steps": None, "save_every_n_minutes": 1}
         trainer = make_saving_trainer(directory, [Probe(on_train_step_start=tick)], **settings)
         train(trainer, num_epochs=50)  # 150 seconds
     finally:
-        time.monotonic, saving_module.decided_by_main = monotonic, decided_by_main
+        time.monotonic, saving_module.run_on_main = monotonic, run_on_main
     return {"names": names_in(directory), "num_exchanges": len(exchanges), "weights": weights_of(trainer.model)}
 
 

@@ -14,8 +14,8 @@ import torch
 
 from _saved import assert_equal, everything_in, make_state_trainer, names_in, train
 from _support import Probe
-from pytorch_accelerated import _files
-from pytorch_accelerated._state_folder import claim_folder
+from pytorch_accelerated._checkpoint import files as files_module
+from pytorch_accelerated._checkpoint.folder import claim_folder
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback
 from pytorch_accelerated.states import list_states, verify_state
 
@@ -119,9 +119,9 @@ def test_dying_at_any_point_of_saving_one_file(tmp_path):
     path = tmp_path / "best.pt"
     seen = set()
     for point in count():
-        _files.save_file({"number": 1}, path)
-        if not dies_at(point, lambda: _files.save_file({"number": 2}, path), tmp_path):
+        files_module.save_file({"number": 1}, path)
+        if not dies_at(point, lambda: files_module.save_file({"number": 2}, path), tmp_path):
             break
-        seen.add(_files.load_file(path)["number"])
+        seen.add(files_module.load_file(path)["number"])
     assert seen == {1, 2}
-    assert _files.load_file(path) == {"number": 2}
+    assert files_module.load_file(path) == {"number": 2}

@@ -26,7 +26,9 @@ import pytest
 import _runs
 from _saved import names_in
 from _support import Probe
-from pytorch_accelerated import _background, _files, _state_folder, _state_writing
+from pytorch_accelerated._checkpoint import files as files_module
+from pytorch_accelerated._checkpoint import folder as folder_module
+from pytorch_accelerated._checkpoint import writer as writer_module
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback, saving
 from pytorch_accelerated.states import list_states, verify_state
 
@@ -128,7 +130,7 @@ def assert_ends_well(trainer, killer, whole_run, litter=()):
         verify_state(state.path)
     assert len(list_states(folder)) >= STEP - 2
     assert [name for name in names_in(folder) if name.startswith(".")] == [*litter]
-    assert _state_folder._held_locks == {}
+    assert folder_module._held_locks == {}
     assert "training state writer" not in [thread.name for thread in threading.enumerate()]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert trainer.model is model
@@ -166,10 +168,10 @@ def test_while_the_next_batch_is_waited_for(tmp_path, whole_run):
 @pytest.mark.parametrize(
     ("module", "name", "when"),
     [
-        (_state_writing, "_write_file", "before"),
-        (_state_writing, "_write_file", "after"),
-        (_state_writing, "replace_folder", "before"),
-        (_state_writing, "replace_folder", "after"),
+        (writer_module, "_write_file", "before"),
+        (writer_module, "_write_file", "after"),
+        (writer_module, "replace_folder", "before"),
+        (writer_module, "replace_folder", "after"),
     ],
 )
 def test_while_a_state_is_saved(tmp_path, whole_run, monkeypatch, module, name, when, on_save_error):
@@ -189,7 +191,7 @@ def test_while_a_checkpoint_is_saved(tmp_path, whole_run, monkeypatch):
 
     def kill_from_now_on(trainer, **_):
         if is_now(trainer) and killer.pid is None:
-            monkeypatch.setattr(_files, "flush_to_disk", killer.before(_files.flush_to_disk))
+            monkeypatch.setattr(files_module, "flush_to_disk", killer.before(files_module.flush_to_disk))
 
     trainer = _runs.make_trainer(tmp_path, callbacks=[Probe(on_eval_epoch_start=kill_from_now_on)])
     assert_ends_well(trainer, killer, whole_run)
@@ -207,7 +209,7 @@ def test_while_an_old_state_is_deleted(tmp_path, whole_run, monkeypatch):
 
     def kill_from_now_on(trainer, **_):
         if is_now(trainer) and killer.pid is None:
-            monkeypatch.setattr(_files.shutil, "rmtree", delete)
+            monkeypatch.setattr(files_module.shutil, "rmtree", delete)
 
     callbacks = [Probe(on_train_step_start=kill_from_now_on)]
     trainer = _runs.make_trainer(tmp_path, callbacks=callbacks, max_checkpoints=STEP - 2)
@@ -218,7 +220,7 @@ def test_while_an_old_state_is_deleted(tmp_path, whole_run, monkeypatch):
 def test_while_a_state_is_written_in_the_background(tmp_path, whole_run, monkeypatch, strikes):
     """The run does not end before the state is complete, wherever the main thread is."""
     killer = Killer(waits=False)
-    write, wait = _state_writing.write_state, threading.Event.wait
+    write, wait = writer_module.write_state, threading.Event.wait
     is_waited_for = threading.Event()
 
     def kill_and_write(*args, **kwargs):
@@ -234,8 +236,8 @@ def test_while_a_state_is_written_in_the_background(tmp_path, whole_run, monkeyp
             is_waited_for.set()
             return super().wait(timeout)
 
-    monkeypatch.setattr(_state_writing, "write_state", kill_and_write)
-    monkeypatch.setattr(_background.threading, "Event", Told)
+    monkeypatch.setattr(writer_module, "write_state", kill_and_write)
+    monkeypatch.setattr(writer_module.threading, "Event", Told)
     assert_ends_well(_runs.make_trainer(tmp_path, in_background=True), killer, whole_run)
 
 
@@ -268,7 +270,7 @@ def test_while_a_run_that_has_failed_ends(tmp_path, monkeypatch):
     def release(folder):
         killer()
         time.sleep(0.3)
-        return _state_folder.release_folder(folder)
+        return folder_module.release_folder(folder)
 
     def fail(trainer, **_):
         raise LookupError("of the run")
@@ -278,7 +280,7 @@ def test_while_a_run_that_has_failed_ends(tmp_path, monkeypatch):
     with pytest.raises(LookupError, match="of the run"):
         _runs.train(trainer, num_workers=2)
     assert killer.pid is not None
-    assert _state_folder._held_locks == {}
+    assert folder_module._held_locks == {}
     assert_workers_end()
 
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from pytorch_accelerated._placeholders import TrainerPlaceholderValues, resolve_placeholders
 from pytorch_accelerated.exceptions import SchedulerSettingsError
 from pytorch_accelerated.schedulers import WSDLrScheduler, estimate_checkpoint_steps, plan_decays, wsd_lr
+from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, resolve_placeholders
 
 
 def make_optimizer(*lrs):

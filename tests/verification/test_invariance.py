@@ -472,6 +472,6 @@ def test_a_model_that_is_not_new_each_time_is_refused():
 
 
 def test_a_sharded_model_is_refused(monkeypatch):
-    monkeypatch.setattr("pytorch_accelerated._distributed.is_sharded", lambda accelerator: True)
+    monkeypatch.setattr("pytorch_accelerated._distributed.accelerator.is_sharded", lambda accelerator: True)
     with pytest.raises(ValueError, match="shards its model"):
         check_invariance(trainer_of(), DATASET)

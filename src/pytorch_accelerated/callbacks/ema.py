@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytorch_accelerated._checkpointing import check_save_path
-from pytorch_accelerated._distributed import is_sharded
+from pytorch_accelerated._checkpoint.portable import check_save_path
+from pytorch_accelerated._distributed.accelerator import is_sharded
 from pytorch_accelerated._ema import ModelEma
-from pytorch_accelerated._stopping import is_better
+from pytorch_accelerated._metrics import is_better
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.handler import CallbackHandler
 

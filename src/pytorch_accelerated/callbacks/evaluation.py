@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated._data import LimitBatches
+from pytorch_accelerated._data.limits import LimitBatches
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ class CallbackHandler:
 
     def __init__(self, callbacks: Iterable[Any]) -> None:
         self.callbacks: list[Any] = []
-        self.unheard: set[str] = set()
+        self.events_without_listeners: set[str] = set()
         """Events of which it is known that `call_event` does nothing, so that it need not be called."""
 
         self._listeners: dict[str, tuple[_Listener, ...]] = {}
@@ -77,7 +77,7 @@ class CallbackHandler:
     def refresh(self) -> None:
         """Work out anew who implements what; needed after ``callbacks`` was changed by hand."""
         self._listeners = {}
-        self.unheard.clear()
+        self.events_without_listeners.clear()
 
     def call_event(self, event: str, *args: Any, **kwargs: Any) -> None:
         """Call the method named ``event`` of every callback that implements it.
@@ -150,7 +150,7 @@ class CallbackHandler:
         )
         is_plain = getattr(self.call_event, "__func__", None) is CallbackHandler.call_event
         if is_plain and not self._listeners[event]:  # who replaces `call_event` wants to see every event
-            self.unheard.add(event)
+            self.events_without_listeners.add(event)
         return self._listeners[event]
 
 

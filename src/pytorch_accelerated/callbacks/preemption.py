@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated._stopping import PREEMPTION_SIGNALS
+from pytorch_accelerated._signals import PREEMPTION_SIGNALS
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:

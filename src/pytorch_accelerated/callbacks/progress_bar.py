@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from pytorch_accelerated._data import num_batches_of
+from pytorch_accelerated._data.loaders import num_batches_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytorch_accelerated._checkpointing import check_save_path
-from pytorch_accelerated._distributed import is_sharded
-from pytorch_accelerated._state_folder import Retention, claim_folder, find_newest_state, release_folder, rotate
-from pytorch_accelerated._states import check_num_processes, open_state
-from pytorch_accelerated._stopping import PREEMPTION_SIGNALS, is_better
-from pytorch_accelerated._together import decided_by_main
+from pytorch_accelerated._checkpoint.folder import Retention, claim_folder, find_newest_state, release_folder, rotate
+from pytorch_accelerated._checkpoint.portable import check_save_path
+from pytorch_accelerated._checkpoint.state import check_num_processes, open_state
+from pytorch_accelerated._distributed.accelerator import is_sharded
+from pytorch_accelerated._distributed.collectives import run_on_main
+from pytorch_accelerated._metrics import is_better
+from pytorch_accelerated._signals import PREEMPTION_SIGNALS
 from pytorch_accelerated._validation import check_positive_number
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.stopping import check_watched_metric
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
 
-    from pytorch_accelerated._manifest import SavedState
+    from pytorch_accelerated._checkpoint.manifest import SavedState
     from pytorch_accelerated.progress import TrainingProgress
     from pytorch_accelerated.run_config import TrainerRunConfig
     from pytorch_accelerated.trainer import Trainer
@@ -218,7 +219,7 @@ class SaveTrainingStateCallback(TrainerCallback):
             CheckpointError: The folder cannot be written to, or another run saves its states there.
         """
         config = trainer.run_config
-        decided_by_main(lambda: claim_folder(self.save_dir), config.is_world_process_zero, config.num_processes)
+        run_on_main(lambda: claim_folder(self.save_dir), config.is_world_process_zero, config.num_processes)
         if self.keep_best is not None:
             check_watched_metric(trainer, self.watch_metric, type(self).__name__)
         if not trainer.is_resumed:
@@ -297,7 +298,7 @@ class SaveTrainingStateCallback(TrainerCallback):
                 trainer.save_training_state(path, in_background=True, and_then=self._rotate)
             else:
                 trainer.save_training_state(str(path))
-                decided_by_main(self._rotate, config.is_world_process_zero, config.num_processes)
+                run_on_main(self._rotate, config.is_world_process_zero, config.num_processes)
             self._saved = trainer.progress.resume_point(), path
         self._timer.restart(trainer.progress.num_updates)
 
@@ -361,7 +362,7 @@ class _Timer:
         if self.num_minutes is None or num_updates < self._next_look:
             return False
         num_made = num_updates - self._start_update
-        num_left = decided_by_main(
+        num_left = run_on_main(
             lambda: num_made * self._share_left(), config.is_world_process_zero, config.num_processes
         )
         self._next_look = num_updates + (max(1, int(num_left / 2)) if config.is_distributed else 1)
@@ -399,7 +400,7 @@ def find_state_to_resume(
         return open_state(resume_from, accelerator, allow_other_num_processes)
     folder = _only_save_dir(trainer.callback_handler.callbacks)
     num_processes = int(accelerator.num_processes)
-    saved, passed_over = decided_by_main(lambda: _newest_in(folder), accelerator.is_main_process, num_processes)
+    saved, passed_over = run_on_main(lambda: _newest_in(folder), accelerator.is_main_process, num_processes)
     for reason in passed_over:
         trainer.print(f"Passed over: {reason}")
     if saved is None:

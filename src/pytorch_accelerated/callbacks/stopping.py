@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated._monitor import describe_non_finite_loss, find_non_finite_loss
-from pytorch_accelerated._stopping import PatienceCounter
+from pytorch_accelerated._loss_monitor import describe_non_finite_loss, find_non_finite_loss
+from pytorch_accelerated._metrics import PatienceCounter
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 

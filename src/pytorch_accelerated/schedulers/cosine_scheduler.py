@@ -6,8 +6,8 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated._placeholders import NumberOrPlaceholder, TrainerPlaceholderValues
 from pytorch_accelerated.exceptions import SchedulerSettingsError
+from pytorch_accelerated.schedulers._placeholders import NumberOrPlaceholder, TrainerPlaceholderValues
 from pytorch_accelerated.schedulers.scheduler_base import (
     StatefulSchedulerBase,
     check_number,

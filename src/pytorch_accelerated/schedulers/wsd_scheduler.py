@@ -15,8 +15,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from pytorch_accelerated._placeholders import NumberOrPlaceholder, TrainerPlaceholderValues
 from pytorch_accelerated.exceptions import SchedulerSettingsError
+from pytorch_accelerated.schedulers._placeholders import NumberOrPlaceholder, TrainerPlaceholderValues
 from pytorch_accelerated.schedulers.scheduler_base import (
     StatefulSchedulerBase,
     check_number,

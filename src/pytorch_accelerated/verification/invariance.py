@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset, Subset
 
-from pytorch_accelerated import _distributed, _validation
-from pytorch_accelerated._rng import preserved_rng_state, seed_generators
+from pytorch_accelerated import _validation
+from pytorch_accelerated._data.rng import preserve_rng_state, seed_generators
+from pytorch_accelerated._distributed.accelerator import is_sharded
+from pytorch_accelerated._distributed.collectives import broadcast_from_main
 from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.tracking import InMemoryRunHistory
 from pytorch_accelerated.trainer import Trainer
@@ -184,7 +186,7 @@ def check_invariance(
     starts = range(0, num_updates * samples_per_update, samples_per_update)
     blocks = [range(start, start + samples_per_update) for start in starts]
     experiment = _Experiment(make_trainer, dataset, blocks, collate_fn, modules_in_eval_mode, seed)
-    with preserved_rng_state():
+    with preserve_rng_state():
         whole = experiment.train_on_whole_batches(tolerance)
         sizes = _default_splits(samples_per_update, whole.num_processes) if splits is None else splits
         differences = tuple(experiment.compare(whole, size) for size in sizes)
@@ -296,14 +298,14 @@ class _Experiment:
             update=recorder.differences.index(worst) + 1,
             factor=sum(difference.product for difference in recorder.differences) / max(square, _TINY),
         )
-        return cast("SplitDifference", _distributed.broadcast_from_main(split, whole.num_processes))
+        return cast("SplitDifference", broadcast_from_main(split, whole.num_processes))
 
     def _new_trainer(self) -> Trainer:
         seed_generators(self.seed)
         trainer = self.make_trainer()
         if not isinstance(trainer, Trainer):
             raise TypeError(f"`make_trainer` returned a {type(trainer).__name__}. Expected a new `Trainer` each time.")
-        if _distributed.is_sharded(trainer._accelerator):
+        if is_sharded(trainer._accelerator):
             raise ValueError(
                 "The trainer shards its model (FSDP or DeepSpeed), so no process has whole gradients to compare. Start "
                 "the check without sharding, in one process or with DDP."

@@ -13,8 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from pytorch_accelerated import _data, _distributed, _validation
-from pytorch_accelerated._rng import get_rng_state, preserved_rng_state, seed_generators
+from pytorch_accelerated import _validation
+from pytorch_accelerated._data.loaders import num_batches_of
+from pytorch_accelerated._data.rng import get_rng_state, preserve_rng_state, seed_generators
+from pytorch_accelerated._distributed.collectives import broadcast_from_main, values_of_all
 from pytorch_accelerated.callbacks import (
     LogMetricsCallback,
     PrintProgressCallback,
@@ -169,7 +171,7 @@ def verify_resume(
     for stop in stops or ():
         _validation.check_positive_integer("stops", stop, "steps")
     experiment = _Experiment(make_trainer, train_dataset, {"num_epochs": num_epochs, **train_arguments})
-    with preserved_rng_state(), _SavingRecorder(stops) as whole:
+    with preserve_rng_state(), _SavingRecorder(stops) as whole:
         experiment.run(seed, whole)
         whole.check()
         differences = (experiment.compare(whole, stop, seed) for stop in whole.stops)
@@ -216,7 +218,7 @@ class _Experiment:
         self.run(seed + 1, resumed, whole.state_at(stop))
         found = _first_difference({**whole.facts, _AT_START: whole.facts_at_stops[stop]}, resumed.facts)
         own = None if found is None else ResumeDifference(stop, found[0], *found[1][:2], resumed.process_index)
-        differences = _distributed.values_of_all(own, resumed.num_processes)
+        differences = values_of_all(own, resumed.num_processes)
         places = [*resumed.facts]
         return min(filter(None, differences), key=lambda difference: places.index(difference.place), default=None)
 
@@ -225,7 +227,7 @@ class _Experiment:
         again = _Recorder()
         self.run(seed, again)
         own = _first_difference(whole.facts, again.facts)
-        return not any(_distributed.values_of_all(own, again.num_processes))
+        return not any(values_of_all(own, again.num_processes))
 
 
 _AT_START, _AT_END = "right after the resume", "at the end"
@@ -311,7 +313,7 @@ class _SavingRecorder(_Recorder):
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         super().on_training_run_start(trainer)
         own_folder = tempfile.mkdtemp(prefix="verify_resume_") if self.process_index == 0 else ""
-        self._folder = _distributed.broadcast_from_main(own_folder, self.num_processes)
+        self._folder = broadcast_from_main(own_folder, self.num_processes)
         if self._wanted is None:
             self._wanted = _default_stops(trainer)
 
@@ -325,7 +327,7 @@ class _SavingRecorder(_Recorder):
 
 
 def _default_stops(trainer: Trainer) -> list[int]:
-    length = _data.num_batches_of(trainer._train_dataloader)
+    length = num_batches_of(trainer._train_dataloader)
     if length is None:
         raise ValueError("The data has no length. Give the `stops`, the steps after which the run is interrupted.")
     in_second_epoch = [length + max(1, length // 3)] if trainer.run_config.num_epochs > 1 else []

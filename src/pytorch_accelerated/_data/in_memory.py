@@ -1,0 +1,121 @@
+"""Whole batches, sliced out of tensors in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
+
+_BATCHES_IN_PART = 1024
+
+
+def sliceable_tensors(dataset: Any) -> tuple[torch.Tensor, ...] | None:
+    """Return the tensors of a plain in-memory `TensorDataset`, or of a `Subset` of one; ``None`` for anything else.
+
+    Only where a batch taken by one indexing operation is the very same as one collated from single samples.
+    """
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    if type(dataset) is not TensorDataset:
+        return None
+    is_plain = all(
+        type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.requires_grad
+        for tensor in dataset.tensors
+    )
+    return dataset.tensors if is_plain else None
+
+
+class WholeBatchDataset(Dataset[list[torch.Tensor]]):
+    """A view of an in-memory dataset which gives a `DataLoader` whole batches instead of single samples.
+
+    Use it with `unchanged` as ``collate_fn``. The batches and their order are those of the plain dataset.
+
+    Args:
+        dataset: A dataset for which `sliceable_tensors` finds the tensors.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.tensors = sliceable_tensors(dataset) or ()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """Return the batch of the samples at ``indices``, as the default collation would."""
+        dataset: Any = self.dataset
+        while isinstance(dataset, Subset):
+            indices = [dataset.indices[index] for index in indices]
+            dataset = dataset.dataset
+        rows = torch.as_tensor(indices)
+        return [tensor[rows] for tensor in self.tensors]
+
+    def batches(self, order: torch.Tensor, batch_size: int) -> Iterator[list[torch.Tensor]]:
+        """Yield samples in batches, the last with what is left.
+
+        Args:
+            order: The indices of the samples, shape ``(samples,)``.
+            batch_size: Samples in a batch.
+        """
+        dataset: Any = self.dataset
+        while isinstance(dataset, Subset):
+            order = torch.as_tensor(dataset.indices)[order]
+            dataset = dataset.dataset
+        order = order.to(self.tensors[0].device)
+        # In parts: an epoch with millions of batches does not wait for the last of them to be laid out.
+        for part in torch.split(order, _BATCHES_IN_PART * batch_size) if len(order) else ():
+            part_rows = part.where(part >= 0, part + len(dataset))
+            for rows in torch.split(part_rows, batch_size):
+                yield [tensor.index_select(0, rows) for tensor in self.tensors]
+
+
+def unchanged(batch: Any) -> Any:
+    """Return a batch as it is: the ``collate_fn`` for batches that are whole already."""
+    return batch
+
+
+def whole_batches_of(loader: Any) -> Iterator[list[torch.Tensor]] | None:
+    """Return the batches of an epoch without what a `DataLoader` does beside fetching them; ``None`` if it cannot be.
+
+    They are the loader's own, in the order that the generator of its sampler gives.
+
+    Args:
+        loader: Any loader.
+    """
+    dataset, batch_sampler = loader.dataset, loader.batch_sampler
+    is_plain = type(dataset) is WholeBatchDataset and loader.num_workers == 0 and not loader.pin_memory
+    is_plain = is_plain and type(batch_sampler) is BatchSampler
+    # The sampler of the loader itself is another one if it was made with a batch sampler.
+    order = _order_of(batch_sampler.sampler, len(dataset)) if is_plain else None
+    if order is None:
+        return None
+    num_left_out = len(order) % batch_sampler.batch_size if batch_sampler.drop_last else 0
+    batches: Iterator[list[torch.Tensor]] = dataset.batches(
+        order[: len(order) - num_left_out], batch_sampler.batch_size
+    )
+    return batches
+
+
+def _order_of(sampler: Any, num_samples: int) -> torch.Tensor | None:
+    """Return the indices that a sampler of PyTorch gives in an epoch, all at once; ``None`` for other samplers."""
+    if type(sampler) is SequentialSampler:
+        return torch.arange(num_samples)
+    is_permutation = (
+        type(sampler) is RandomSampler
+        and not sampler.replacement
+        and sampler.num_samples == num_samples
+        and sampler.generator is not None
+    )
+    return torch.randperm(num_samples, generator=sampler.generator) if is_permutation else None

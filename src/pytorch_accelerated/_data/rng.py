@@ -1,0 +1,185 @@
+"""Random number generators: derived seeds, and states that can be kept, stored and restored."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+
+def derive_seed(seed: int, *keys: int | str) -> int:
+    """Make an independent seed for a purpose, the same one each time.
+
+    Args:
+        seed: The seed to derive from.
+        *keys: What the new seed is for, such as ``"order", epoch``.
+
+    Returns:
+        An integer of 63 bits, so that it fits every generator of PyTorch.
+
+    Example:
+        >>> derive_seed(7, "order", 0) == derive_seed(7, "order", 0)
+        True
+        >>> derive_seed(7, "order", 0) == derive_seed(7, "order", 1)
+        False
+    """
+    text = "/".join(map(str, (seed, *keys)))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def seed_generators(seed: int) -> None:
+    """Seed PyTorch on every device, NumPy's legacy generator and `random`."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def seed_host_generators(seed: int) -> None:
+    """Seed the generators of the host only: what loading data draws from, and much faster than all of them."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+_SPARE_NUMPY_GENERATOR = np.random.MT19937(0)
+
+
+_put_aside: list[tuple[torch.Tensor, Any, Any]] = []
+"""The global generators that the open ``with`` blocks of this module will put back, outermost first."""
+
+
+@contextmanager
+def restore_generators() -> Iterator[None]:
+    """At the end of the body put back what is still aside.
+
+    An error that comes from a signal, such as ``KeyboardInterrupt``, or the one of a worker that was killed, may
+    strike in the first or last steps of a block that had put the generators aside, and so keep it from its work.
+    """
+    depth = len(_put_aside)
+    try:
+        yield
+    finally:
+        _put_back(depth)
+
+
+@contextmanager
+def seeded_host_generators(seed: int) -> Iterator[None]:
+    """Seed the generators of the host for the body, and leave them as they were."""
+    depth = len(_put_aside)
+    try:
+        _put_generators_aside(_SPARE_NUMPY_GENERATOR)
+        seed_host_generators(seed)
+        yield
+    finally:
+        _put_back(depth)
+
+
+class RandomStream:
+    """The global generators of the host as a stream of their own.
+
+    Within a ``with`` block they go on where the last block stopped; outside they are as if there had been none.
+
+    Args:
+        seed: Where the stream starts.
+
+    Example:
+        >>> stream = RandomStream(7)
+        >>> with stream:
+        ...     first = random.random()
+        >>> with stream:
+        ...     second = random.random()
+        >>> random.seed(7)
+        >>> [random.random(), random.random()] == [first, second]
+        True
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._numpy = np.random.MT19937(0)
+        self._depth = 0
+        with seeded_host_generators(seed):
+            self._own = torch.default_generator.get_state(), random.getstate()
+        with self:
+            np.random.seed(seed % 2**32)
+
+    def __enter__(self) -> None:
+        self._depth = len(_put_aside)
+        _put_generators_aside(self._numpy)
+        torch_state, python_state = self._own
+        torch.default_generator.set_state(torch_state)
+        random.setstate(python_state)
+
+    def __exit__(self, *exception: object) -> None:
+        self._own = torch.default_generator.get_state(), random.getstate()
+        _put_back(self._depth)
+
+
+def _put_generators_aside(numpy_generator: Any) -> None:
+    # NumPy's state takes long to copy, so its generator is changed for another.
+    # `get_bit_generator` and `set_bit_generator` are documented, but not in NumPy's stubs.
+    outer = torch.default_generator.get_state(), random.getstate(), np.random.get_bit_generator()  # type: ignore[attr-defined]
+    _put_aside.append(outer)  # first, so that whatever comes between, it is not lost
+    np.random.set_bit_generator(numpy_generator)  # type: ignore[attr-defined]
+
+
+def _put_back(depth: int) -> None:
+    if len(_put_aside) > depth:
+        torch_state, python_state, numpy_generator = _put_aside[depth]
+        np.random.set_bit_generator(numpy_generator)  # type: ignore[attr-defined]
+        torch.default_generator.set_state(torch_state)
+        random.setstate(python_state)
+        del _put_aside[depth:]  # last, so that it can be begun anew
+
+
+def get_rng_state() -> dict[str, Any]:
+    """Return the state of all global generators as tensors, numbers and lists, so that it can be stored safely."""
+    numpy_state: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached_gaussian = numpy_state
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": _cuda_states(),
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached_gaussian],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore what `get_rng_state` returned."""
+    name, keys, position, has_gauss, cached_gaussian = state["numpy"]
+    version, internal, gauss_next = state["python"]
+    _set_states(
+        state["torch"],
+        state["cuda"],
+        (name, keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian),
+        (version, tuple(internal), gauss_next),
+    )
+
+
+@contextmanager
+def preserve_rng_state() -> Iterator[None]:
+    """Leave all global generators as they were, whatever the body draws from them."""
+    states = torch.get_rng_state(), _cuda_states(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        _set_states(*states)
+
+
+def _cuda_states() -> list[torch.Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _set_states(of_torch: torch.Tensor, of_cuda: list[torch.Tensor], of_numpy: Any, of_python: Any) -> None:
+    torch.set_rng_state(of_torch)
+    if of_cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(of_cuda)
+    np.random.set_state(of_numpy)
+    random.setstate(of_python)

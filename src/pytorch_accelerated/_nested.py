@@ -1,0 +1,138 @@
+"""Nested structures of tensors: sequences, mappings and dataclasses."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+
+
+def find_batch_size(batch: Any) -> int:
+    """Return the length of the first dimension of the first tensor in a batch, however deeply it is nested.
+
+    Args:
+        batch: A tensor, or tuples, lists, mappings and dataclasses of them.
+
+    Raises:
+        ValueError: There is no tensor with a dimension in it.
+
+    Example:
+        >>> find_batch_size({"id": ["a", "b"], "image": (torch.zeros(2, 3), torch.zeros(2))})
+        2
+    """
+    if isinstance(batch, torch.Tensor) and batch.ndim > 0:
+        return batch.shape[0]
+    for tensor in tensors_in(batch):
+        if tensor.ndim > 0:
+            return tensor.shape[0]
+    raise ValueError(
+        f"No batch size was found: the batch, a {type(batch).__name__}, holds no tensor with at least one dimension. "
+        "Override `calculate_train_batch_loss` and `calculate_eval_batch_loss` and return the `batch_size` yourself."
+    )
+
+
+def tensors_in(batch: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a batch, however deeply they are nested in sequences, mappings and dataclasses."""
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from tensors_in(value)
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            yield from tensors_in(value)
+    elif is_dataclass(batch):
+        for field in fields(batch):
+            yield from tensors_in(getattr(batch, field.name))
+
+
+def like_mapping(original: Mapping[str, Any], items: dict[str, Any]) -> Any:
+    """Return ``items`` as a mapping of the type of ``original``."""
+    return items if isinstance(original, defaultdict) else type(original)(items)  # type: ignore[call-arg]
+
+
+def rebuild(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a mapping, sequence or dataclass like ``value`` with ``change`` made to each item; others as they are.
+
+    Example:
+        >>> rebuild({"a": 1, "b": 2}, str)
+        {'a': '1', 'b': '2'}
+    """
+    if isinstance(value, Mapping):
+        return like_mapping(value, {name: change(item) for name, item in value.items()})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(change, value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(change, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = copy.copy(value)  # it need not take its fields as arguments
+        for field in fields(value):
+            object.__setattr__(changed, field.name, change(getattr(value, field.name)))
+        return changed
+    return value
+
+
+def move_to_device(batch: Any, device: torch.device, non_blocking: bool = False) -> Any:
+    """Return a batch with all its tensors on ``device``: in mappings, sequences, dataclasses, whatever has ``.to``.
+
+    Args:
+        batch: The batch.
+        device: Where it should go.
+        non_blocking: Whether the host goes on before it is there; what uses it on the device waits all the same.
+    """
+    if not hasattr(batch, "to"):
+        return rebuild(batch, lambda item: move_to_device(item, device, non_blocking))
+    if non_blocking:
+        with suppress(TypeError):  # not all that have `.to` know of it
+            return batch.to(device, non_blocking=True)
+    return batch.to(device)
+
+
+def first_rows(value: Any, num_rows: int, num_kept: int) -> Any:
+    """Return a nested structure with every tensor of ``num_rows`` rows cut down to its first ``num_kept``.
+
+    Example:
+        >>> first_rows({"x": torch.arange(3), "loss": torch.tensor(0.5)}, num_rows=3, num_kept=1)
+        {'x': tensor([0]), 'loss': tensor(0.5000)}
+    """
+    if isinstance(value, torch.Tensor):
+        return value[:num_kept] if value.ndim > 0 and value.shape[0] == num_rows else value
+    return rebuild(value, lambda item: first_rows(item, num_rows, num_kept))
+
+
+def repeat_rows(value: Any, num_rows: int, num_wanted: int) -> Any:
+    """Return a nested structure with every tensor of ``num_rows`` rows repeated until it has ``num_wanted``."""
+    if isinstance(value, torch.Tensor):
+        is_rows = value.ndim > 0 and value.shape[0] == num_rows
+        return value[torch.arange(num_wanted, device=value.device) % num_rows] if is_rows else value
+    return rebuild(value, lambda item: repeat_rows(item, num_rows, num_wanted))
+
+
+def on_host(outputs: Any) -> Any:
+    """Return outputs in host memory, so that they do not fill the device's."""
+    return move_to_device(outputs, torch.device("cpu"))
+
+
+def concatenate(parts: list[Any]) -> Any:
+    """Join the outputs of consecutive batches along the first dimension, whatever they are nested in.
+
+    Tensors without dimension are stacked; what is no tensor becomes a list.
+
+    Example:
+        >>> concatenate([{"a": torch.zeros(2)}, {"a": torch.ones(1)}])
+        {'a': tensor([0., 0., 1.])}
+    """
+    first = parts[0]
+    if isinstance(first, torch.Tensor):
+        return torch.stack(parts) if first.ndim == 0 else torch.cat(parts)
+    if isinstance(first, Mapping):
+        return {name: concatenate([part[name] for part in parts]) for name in first}
+    if isinstance(first, (tuple, list)):
+        joined = [concatenate(list(items)) for items in zip(*parts, strict=True)]
+        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
+    return parts

@@ -1,0 +1,118 @@
+"""Signals, such as that of Ctrl-C, that end a run gracefully."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING, Any
+
+from pytorch_accelerated.exceptions import StopTrainingError, add_note
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+
+PREEMPTION_SIGNALS: tuple[signal.Signals, ...] = tuple(
+    signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if name in signal.Signals.__members__
+)
+"""By these schedulers announce that a process has to go; Windows has no SIGUSR1."""
+
+
+class RunInterruptedError(StopTrainingError):
+    """A signal reached this process or another: the run ends in good order, and `consequence` follows.
+
+    Args:
+        signal_number: The signal.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"interrupted by {_name_of(signal_number)}")
+        self.signal_number = signal_number
+
+    def to_exit_exception(self) -> BaseException:
+        """Return what to raise when the run has ended, so that the process ends as processes do by that signal."""
+        if self.signal_number == signal.SIGINT:
+            return KeyboardInterrupt(str(self))
+        end = SystemExit(128 + self.signal_number)
+        add_note(end, str(self))
+        return end
+
+
+def _name_of(signal_number: int) -> str:
+    if signal_number == signal.SIGINT:
+        return "Ctrl-C"
+    return next((known.name for known in signal.Signals if known == signal_number), f"signal {signal_number}")
+
+
+class InterruptFlag:
+    """Inside its ``with`` block a signal only raises a flag, so that a run can finish its step and end in good order.
+
+    It listens to Ctrl-C, and to what `listen_to` adds. A second Ctrl-C interrupts at once. Handlers are installed on
+    the main thread only, call a handler that the program had installed itself, and give way to the former ones at the
+    end of the block.
+    """
+
+    def __init__(self) -> None:
+        self.is_active = False
+        """Whether the program is inside the block."""
+
+        self.signal_number: int | None = None
+        """The first signal since the start of the last block; ``None`` if there was none."""
+
+        self._was_ctrl_c_pressed = False
+        self._previous: dict[int, Any] = {}
+        self._process_id = 0
+
+    def __enter__(self) -> InterruptFlag:
+        self.is_active = True
+        self.signal_number = None
+        self._was_ctrl_c_pressed = False
+        self._process_id = os.getpid()
+        self.listen_to(signal.SIGINT)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.is_active = False
+        while self._previous:
+            number, previous = self._previous.popitem()
+            signal.signal(number, previous)
+
+    def listen_to(self, *signals: int) -> None:
+        """Let further signals raise the flag, until the end of the block.
+
+        Raises:
+            ValueError: The system does not let programs handle the signal.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in signals:
+            previous = signal.getsignal(number)
+            # A handler that was installed from C could not be put back; one who ignores a signal means it.
+            if number in self._previous or previous in (None, signal.SIG_IGN):
+                continue
+            self._previous[number] = previous
+            try:
+                signal.signal(number, self._handle)
+            except OSError as error:
+                del self._previous[number]
+                raise ValueError(
+                    f"No program can handle {_name_of(number)}, so a run cannot end in good order by it. Expected a "
+                    "signal that asks, such as SIGTERM."
+                ) from error
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and os.getpid() != self._process_id:
+            # A forked process inherits the handlers, but who started it ends it by SIGTERM.
+            signal.signal(number, self._previous[number])
+            signal.raise_signal(number)
+            return
+        if number == signal.SIGINT:
+            if self._was_ctrl_c_pressed and self.is_active:
+                raise KeyboardInterrupt
+            self._was_ctrl_c_pressed = True
+        if self.signal_number is None:
+            self.signal_number = number
+        previous = self._previous.get(number)
+        if callable(previous) and previous is not signal.default_int_handler:
+            previous(number, frame)

@@ -1,0 +1,226 @@
+"""Numbers of a training run that are written down before they are known.
+
+A schedule is set up before the run that it belongs to, yet it has to know how long that run will be. A
+placeholder stands for such a number, and the trainer puts the number in its place when it makes the
+scheduler.
+
+Arithmetic with a placeholder gives a :class:`PlaceholderExpression`, a small tree that is calculated later.
+No text is ever evaluated as code.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from numbers import Real
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pytorch_accelerated._data.loaders import num_batches_of, total_num_batches_of
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.trainer import Trainer
+
+
+Number: TypeAlias = "int | float"
+
+
+NumberOrPlaceholder: TypeAlias = "Number | TrainerPlaceholderValues | PlaceholderExpression"
+
+
+KnownValues: TypeAlias = "Mapping[TrainerPlaceholderValues, Number | None]"
+
+
+_Operation: TypeAlias = "Callable[[_Arithmetic, NumberOrPlaceholder], PlaceholderExpression]"
+
+
+_FUNCTIONS: dict[str, Callable[[Any, Any], Number]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+    "//": operator.floordiv,
+    "%": operator.mod,
+    "**": operator.pow,
+}
+
+
+def _operation(symbol: str) -> tuple[_Operation, _Operation]:
+    """Return the two methods of one operator: placeholder on the left, and placeholder on the right."""
+
+    def on_the_left(self: _Arithmetic, other: NumberOrPlaceholder) -> PlaceholderExpression:
+        return PlaceholderExpression(symbol, self, other) if _is_operand(other) else NotImplemented
+
+    def on_the_right(self: _Arithmetic, other: NumberOrPlaceholder) -> PlaceholderExpression:
+        return PlaceholderExpression(symbol, other, self) if _is_operand(other) else NotImplemented
+
+    return on_the_left, on_the_right
+
+
+def _is_operand(value: object) -> bool:
+    return isinstance(value, (Real, _Arithmetic))
+
+
+class _Arithmetic:
+    """Arithmetic that is written down as a tree instead of being carried out."""
+
+    __array_ufunc__ = None  # Otherwise numpy would make arrays of expressions, where nobody looks for them.
+
+    __add__, __radd__ = _operation("+")
+    __sub__, __rsub__ = _operation("-")
+    __mul__, __rmul__ = _operation("*")
+    __truediv__, __rtruediv__ = _operation("/")
+    __floordiv__, __rfloordiv__ = _operation("//")
+    __mod__, __rmod__ = _operation("%")
+    __pow__, __rpow__ = _operation("**")
+
+    def __neg__(self) -> PlaceholderExpression:
+        return PlaceholderExpression("*", -1, self)
+
+
+class TrainerPlaceholderValues(_Arithmetic, Enum):
+    """A number that the trainer knows once a run starts; use it wherever a schedule needs that number.
+
+    Placeholders combine with numbers and with each other by ``+ - * / // ** %`` and the unary minus.
+
+    Example:
+        >>> TrainerPlaceholderValues.NUM_EPOCHS * TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH // 2
+        (TrainerPlaceholderValues.NUM_EPOCHS * TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH) // 2
+    """
+
+    NUM_EPOCHS = "num_epochs"
+    """Number of epochs of the run, those done before a resume included."""
+
+    NUM_UPDATE_STEPS_PER_EPOCH = "num_update_steps_per_epoch"
+    """Updates of the model per epoch; all processes together make one update."""
+
+    PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH = "per_process_num_update_steps_per_epoch"
+    """The same number as ``NUM_UPDATE_STEPS_PER_EPOCH``, since each process takes part in every update."""
+
+    TRAIN_DATALOADER_LEN = "train_dataloader_len"
+    """Training batches per epoch on one process."""
+
+    EVAL_DATALOADER_LEN = "eval_dataloader_len"
+    """Evaluation batches per epoch on one process."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True)
+class PlaceholderExpression(_Arithmetic):
+    """One arithmetic operation on placeholders, to be calculated when their values are known.
+
+    Attributes:
+        symbol: The operator, as it is written in Python.
+        left: What stands before the operator: a number, a placeholder or an expression.
+        right: What stands after it.
+    """
+
+    symbol: str
+    left: object
+    right: object
+
+    def __repr__(self) -> str:
+        left, right = (
+            f"({operand!r})" if isinstance(operand, PlaceholderExpression) else repr(operand)
+            for operand in (self.left, self.right)
+        )
+        return f"{left} {self.symbol} {right}"
+
+
+def resolve_placeholders(value: Any, values: KnownValues) -> Any:
+    """Return ``value`` with every placeholder and expression in it replaced by its number.
+
+    Looks into the arguments of :class:`functools.partial` objects, and into dictionaries, lists and tuples,
+    at any depth. Nothing is changed in place; what holds no placeholder is returned as the same object.
+
+    Args:
+        value: A placeholder, an expression, something that may contain them, or anything else.
+        values: The number for each placeholder; ``None``, or none at all, where the run does not know it.
+
+    Raises:
+        ValueError: If a placeholder is needed whose number is not known, or a division by zero is asked for.
+
+    Example:
+        >>> epochs = TrainerPlaceholderValues.NUM_EPOCHS
+        >>> resolve_placeholders({"period": 3 * epochs // 2, "name": "cosine"}, {epochs: 5})
+        {'period': 7, 'name': 'cosine'}
+    """
+    if isinstance(value, TrainerPlaceholderValues):
+        return _look_up(value, values)
+    if isinstance(value, PlaceholderExpression):
+        return _calculate(value, values)
+    if isinstance(value, functools.partial):
+        args, keywords = resolve_placeholders((value.args, value.keywords), values)
+        is_same = args is value.args and keywords is value.keywords
+        return value if is_same else functools.partial(value.func, *args, **keywords)
+    if isinstance(value, dict):
+        items = {key: resolve_placeholders(item, values) for key, item in value.items()}
+        if _are_same(items.values(), value.values()):
+            return value
+        resolved = copy.copy(value)  # Keeps the kind of dictionary.
+        resolved.update(items)
+        return resolved
+    if isinstance(value, (list, tuple)):
+        elements = [resolve_placeholders(element, values) for element in value]
+        if _are_same(elements, value):
+            return value
+        if isinstance(value, list):
+            return elements
+        return value._make(elements) if hasattr(value, "_make") else tuple(elements)
+    return value
+
+
+def _look_up(placeholder: TrainerPlaceholderValues, values: KnownValues) -> Number:
+    number = values.get(placeholder)
+    if number is None:
+        raise ValueError(
+            f"`{placeholder}` has no value in this run. It is known only where the run has what it counts: a "
+            "number of epochs, or a training or evaluation dataset with a length. Give that to `train`, or "
+            "write a number in place of the placeholder."
+        )
+    return number
+
+
+def _calculate(expression: PlaceholderExpression, values: KnownValues) -> Number:
+    left = resolve_placeholders(expression.left, values)
+    right = resolve_placeholders(expression.right, values)
+    try:
+        return _FUNCTIONS[expression.symbol](left, right)
+    except ZeroDivisionError as error:
+        raise ValueError(
+            f"`{expression!r}` is {left!r} {expression.symbol} {right!r} in this run. A divisor must not be "
+            "zero. Write a number in place of the placeholder that is zero."
+        ) from error
+
+
+def _are_same(new: Iterable[object], old: Iterable[object]) -> bool:
+    return all(new_item is old_item for new_item, old_item in zip(new, old, strict=True))
+
+
+def replace_trainer_placeholder_values(trainer: Trainer, instance: Any) -> Any:
+    """Put the facts of a run in the place of `TrainerPlaceholderValues`.
+
+    Args:
+        trainer: A trainer with a run configuration.
+        instance: A `functools.partial`, or containers, whose values may be placeholders or expressions of them.
+
+    Returns:
+        The same with numbers; ``instance`` is not changed.
+
+    Raises:
+        ValueError: A loader without length is asked for its length.
+    """
+    run_config = trainer.run_config
+    values = {
+        TrainerPlaceholderValues.NUM_EPOCHS: run_config.num_epochs,
+        TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH: run_config.num_update_steps_per_epoch,
+        TrainerPlaceholderValues.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH: run_config.num_local_update_steps_per_epoch,
+        TrainerPlaceholderValues.TRAIN_DATALOADER_LEN: num_batches_of(trainer._train_dataloader),
+        TrainerPlaceholderValues.EVAL_DATALOADER_LEN: total_num_batches_of(trainer._eval_dataloader),
+    }
+    return resolve_placeholders(instance, values)

@@ -1,0 +1,381 @@
+"""A folder of states: which there are, which is the newest, which may go, and whose it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from _saved import make_up_state, names_in
+from _support import run_python
+from pytorch_accelerated._checkpoint import folder as folder_module
+from pytorch_accelerated._checkpoint.folder import (
+    Lineage,
+    Retention,
+    claim_folder,
+    find_newest_state,
+    list_states,
+    release_folder,
+    rotate,
+)
+from pytorch_accelerated._checkpoint.manifest import read_manifest
+from pytorch_accelerated.exceptions import CheckpointError
+
+
+def names_of(states):
+    return [state.path.name for state in states]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Some states, whose names and times of writing tell nothing about their order."""
+    make_up_state(tmp_path / "step_20", epochs=1, batches=2)
+    make_up_state(tmp_path / "step_9", epochs=2, batches=1)
+    make_up_state(tmp_path / "epoch_3", epochs=0, batches=5)
+    make_up_state(tmp_path / "mine", epochs=1, batches=3)
+    for number, path in enumerate(sorted(tmp_path.iterdir())):
+        os.utime(path, (number * 1000, number * 1000))
+    return tmp_path
+
+
+IN_ORDER = ["epoch_3", "step_20", "mine", "step_9"]
+
+
+# --- what is there -----------------------------------------------------------------------------------------------
+
+
+def test_states_are_listed_by_how_far_their_run_had_come(folder):
+    assert names_of(list_states(folder)) == IN_ORDER
+    assert find_newest_state(folder).path == folder / "step_9"
+
+
+def test_no_clock_has_a_say(folder, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    for number, name in enumerate(reversed(IN_ORDER)):
+        os.utime(folder / name, (number, number))
+        for file in (folder / name).iterdir():
+            os.utime(file, (number, number))
+    assert names_of(list_states(folder)) == IN_ORDER
+
+
+def test_states_of_later_runs_come_after_those_of_earlier_ones(folder):
+    make_up_state(folder / "step_1", epochs=0, batches=1, generation=1)
+    assert names_of(list_states(folder)) == [*IN_ORDER, "step_1"]
+
+
+def test_what_is_no_state_is_not_listed(folder):
+    (folder / "notes").mkdir()
+    (folder / "file").touch()
+    shutil.copytree(folder / "mine", folder / ".mine.tmp")
+    assert names_of(list_states(folder)) == IN_ORDER
+
+
+def test_what_ought_to_be_a_state_is_listed_with_what_is_wrong(folder):
+    (folder / "epoch_7").mkdir()
+    (folder / "step_9" / "process_0.pt").unlink()
+    (folder / "mine" / "manifest.json").write_text("{")
+    states = {state.path.name: state for state in list_states(folder)}
+    assert list(states) == ["epoch_7", "mine", "epoch_3", "step_20", "step_9"]
+    assert "no readable manifest.json" in states["epoch_7"].problem
+    assert "no readable manifest.json" in states["mine"].problem
+    assert states["step_9"].problem == "process_0.pt is missing or altered"
+    assert states["epoch_3"].problem is None
+
+
+def test_a_folder_that_may_not_be_read_is_passed_over_unless_it_has_a_name_of_ours(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(folder_module, "read_manifest", refuse)
+    states = list_states(folder)
+    assert names_of(states) == ["epoch_3", "step_20", "step_9"]
+    assert all("Permission denied" in state.problem for state in states)
+
+
+def test_the_newest_that_is_whole_is_found_and_the_others_are_named(folder):
+    (folder / "epoch_8").mkdir()
+    for name in ("step_9", "mine"):
+        (folder / name / "model.pt").write_bytes(b"x" * (folder / name / "model.pt").stat().st_size)
+    passed_over = []
+    assert find_newest_state(folder, passed_over.append).path == folder / "step_20"
+    assert len(passed_over) == 2
+    assert passed_over[0].startswith(f"The training state '{folder / 'step_9'}' is damaged: model.pt")
+    for name in ("step_20", "epoch_3"):
+        (folder / name / "model.pt").unlink()
+    passed_over.clear()
+    assert find_newest_state(folder, passed_over.append) is None
+    assert len(passed_over) == 5
+    assert "epoch_8" in passed_over[-1]
+
+
+def test_states_of_a_newer_version_are_not_passed_over(folder):
+    """To go on from an older state instead would give up, and in the end delete, what the newer version has done."""
+    manifest = folder / "epoch_3" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 9}))
+    assert names_of(list_states(folder))[-1] == "epoch_3"
+    with pytest.raises(CheckpointError, match="newer version"):
+        find_newest_state(folder)
+
+
+def test_a_folder_without_states_has_no_newest(tmp_path):
+    assert list_states(tmp_path) == []
+    assert find_newest_state(tmp_path) is None
+    with pytest.raises(FileNotFoundError):
+        list_states(tmp_path / "nothing")
+
+
+# --- generations -------------------------------------------------------------------------------------------------
+
+
+def test_the_first_run_in_a_folder_is_of_generation_0(tmp_path):
+    lineage = Lineage()
+    assert [lineage.take_number(tmp_path) for _ in range(3)] == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_a_run_that_starts_afresh_is_of_a_new_generation_in_every_folder_that_has_states(folder, tmp_path_factory):
+    make_up_state(folder / "step_1", generation=4)
+    lineage, other = Lineage(), tmp_path_factory.mktemp("other")
+    assert lineage.take_number(folder) == (5, 0)
+    make_up_state(folder / "step_2", generation=5)
+    assert lineage.take_number(folder) == (5, 1)
+    assert lineage.take_number(other) == (0, 0)
+
+
+def test_a_run_that_goes_on_from_the_newest_state_is_of_its_generation(folder):
+    newest = read_manifest(make_up_state(folder / "step_30", epochs=3, generation=2, number=6))
+    lineage = Lineage(newest)
+    assert [lineage.take_number(folder) for _ in range(2)] == [(2, 7), (2, 8)]
+
+
+def test_a_run_that_goes_on_from_an_older_state_is_of_a_new_generation(folder):
+    """Otherwise the states that it leaves behind would be newer than those that it saves."""
+    lineage = Lineage(read_manifest(folder / "step_20"))
+    assert lineage.take_number(folder) == (1, 0)
+
+
+def test_a_run_that_saves_elsewhere_takes_its_generation_along(folder, tmp_path_factory):
+    origin = read_manifest(make_up_state(folder / "step_30", epochs=3, generation=2, number=6))
+    other = tmp_path_factory.mktemp("other")
+    assert Lineage(origin).take_number(other) == (2, 0)
+    make_up_state(other / "step_1", epochs=9)
+    assert Lineage(origin).take_number(other) == (2, 1)
+
+
+def test_a_damaged_manifest_does_not_count(folder):
+    (folder / "step_9" / "manifest.json").write_text("")
+    assert Lineage(read_manifest(folder / "mine")).take_number(folder) == (0, 1)
+
+
+# --- what may go -------------------------------------------------------------------------------------------------
+
+
+def make_states(folder, losses, generation=0):
+    for number, loss in enumerate(losses, start=1):
+        path = folder / f"epoch_{number}"
+        make_up_state(path, epochs=number, metrics={"loss": loss}, generation=generation)
+
+
+@pytest.mark.parametrize(
+    ("retention", "expected"),
+    [
+        (Retention(), [1, 2, 3, 4, 5, 6]),
+        (Retention(1), [6]),
+        (Retention(2), [5, 6]),
+        (Retention(9), [1, 2, 3, 4, 5, 6]),
+        (Retention(1, 1, "loss"), [2, 6]),
+        (Retention(1, 2, "loss"), [2, 5, 6]),
+        (Retention(2, 2, "loss"), [2, 5, 6]),
+        (Retention(1, 1, "loss", greater_is_better=True), [1, 6]),
+        (Retention(1, 9, "loss"), [1, 2, 4, 5, 6]),
+        (Retention(1, 2, "unknown"), [6]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(tmp_path, retention, expected):
+    """The third has no loss that is a number: it is never the best."""
+    make_states(tmp_path, [5.0, 1.0, "nan", 4.0, 2.0, 3.0])
+    rotate(tmp_path, retention)
+    assert names_in(tmp_path) == [f"epoch_{number}" for number in expected]
+
+
+def test_of_states_with_the_same_evaluation_the_first_is_the_best(tmp_path):
+    """Those of the steps after it only carry its value along."""
+    make_states(tmp_path, [3.0, 1.0])
+    make_up_state(tmp_path / "step_25", epochs=2, batches=5, metrics={"loss": 1.0})
+    make_up_state(tmp_path / "step_26", epochs=2, batches=6, metrics={"loss": 1.0})
+    make_up_state(tmp_path / "epoch_3", epochs=3, metrics={"loss": 1.0})
+    rotate(tmp_path, Retention(1, 2, "loss"))
+    assert names_in(tmp_path) == ["epoch_2", "epoch_3"]
+    make_up_state(tmp_path / "step_33", epochs=3, batches=3, metrics={"loss": 1.0})
+    rotate(tmp_path, Retention(1, 1, "loss"))
+    assert names_in(tmp_path) == ["epoch_2", "step_33"]
+
+
+def test_the_states_of_earlier_runs_go_first(tmp_path):
+    make_states(tmp_path, [1.0, 2.0, 3.0])
+    make_up_state(tmp_path / "step_1", batches=1, generation=1)
+    rotate(tmp_path, Retention(2))
+    assert names_in(tmp_path) == ["epoch_3", "step_1"]
+
+
+def test_only_states_of_epochs_and_steps_go(tmp_path):
+    make_states(tmp_path, [1.0, 2.0])
+    for name in ("final", "mine", "epoch_x", "epoch_2_copy"):
+        make_up_state(tmp_path / name)
+    for name in ("epoch_0", "step_0", "notes"):
+        (tmp_path / name).mkdir()
+    before = names_in(tmp_path)
+    rotate(tmp_path, Retention(1))
+    assert names_in(tmp_path) == [name for name in before if name != "epoch_1"]
+
+
+def test_damaged_states_do_not_count_as_kept(tmp_path):
+    make_states(tmp_path, [1.0, 2.0, 3.0])
+    (tmp_path / "epoch_2" / "model.pt").unlink()
+    rotate(tmp_path, Retention(2))
+    assert names_in(tmp_path) == ["epoch_1", "epoch_3"]
+
+
+def test_a_state_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch):
+    make_states(tmp_path, [1.0, 2.0])
+
+    def refuse(path):
+        raise OSError(39, "Directory not empty", str(path))
+
+    monkeypatch.setattr(folder_module, "delete_folder", refuse)
+    with pytest.warns(UserWarning, match=r"no longer needed could not be deleted: .*Directory not empty: '.*epoch_1'"):
+        rotate(tmp_path, Retention(1))
+
+
+# --- whose it is -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def claimed(tmp_path):
+    """A folder that is released in the end."""
+    yield tmp_path / "a" / "states"
+    release_folder(tmp_path / "a" / "states")
+
+
+def test_a_folder_that_is_claimed_is_made(claimed):
+    claim_folder(claimed)
+    claim_folder(claimed)
+    assert names_in(claimed) == []
+    assert (claimed / ".lock").is_file()
+
+
+def test_what_an_interrupted_run_left_is_repaired_and_nothing_else_is_touched(claimed):
+    for name in (".epoch_1.tmp", ".epoch_1.old", ".final.tmp", ".step_3.old", ".step_4.tmp"):
+        make_up_state(claimed / name)
+    for name in ("epoch_1", "step_5"):
+        make_up_state(claimed / name)
+    others = [".cache.tmp", ".mine.old", ".epoch_1.bak", "epoch_2.tmp", ".epoch_x.tmp", ".hidden", ".epoch_1.tmp2"]
+    for name in others:
+        (claimed / name).mkdir()
+    claim_folder(claimed)
+    assert names_in(claimed) == sorted([*others, "epoch_1", "step_3", "step_5"])
+
+
+USE_FOLDER = """
+import sys
+from pathlib import Path
+from pytorch_accelerated._checkpoint.folder import claim_folder
+from pytorch_accelerated.exceptions import CheckpointError
+try:
+    claim_folder(Path(sys.argv[1]))
+    print("claimed")
+except CheckpointError as error:
+    print(error)
+"""
+
+needs_locks = pytest.mark.skipif(folder_module.fcntl is None, reason="this system has no record locks")
+
+
+@needs_locks
+def test_a_folder_that_another_run_has_is_refused_and_the_run_is_named(claimed):
+    claim_folder(claimed)
+    make_up_state(claimed / ".epoch_1.tmp")
+    answer = run_python(USE_FOLDER, str(claimed))
+    assert f"Another run saves its training states in '{claimed}': process {os.getpid()} on " in answer
+    assert "give this run another `save_dir`" in answer
+    assert ".epoch_1.tmp" in names_in(claimed), "what the other run is writing is not cleared away"
+    release_folder(claimed)
+    assert run_python(USE_FOLDER, str(claimed)) == "claimed\n"
+
+
+@needs_locks
+def test_a_forked_process_does_not_keep_the_folder(claimed):
+    """Such as a loader's worker that outlives a run that was killed."""
+    waiting, go_on = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        claim_folder(claimed)
+        child = os.fork()
+        if child == 0:
+            os.close(go_on)
+            os.read(waiting, 1)  # until the test is done
+            os._exit(0)
+        os._exit(0)
+    os.close(waiting)
+    os.waitpid(holder, 0)
+    claim_folder(claimed)
+    os.close(go_on)
+
+
+@needs_locks
+def test_a_folder_is_used_without_lock_where_there_are_none(claimed, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(folder_module.fcntl, "lockf", refuse)
+    claim_folder(claimed)
+    assert folder_module._held_locks == {}
+    monkeypatch.setattr(folder_module, "fcntl", None)
+    claim_folder(claimed)
+    release_folder(claimed)
+
+
+@pytest.mark.parametrize("place", ["file/states", "file"])
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=rf"cannot be saved in '.*{place}'.*Give a `save_dir`"):
+        claim_folder(tmp_path / place)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs /sys")
+@pytest.mark.parametrize("place", ["/sys/kernel", "/sys/kernel/states"])
+def test_a_folder_that_nobody_may_write_to_is_refused(place):
+    with pytest.raises(CheckpointError, match=rf"cannot be saved in '{place}'"):
+        claim_folder(Path(place))
+
+
+def test_a_folder_without_permission_to_write_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(CheckpointError, match=r"cannot be saved in .*Permission denied"):
+        claim_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ünïcode", "with spaces", "[brackets]*?", "a\nb", "x" * 200])
+def test_folders_may_have_odd_names(tmp_path, name):
+    folder = tmp_path / name
+    claim_folder(folder)
+    make_up_state(folder / "epoch_1", epochs=1)
+    make_up_state(folder / "epoch_2", epochs=2)
+    rotate(folder, Retention(1))
+    release_folder(folder)
+    assert find_newest_state(folder).path == folder / "epoch_2"
+
+
+def test_of_what_a_run_has_written_itself_the_superseded_goes_even_if_it_cannot_be_read(tmp_path):
+    """A subclass of the trainer may write states of another form."""
+    paths = [tmp_path / f"step_{number}" for number in (9, 10, 11)]
+    foreign = tmp_path / "step_1"
+    for path in (*paths, foreign):
+        path.mkdir()
+    rotate(tmp_path, Retention(2), paths)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1", "step_10", "step_11"]
+    rotate(tmp_path, Retention(None), paths)
+    assert len(list(tmp_path.iterdir())) == 3

@@ -1,0 +1,644 @@
+"""One training state: what is in it, how it is written, and that what does not fit is refused untouched."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, IterableDataset
+
+import _golden
+from _saved import (
+    assert_equal,
+    bytes_in,
+    everything_in,
+    make_state_trainer,
+    make_up_state,
+    names_in,
+    rewrite_manifest,
+    train,
+)
+from _support import (
+    Batches,
+    Probe,
+    Samples,
+    Stream,
+    assert_same_weights,
+    make_dataset,
+    make_model,
+    make_trainer,
+    weights_of,
+)
+from pytorch_accelerated import Trainer
+from pytorch_accelerated._checkpoint import state as state_module
+from pytorch_accelerated._checkpoint.manifest import read_manifest
+from pytorch_accelerated.callbacks import EarlyStoppingCallback, SaveTrainingStateCallback, get_default_callbacks
+from pytorch_accelerated.exceptions import CheckpointError
+from pytorch_accelerated.progress import TrainingProgress
+from pytorch_accelerated.schedulers import CosineLrScheduler
+from pytorch_accelerated.tracking import InMemoryRunHistory
+
+GOLDEN_STATE = Path(__file__).parents[1] / "golden_states" / "training_state_format_1.tar.xz"
+
+
+@pytest.fixture
+def _full_disk(monkeypatch):
+    """Writing starts well and then fails."""
+    save = torch.save
+
+    def fail(contents, file, *args, **kwargs):
+        save({"half": 1}, file)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+
+
+def saving_after(num_updates, path, **kwargs):
+    """A callback that saves one state."""
+
+    def save(trainer, **_):
+        if trainer.progress.num_updates == num_updates and not path.exists():
+            trainer.save_training_state(path, **kwargs)
+
+    return Probe(on_train_step_end=save)
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory):
+    """A state from within the second epoch."""
+    path = tmp_path_factory.mktemp("states") / "state"
+    train(make_state_trainer([saving_after(4, path)]), eval_dataset=make_dataset(8))
+    return path
+
+
+# --- what is in it -----------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_tells_where_the_run_was_and_how_it_did(state):
+    saved = read_manifest(state)
+    assert saved.position == TrainingProgress(
+        num_epochs_completed=1, num_batches_in_epoch=2, num_updates=4, num_samples=26, phase="training"
+    )
+    assert set(saved.metrics) == {"train_loss_epoch", "eval_loss_epoch"}
+    assert all(isinstance(value, float) for value in saved.metrics.values())
+    assert (saved.generation, saved.number, saved.num_processes) == (0, 0, 1)
+    assert names_in(state) == sorted([*saved.files, "manifest.json"])
+
+
+def test_metrics_that_are_no_finite_numbers_are_texts(tmp_path):
+    trainer = make_trainer()
+    trainer.run_history.update_metric("nan", float("nan"))
+    trainer.run_history.update_metric("tensor", torch.tensor(0.5))
+    trainer.run_history.update_metric("words", ["a", "b"])
+    trainer.save_training_state(tmp_path / "state")
+    assert read_manifest(tmp_path / "state").metrics == {"nan": "nan", "tensor": 0.5, "words": "['a', 'b']"}
+
+
+def test_a_state_after_an_epoch_stands_before_the_next(tmp_path):
+    save = Probe(on_training_run_epoch_end=lambda trainer, **_: trainer.save_training_state(tmp_path / "state"))
+    train(make_state_trainer([save]), num_epochs=1)
+    position = read_manifest(tmp_path / "state").position
+    assert (position.num_epochs_completed, position.num_batches_in_epoch, position.phase) == (1, 0, "training")
+
+
+def test_the_parts_that_have_a_state_are_saved():
+    class Part:
+        value = 1
+
+        def state_dict(self):
+            return {"value": self.value}
+
+        def load_state_dict(self, state):
+            self.value = state["value"]
+
+    part, other = Part(), Part()
+    part.value = 5
+    states = state_module.states_of({"one": part, "none": None, "number": 3})
+    assert states == {"one": {"value": 5}}
+    state_module.load_states({"one": other, "none": None, "absent": Part()}, {**states, "none": {}})
+    assert other.value == 5
+
+
+@pytest.mark.parametrize(
+    "value", [lambda: None, argparse.Namespace(), np.array([{}])], ids=["function", "namespace", "array of objects"]
+)
+def test_what_could_not_be_read_back_is_refused_and_leaves_no_rest(tmp_path, value):
+    trainer = make_state_trainer()
+    trainer.save_training_state(tmp_path / "state", {"number": 1})
+    with pytest.raises(CheckpointError):
+        trainer.save_training_state(tmp_path / "state", {"mine": value})
+    assert names_in(tmp_path) == ["state"]
+    assert trainer.load_training_state(tmp_path / "state")["number"] == 1
+
+
+def test_an_optimizer_that_could_not_be_read_back_is_refused_when_it_is_saved(tmp_path):
+    """Not when the run is to be resumed."""
+    trainer = make_state_trainer()
+    trainer.optimizer.param_groups[0]["mine"] = argparse.Namespace()
+    with pytest.raises(CheckpointError, match=r"A Namespace cannot be saved as state of the optimizer.*\['mine'\]"):
+        trainer.save_training_state(tmp_path / "state")
+    assert names_in(tmp_path) == []
+
+
+# --- how it is written -------------------------------------------------------------------------------------------
+
+
+def test_a_new_state_takes_the_place_of_the_old_one(tmp_path):
+    trainer = make_state_trainer()
+    trainer.save_training_state(tmp_path / "a" / "state", {"number": 1})
+    (tmp_path / "a" / "state" / "stray").touch()
+    trainer.save_training_state(tmp_path / "a" / "state", {"number": 2})
+    assert trainer.load_training_state(tmp_path / "a" / "state") == {"current_epoch": 1, "number": 2}
+    assert names_in(tmp_path / "a") == ["state"]
+    assert "stray" not in names_in(tmp_path / "a" / "state")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_nothing_that_was_read_is_still_in_the_files(tmp_path):
+    """They may be deleted, on a server too, while the run goes on with what was in them."""
+    trainer = make_state_trainer()
+    trainer.save_training_state(tmp_path / "state")
+    saved = read_manifest(tmp_path / "state")
+    contents = state_module.read_state(saved, trainer._accelerator, trainer._parts_of_state())
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    for name in saved.files:
+        os.truncate(tmp_path / "state" / name, 0)
+    assert_same_weights(contents.weights, trainer.model.state_dict())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_all_is_on_the_disk_before_the_state_has_its_name_and_the_name_before_the_old_one_goes(tmp_path, monkeypatch):
+    """Against power loss."""
+    trainer = make_state_trainer()
+    trainer.save_training_state(tmp_path / "state")
+    log = []
+    fsync, rename, rmtree = os.fsync, Path.rename, shutil.rmtree
+
+    def record(event, path):
+        if Path(path).exists():
+            log.append((event, Path(path).relative_to(tmp_path).as_posix()))
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (record("flush", Path(f"/proc/self/fd/{fd}").readlink()), fsync(fd)))
+    monkeypatch.setattr(Path, "rename", lambda path, target: (record("rename", path), rename(path, target)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **kwargs: (record("delete", path), rmtree(path, **kwargs)))
+    trainer.save_training_state(tmp_path / "state")
+    files = [f".state.tmp/{name}" for name in names_in(tmp_path / "state")]
+    assert sorted(log[: len(files)]) == sorted(("flush", name) for name in files)
+    assert log[len(files) :] == [
+        ("flush", ".state.tmp"),
+        ("rename", "state"),
+        ("rename", ".state.tmp"),
+        ("flush", "."),
+        ("delete", ".state.old"),
+    ]
+
+
+@pytest.mark.usefixtures("_full_disk")
+@pytest.mark.parametrize("is_replacing", [True, False])
+def test_a_full_disk_leaves_the_old_state_and_no_rest(tmp_path, is_replacing):
+    if is_replacing:
+        make_up_state(tmp_path / "state")
+    with pytest.raises(CheckpointError, match=r"'.*state' could not be written: .*No space.*untouched.*disk has room"):
+        make_state_trainer().save_training_state(tmp_path / "state")
+    assert names_in(tmp_path) == (["state"] if is_replacing else [])
+
+
+@pytest.mark.parametrize("share", [0.005, 0.05, 0.3, 0.95])
+def test_a_limit_on_the_size_of_files_is_an_error_that_names_path_and_reason(tmp_path, share):
+    """It meets the writers of safetensors and PyTorch, which are not Python, too, at one file or another."""
+    trainer = make_state_trainer()
+    trainer.save_training_state(tmp_path / "state", {"number": 1})
+    before = bytes_in(tmp_path)
+    limit = int(share * max(len(content) for content in before.values()))
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, former[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"state' could not be written: (?s:.*)untouched") as caught:
+            trainer.save_training_state(tmp_path / "state", {"number": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    if share < 0.05:
+        assert "File too large" in str(caught.value)
+    assert bytes_in(tmp_path) == before
+    assert trainer.load_training_state(tmp_path / "state")["number"] == 1
+
+
+def test_an_interruption_leaves_the_old_state_and_no_rest(tmp_path, monkeypatch):
+    """Such as a second Ctrl-C."""
+    trainer = make_state_trainer()
+    trainer.save_training_state(tmp_path / "state", {"number": 1})
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_training_state(tmp_path / "state", {"number": 2})
+    monkeypatch.undo()
+    assert names_in(tmp_path) == ["state"]
+    assert trainer.load_training_state(tmp_path / "state")["number"] == 1
+
+
+def test_a_failure_while_the_states_are_exchanged_keeps_the_old_one(tmp_path, monkeypatch):
+    trainer = make_state_trainer()
+    trainer.save_training_state(tmp_path / "state", {"number": 1})
+    rename = Path.rename
+
+    def fail(self, target):
+        if self.name.endswith(".tmp"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(CheckpointError, match="untouched"):
+        trainer.save_training_state(tmp_path / "state", {"number": 2})
+    monkeypatch.undo()
+    assert names_in(tmp_path) == ["state"]
+    assert trainer.load_training_state(tmp_path / "state")["number"] == 1
+
+
+@pytest.mark.parametrize("left", [".state.tmp", ".state.old"])
+def test_what_an_interrupted_save_left_is_cleared_away(tmp_path, left):
+    trainer = make_state_trainer()
+    trainer.save_training_state(tmp_path / "state")
+    (tmp_path / left).mkdir()
+    (tmp_path / left / "stray").touch()
+    trainer.save_training_state(tmp_path / "state")
+    assert names_in(tmp_path) == ["state"]
+    assert "stray" not in names_in(tmp_path / "state")
+
+
+def test_a_state_whose_replacement_was_cut_off_is_found_under_its_name(state, tmp_path):
+    shutil.copytree(state, tmp_path / ".state.old")
+    make_state_trainer().load_training_state(tmp_path / "state")
+    assert names_in(tmp_path) == ["state"]
+
+
+@pytest.mark.usefixtures("_fresh_accelerate_state")
+def test_an_accelerator_that_names_its_checkpoints_itself_does_not_do_so_here(tmp_path):
+    from accelerate.utils import ProjectConfiguration
+
+    configuration = ProjectConfiguration(project_dir=str(tmp_path / "project"), automatic_checkpoint_naming=True)
+    trainer = make_state_trainer(accelerator={"project_config": configuration})
+    trainer.save_training_state(tmp_path / "state")
+    assert "model.pt" in names_in(tmp_path / "state")
+    assert configuration.automatic_checkpoint_naming
+    assert not (tmp_path / "project" / "checkpoints").exists()
+
+
+def test_saving_leaves_what_the_user_prepared_to_the_accelerator(tmp_path):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    other = accelerator.prepare(make_model())
+    trainer = make_trainer(accelerator=accelerator)
+    trainer.train(make_dataset(4), num_epochs=1)
+    trainer.save_training_state(tmp_path / "state")
+    trainer.load_training_state(tmp_path / "state")
+    assert accelerator._models == [other]
+
+
+# --- how it is read ----------------------------------------------------------------------------------------------
+
+
+def test_a_state_restores_model_optimizer_history_and_generators(tmp_path):
+    first = make_state_trainer()
+    train(first, num_epochs=1)
+    first.save_training_state(tmp_path / "state")
+    expected, drawn = everything_in(first), torch.rand(2)
+    other = make_state_trainer(seed=9)
+    other.optimizer.param_groups[0]["lr"] = 0.5
+    other.load_training_state(tmp_path / "state")
+    assert_equal(everything_in(other), expected)
+    assert torch.equal(torch.rand(2), drawn)
+
+
+def test_a_state_of_a_compiled_model_fits_the_plain_one_within_a_window_too(tmp_path):
+    model = torch.compile(make_model(), backend="eager")
+    trainer = make_trainer(model)
+    save = Probe(on_train_step_end=lambda trainer, **_: trainer.save_training_state(tmp_path / "state"))
+    trainer.callback_handler.add_callback(save)
+    trainer.train(make_dataset(4), num_epochs=1, per_device_batch_size=4, gradient_accumulation_steps=2)
+    other = make_trainer(make_model(seed=8))
+    other.load_training_state(tmp_path / "state")
+    assert torch.equal(other.model.weight, model.weight)
+
+
+def test_gradients_of_a_compiled_model_fit_the_plain_one():
+    model, plain = torch.compile(make_model(), backend="eager"), make_model()
+    model(torch.ones(1, 3)).sum().backward()
+    state_module.load_gradients(plain, state_module.gradients_of(model))
+    assert torch.equal(plain.weight.grad, model.weight.grad)
+
+
+def test_a_model_with_shared_weights_is_recognised(tmp_path):
+    def tied(seed):
+        model = nn.Sequential(make_model(seed=seed), nn.Linear(1, 3), make_model(seed=seed + 1))
+        model[2].weight = model[0].weight
+        return make_trainer(model)
+
+    trainer, other = tied(1), tied(5)
+    trainer.save_training_state(tmp_path / "state")
+    other.load_training_state(tmp_path / "state")
+    assert_same_weights(weights_of(trainer.model), weights_of(other.model))
+    assert other.model[2].weight is other.model[0].weight
+
+
+def with_scaler(scale):
+    """Mixed precision needs an accelerator, but its scaler does not."""
+    trainer = make_state_trainer()
+    trainer._accelerator.scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+    return trainer
+
+
+@pytest.mark.parametrize(("saved", "present", "expected"), [(64.0, 2.0, 64.0), (None, 2.0, 2.0), (64.0, None, None)])
+def test_the_scaler_of_mixed_precision_is_restored_if_there_is_one(tmp_path, saved, present, expected):
+    with_scaler(saved).save_training_state(tmp_path / "state")
+    trainer = with_scaler(present)
+    trainer.load_training_state(tmp_path / "state")
+    scaler = trainer._accelerator.scaler
+    assert (None if scaler is None else scaler.get_scale()) == expected
+
+
+def test_a_run_history_without_a_state_is_left_alone(tmp_path):
+    class Plain(InMemoryRunHistory):
+        state_dict = load_state_dict = property()
+
+    trainer = make_trainer(run_history=Plain())
+    trainer.save_training_state(tmp_path / "state")
+    trainer.load_training_state(tmp_path / "state")
+
+
+class Numbered(IterableDataset):
+    """Samples that can be gone on with, and the numbers of those that were read."""
+
+    def __init__(self, num_samples=18):
+        self.samples = make_dataset(num_samples)
+        self.next, self.read = 0, []
+
+    def __iter__(self):
+        while self.next < len(self.samples):
+            self.next += 1
+            self.read.append(self.next - 1)
+            yield self.samples[self.next - 1]
+        self.next = 0
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["next"]
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "expected"),
+    [
+        (2, [*range(8, 18), *range(18)]),
+        (3, [*range(12, 18), *range(18)]),
+        (5, [*range(18), *range(18)]),
+        (6, [*range(4, 18)]),
+    ],
+)
+def test_a_stream_that_has_a_state_goes_on_without_reading_what_came_before(tmp_path, num_steps, expected):
+    """After the fifth step, whose batch is a short one, its position is not known, so that batches are skipped."""
+    seen = []
+
+    def save(trainer, **_):
+        seen.append(1)
+        if len(seen) == num_steps:
+            trainer.save_training_state(tmp_path / "state")
+
+    whole = make_state_trainer([Probe(on_train_step_end=save)])
+    train(whole, Numbered(), num_epochs=2, gradient_accumulation_steps=1)
+    resumed, stream = make_state_trainer(seed=9), Numbered()
+    train(resumed, stream, num_epochs=2, gradient_accumulation_steps=1, resume_from=tmp_path / "state")
+    assert stream.read == expected
+    assert_equal(everything_in(resumed), everything_in(whole))
+
+
+@pytest.mark.parametrize("event", ["on_train_epoch_end", "on_training_run_epoch_end"])
+def test_a_stream_that_has_a_state_goes_on_after_an_epoch(tmp_path, event):
+    def save(trainer, **_):
+        if trainer.run_history.current_epoch == 1:
+            trainer.save_training_state(tmp_path / "state")
+
+    whole = make_state_trainer([Probe(**{event: save})])
+    train(whole, Numbered(), num_epochs=2)
+    resumed, stream = make_state_trainer(seed=9), Numbered()
+    stream.next = 7  # it comes from the state
+    train(resumed, stream, num_epochs=2, resume_from=tmp_path / "state")
+    assert stream.read == list(range(18))
+    assert_equal(everything_in(resumed), everything_in(whole))
+
+
+def test_a_stream_that_no_longer_has_a_state_is_read_over(tmp_path):
+    save = saving_after(2, tmp_path / "state")
+    whole = make_state_trainer([save])
+    train(whole, Numbered(), num_epochs=1, gradient_accumulation_steps=1)
+    resumed = make_state_trainer(seed=9)
+    with pytest.warns(UserWarning, match="dataset: 'Numbered' -> 'Stream'"):
+        train(
+            resumed,
+            Stream(make_dataset(18)),
+            num_epochs=1,
+            gradient_accumulation_steps=1,
+            resume_from=tmp_path / "state",
+        )
+    assert_equal(everything_in(resumed), everything_in(whole))
+
+
+def test_a_missing_state_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no training state '.*nothing'.*`save_training_state`"):
+        make_trainer().load_training_state(tmp_path / "nothing")
+
+
+def test_a_folder_of_states_is_told_from_a_state(state):
+    with pytest.raises(CheckpointError, match=r"is no training state but a folder of them.*state'.*\"latest\""):
+        make_trainer().load_training_state(state.parent)
+
+
+def test_a_folder_without_states_is_no_state(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no complete training state: it has no readable manifest.json"):
+        make_trainer().load_training_state(tmp_path)
+
+
+# --- what does not fit -------------------------------------------------------------------------------------------
+
+
+def assert_refused(trainer, path, message, **kwargs):
+    """By `load_training_state` and by `train`, with nothing changed."""
+    trainer.run_history.update_metric("mine", 1.0)
+    before = everything_in(trainer)
+    with pytest.raises(CheckpointError, match=message):
+        trainer.load_training_state(path, **kwargs)
+    assert_equal(everything_in(trainer), before)
+    with pytest.raises(CheckpointError, match=message):
+        train(trainer, resume_from=path, **kwargs)
+    assert_equal(everything_in(trainer), before)
+
+
+def with_model(model):
+    return Trainer(model, nn.functional.mse_loss, torch.optim.AdamW(model.parameters(), lr=0.01), callbacks=())
+
+
+def test_the_state_of_another_model_is_refused_and_nothing_is_changed(state):
+    assert_refused(
+        with_model(make_model()), state, r"another model.*missing in it: bias, weight; unexpected in it: 0\.b"
+    )
+
+
+def test_the_state_of_another_optimizer_is_refused_and_nothing_is_changed(state):
+    trainer = make_state_trainer()
+    groups = [{"params": layer.parameters()} for layer in (trainer.model[0], trainer.model[2])]
+    trainer.optimizer = torch.optim.AdamW(groups, lr=0.01)
+    assert_refused(trainer, state, r"another optimizer, with \[4\] parameters in its groups instead of \[2, 2\]")
+
+
+def test_the_state_of_another_scheduler_is_refused_and_nothing_is_changed(tmp_path):
+    path = tmp_path / "state"
+    step_lr = {"create_scheduler_fn": lambda optimizer: StepLR(optimizer, 1)}
+    train(make_state_trainer([saving_after(4, path)]), **step_lr)
+    trainer = make_state_trainer(seed=8)
+    before = weights_of(trainer.model)
+    with pytest.raises(CheckpointError, match=r"belongs to another scheduler \(StepLR\).*no entry 'num_updates'"):
+        train(trainer, resume_from=path, create_scheduler_fn=CosineLrScheduler.create_scheduler_fn())
+    assert_same_weights(weights_of(trainer.model), before)
+
+
+def test_a_state_of_other_processes_is_refused_unless_that_is_allowed(tmp_path, state):
+    path = tmp_path / "state"
+    shutil.copytree(state, path)
+    shutil.copy(path / "process_0.pt", path / "process_1.pt")
+    rewrite_manifest(path, num_processes=2)
+    message = r"saved by 2 processes, but there are 1 now.*Start 2 processes, or pass `allow_other_num_processes=True`"
+    assert_refused(make_state_trainer(seed=8), path, message)
+    make_state_trainer().load_training_state(path, allow_other_num_processes=True)
+
+
+@pytest.mark.parametrize("name", ["trainer_state.pt", "process_0.pt", "optimizer.pt"])
+def test_files_with_something_else_in_them_are_refused_and_nothing_is_changed(tmp_path, state, name):
+    """Their checksums are right."""
+    path = tmp_path / "state"
+    shutil.copytree(state, path)
+    torch.save({"something": "else"}, path / name)
+    rewrite_manifest(path)
+    assert_refused(make_state_trainer(seed=8), path, r"holds something else than expected.*Nothing was loaded")
+
+
+def test_a_run_whose_state_is_refused_can_be_started_again(state):
+    trainer, whole = make_state_trainer(), make_state_trainer()
+    with pytest.raises(FileNotFoundError):
+        train(trainer, resume_from=state / "nothing")
+    torch.manual_seed(4)
+    make_state_trainer()
+    train(trainer)
+    torch.manual_seed(4)
+    make_state_trainer()
+    train(whole)
+    assert_same_weights(weights_of(trainer.model), weights_of(whole.model))
+
+
+def test_all_that_a_run_has_for_callbacks_can_take_a_refusal(state):
+    trainer = make_state_trainer(get_default_callbacks())
+    with pytest.raises(FileNotFoundError):
+        train(trainer, resume_from=state / "nothing")
+    trainer.load_training_state(state)
+
+
+# --- earlier formats ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def golden(tmp_path):
+    """A state in the first format, saved after the eighth step: within the second epoch, and a window."""
+    _golden.unpack(GOLDEN_STATE, tmp_path)
+    return tmp_path / "step_8"
+
+
+def train_as_golden(trainer, **kwargs):
+    create_scheduler_fn = CosineLrScheduler.create_scheduler_fn(num_warmup_epochs=1)
+    train(trainer, eval_dataset=make_dataset(8, seed=5), create_scheduler_fn=create_scheduler_fn, **kwargs)
+
+
+def test_a_state_of_the_first_format_resumes_as_it_did(golden):
+    whole = make_state_trainer([EarlyStoppingCallback(early_stopping_patience=5)])
+    train_as_golden(whole)
+    resumed = make_state_trainer(
+        [EarlyStoppingCallback(early_stopping_patience=5), SaveTrainingStateCallback(golden.parent)], seed=9
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it was saved by the versions of its day
+        train_as_golden(resumed, resume_from="latest")
+    assert resumed.progress == whole.progress
+    assert resumed.callback_handler.callbacks[1]._num_steps == 15
+    if not _golden.draws_as_then():
+        pytest.skip("the rest of the run draws other numbers with this PyTorch")
+    torch.testing.assert_close(weights_of(resumed.model), weights_of(whole.model))
+    for name in ("train_loss_epoch", "eval_loss_epoch"):
+        values = (trainer.run_history.get_metric_values(name) for trainer in (resumed, whole))
+        assert next(values) == pytest.approx(next(values))
+
+
+def test_a_state_of_the_first_format_tells_its_position_and_metrics(golden):
+    saved = read_manifest(golden)
+    assert (saved.format_version, saved.generation, saved.settings) == (1, 0, {})
+    assert (saved.position.num_epochs_completed, saved.position.num_batches_in_epoch) == (1, 3)
+    assert saved.metrics == {"train_loss_epoch": pytest.approx(3.73359), "eval_loss_epoch": pytest.approx(1.87388)}
+
+
+def test_damage_of_a_state_of_the_first_format_is_found(golden):
+    whole = {name: content for name, content in bytes_in(golden).items() if name != "manifest.json"}
+    for name, content in whole.items():
+        (golden / name).write_bytes(content[:100])
+        assert_refused(make_state_trainer(), golden, f"is damaged: {name} is missing or altered")
+        (golden / name).write_bytes(content)
+    manifest = json.loads((golden / "manifest.json").read_text())
+    (golden / "manifest.json").write_text(json.dumps({**manifest, "format_version": 0}))
+    assert_refused(make_state_trainer(), golden, "no readable manifest")
+
+
+# --- what the data go on with ------------------------------------------------------------------------------------
+
+
+def batches_of(dataset):
+    return list(DataLoader(dataset, batch_size=2))
+
+
+@pytest.mark.parametrize(
+    ("make_data", "said"),
+    [
+        (lambda dataset: dataset, "exactly"),
+        (Samples, "exactly"),
+        (lambda dataset: Numbered(), "exactly"),
+        (Stream, "read again"),
+        (lambda dataset: Batches(dataset, 2), "read again"),
+        (lambda dataset: iter(batches_of(dataset)), "an iterator does not start anew"),
+    ],
+)
+def test_a_resumed_run_says_how_exactly_the_data_go_on(tmp_path, capsys, make_data, said):
+    dataset = make_dataset(8)
+
+    def run(**kwargs):
+        save = Probe(on_train_step_end=lambda trainer, step, **_: step == 2 and trainer.save_training_state(path))
+        path = tmp_path / "state"
+        trainer = make_trainer(callbacks=[save])
+        settings = {"num_epochs": 1, "per_device_batch_size": 2, **kwargs}
+        trainer.train(make_data(dataset), **settings, train_dataloader_kwargs={"num_workers": 0})
+        return weights_of(trainer.model)
+
+    whole = run()
+    assert "Going on" not in capsys.readouterr().out
+    assert_equal(run(resume_from=tmp_path / "state"), whole)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Going on")]
+    assert line.startswith("Going on after batch 3 of epoch 1. ")
+    assert said in line

@@ -1,0 +1,88 @@
+"""Log points, and what is known at them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from _support import Probe, make_dataset, make_trainer, train
+from pytorch_accelerated import _loss_monitor
+from pytorch_accelerated._loss_monitor import LossMonitor, find_non_finite_loss
+from pytorch_accelerated.tracking import LossTracker
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves 0.04 seconds with each look."""
+    times = itertools.count()
+    monkeypatch.setattr(_loss_monitor.time, "monotonic", lambda: next(times) / 25)
+
+
+def test_log_points_come_ten_times_a_second(clock):
+    monitor = LossMonitor()
+    assert [monitor.is_due() for _ in range(9)] == [False, False, True] * 3
+
+
+def test_the_mean_in_host_memory_is_that_of_the_moment():
+    monitor, tracker = LossMonitor(), LossTracker()
+    assert monitor.mean is None
+    tracker.update(torch.tensor(3.0), 2)
+    monitor.look(tracker)
+    assert monitor.mean == 3.0
+
+
+def test_log_points_of_a_run_with_its_loss_so_far(clock):
+    seen = []
+
+    def see(trainer):
+        place = "evaluation" if trainer.is_evaluating else trainer.progress.num_batches_in_epoch
+        seen.append((place, trainer.recent_loss == pytest.approx(trainer._loss_tracker.average)))
+
+    trainer = make_trainer(callbacks=[Probe(on_log_point=see)])
+    train(trainer, make_dataset(32), eval_dataset=make_dataset(16))
+    assert seen == [(3, True), (6, True), ("evaluation", True)]
+
+
+def test_an_intermediate_evaluation_leaves_the_recent_loss_of_the_training(clock):
+    recent = []
+
+    def evaluate(trainer, step, **kwargs):
+        before = trainer.recent_loss
+        trainer._run_eval_epochs(is_intermediate=True)
+        recent.append((before, trainer.recent_loss))
+
+    train(make_trainer(callbacks=[Probe(on_train_step_end=evaluate)]), make_dataset(32), eval_dataset=make_dataset(40))
+    assert recent[0] == (None, None)
+    assert all(before == after for before, after in recent)
+    assert recent[-1][1] is not None
+
+
+def test_a_resumed_epoch_names_the_step_in_the_epoch(tmp_path):
+    """The losses before the state was saved are not among those that were taken in since."""
+
+    def save(trainer, step, **kwargs):
+        if step == 1:
+            trainer.save_training_state(tmp_path / "state")
+
+    train(make_trainer(callbacks=[Probe(on_train_step_end=save)], seed=1))
+    found = []
+
+    def spoil(trainer, batch_output, step, **kwargs):
+        if step == 2:
+            batch_output["loss"] = batch_output["loss"] * float("nan")
+
+    def look(trainer, step, **kwargs):
+        found.append(find_non_finite_loss(trainer))
+
+    probe = Probe(on_backward_start=spoil, on_train_step_end=look)
+    train(make_trainer(callbacks=[probe], seed=1), resume_from=tmp_path / "state")
+    assert [error.step for error in found] == [2, 2]
+    assert "nan in training, epoch 1, step 2, rank 0" in str(found[0])
+
+
+def test_nothing_is_found_where_all_is_finite():
+    found = []
+    train(make_trainer(callbacks=[Probe(on_train_epoch_end=lambda t: found.append(find_non_finite_loss(t)))]))
+    assert found == [None]

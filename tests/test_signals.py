@@ -1,0 +1,255 @@
+"""Improvement, patience, and the flag of signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from _support import run_python
+from pytorch_accelerated._metrics import PatienceCounter, is_better
+from pytorch_accelerated._signals import PREEMPTION_SIGNALS, InterruptFlag, RunInterruptedError
+
+NAN = float("nan")
+SIGNALS = (signal.SIGINT, *PREEMPTION_SIGNALS)
+
+
+@pytest.mark.parametrize(
+    ("value", "best", "greater_is_better", "threshold", "expected"),
+    [
+        (1.0, 2.0, False, 0.0, True),
+        (2.0, 1.0, False, 0.0, False),
+        (1.0, 1.0, False, 0.0, False),
+        (2.0, 1.0, True, 0.0, True),
+        (1.0, 2.0, True, 0.0, False),
+        (1.5, 2.0, False, 0.5, False),
+        (1.25, 2.0, False, 0.5, True),
+        (2.75, 2.0, True, 0.5, True),
+        (5.0, None, False, 9.0, True),
+        (NAN, None, False, 0.0, False),
+        (NAN, 1.0, True, 0.0, False),
+        (1.0, float("inf"), False, 0.0, True),
+    ],
+)
+def test_what_is_better(value, best, greater_is_better, threshold, expected):
+    assert is_better(value, best, greater_is_better, threshold) is expected
+
+
+def test_patience_is_used_up_by_evaluations_in_a_row():
+    counter = PatienceCounter(patience=2, greater_is_better=True, threshold=0.1)
+    values = [0.5, 0.55, 0.7, 0.7, NAN]
+    assert [counter.update(value) for value in values] == [False, False, False, False, True]
+    assert (counter.best, counter.num_without_improvement) == (0.7, 2)
+    counter.reset()
+    assert (counter.best, counter.num_without_improvement) == (None, 0)
+
+
+# --- signals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _handlers_stay():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    after = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after == before
+
+
+@pytest.fixture(params=SIGNALS, ids=lambda number: number.name)
+def number(request):
+    return request.param
+
+
+def send(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def test_these_signals_announce_that_a_process_has_to_go():
+    assert PREEMPTION_SIGNALS == (signal.SIGTERM, signal.SIGUSR1)
+
+
+def test_a_signal_raises_the_flag_which_stays_until_the_next_block(number):
+    flag = InterruptFlag()
+    for _ in range(2):
+        with flag:
+            flag.listen_to(*PREEMPTION_SIGNALS)
+            assert (flag.is_active, flag.signal_number) == (True, None)
+            send(number)
+            assert flag.signal_number == number
+        assert (flag.is_active, flag.signal_number) == (False, number)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (signal.SIGTERM, signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1),
+        (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1),
+        (signal.SIGINT, signal.SIGTERM, signal.SIGTERM),
+    ],
+)
+def test_the_flag_tells_the_first_signal_and_others_change_nothing(numbers):
+    with InterruptFlag() as flag:
+        flag.listen_to(*PREEMPTION_SIGNALS)
+        send(*numbers)
+    assert flag.signal_number == numbers[0]
+
+
+@pytest.mark.parametrize("between", [(), (signal.SIGTERM,)])
+def test_a_second_ctrl_c_interrupts_at_once_in_each_block(between):
+    flag = InterruptFlag()
+
+    def press_twice():
+        with flag:
+            flag.listen_to(*PREEMPTION_SIGNALS)
+            send(signal.SIGINT, *between)
+            reached.append(flag.signal_number)
+            send(signal.SIGINT)
+
+    for _ in range(2):
+        reached = []
+        with pytest.raises(KeyboardInterrupt):
+            press_twice()
+        assert reached == [signal.SIGINT]
+
+
+def test_it_listens_to_further_signals_on_request_only():
+    before = [signal.getsignal(number) for number in PREEMPTION_SIGNALS]
+    with InterruptFlag() as flag:
+        assert [signal.getsignal(number) for number in PREEMPTION_SIGNALS] == before
+        flag.listen_to(signal.SIGUSR1)
+        assert signal.getsignal(signal.SIGUSR1) != before[1]
+        assert signal.getsignal(signal.SIGTERM) == before[0]
+
+
+def test_a_handler_of_the_program_is_called_each_time_and_put_back(number):
+    calls = []
+
+    def handler(received, frame):
+        calls.append(received)
+
+    before = signal.signal(number, handler)
+    try:
+        with InterruptFlag() as flag:
+            flag.listen_to(*PREEMPTION_SIGNALS)
+            flag.listen_to(*PREEMPTION_SIGNALS)  # callbacks do not know of each other
+            send(number)
+            if number != signal.SIGINT:
+                send(number)
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+    assert calls == [number] * (1 if number == signal.SIGINT else 2)
+
+
+def test_a_handler_of_the_system_is_put_back_not_called(number):
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with InterruptFlag() as flag:
+            flag.listen_to(*PREEMPTION_SIGNALS)
+            send(number)
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert flag.signal_number == number
+
+
+def test_a_signal_that_the_program_ignores_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with InterruptFlag() as flag:
+            flag.listen_to(*PREEMPTION_SIGNALS)
+            send(number)
+    finally:
+        signal.signal(number, before)
+    assert flag.signal_number is None
+
+
+def test_a_handler_that_python_does_not_know_is_left_alone(monkeypatch):
+    """One that was installed from C could not be put back."""
+    installed = []
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: installed.append(arguments))
+    with InterruptFlag() as flag:
+        flag.listen_to(*PREEMPTION_SIGNALS)
+    monkeypatch.undo()
+    assert installed == []
+
+
+@pytest.mark.parametrize("error", [LookupError, KeyboardInterrupt, SystemExit])
+def test_handlers_are_put_back_after_an_error(error):
+    def fail():
+        with InterruptFlag() as flag:
+            flag.listen_to(*PREEMPTION_SIGNALS)
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    # The fixture looks at the handlers.
+
+
+def test_a_signal_that_no_program_can_handle_is_refused():
+    with InterruptFlag() as flag, pytest.raises(ValueError, match="No program can handle SIGKILL, so a run cannot"):
+        flag.listen_to(signal.SIGKILL)
+
+
+def test_another_thread_installs_nothing():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    seen = []
+
+    def run():
+        with InterruptFlag() as flag:
+            flag.listen_to(*PREEMPTION_SIGNALS)
+            seen.append((flag.is_active, [signal.getsignal(number) for number in SIGNALS]))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(timeout=60)
+    assert seen == [(True, before)]
+
+
+FORK = """
+import os, signal, sys
+from pytorch_accelerated._signals import InterruptFlag
+
+signal.signal(signal.SIGTERM, {handler})
+with InterruptFlag() as flag:
+    flag.listen_to(signal.SIGTERM)
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flag.signal_number)
+"""
+
+
+@pytest.mark.parametrize(("handler", "code"), [("signal.SIG_DFL", -15), ("lambda *_: os._exit(7)", 7)])
+def test_sigterm_ends_a_forked_process_as_if_there_were_no_run(handler, code):
+    """`multiprocessing` relies on it."""
+    assert run_python(FORK.format(handler=handler)).split() == [str(code), "None"]
+
+
+# --- what a signal brings about ----------------------------------------------------------------------------------
+
+
+def test_the_end_of_an_interrupted_run_names_the_signal():
+    assert [str(RunInterruptedError(number)) for number in (*SIGNALS, 99)] == [
+        "interrupted by Ctrl-C",
+        "interrupted by SIGTERM",
+        "interrupted by SIGUSR1",
+        "interrupted by signal 99",
+    ]
+
+
+def test_ctrl_c_has_its_usual_consequence_and_others_end_the_process_with_their_code():
+    error = RunInterruptedError(signal.SIGINT).to_exit_exception()
+    assert (type(error), str(error)) == (KeyboardInterrupt, "interrupted by Ctrl-C")
+    for number in PREEMPTION_SIGNALS:
+        end = RunInterruptedError(number).to_exit_exception()
+        assert (type(end), end.code) == (SystemExit, 128 + number)
+        assert end.__notes__ == [f"interrupted by {number.name}"]
