@@ -1,10 +1,10 @@
-"""The run whose state is kept in `tests/golden_states`, so that later versions of the library show that they can go on from it.
+"""The run whose state is kept in `tests/golden_states`, to prove that later versions of the library can resume from it.
 
-Run as a script, this makes the files of the current format, which are never to be made again once it is released:
+Run as a script, this creates the files of the current format. Never create them again once the format is released:
 
     PYTHONPATH=tests python tests/_golden.py
 
-When the format changes, make those of the new one, and keep the old ones.
+When the format changes, create the files of the new one, and keep the old ones.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from pytorch_accelerated.schedulers import CosineLrScheduler
 
 DATA = Path(__file__).parent / "golden_states"
 STEP = 8
-"""After so many steps the state was saved: within the second epoch of five steps, and within a window of two."""
+"""The step after which the state was saved: mid-epoch in the second epoch of five steps, and mid-window."""
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a state; Python 3.14 wants to know that it may not trust an archive, which Python 3.10.0 does not know."""
+    """Unpack a state. Python 3.14 warns without the argument `filter`, which Python 3.10.0 lacks."""
     with tarfile.open(archive) as file:
         file.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
 
 
-def draws_as_then() -> bool:
-    """Whether dropout draws the numbers that it drew in the runs which are gone on from; older PyTorch draws others."""
+def draws_same_numbers() -> bool:
+    """Return whether dropout draws the same numbers as in the saved runs; older PyTorch draws others."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return nn.functional.dropout(torch.ones(8), 0.5).tolist() == [2, 2, 0, 2, 0, 0, 2, 2]
 
 
 def make_trainer(folder: Path, seed: int = 4, num_steps: int | None = None) -> Trainer:
-    """A trainer with all that has a state; ``num_steps`` are after how many a state is saved."""
+    """Create a trainer with every kind of state; it saves a state after every ``num_steps`` steps."""
     torch.manual_seed(seed)
     # A bias there would have a gradient of rounding errors, which AdamW makes large.
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
@@ -63,7 +63,7 @@ def make_trainer(folder: Path, seed: int = 4, num_steps: int | None = None) -> T
 
 
 def train(trainer: Trainer, **kwargs: Any) -> dict[str, Any]:
-    """Three epochs; return what is compared of their end."""
+    """Train for three epochs, and return the final results to compare."""
     trainer.train(
         make_dataset(18),
         num_epochs=3,

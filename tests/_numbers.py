@@ -20,6 +20,7 @@ from _support import Probe, Samples, weights_of
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated import trainer as trainer_module
 from pytorch_accelerated._distributed import accelerator as accelerator_module
+from pytorch_accelerated._distributed.fast_path import FastPathLoader
 from pytorch_accelerated.schedulers import CosineLrScheduler
 
 IN_ORDER = {"shuffle": False}
@@ -145,22 +146,22 @@ def table_of(differences: dict[tuple[Any, ...], tuple[float, float]], num_proces
     return "\n".join([header, *lines])
 
 
-# --- the short way of a step against the general one ---------------------------------------------------------------
+# --- the fast path against that of Accelerate --------------------------------------------------------------------
 
 
 @contextmanager
-def general_way() -> Iterator[None]:
-    """Let nothing be direct: optimizer, loaders and backward pass are Accelerate's own."""
+def path_of_accelerate() -> Iterator[None]:
+    """Let Accelerate's own code make the optimizer steps and backward passes, and iterate over loaders."""
     with (
         mock.patch.object(trainer_module, "can_use_fast_path", return_value=False),
         mock.patch.object(accelerator_module, "can_use_fast_path", return_value=False),
-        mock.patch.object(accelerator_module, "FastPathLoader", DataLoaderShard),
+        mock.patch.object(FastPathLoader, "_iterate_on_device", DataLoaderShard.__iter__),
     ):
         yield
 
 
 def run_of(point: tuple[Any, ...], make_optimizer: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """Train at a point of the grid in earnest; return weights, history, random state and what the optimizer was."""
+    """Train at a point of the grid; return weights, history, random state and the class of the optimizer."""
     is_weighted, batch_size, accumulation, num_samples = point
     net = make_net()
     trainer_class = WeightedTextTrainer if is_weighted else TextTrainer
@@ -183,17 +184,17 @@ OPTIMIZERS = {
 }
 
 
-def points_where_the_ways_differ() -> list[Any]:
-    """Compare both ways over the grid, bit by bit: optimizers take turns, and every other pair of points is clipped."""
+def points_where_the_paths_differ() -> list[Any]:
+    """Compare both paths over the grid, bit by bit. The optimizers take turns; every other pair of points is clipped."""
     different = []
     for number, point in enumerate(GRID):
         name, make_optimizer = list(OPTIMIZERS.items())[number % 2]
         kwargs = {"gradient_clip_norm": 0.3} if number % 4 < 2 else {}
-        *direct, used = run_of(point, make_optimizer, **kwargs)
-        with general_way():
-            *general, used_by_general = run_of(point, make_optimizer, **kwargs)
-        assert (used, used_by_general) == ("FastPathOptimizer", "AcceleratedOptimizer")
-        if not are_equal(direct, general):
+        *fast, optimizer = run_of(point, make_optimizer, **kwargs)
+        with path_of_accelerate():
+            *expected, expected_optimizer = run_of(point, make_optimizer, **kwargs)
+        assert (optimizer, expected_optimizer) == ("FastPathOptimizer", "AcceleratedOptimizer")
+        if not are_equal(fast, expected):
             different.append((name, *point))
     return different
 

@@ -1,4 +1,4 @@
-"""True processes that talk over gloo: how they are started, what they run, and what they leave behind."""
+"""Start several real processes that communicate over gloo, run cases on them, and read the results."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from _starting import start
 
 WAIT_SECONDS = 20
-"""A process that waits so long for another gives up."""
+"""How long a process waits for another one."""
 
 NUM_REPEATS = int(os.environ.get("REPEAT", "1"))
-"""How often the cases run in which one process ends the run of all: ``REPEAT=20 pytest tests/distributed``."""
+"""How often the cases run in which one process stops all of them: ``REPEAT=20 pytest tests/distributed``."""
 
 
 @dataclass
 class Ended:
-    """How a process ended, and when, by `time.monotonic`."""
+    """The exit code of a process, and when it ended, by `time.monotonic`."""
 
     returncode: int
     time: float
@@ -44,9 +44,15 @@ def free_port() -> int:
 def launch(
     script: Path, folder: Path, num_processes: int, *arguments: str, timeout: float = 150, **more: str
 ) -> list[Ended]:
-    """Run a script on several processes, whose output goes to ``folder``; kill what takes longer than ``timeout``.
+    """Run a script on several processes, and kill those that are not done after ``timeout`` seconds.
 
-    More arguments are changes to their environment.
+    Args:
+        script: The script.
+        folder: The working directory of the processes, where their output goes.
+        num_processes: How many processes to start.
+        arguments: For the script, after the folder.
+        timeout: Seconds until the processes are killed.
+        more: Changes to their environment.
     """
     environment = {
         "WORLD_SIZE": str(num_processes),
@@ -62,9 +68,9 @@ def launch(
         ended[rank] = Ended(processes[rank].wait(), time.monotonic())
 
     for rank in range(num_processes):
-        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        of_rank = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         with (folder / f"output-{rank}.txt").open("w") as output:
-            processes.append(start(script, str(folder), *arguments, stdout=output.fileno(), cwd=folder, **own))
+            processes.append(start(script, str(folder), *arguments, stdout=output.fileno(), cwd=folder, **of_rank))
     watchers = [threading.Thread(target=watch, args=(rank,)) for rank in range(num_processes)]
     deadline = time.monotonic() + timeout
     try:
@@ -81,7 +87,7 @@ def launch(
 
 
 def run_cases(cases: Mapping[str, Callable[[int, Path], Any]]) -> None:
-    """On each process: run all cases, and store what they return or raise, for `read_results`."""
+    """Run all cases on this process, and store what they return or raise for `read_results`."""
     directory = Path(sys.argv[1])
     process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=WAIT_SECONDS))
     accelerator = Accelerator(cpu=True, kwargs_handlers=[process_group])
@@ -100,13 +106,13 @@ def run_cases(cases: Mapping[str, Callable[[int, Path], Any]]) -> None:
 
 
 def read_results(folder: Path, name: str, num_processes: int) -> list[Any]:
-    """Return what a case returned on each process; fail the test if it did not."""
+    """Return what a case returned on each process; fail the test if it raised or did not finish."""
     values = []
     for rank in range(num_processes):
         path = folder / f"{name}-{rank}.pt"
         if not path.exists():
             output = (folder / f"output-{rank}.txt").read_text()[-3000:]
-            pytest.fail(f"rank {rank} did not get to the end of `case_{name}`:\n{output}")
+            pytest.fail(f"`case_{name}` did not finish on rank {rank}:\n{output}")
         result = torch.load(path, weights_only=False)
         if "error" in result:
             pytest.fail(f"`case_{name}` failed on rank {rank}:\n{result['error']}")

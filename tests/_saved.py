@@ -1,4 +1,4 @@
-"""Training states for tests: whole ones that are made up, true ones of a tiny trainer, and their look on disk."""
+"""Training states for tests: made-up ones, real ones of a tiny trainer, and what they look like on disk."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from pytorch_accelerated._checkpoint.manifest import MANIFEST, TRAINER_STATE, pr
 from pytorch_accelerated.progress import TrainingProgress
 
 
-def make_up_state(path: Path, *, epochs: int = 0, batches: int = 0, num_processes: int = 1, **facts: Any) -> Path:
-    """Write a directory that is a training state as far as its manifest and the list of its files go."""
+def make_up_state(path: Path, *, epochs: int = 0, batches: int = 0, num_processes: int = 1, **entries: Any) -> Path:
+    """Write a directory that is valid judging by its manifest, although its files contain only text."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     for name in (TRAINER_STATE, *map(process_file, range(num_processes)), "model.pt"):
         (path / name).write_text(f"{name} of {path.name}")
     position = TrainingProgress(num_epochs_completed=epochs, num_batches_in_epoch=batches)
     defaults = {"metrics": {}, "settings": {}, "generation": 0, "number": 0}
-    facts = {"num_processes": num_processes, "position": asdict(position), **defaults, **facts}
-    manifest_module.write_manifest(path, facts)
+    metadata = {"num_processes": num_processes, "position": asdict(position), **defaults, **entries}
+    manifest_module.write_manifest(path, metadata)
     return path
 
 
 def rewrite_manifest(path: Path, **changes: Any) -> None:
-    """Write a state's manifest anew, so that it fits the files that are there now, and some other facts."""
+    """Write a state's manifest again so that it matches the current files, with some entries changed."""
     manifest = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).unlink()
     kept = ("num_processes", "position", "metrics", "settings", "generation", "number", "versions")
@@ -41,19 +41,20 @@ def rewrite_manifest(path: Path, **changes: Any) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """All names but that of the lock."""
+    """The names in a folder, without that of the lock."""
     return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 def bytes_in(folder: Path) -> dict[str, bytes]:
-    """The content of all files, by path."""
+    """The contents of all files in a folder, by path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# --- a tiny training with everything in its state ----------------------------------------------------------------
+# --- a tiny run with everything in its state ---------------------------------------------------------------------
 
 
 def make_state_trainer(callbacks: Any = (), seed: int = 4, **kwargs: Any) -> Trainer:
+    """A trainer whose model draws random numbers and whose optimizer has a state."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -61,14 +62,14 @@ def make_state_trainer(callbacks: Any = (), seed: int = 4, **kwargs: Any) -> Tra
 
 
 def train(trainer: Trainer, dataset: Any = None, **kwargs: Any) -> None:
-    """Five batches and three updates in an epoch, the last batch and the last update short ones."""
+    """Train with five batches and three updates per epoch; the last batch and the last update are short ones."""
     dataset = make_dataset(18) if dataset is None else dataset
     defaults: Mapping[str, Any] = {"num_epochs": 3, "per_device_batch_size": 4, "gradient_accumulation_steps": 2}
     trainer.train(dataset, **{**defaults, **kwargs})
 
 
 def everything_in(trainer: Trainer) -> dict[str, Any]:
-    """What a refused state must not have changed."""
+    """Return everything in a trainer that a rejected state must not change."""
     optimizer_state = trainer.optimizer.state_dict()
     return {
         "weights": {name: value.clone() for name, value in trainer.model.state_dict().items()},
@@ -88,7 +89,7 @@ def everything_in(trainer: Trainer) -> dict[str, Any]:
 
 
 def assert_equal(left: Any, right: Any, place: str = "") -> None:
-    """Bit by bit, in nested structures."""
+    """Compare nested structures bit by bit."""
     if isinstance(left, Mapping):
         assert left.keys() == right.keys(), place
         for name in left:

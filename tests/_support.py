@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
@@ -137,6 +138,23 @@ def assert_same_weights(left: Any, right: Any) -> None:
         assert torch.equal(value, right[name]), name
 
 
+# --- schedulers --------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(*lrs: float) -> torch.optim.Optimizer:
+    """An optimizer with one parameter group per learning rate."""
+    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs], lr=1.0)
+
+
+def step_through(scheduler: Any, num_steps: int) -> np.ndarray:
+    """Return the learning rates set by each step, of shape (num_steps, num_groups)."""
+    rates = []
+    for _ in range(num_steps):
+        scheduler.step()
+        rates.append([group["lr"] for group in scheduler.optimizer.param_groups])
+    return np.array(rates)
+
+
 # --- recorders ---------------------------------------------------------------------------------------------------
 
 
@@ -242,9 +260,21 @@ mse = torch.nn.functional.mse_loss
 IN_ORDER = {"shuffle": False}
 
 
-def train(trainer, dataset=None, **kwargs):
-    dataset = make_dataset(16) if dataset is None else dataset
+def train(trainer, dataset=16, **kwargs):
+    """Train for one epoch in batches of four samples, and return the trainer.
+
+    Args:
+        trainer: The trainer.
+        dataset: A dataset, or the number of samples of one.
+        kwargs: Arguments of `Trainer.train` that differ.
+    """
+    dataset = make_dataset(dataset) if isinstance(dataset, int) else dataset
     trainer.train(dataset, **{"num_epochs": 1, "per_device_batch_size": 4, **kwargs})
+    return trainer
+
+
+IMPOSSIBLE_COUNTS = [(0, ValueError), (-1, ValueError), (1.5, TypeError), (float("nan"), TypeError), (True, TypeError)]
+"""Values that are not a count, each with the type of the error that reports it."""
 
 
 def losses(trainer, name="train_loss_epoch"):

@@ -11,8 +11,8 @@ from pytorch_accelerated._accumulation import AccumulationWindow, scale_gradient
 
 def effective_weights(weights, num_expected):
     """Return what each batch's gradient is multiplied by in the end."""
-    window = AccumulationWindow()
-    shares = [window.add(weight, num_expected) for weight in weights]
+    window = AccumulationWindow(num_expected)
+    shares = [window.add(weight) for weight in weights]
     correction = window.close()
     return [float((1.0 if share is None else share) * (1.0 if correction is None else correction)) for share in shares]
 
@@ -37,29 +37,51 @@ def test_a_window_without_items_gives_no_gradient_and_no_nan():
     assert effective_weights([torch.tensor(0.0)] * 2, 2) == [0.0, 0.0]
 
 
-def test_the_usual_case_costs_one_scale_and_no_correction():
-    window = AccumulationWindow()
-    assert [window.add(8, 2), window.add(8, 2), window.close()] == [0.5, 0.5, None]
-    assert [window.add(8, 1), window.close()] == [None, None]
+def test_equal_batches_cost_one_scale_and_no_correction():
+    window = AccumulationWindow(2)
+    assert [window.add(8), window.add(8), window.close()] == [0.5, 0.5, None]
 
 
-def test_windows_do_not_know_of_each_other():
-    window = AccumulationWindow()
-    window.add(100, 2)
+def test_a_window_of_one_batch_costs_nothing():
+    window = AccumulationWindow(1)
+    assert [window.add(8), window.close()] == [None, None]
+    assert window.expected is None
+
+
+def test_the_last_window_of_an_epoch_may_be_short():
+    window = AccumulationWindow(3)
+    window.start_epoch(5)
+    assert [window.add(8, step=step) for step in range(3)] == [pytest.approx(1 / 3)] * 3
+    assert window.close() is None
+    assert [window.add(8, step=3), window.add(8, step=4), window.close()] == [0.5, 0.5, None]
+
+
+def test_the_samples_since_the_last_update_are_counted_and_forgotten_by_it():
+    window = AccumulationWindow(2)
+    window.add(9, num_samples=4)
+    window.add(7, num_samples=3)
+    assert window.num_samples == 7
+    window.close()
+    assert window.num_samples == 0
+
+
+def test_a_window_starts_without_what_was_left_of_the_one_before():
+    window = AccumulationWindow(2)
+    window.add(100)
     window.reset()
-    assert [window.add(4, 2), window.add(4, 2), window.close()] == [0.5, 0.5, None]
-    assert [window.add(2, 2), window.add(2, 2), window.close()] == [0.5, 0.5, None]
+    assert [window.add(4), window.add(4), window.close()] == [0.5, 0.5, None]
+    assert [window.add(2), window.add(2), window.close()] == [0.5, 0.5, None]
     assert window.close() is None
 
 
-# --- with a usual weight, as of several processes ---------------------------------------------------------------------
+# --- with a nominal weight, as for several processes ---------------------------------------------------------------------
 
 
 def effective_weights_of_processes(weights_by_process, num_expected, nominal_weight):
     """Return what each batch's gradient is multiplied by in the end, the average over the processes included."""
-    windows = [AccumulationWindow() for _ in weights_by_process]
+    windows = [AccumulationWindow(num_expected, nominal_weight) for _ in weights_by_process]
     shares = [
-        [window.add(weight, num_expected, nominal_weight) for weight in weights]
+        [window.add(weight) for weight in weights]
         for window, weights in zip(windows, weights_by_process, strict=True)
     ]
     total = float(sum(window.total for window in windows))
@@ -100,31 +122,32 @@ def test_processes_without_any_item_give_no_gradient_and_no_nan():
 
 
 def test_equal_full_batches_of_several_processes_cost_no_correction():
-    window = AccumulationWindow()
-    assert [window.add(8, 1, nominal_weight=8.0), window.close(24.0, num_processes=3)] == [None, None]
-    assert [window.add(8, 2, nominal_weight=8.0) for _ in range(2)] == [0.5, 0.5]
+    window = AccumulationWindow(1, nominal_weight=8.0)
+    assert [window.add(8), window.close(24.0, num_processes=3)] == [None, None]
+    window = AccumulationWindow(2, nominal_weight=8.0)
+    assert [window.add(8) for _ in range(2)] == [0.5, 0.5]
     assert window.close(48.0, num_processes=3) is None
 
 
 def test_a_window_of_one_batch_is_corrected_if_another_process_had_another_weight():
-    window = AccumulationWindow()
-    assert window.add(8, 1, nominal_weight=8.0) is None
+    window = AccumulationWindow(1, nominal_weight=8.0)
+    assert window.add(8) is None
     assert window.close(12.0, num_processes=2) == pytest.approx(16 / 12)
 
 
 @pytest.mark.parametrize("nominal_weight", [None, 8.0])
 def test_the_total_is_that_of_the_open_window(nominal_weight):
-    window = AccumulationWindow()
+    window = AccumulationWindow(3, nominal_weight)
     assert window.total == 0
     totals = []
     for weight in (8, 3, 0.5):
-        window.add(weight, 3, nominal_weight)
+        window.add(weight)
         totals.append(window.total)
     assert totals == [8, 11, 11.5]
     window.close()
     assert window.total == 0
-    window.add(torch.tensor(2), 3, nominal_weight)
-    window.add(torch.tensor(3), 3, nominal_weight)
+    window.add(torch.tensor(2))
+    window.add(torch.tensor(3))
     assert isinstance(window.total, torch.Tensor)
     assert window.total.item() == 5
     window.reset()
@@ -135,11 +158,11 @@ def test_the_total_is_that_of_the_open_window(nominal_weight):
 @pytest.mark.parametrize("num_done", [0, 1, 2])
 def test_an_open_window_goes_on_from_its_state(num_done, nominal_weight):
     weights = [5, 2, 9]
-    windows = [AccumulationWindow(), AccumulationWindow()]
+    windows = [AccumulationWindow(3, nominal_weight), AccumulationWindow(3, nominal_weight)]
     for weight in weights[:num_done]:
-        windows[0].add(weight, 3, nominal_weight)
+        windows[0].add(weight)
     windows[1].load_state_dict(windows[0].state_dict())
-    shares = [[window.add(weight, 3, nominal_weight) for weight in weights[num_done:]] for window in windows]
+    shares = [[window.add(weight) for weight in weights[num_done:]] for window in windows]
     assert shares[0] == shares[1]
     assert windows[0].total == windows[1].total == 16
     assert windows[0].close() == windows[1].close() is not None
@@ -149,7 +172,7 @@ def test_an_open_window_goes_on_from_its_state(num_done, nominal_weight):
 
 
 def test_gradients_and_loss_of_every_update_are_those_of_the_big_batch(record_property):
-    """Over the grid of contract N1, with one process; `distributed/test_numbers.py` has it with two and three."""
+    """Over the whole grid of splits, with one process; `distributed/test_numbers.py` has it with two and three."""
     differences = _numbers.grid_differences(num_processes=1)
     worst = max(gradients for gradients, _ in differences.values())
     record_property("largest difference of a gradient", worst)
@@ -187,8 +210,8 @@ def test_gradients_are_scaled_in_place_where_there_are_any():
 
 def test_weights_in_tensors_lose_no_digits():
     """A share in float32 would limit the precision of a model in float64, and differ with the split."""
-    window = AccumulationWindow()
-    shares = [window.add(torch.tensor(weight), num_batches=3) for weight in (3, 5, 2)]
+    window = AccumulationWindow(3)
+    shares = [window.add(torch.tensor(weight)) for weight in (3, 5, 2)]
     assert [share.dtype for share in shares] == [torch.float64] * 3
     assert [float(share) * float(window.expected) for share in shares] == pytest.approx([3, 5, 2], rel=1e-15)
     assert float(window.close()) == pytest.approx(9 / 10, rel=1e-15)

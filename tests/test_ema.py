@@ -1,4 +1,4 @@
-"""The exponential moving average of a model, compared with the formula."""
+"""`ModelEma` compared with the formula of an exponential moving average."""
 
 import copy
 
@@ -15,7 +15,7 @@ def make_model():
 
 
 def change(model):
-    """Do what a training step does to a model: other weights, other statistics, one batch more."""
+    """Change a model like a training step: new weights, new statistics, one more batch seen."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -31,7 +31,7 @@ def assert_same_state(model, expected):
 
 
 def expected_average(states, decay, copied=()):
-    """The formula, written out anew: integers and ``copied`` are those of the last state."""
+    """The formula, written independently. Integers and ``copied`` entries are those of the last state."""
     average = states[0]
     for state in states[1:]:
         average = {
@@ -53,7 +53,7 @@ def run(ema, model, num_updates=4):
     return states
 
 
-def test_the_average_follows_the_formula_floats_averaged_integers_copied():
+def test_floats_are_averaged_by_the_formula_and_integers_are_copied():
     model = make_model()
     ema = ModelEma(model, decay=0.9)
     states = run(ema, model)
@@ -61,7 +61,7 @@ def test_the_average_follows_the_formula_floats_averaged_integers_copied():
     assert ema.module[1].num_batches_tracked == 4
 
 
-def test_buffers_can_be_copied_instead():
+def test_float_buffers_are_copied_if_should_average_buffers_is_false():
     model = make_model()
     ema = ModelEma(model, decay=0.9, should_average_buffers=False)
     states = run(ema, model)
@@ -82,7 +82,7 @@ def test_the_average_is_a_copy_in_evaluation_mode_without_gradients():
     assert not any(p.requires_grad for p in ema.parameters())
 
 
-def test_the_decay_may_change_between_updates():
+def test_the_decay_can_be_changed_between_updates():
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     ema = ModelEma(model, decay=0.5)
@@ -94,7 +94,7 @@ def test_the_decay_may_change_between_updates():
     assert ema.module.weight.item() == 1.0
 
 
-def test_set_starts_anew_from_the_model():
+def test_set_resets_the_average_to_the_model():
     model = make_model()
     ema = ModelEma(model, decay=0.9)
     change(model)
@@ -103,7 +103,7 @@ def test_set_starts_anew_from_the_model():
 
 
 class TwoStepsBack(ModelEma):
-    """Averages by a rule of its own, and counts its calls."""
+    """Overrides the formula, and counts its calls."""
 
     num_calls = 0
 
@@ -112,7 +112,7 @@ class TwoStepsBack(ModelEma):
         return ema_model_weights + 2 * updated_model_weights
 
 
-def test_an_overridden_rule_is_called_for_each_averaged_tensor():
+def test_an_overridden_update_fn_is_called_for_each_averaged_tensor():
     model = make_model()
     ema = TwoStepsBack(model)
     before = copy.deepcopy(ema.module.state_dict())
@@ -120,12 +120,12 @@ def test_an_overridden_rule_is_called_for_each_averaged_tensor():
 
     ema.update(model)
 
-    assert ema.num_calls == 8  # Six parameters, two running statistics.
+    assert ema.num_calls == 8  # six parameters and two running statistics
     assert torch.equal(ema.module[0].weight, before["0.weight"] + 2 * model[0].weight)
     assert ema.module[1].num_batches_tracked == 1
 
 
-def test_a_rule_given_to_the_instance_is_used():
+def test_an_update_fn_set_on_the_instance_is_used():
     model = make_model()
     ema = ModelEma(model)
     ema.update_fn = lambda ema_model_weights, updated_model_weights: updated_model_weights
@@ -135,7 +135,7 @@ def test_a_rule_given_to_the_instance_is_used():
 
 
 class WarmingUpEma(ModelEma):
-    """A subclass as programs write them: positional arguments, an update of its own, a changing decay."""
+    """A typical user subclass: positional arguments, an overridden `update`, a changing decay."""
 
     def __init__(self, model, decay):
         super().__init__(model, decay)
@@ -148,7 +148,7 @@ class WarmingUpEma(ModelEma):
         super().update(model)
 
 
-def test_a_subclass_may_change_its_decay_in_update():
+def test_a_subclass_can_change_its_decay_in_update():
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     ema = WarmingUpEma(model, 0.99)
@@ -179,7 +179,7 @@ class MaskedModel(nn.Module):
         self.weight = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
 
 
-def test_infinities_and_integers_are_copied_complex_numbers_averaged():
+def test_infinities_and_integers_are_copied_and_complex_numbers_are_averaged():
     model = MaskedModel()
     ema = ModelEma(model, decay=0.5)
     with torch.no_grad():
@@ -193,7 +193,7 @@ def test_infinities_and_integers_are_copied_complex_numbers_averaged():
     assert torch.equal(ema.module.weight, torch.full((2,), 1 + 1j))
 
 
-def test_frozen_weights_stay_bit_identical():
+def test_the_average_of_frozen_weights_stays_bit_identical_to_them():
     model = make_model()
     model[0].requires_grad_(False)
     ema = ModelEma(model, decay=0.123)
@@ -205,7 +205,7 @@ def test_frozen_weights_stay_bit_identical():
 @pytest.mark.parametrize(
     "wrap", [DataParallel, lambda model: torch.compile(model, backend="eager")], ids=["parallel", "compiled"]
 )
-def test_the_model_may_come_wrapped_or_plain(wrap):
+def test_update_accepts_the_model_wrapped_or_plain(wrap):
     model = make_model()
     wrapped = wrap(model)
     ema = ModelEma(model, decay=0.5)
@@ -217,13 +217,13 @@ def test_the_model_may_come_wrapped_or_plain(wrap):
     assert_same_state(ema.module, twin.module.state_dict())
 
 
-def test_a_compiled_model_is_averaged_under_its_plain_names():
+def test_the_average_of_a_compiled_model_has_the_plain_parameter_names():
     model = make_model()
     ema = ModelEma(torch.compile(model, backend="eager"))
     assert_same_state(ema.module, model.state_dict())
 
 
-def test_an_average_in_single_precision_follows_weights_of_16_bits():
+def test_a_float32_average_follows_bfloat16_weights():
     model = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     nn.init.ones_(model.weight)
     ema = ModelEma(model, decay=0.999).float()
@@ -245,16 +245,16 @@ def test_the_average_follows_the_model_to_its_device():
 
 @pytest.mark.parametrize("replacement", [nn.Linear(4, 1), nn.Linear(4, 2, bias=False)], ids=["shape", "number"])
 @pytest.mark.parametrize("method", ["update", "set"])
-def test_another_model_is_refused(replacement, method):
+def test_update_and_set_reject_a_different_model(replacement, method):
     model = make_model()
     ema = ModelEma(model)
     model[2] = replacement
-    with pytest.raises(ValueError, match=r"this Sequential differ in number or shape from the 9 .* a new average"):
+    with pytest.raises(ValueError, match=r"this Sequential differ in number or shape from the 9 .* a new `ModelEma`"):
         getattr(ema, method)(model)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.5])
-def test_a_decay_out_of_range_is_refused(decay):
+def test_a_decay_out_of_range_is_rejected(decay):
     with pytest.raises(ValueError, match=f"`decay` is {decay}. Expected .* between 0 and 1"):
         ModelEma(make_model(), decay)
 

@@ -1,4 +1,4 @@
-"""The exceptions, and the notes on them."""
+"""The exceptions, and the notes added to them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from pytorch_accelerated import exceptions
         (exceptions.SchedulerSettingsError, [ValueError, AssertionError]),
     ],
 )
-def test_each_exception_is_a_built_in_one_too(error, bases):
+def test_each_exception_derives_from_a_built_in_exception_and_is_in_the_tree(error, bases):
     assert list(error.__bases__) == bases
     assert error.__name__ in exceptions.__doc__
 
 
-def test_notes_are_added_in_their_order():
+def test_notes_are_kept_in_the_order_they_were_added():
     error = ValueError("mine")
     exceptions.add_note(error, "first")
     exceptions.add_note(error, "second")
     assert error.__notes__ == ["first", "second"]
 
 
-def test_notes_are_kept_where_python_has_no_method_for_them():
+def test_notes_are_kept_on_python_versions_without_add_note():
     class Old:
-        """As exceptions are in Python 3.10."""
+        """Like an exception in Python 3.10, which has no `add_note`."""
 
     error = Old()
     exceptions.add_note(error, "first")

@@ -19,7 +19,7 @@ from pytorch_accelerated.finetuning import (
 
 
 class TinyViT(nn.Module):
-    """A parameter on the root, one on a non-leaf module, and an attention with weights of its own."""
+    """A model with a parameter on the root, one on a non-leaf module, and an attention layer with its own weights."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ def train_one_epoch(model, optimizer, make_batch, num_steps=3):
 # --- layer groups and layers --------------------------------------------------------------------------------
 
 
-def test_making_a_freezer_changes_nothing():
+def test_creating_a_freezer_does_not_change_the_model():
     model = TinyViT()
     model.head.requires_grad_(False)
     before = trainable_names(model)
@@ -96,7 +96,7 @@ def test_making_a_freezer_changes_nothing():
     assert model.training
 
 
-def test_layer_groups_are_the_direct_children_in_order():
+def test_layer_groups_are_the_direct_children_of_the_model_in_order():
     model = TinyViT()
     groups = ModelFreezer(model).get_layer_groups()
     assert [group.module for group in groups] == [model.patches, model.block, model.norm, model.head]
@@ -104,7 +104,7 @@ def test_layer_groups_are_the_direct_children_in_order():
     assert not any(group.is_frozen for group in groups)
 
 
-def test_layers_are_the_modules_without_submodules_with_the_index_of_their_group():
+def test_layers_are_the_modules_without_submodules_each_with_the_index_of_its_group():
     model = TinyViT()
     layers = ModelFreezer(model).get_layers()
     assert [(layer.layer_group_idx, layer.module) for layer in layers] == [
@@ -115,7 +115,7 @@ def test_layers_are_the_modules_without_submodules_with_the_index_of_their_group
     ]
 
 
-def test_layers_and_groups_tell_whether_they_are_frozen():
+def test_layers_and_groups_report_whether_they_are_frozen():
     model = make_conv_net()
     freezer = ModelFreezer(model, freeze_batch_norms=True)
 
@@ -128,7 +128,7 @@ def test_layers_and_groups_tell_whether_they_are_frozen():
 @pytest.mark.parametrize(
     "wrap", [DataParallel, lambda model: torch.compile(model, backend="eager")], ids=["parallel", "compiled"]
 )
-def test_wrappers_are_looked_through(wrap):
+def test_layer_groups_are_found_inside_wrappers(wrap):
     model = TinyViT()
     wrapped = wrap(model)
     freezer = ModelFreezer(wrapped)
@@ -139,7 +139,7 @@ def test_wrappers_are_looked_through(wrap):
     assert trainable_names(model) == {"head.weight", "head.bias"}
 
 
-def test_a_compiled_model_trains_its_last_group_only():
+def test_training_a_frozen_compiled_model_changes_only_its_last_group():
     torch.manual_seed(0)
     model = TinyViT()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -153,7 +153,7 @@ def test_a_compiled_model_trains_its_last_group_only():
     assert [module.training for module in model.children()] == [False, False, False, True]
 
 
-def test_batch_norms_are_recognised_by_class_and_subclass():
+def test_batch_norms_are_recognized_by_class_and_subclass():
     class OwnNorm(nn.BatchNorm2d):
         pass
 
@@ -166,7 +166,7 @@ def test_batch_norms_are_recognised_by_class_and_subclass():
 # --- freezing -----------------------------------------------------------------------------------------------
 
 
-def test_freeze_leaves_only_the_last_group_trainable_though_parameters_hang_on_root_and_non_leaf_modules():
+def test_freeze_also_freezes_parameters_of_the_root_and_of_non_leaf_modules():
     model = TinyViT()
     freezer = ModelFreezer(model)
 
@@ -176,7 +176,7 @@ def test_freeze_leaves_only_the_last_group_trainable_though_parameters_hang_on_r
     assert freezer.get_trainable_parameters() == list(model.head.parameters())
 
 
-def test_root_parameters_are_frozen_with_group_0_only():
+def test_root_parameters_are_frozen_only_with_group_0():
     model = TinyViT()
     ModelFreezer(model).freeze(from_index=1)
     assert trainable_names(model) == {
@@ -189,7 +189,7 @@ def test_root_parameters_are_frozen_with_group_0_only():
 
 
 @pytest.mark.parametrize(("from_index", "to_index"), [(1, 2), (2, 1), (-3, -2), (-2, 1)])
-def test_freeze_takes_a_range_with_both_ends_in_either_order(from_index, to_index):
+def test_freeze_accepts_an_inclusive_range_in_either_order(from_index, to_index):
     model = TinyViT()
     freezer = ModelFreezer(model)
     freezer.freeze(from_index, to_index)
@@ -197,7 +197,7 @@ def test_freeze_takes_a_range_with_both_ends_in_either_order(from_index, to_inde
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))], ids=["leaf", "child"])
-def test_freeze_never_freezes_the_only_group_unless_named(model):
+def test_freeze_never_freezes_the_only_group_unless_its_index_is_passed(model):
     freezer = ModelFreezer(model)
     assert len(freezer.get_layer_groups()) == 1
 
@@ -215,7 +215,7 @@ def test_freeze_warns_when_the_last_group_has_nothing_to_train():
         ModelFreezer(model).freeze()
 
 
-def test_a_parameter_shared_by_groups_counts_once_and_stays_trainable_with_the_last_of_them():
+def test_a_parameter_shared_by_groups_belongs_to_the_last_of_them():
     model = TiedLanguageModel()
     freezer = ModelFreezer(model)
 
@@ -227,7 +227,7 @@ def test_a_parameter_shared_by_groups_counts_once_and_stays_trainable_with_the_l
     assert {id(p) for p in body["params"]} == {id(p) for p in model.body.parameters()}
 
 
-def test_integer_parameters_do_not_break_and_stay_untrainable():
+def test_integer_parameters_stay_untrainable_through_freeze_and_unfreeze():
     model = WithIntegerParameter()
     freezer = ModelFreezer(model)
 
@@ -241,15 +241,15 @@ def test_integer_parameters_do_not_break_and_stay_untrainable():
 @pytest.mark.parametrize("index", [4, -5])
 @pytest.mark.parametrize("method", ["freeze", "unfreeze"])
 @pytest.mark.parametrize("argument", ["from_index", "to_index"])
-def test_an_index_out_of_range_is_an_error_that_says_which_groups_there_are(method, argument, index):
+def test_an_index_out_of_range_is_an_error_that_lists_the_groups(method, argument, index):
     model = TinyViT()
-    expected = f"`{argument}={index}` names no layer group: the model has 4 .0 Linear, 1 Block.* from -4 to 3"
+    expected = f"`{argument}` is {index}, but the model has 4 layer groups .0 Linear, 1 Block.* from -4 to 3"
     with pytest.raises(IndexError, match=expected):
         getattr(ModelFreezer(model), method)(**{argument: index})
     assert len(trainable_names(model)) == len(list(model.parameters()))
 
 
-def test_a_left_over_gradient_does_not_move_a_frozen_parameter():
+def test_a_gradient_from_before_freezing_does_not_change_a_frozen_parameter():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
     model(torch.ones(1, 2)).sum().backward()
@@ -274,7 +274,7 @@ def test_a_left_over_gradient_does_not_move_a_frozen_parameter():
         (True, True, True, True),
     ],
 )
-def test_what_batch_norms_of_frozen_groups_learn(
+def test_batch_norms_in_frozen_groups_learn_only_what_the_options_allow(
     freeze_batch_norms, set_modules_as_eval, is_affine_fixed, are_statistics_fixed
 ):
     torch.manual_seed(0)
@@ -292,7 +292,7 @@ def test_what_batch_norms_of_frozen_groups_learn(
     assert (after["num_batches_tracked"] == before["num_batches_tracked"]) == are_statistics_fixed
 
 
-def test_frozen_modules_stay_in_evaluation_mode_and_the_others_follow_the_model():
+def test_frozen_modules_stay_in_evaluation_mode_while_the_others_follow_the_model():
     model = make_conv_net()
     ModelFreezer(model).freeze(set_modules_as_eval=True)
 
@@ -306,7 +306,7 @@ def test_frozen_modules_stay_in_evaluation_mode_and_the_others_follow_the_model(
     assert model[0].train() is model[0]
 
 
-def test_a_module_put_into_a_frozen_group_later_follows_the_model():
+def test_a_module_added_to_a_frozen_group_later_follows_the_mode_of_the_model():
     model = make_conv_net()
     ModelFreezer(model).freeze(set_modules_as_eval=True)
     model[0].append(nn.Dropout())
@@ -316,13 +316,13 @@ def test_a_module_put_into_a_frozen_group_later_follows_the_model():
     assert [module.training for module in model[0]] == [False, False, False, True]
 
 
-def test_frozen_modules_keep_their_modes_by_default():
+def test_freeze_does_not_change_module_modes_by_default():
     model = make_conv_net()
     ModelFreezer(model).freeze()
     assert all(module.training for module in model.modules())
 
 
-def test_unfreeze_lets_the_modes_follow_the_model_again():
+def test_unfreeze_makes_the_modules_follow_the_mode_of_the_model_again():
     model = make_conv_net()
     freezer = ModelFreezer(model, freeze_batch_norms=True)
     freezer.freeze(set_modules_as_eval=True)
@@ -336,7 +336,7 @@ def test_unfreeze_lets_the_modes_follow_the_model_again():
     assert all("train" not in vars(module) for module in model.modules())
 
 
-def test_unfreeze_can_leave_the_modules_in_evaluation_mode():
+def test_unfreeze_leaves_modules_in_evaluation_mode_if_set_modules_as_training_is_false():
     model = make_conv_net()
     freezer = ModelFreezer(model)
     freezer.freeze(set_modules_as_eval=True)
@@ -348,7 +348,7 @@ def test_unfreeze_can_leave_the_modules_in_evaluation_mode():
     assert not any(module.training for module in model[0].modules())
 
 
-def test_a_training_mode_of_the_users_own_is_kept_by_unfreeze():
+def test_unfreeze_keeps_a_train_method_that_the_module_overrides():
     class FixedNorm(nn.BatchNorm1d):
         def train(self, mode=True):
             return super().train(False)
@@ -363,7 +363,7 @@ def test_a_training_mode_of_the_users_own_is_kept_by_unfreeze():
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_of_a_frozen_model_stays_in_evaluation_mode_on_its_own(duplicate):
+def test_a_copy_of_a_frozen_model_stays_in_evaluation_mode_independently(duplicate):
     model = make_conv_net()
     ModelFreezer(model).freeze(set_modules_as_eval=True)
 
@@ -398,7 +398,7 @@ def test_a_frozen_model_is_freed_without_garbage_collection():
         gc.enable()
 
 
-def test_the_names_in_the_state_dict_do_not_change():
+def test_freezing_does_not_change_the_names_in_the_state_dict():
     model = make_conv_net()
     names = list(model.state_dict())
     ModelFreezer(model).freeze(set_modules_as_eval=True)
@@ -408,7 +408,7 @@ def test_the_names_in_the_state_dict_do_not_change():
 # --- unfreezing ---------------------------------------------------------------------------------------------
 
 
-def test_unfreeze_returns_what_became_trainable_by_group_from_the_end():
+def test_unfreeze_returns_the_newly_trainable_parameters_by_group_from_the_last_to_the_first():
     model = TinyViT()
     freezer = ModelFreezer(model)
     freezer.freeze()
@@ -421,15 +421,15 @@ def test_unfreeze_returns_what_became_trainable_by_group_from_the_end():
     assert freezer.unfreeze() == []
 
 
-def test_unfreeze_returns_no_group_without_new_parameters():
+def test_unfreeze_returns_no_group_for_parameters_that_were_not_frozen():
     model = make_conv_net()
     freezer = ModelFreezer(model)
     freezer.freeze()
-    assert [len(group["params"]) for group in freezer.unfreeze()] == [2]  # The norm was never frozen.
+    assert [len(group["params"]) for group in freezer.unfreeze()] == [2]  # the norm was never frozen
 
 
 @pytest.mark.parametrize(("from_index", "to_index"), [(-1, 2), (2, 3), (3, -2)])
-def test_unfreeze_takes_a_range_with_both_ends_in_either_order(from_index, to_index):
+def test_unfreeze_accepts_an_inclusive_range_in_either_order(from_index, to_index):
     model = TinyViT()
     freezer = ModelFreezer(model)
     freezer.freeze(to_index=-1)
@@ -440,7 +440,7 @@ def test_unfreeze_takes_a_range_with_both_ends_in_either_order(from_index, to_in
 # --- parameter groups ---------------------------------------------------------------------------------------
 
 
-def test_every_parameter_that_can_be_trained_is_in_one_group():
+def test_every_floating_point_parameter_is_in_exactly_one_group():
     for model in (TinyViT(), TiedLanguageModel(), WithIntegerParameter(), nn.Linear(2, 2)):
         ModelFreezer(model).freeze()
         grouped = [parameter for group in group_parameters(model) for parameter in group]
@@ -449,19 +449,19 @@ def test_every_parameter_that_can_be_trained_is_in_one_group():
         assert set(grouped) == expected
 
 
-def test_learning_rates_fall_geometrically_towards_the_input_counting_groups_with_parameters():
+def test_learning_rates_fall_geometrically_towards_the_input_ignoring_groups_without_parameters():
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.Dropout(), nn.Linear(2, 2))
     groups = discriminative_parameter_groups(model, lr=1.0, decay_factor=0.1)
     assert [group["lr"] for group in groups] == pytest.approx([0.01, 0.1, 1.0])
     assert [group["params"] for group in groups] == [list(model[idx].parameters()) for idx in (0, 2, 4)]
 
 
-def test_the_default_ratio_is_that_of_the_paper():
+def test_the_default_decay_factor_is_that_of_the_paper():
     groups = discriminative_parameter_groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), lr=2.6)
     assert [group["lr"] for group in groups] == pytest.approx([1.0, 2.6])
 
 
-def test_biases_and_norms_can_go_without_weight_decay():
+def test_biases_and_norms_get_no_weight_decay_if_should_decay_1d_weights_is_false():
     model = TinyViT()
     groups = discriminative_parameter_groups(model, lr=0.1, should_decay_1d_weights=False)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.5)

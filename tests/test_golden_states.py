@@ -1,6 +1,6 @@
-"""States that earlier versions of the library saved, one of each format from the second on, are gone on from.
+"""States that earlier versions of the library saved, one of each format from the second on, can be resumed from.
 
-Bits may differ from machine to machine and from one PyTorch to the next, so values are compared with a tolerance.
+Bits may differ between machines and versions of PyTorch, so values are compared with a tolerance.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FORMATS = range(2, FORMAT_VERSION + 1)
 
 @pytest.fixture(params=FORMATS, ids="format {}".format)
 def golden(request, tmp_path):
-    """The format, the folder with the state, and how the run ended that saved it."""
+    """The format, the folder with the state, and the final results of the run that saved it."""
     name = f"training_state_format_{request.param}"
     _golden.unpack(_golden.DATA / f"{name}.tar.xz", tmp_path)
     return request.param, tmp_path, json.loads((_golden.DATA / f"{name}.json").read_text())
@@ -37,20 +37,20 @@ def assert_nearly_equal(left, right, place=""):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5, msg=lambda text: f"{place}: {text}")
 
 
-def test_the_run_goes_on_to_the_end_that_it_had(golden):
+def test_a_resumed_run_ends_like_the_run_that_saved_the_state(golden):
     _, folder, expected = golden
     trainer = _golden.make_trainer(folder, seed=9)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it was saved by the versions of its day
+        warnings.simplefilter("ignore", UserWarning)  # older versions saved it
         result = _golden.train(trainer, resume_from="latest")
     assert trainer.is_resumed
-    assert trainer.callback_handler.callbacks[3]._num_steps == 15
-    if not _golden.draws_as_then():
+    assert trainer.callback_handler.callbacks[3].state_dict() == {"num_steps": 15}
+    if not _golden.draws_same_numbers():
         pytest.skip("the rest of the run draws other numbers with this PyTorch")
     assert_nearly_equal(result, expected)
 
 
-def test_the_state_is_whole_and_tells_where_it_was(golden):
+def test_the_state_is_valid_and_has_its_position_and_metrics(golden):
     format_version, folder, expected = golden
     assert names_in(folder) == ["best.pt", "step_8"]
     saved = verify_state(folder / "step_8")

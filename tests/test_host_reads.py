@@ -163,7 +163,7 @@ def test_a_callback_that_reads_is_named_with_the_event(no_log_point):
 
 
 def test_a_step_that_reads_is_named(no_log_point):
-    with pytest.raises(AssertionError, match=r"'CuriousTrainer._update_parameters by __bool__'"):
+    with pytest.raises(AssertionError, match=r"'CuriousTrainer._loop_update by __bool__'"):
         assert_no_reads(readers_in(get_default_callbacks(), cls=CuriousTrainer))
 
 

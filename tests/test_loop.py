@@ -726,7 +726,7 @@ def test_a_bf16_run_leaves_the_forward_method_as_it_found_it_and_can_be_repeated
     message = run_python(BF16.replace(", mse", ""))
     assert "`mixed_precision` is 'fp16'" in message
     assert "already uses 'bf16'" in message
-    assert "Restart it" in message
+    assert "Restart the process" in message
 
 
 SCALED = """

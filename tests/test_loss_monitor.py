@@ -1,4 +1,4 @@
-"""Log points, and what is known at them."""
+"""Log points, and the mean loss that is known at them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 from _support import Probe, make_dataset, make_trainer, train
 from pytorch_accelerated import _loss_monitor
-from pytorch_accelerated._loss_monitor import LossMonitor, find_non_finite_loss
+from pytorch_accelerated._loss_monitor import LossMonitor
 from pytorch_accelerated.tracking import LossTracker
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that moves 0.04 seconds with each look."""
+    """A clock that advances by 0.04 seconds each time it is read."""
     times = itertools.count()
     monkeypatch.setattr(_loss_monitor.time, "monotonic", lambda: next(times) / 25)
 
@@ -25,7 +25,7 @@ def test_log_points_come_ten_times_a_second(clock):
     assert [monitor.is_due() for _ in range(9)] == [False, False, True] * 3
 
 
-def test_the_mean_in_host_memory_is_that_of_the_moment():
+def test_a_mean_in_host_memory_is_up_to_date():
     monitor, tracker = LossMonitor(), LossTracker()
     assert monitor.mean is None
     tracker.update(torch.tensor(3.0), 2)
@@ -33,24 +33,24 @@ def test_the_mean_in_host_memory_is_that_of_the_moment():
     assert monitor.mean == 3.0
 
 
-def test_log_points_of_a_run_with_its_loss_so_far(clock):
+def test_the_recent_loss_at_a_log_point_is_the_mean_of_the_pass_so_far(clock):
     seen = []
 
     def see(trainer):
         place = "evaluation" if trainer.is_evaluating else trainer.progress.num_batches_in_epoch
-        seen.append((place, trainer.recent_loss == pytest.approx(trainer._loss_tracker.average)))
+        seen.append((place, trainer.recent_loss == pytest.approx(trainer.mean_loss)))
 
     trainer = make_trainer(callbacks=[Probe(on_log_point=see)])
     train(trainer, make_dataset(32), eval_dataset=make_dataset(16))
     assert seen == [(3, True), (6, True), ("evaluation", True)]
 
 
-def test_an_intermediate_evaluation_leaves_the_recent_loss_of_the_training(clock):
+def test_an_intermediate_evaluation_keeps_the_recent_loss_of_training(clock):
     recent = []
 
     def evaluate(trainer, step, **kwargs):
         before = trainer.recent_loss
-        trainer._run_eval_epochs(is_intermediate=True)
+        trainer.evaluate_now()
         recent.append((before, trainer.recent_loss))
 
     train(make_trainer(callbacks=[Probe(on_train_step_end=evaluate)]), make_dataset(32), eval_dataset=make_dataset(40))
@@ -59,8 +59,8 @@ def test_an_intermediate_evaluation_leaves_the_recent_loss_of_the_training(clock
     assert recent[-1][1] is not None
 
 
-def test_a_resumed_epoch_names_the_step_in_the_epoch(tmp_path):
-    """The losses before the state was saved are not among those that were taken in since."""
+def test_a_non_finite_loss_of_a_resumed_epoch_is_reported_with_its_step_in_the_whole_epoch(tmp_path):
+    """The losses before the resume are not kept one by one."""
 
     def save(trainer, step, **kwargs):
         if step == 1:
@@ -74,7 +74,7 @@ def test_a_resumed_epoch_names_the_step_in_the_epoch(tmp_path):
             batch_output["loss"] = batch_output["loss"] * float("nan")
 
     def look(trainer, step, **kwargs):
-        found.append(find_non_finite_loss(trainer))
+        found.append(trainer.find_non_finite_loss())
 
     probe = Probe(on_backward_start=spoil, on_train_step_end=look)
     train(make_trainer(callbacks=[probe], seed=1), resume_from=tmp_path / "state")
@@ -82,7 +82,7 @@ def test_a_resumed_epoch_names_the_step_in_the_epoch(tmp_path):
     assert "nan in training, epoch 1, step 2, rank 0" in str(found[0])
 
 
-def test_nothing_is_found_where_all_is_finite():
+def test_no_error_is_found_where_every_loss_is_finite():
     found = []
-    train(make_trainer(callbacks=[Probe(on_train_epoch_end=lambda t: found.append(find_non_finite_loss(t)))]))
+    train(make_trainer(callbacks=[Probe(on_train_epoch_end=lambda trainer: found.append(trainer.find_non_finite_loss()))]))
     assert found == [None]

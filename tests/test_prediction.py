@@ -12,7 +12,7 @@ from _numbers import EVALUATED_LENGTHS, evaluations, expected_evaluations
 from _support import Batches, Samples, make_dataset, make_indexed_dataset, make_model, make_trainer
 from pytorch_accelerated import Trainer
 from pytorch_accelerated._nested import concatenate, on_host
-from pytorch_accelerated._step import model_outputs
+from pytorch_accelerated._step import predictions
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -32,7 +32,7 @@ Pair = namedtuple("Pair", ["left", "right"])
     ],
 )
 def test_what_of_a_batch_goes_into_the_model(batch, expected):
-    assert model_outputs(lambda *args, **kwargs: (args, kwargs), batch) == expected
+    assert predictions(lambda *args, **kwargs: (args, kwargs), batch) == expected
 
 
 def test_outputs_on_the_host_keep_their_structure():

@@ -1,4 +1,4 @@
-"""The counters of a run."""
+"""The counters that hold the position of a run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ SOME = {
 }
 
 
-def test_a_run_starts_at_zero():
+def test_progress_starts_at_zero():
     assert TrainingProgress().state_dict() == {**dict.fromkeys(SOME, 0), "phase": "training"}
 
 
-def test_the_end_of_an_epoch_counts_it_and_stands_before_the_next():
+def test_end_epoch_counts_the_epoch_and_moves_to_the_start_of_the_next():
     progress = TrainingProgress(**SOME)
     progress.end_epoch()
     assert progress == TrainingProgress(3, 0, 9, 40, "training")
 
 
 @pytest.mark.parametrize(("phase", "num_epochs"), [("training", 2), ("evaluation", 2), ("end", 3)])
-def test_a_run_goes_on_where_it_stopped_or_in_the_next_epoch(phase, num_epochs):
+def test_the_resume_point_is_the_current_position_or_the_next_epoch_after_a_finished_one(phase, num_epochs):
     progress = TrainingProgress(**{**SOME, "phase": phase})
     point = progress.resume_point()
     assert point.num_epochs_completed == num_epochs
@@ -35,15 +35,15 @@ def test_a_run_goes_on_where_it_stopped_or_in_the_next_epoch(phase, num_epochs):
     assert progress == TrainingProgress(**{**SOME, "phase": phase})
 
 
-def test_a_state_restores_all_counters():
+def test_load_state_dict_restores_all_counters():
     progress = TrainingProgress()
     progress.load_state_dict(SOME)
     assert progress == TrainingProgress(**SOME)
     assert progress.state_dict() == SOME
 
 
-def test_a_state_that_lacks_a_counter_is_refused_and_nothing_is_changed():
+def test_a_state_that_lacks_a_counter_is_rejected_and_nothing_changes():
     progress = TrainingProgress()
-    with pytest.raises(ValueError, match=r"lacks \['num_updates'\]; expected all of"):
+    with pytest.raises(ValueError, match=r"lacks \['num_updates'\]\. Expected all of"):
         progress.load_state_dict({name: value for name, value in SOME.items() if name != "num_updates"})
     assert progress == TrainingProgress()

@@ -1,4 +1,4 @@
-"""The facts of a run, derived from integers."""
+"""The configuration of a run, and how it is derived."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ FIELDS_OF_0_1_61 = {
         (3, 0, 1, None, (0, 0)),
     ],
 )
-def test_updates_are_counted_with_a_short_last_window(num_epochs, num_batches, num_steps, limit, expected):
+def test_count_updates_includes_a_short_last_accumulation_window(num_epochs, num_batches, num_steps, limit, expected):
     assert count_updates(num_epochs, num_batches, num_steps, limit) == expected
 
 
-def test_it_is_a_plain_frozen_dataclass_with_the_fields_of_0_1_61():
+def test_the_run_config_is_a_frozen_dataclass_with_the_fields_of_0_1_61():
     config = TrainerRunConfig(**FIELDS_OF_0_1_61)
     assert config.seed is None
     assert {**config.to_dict(), **FIELDS_OF_0_1_61} == config.to_dict() == vars(config)
@@ -55,7 +55,7 @@ def test_it_is_a_plain_frozen_dataclass_with_the_fields_of_0_1_61():
         config.num_epochs = 4
 
 
-def test_to_dict_copies_no_value_and_changes_nothing():
+def test_to_dict_returns_a_new_dictionary_with_the_same_values():
     kwargs = {"sampler": object()}
     config = TrainerRunConfig(**{**FIELDS_OF_0_1_61, "train_dl_kwargs": kwargs})
     exported = config.to_dict()
@@ -67,7 +67,7 @@ def test_to_dict_copies_no_value_and_changes_nothing():
 @pytest.mark.parametrize(
     ("train_size", "eval_size", "totals"), [(4, 8, (16, 16)), (None, None, (None, None)), (4, None, (16, None))]
 )
-def test_totals_are_derived_for_all_processes(train_size, eval_size, totals):
+def test_total_batch_sizes_and_updates_are_derived_for_all_processes(train_size, eval_size, totals):
     names = ("train_dl_kwargs", "eval_dl_kwargs", "gradient_clip_value", "mixed_precision")
     names += ("is_local_process_zero", "is_world_process_zero")
     config = derive_run_config(

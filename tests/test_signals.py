@@ -1,4 +1,4 @@
-"""Improvement, patience, and the flag of signals."""
+"""The flag that signals set, and the error that ends an interrupted run."""
 
 from __future__ import annotations
 
@@ -9,44 +9,9 @@ import threading
 import pytest
 
 from _support import run_python
-from pytorch_accelerated._metrics import PatienceCounter, is_better
 from pytorch_accelerated._signals import PREEMPTION_SIGNALS, InterruptFlag, RunInterruptedError
 
-NAN = float("nan")
 SIGNALS = (signal.SIGINT, *PREEMPTION_SIGNALS)
-
-
-@pytest.mark.parametrize(
-    ("value", "best", "greater_is_better", "threshold", "expected"),
-    [
-        (1.0, 2.0, False, 0.0, True),
-        (2.0, 1.0, False, 0.0, False),
-        (1.0, 1.0, False, 0.0, False),
-        (2.0, 1.0, True, 0.0, True),
-        (1.0, 2.0, True, 0.0, False),
-        (1.5, 2.0, False, 0.5, False),
-        (1.25, 2.0, False, 0.5, True),
-        (2.75, 2.0, True, 0.5, True),
-        (5.0, None, False, 9.0, True),
-        (NAN, None, False, 0.0, False),
-        (NAN, 1.0, True, 0.0, False),
-        (1.0, float("inf"), False, 0.0, True),
-    ],
-)
-def test_what_is_better(value, best, greater_is_better, threshold, expected):
-    assert is_better(value, best, greater_is_better, threshold) is expected
-
-
-def test_patience_is_used_up_by_evaluations_in_a_row():
-    counter = PatienceCounter(patience=2, greater_is_better=True, threshold=0.1)
-    values = [0.5, 0.55, 0.7, 0.7, NAN]
-    assert [counter.update(value) for value in values] == [False, False, False, False, True]
-    assert (counter.best, counter.num_without_improvement) == (0.7, 2)
-    counter.reset()
-    assert (counter.best, counter.num_without_improvement) == (None, 0)
-
-
-# --- signals -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,9 @@
-"""The public functions about training states, and the command line."""
+"""`pytorch_accelerated.states`: the public functions about training states, and the command line."""
 
 from __future__ import annotations
 
 import ast
+import itertools
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def folder(tmp_path):
 
 
 def run(capsys, *arguments):
-    """Return the exit code, what was printed, and what was printed as an error."""
+    """Return the exit code, stdout and stderr."""
     code = states.main([*map(str, arguments)])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
@@ -47,8 +48,8 @@ def test_states_are_listed_and_the_newest_is_found(folder):
     assert states.find_latest_state(folder) is None
 
 
-def test_looking_changes_nothing(folder):
-    """A run may be saving there."""
+def test_listing_and_finding_states_change_nothing(folder):
+    """A run may be saving there at the same time."""
     (folder / "step_7").rename(folder / ".step_7.old")
     make_up_state(folder / ".step_9.tmp")
     states.list_states(folder)
@@ -56,7 +57,7 @@ def test_looking_changes_nothing(folder):
     assert {path.name for path in folder.iterdir()} == {"epoch_1", ".step_7.old", ".step_9.tmp"}
 
 
-def test_a_state_is_verified(folder):
+def test_verify_state_finds_an_altered_file(folder):
     assert states.verify_state(str(folder / "step_7")).position.num_batches_in_epoch == 3
     damage(folder / "step_7")
     with pytest.raises(CheckpointError, match=r"step_7' is damaged: process_0\.pt is missing or altered"):
@@ -66,7 +67,7 @@ def test_a_state_is_verified(folder):
 # --- the command line --------------------------------------------------------------------------------------------
 
 
-def test_list_shows_the_states_oldest_first_with_what_is_known_of_them(folder, capsys):
+def test_list_prints_the_states_oldest_first_with_their_problems(folder, capsys):
     (folder / "epoch_9").mkdir()
     (folder / "step_7" / "process_0.pt").unlink()
     code, printed, _ = run(capsys, "list", folder)
@@ -74,13 +75,13 @@ def test_list_shows_the_states_oldest_first_with_what_is_known_of_them(folder, c
     header, *rows = (line.split() for line in printed.splitlines())
     assert header == ["name", "epochs", "batches", "updates", "size", "metrics", "files"]
     assert rows[0][:4] == ["epoch_9", "?", "?", "?"]
-    assert " ".join(rows[0]).endswith("it has no readable manifest.json. Use an older one.")
+    assert " ".join(rows[0]).endswith("it has no readable manifest.json. Use an older state.")
     assert rows[1] == ["epoch_1", "1", "0", "0", "69", "B", "eval_loss_epoch=0.5", "complete"]
     assert rows[2][:4] == ["step_7", "1", "3", "0"]
     assert " ".join(rows[2][6:]) == "eval_loss_epoch=0.123457 text=nan NOT VALID: process_0.pt is missing or altered"
 
 
-def test_verify_compares_one_state_or_all(folder, capsys):
+def test_verify_checks_one_state_or_all_in_a_folder(folder, capsys):
     assert run(capsys, "verify", folder) == (0, f"{folder / 'epoch_1'}: valid\n{folder / 'step_7'}: valid\n", "")
     damage(folder / "step_7")
     code, printed, _ = run(capsys, "verify", folder)
@@ -93,7 +94,7 @@ def test_verify_compares_one_state_or_all(folder, capsys):
     assert run(capsys, "verify", folder / "step_7")[0] == 1
 
 
-def test_show_tells_all_that_the_manifest_tells(folder, capsys):
+def test_show_prints_the_whole_manifest(folder, capsys):
     code, printed, _ = run(capsys, "show", folder / "step_7")
     lines = [line.split() for line in printed.splitlines()]
     assert code == 0
@@ -113,15 +114,19 @@ def test_show_tells_all_that_the_manifest_tells(folder, capsys):
 
 
 @pytest.mark.parametrize("command", ["list", "verify", "show"])
-def test_what_is_not_there_is_an_error(tmp_path, capsys, command):
+def test_a_missing_path_is_an_error(tmp_path, capsys, command):
     code, printed, error = run(capsys, command, tmp_path / "nothing")
     assert (code, printed) == (1, "")
     assert error.startswith("error: ")
     assert "nothing'" in error
 
 
-def test_a_folder_without_states_cannot_be_verified(tmp_path, capsys):
-    assert run(capsys, "verify", tmp_path) == (1, "", f"error: There is no training state in '{tmp_path}'.\n")
+def test_a_folder_without_states_can_be_listed_but_not_verified(tmp_path, capsys):
+    code, printed, error = run(capsys, "verify", tmp_path)
+    assert (code, printed) == (1, "")
+    assert error.startswith(
+        f"error: There is no training state in '{tmp_path}'. Expected a training state, or a folder"
+    )
     assert run(capsys, "list", tmp_path)[0] == 0
 
 
@@ -129,11 +134,11 @@ def test_a_folder_without_states_cannot_be_verified(tmp_path, capsys):
     ("size", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (35_900, "35.9 kB"), (2.5e9, "2.5 GB"), (3e12, "3 TB")],
 )
-def test_sizes_are_short(size, text):
-    assert states._in_bytes(size) == text
+def test_sizes_are_printed_with_three_digits_and_a_unit(size, text):
+    assert states._format_size(size) == text
 
 
-def test_it_runs_as_a_module(folder):
+def test_the_command_runs_as_a_module(folder):
     command = [sys.executable, "-m", "pytorch_accelerated.states", "verify", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
@@ -141,17 +146,33 @@ def test_it_runs_as_a_module(folder):
     assert subprocess.run(command, capture_output=True, check=False).returncode == 1
 
 
-def test_nothing_that_it_needs_is_made_of_accelerate():
-    """So that a lighter `__init__` would make it light."""
-    waiting, seen = ["states"], set()
+def imported_modules(path):
+    """Return the names of all modules that a file imports, at its top and in functions, and those of their packages."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+    return names | {parent for name in names for parent in itertools.accumulate(name.split("."), "{}.{}".format)}
+
+
+def path_of_module(name):
+    """Return the file of a module of this library; ``None`` for another name."""
+    base = SOURCE.joinpath(*name.split(".")[1:])
+    candidates = (base.with_suffix(".py"), base / "__init__.py") if name.startswith("pytorch_accelerated.") else ()
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def test_the_command_needs_no_module_that_imports_accelerate():
+    """A lighter `__init__` of the package would therefore make the command fast."""
+    waiting, seen = ["pytorch_accelerated.states"], set()
     while waiting:
         name = waiting.pop()
         seen.add(name)
-        for node in ast.walk(ast.parse((SOURCE / f"{name}.py").read_text())):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            assert not any(module.startswith("accelerate") for module in modules), name
-            own = {module.removeprefix("pytorch_accelerated.") for module in modules}
-            waiting += [module for module in own - seen if (SOURCE / f"{module}.py").is_file()]
-    assert {"_manifest", "_state_folder", "_files"} <= seen
+        modules = imported_modules(path_of_module(name))
+        assert "accelerate" not in modules, name
+        waiting += [module for module in modules - seen if path_of_module(module) is not None]
+    rooms = {name.removeprefix("pytorch_accelerated.") for name in seen}
+    assert {"_checkpoint", "_checkpoint.files", "_checkpoint.folder", "_checkpoint.manifest"} <= rooms
+    assert not {name for name in rooms if name.startswith(("_distributed", "callbacks", "trainer"))}

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pytorch_accelerated._step import batch_loss, model_outputs, read_batch_output
+from pytorch_accelerated._step import batch_loss, predictions, raise_bad_loss, read_batch_output
 
 INPUTS, TARGETS = torch.arange(6.0).reshape(3, 2), torch.ones(3)
 
@@ -58,8 +58,8 @@ def fail(*args, **kwargs):
         ),
         (lambda: batch_loss(fail, None, (INPUTS, 2.0)), "The model was called with float32 (3, 2), float"),
         (lambda: batch_loss(fail, None, INPUTS > 1), "The model was called with bool (3, 2)"),
-        (lambda: model_outputs(fail, (INPUTS, TARGETS)), "The model was called with float32 (3, 2)"),
-        (lambda: model_outputs(fail, {"a": INPUTS}), "The model was called with a=float32 (3, 2)"),
+        (lambda: predictions(fail, (INPUTS, TARGETS)), "The model was called with float32 (3, 2)"),
+        (lambda: predictions(fail, {"a": INPUTS}), "The model was called with a=float32 (3, 2)"),
     ],
 )
 def test_an_error_of_the_model_or_the_loss_tells_the_shapes(compute, note):
@@ -74,7 +74,7 @@ def test_the_keys_of_a_batch_may_be_any_names():
 
     batch = {name: torch.tensor([float(value)]) for value, name in enumerate(("model", "name", "function", "args"))}
     assert batch_loss(of_all, None, batch)["loss"] == 6
-    assert model_outputs(of_all, batch)["loss"] == 6
+    assert predictions(of_all, batch)["loss"] == 6
 
 
 class Closed(list):
@@ -126,7 +126,7 @@ def test_without_a_loss_function_the_model_gets_the_whole_batch(batch, factor):
     "outputs", [SimpleNamespace(loss=None), {"loss": None}, {}, INPUTS, None, SimpleNamespace(logits=INPUTS)]
 )
 def test_a_model_without_a_loss_is_explained(outputs):
-    with pytest.raises(ValueError, match=rf"returned a {type(outputs).__name__} without one.*pass a `loss_func`"):
+    with pytest.raises(ValueError, match=rf"returned a {type(outputs).__name__} without a loss.*pass a `loss_func`"):
         batch_loss(lambda inputs: outputs, None, INPUTS)
 
 
@@ -146,10 +146,14 @@ def test_the_weight_of_a_batch_is_its_items_or_else_its_size():
         (None, TypeError, "`hook` returned None"),
         ([1], TypeError, "of type list"),
         (torch.ones(2), TypeError, "of type Tensor"),
-        ({"loss": 1}, ValueError, "`batch_size` missing"),
-        ({"batch_size": 1, "a": 2}, ValueError, r"`loss` missing in what `hook` returned, \['a', 'batch_size'\]"),
-        ({1: 2}, ValueError, "`loss` and `batch_size` missing"),
-        ({1: 2, "a": 3}, ValueError, "`loss` and `batch_size` missing"),
+        ({"loss": 1}, ValueError, "without `batch_size`"),
+        (
+            {"batch_size": 1, "a": 2},
+            ValueError,
+            r"`hook` returned a dictionary without `loss`; it has \['a', 'batch_size'\]",
+        ),
+        ({1: 2}, ValueError, "without `loss` and `batch_size`"),
+        ({1: 2, "a": 3}, ValueError, "without `loss` and `batch_size`"),
         (SimpleNamespace(loss=1), TypeError, "of type SimpleNamespace"),
     ],
 )
@@ -168,3 +172,10 @@ def test_a_loss_alone_is_explained_without_a_warning_of_pytorch():
     finally:
         torch.set_warn_always(False)
     assert caught == []
+
+
+def test_an_error_in_the_backward_pass_that_the_loss_is_not_to_blame_for_is_raised_as_it_is():
+    error = RuntimeError("mine")
+    with pytest.raises(RuntimeError) as caught:
+        raise_bad_loss(torch.ones(1, requires_grad=True).sum(), error)
+    assert caught.value is error

@@ -1,4 +1,4 @@
-"""Run histories and weighted means."""
+"""The run history, and weighted means on the device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pytorch_accelerated.tracking import (
 )
 
 
-def test_a_history_keeps_any_value_in_its_order():
+def test_a_history_keeps_values_of_any_type_in_order():
     history = InMemoryRunHistory()
     values = [1.0, -1, np.float64(0.5), torch.tensor(2.0), torch.ones(3), {"a": 1}]
     for value in values:
@@ -44,14 +44,14 @@ def test_an_unknown_metric_is_an_error_that_lists_the_known_ones(method):
     assert history.get_metric_names() == {"a", "b"}
 
 
-def test_a_metric_can_be_deleted():
+def test_a_deleted_metric_is_gone_from_the_history():
     history = InMemoryRunHistory()
     history.update_metric("a", 1)
     history.delete_metric("a")
     assert history.get_metric_names() == set()
 
 
-def test_a_prefix_is_put_before_what_is_recorded_from_now_on():
+def test_a_prefix_applies_to_metrics_recorded_after_it_was_set():
     history = InMemoryRunHistory()
     history.update_metric("a", 1)
     history.set_metric_name_prefix("ema_")
@@ -62,7 +62,7 @@ def test_a_prefix_is_put_before_what_is_recorded_from_now_on():
     assert (history.get_metric_values("a"), history.get_metric_values("ema_a")) == ([1, 3], [2])
 
 
-def test_epochs_are_counted_from_one():
+def test_the_history_counts_epochs_from_one_and_reset_returns_to_one():
     history = InMemoryRunHistory()
     assert history.current_epoch == 1
     history._increment_epoch()
@@ -73,7 +73,7 @@ def test_epochs_are_counted_from_one():
     assert (history.current_epoch, history.get_metric_names()) == (1, set())
 
 
-def test_a_history_can_be_restored():
+def test_a_history_is_restored_from_its_state_dict():
     history, other = InMemoryRunHistory(), InMemoryRunHistory()
     for value in (1, 2):
         history.update_metric("a", value)
@@ -85,7 +85,7 @@ def test_a_history_can_be_restored():
     assert history.get_metric_values("a") == [1, 2]
 
 
-def test_a_history_of_the_users_has_to_implement_all_of_it():
+def test_a_run_history_without_its_methods_cannot_be_instantiated():
     with pytest.raises(TypeError, match="abstract"):
         RunHistory()
 
@@ -96,19 +96,19 @@ UPDATES = [(1.0, 3), (2.0, 1), (4.0, 4)]
 MEAN = (1.0 * 3 + 2.0 + 4.0 * 4) / 8
 
 
-def test_weights_may_be_whole_or_not_in_any_order():
+def test_weights_of_any_type_and_order_give_the_same_mean():
     for sizes in itertools.permutations([torch.tensor(3), 2.5, torch.tensor(0.5), 2]):
         tracker = LossTracker()
         for size in sizes:
             tracker.update(2.0, size)
         assert tracker.average == 2.0
         assert float(tracker.running_count) == 8.0
-    assert [float(size) for size in sizes] == [2, 0.5, 2.5, 3], "the caller's tensors are left alone"
+    assert [float(size) for size in sizes] == [2, 0.5, 2.5, 3], "the tensors of the caller must not change"
 
 
 @pytest.mark.parametrize("batch_size", [int, float, torch.tensor])
 @pytest.mark.parametrize("value", [float, torch.tensor, lambda value: torch.tensor([[value]], dtype=torch.float16)])
-def test_the_average_is_weighted(value, batch_size):
+def test_the_average_is_weighted_by_batch_size(value, batch_size):
     tracker = LossTracker()
     assert math.isnan(tracker.average)
     for loss, size in UPDATES:
@@ -120,7 +120,31 @@ def test_the_average_is_weighted(value, batch_size):
     assert tracker.average == 2.5
 
 
-def test_numbers_and_tensors_mix():
+class NamedTracker(LossTracker):
+    """A subclass whose constructor takes an argument."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+
+def test_reset_works_in_a_subclass_with_another_constructor():
+    tracker = NamedTracker("validation")
+    tracker.update(torch.tensor(4.0), 2)
+    tracker.reset()
+    assert math.isnan(tracker.average)
+    assert (tracker.name, float(tracker.running_count)) == ("validation", 0.0)
+
+
+def test_a_state_can_be_loaded_into_a_subclass_with_another_constructor():
+    tracker, restored = LossTracker(), NamedTracker("validation")
+    tracker.update(torch.tensor(4.0), 2)
+    restored.update(torch.tensor(9.0), 2)
+    restored.load_state_dict(tracker.state_dict())
+    assert (restored.name, restored.average) == ("validation", 4.0)
+
+
+def test_numbers_and_tensors_can_be_mixed_in_one_mean():
     tracker = LossTracker()
     tracker.update(1.0, 3)
     tracker.update(torch.tensor(2.0), torch.tensor(1))
@@ -128,7 +152,7 @@ def test_numbers_and_tensors_mix():
     assert tracker.average == MEAN
 
 
-def test_the_users_tensors_are_not_changed_and_no_graph_is_kept():
+def test_update_changes_no_tensor_of_the_caller_and_keeps_no_graph():
     tracker = LossTracker()
     loss, size = torch.tensor(2.0, requires_grad=True), torch.tensor(4)
     for _ in range(3):
@@ -138,7 +162,7 @@ def test_the_users_tensors_are_not_changed_and_no_graph_is_kept():
     assert not tracker.total_loss.requires_grad
 
 
-def test_many_small_losses_are_summed_without_losing_digits():
+def test_many_small_losses_are_summed_without_loss_of_precision():
     tracker = LossTracker()
     loss = torch.tensor(0.1)
     for _ in range(20_000):
@@ -146,7 +170,7 @@ def test_many_small_losses_are_summed_without_losing_digits():
     assert tracker.average == pytest.approx(loss.item(), rel=1e-12)
 
 
-def test_a_tracker_goes_on_from_its_state():
+def test_a_restored_tracker_continues_from_its_state():
     tracker, other = LossTracker(), LossTracker()
     tracker.update(torch.tensor(1.0), 3)
     other.load_state_dict(tracker.state_dict())
@@ -156,7 +180,7 @@ def test_a_tracker_goes_on_from_its_state():
     assert tracker.average == other.average == MEAN
 
 
-def test_the_means_of_an_epoch_have_the_names_they_are_recorded_by():
+def test_epoch_means_return_their_sums_by_the_names_they_are_recorded_under():
     means = EpochMeans()
     for loss, size in UPDATES:
         means.loss.update(loss, size)
@@ -169,7 +193,7 @@ def test_the_means_of_an_epoch_have_the_names_they_are_recorded_by():
     assert set(means.sums("evaluation_loss")) == {"evaluation_loss", "evaluation_auc", "evaluation_top_1"}
 
 
-def test_the_means_of_an_epoch_go_on_from_their_state():
+def test_restored_epoch_means_continue_from_their_state():
     means, other = EpochMeans(), EpochMeans()
     means.loss.update(1.0, 3)
     means.update_metrics({"metrics": {"a": 5.0}}, 3)
@@ -180,28 +204,28 @@ def test_the_means_of_an_epoch_go_on_from_their_state():
     assert other.sums("train_loss_epoch") == means.sums("train_loss_epoch")
 
 
-def test_a_mean_of_nothing_is_nan():
+def test_the_mean_of_no_values_is_nan():
     assert math.isnan(weighted_mean(0.0, 0))
     assert weighted_mean(torch.tensor(6.0), torch.tensor(4)) == 1.5
 
 
 @pytest.mark.parametrize("value", [2, 2.0, np.float64(2), torch.tensor(2.0), torch.tensor([2.0]), "2"])
-def test_a_metric_of_one_element_is_a_number(value):
+def test_a_metric_with_one_element_is_converted_to_a_number(value):
     assert as_number(value) == 2.0
 
 
 @pytest.mark.parametrize("value", [None, torch.ones(2), {"a": 1}, "high"])
-def test_any_other_metric_is_none(value):
-    with pytest.raises(ValueError, match="Expected a metric that is one number"):
+def test_a_metric_that_is_not_a_single_number_is_rejected(value):
+    with pytest.raises(ValueError, match=r"The metric is .* Expected a single number"):
         as_number(value)
 
 
-# --- losses that are added up some at a time -----------------------------------------------------------------------
+# --- losses that are summed a block at a time ----------------------------------------------------------------------
 
 MANY = 3 * 64 + 7
 
 
-def test_many_losses_of_any_weights_have_the_exact_mean():
+def test_the_mean_is_exact_over_several_blocks():
     values = torch.rand(MANY)
     for weights in ([8] * MANY, [1 + i % 5 for i in range(MANY)], [torch.tensor(1 + i % 3) for i in range(MANY)]):
         tracker = LossTracker()
@@ -212,8 +236,8 @@ def test_many_losses_of_any_weights_have_the_exact_mean():
         assert float(tracker.running_count) == sum(map(float, weights))
 
 
-def test_to_look_at_the_sums_does_not_change_them():
-    """Otherwise a progress bar would have a say in the last digits, and a resumed run in its history."""
+def test_reading_or_saving_the_sums_does_not_change_them():
+    """Otherwise the last digits would depend on the progress bar, and on whether a run was resumed."""
     looked_at, left_alone, resumed = LossTracker(), LossTracker(), LossTracker()
     for number, value in enumerate(torch.rand(MANY)):
         for tracker in (looked_at, left_alone, resumed):
@@ -225,7 +249,7 @@ def test_to_look_at_the_sums_does_not_change_them():
     assert looked_at.average == left_alone.average == resumed.average
 
 
-def test_what_a_step_does_to_its_loss_afterwards_does_not_count():
+def test_changing_a_loss_after_update_does_not_change_the_mean():
     tracker, loss, weight = LossTracker(), torch.tensor(2.0), torch.tensor(3)
     tracker.update(loss, weight)
     loss.zero_()
@@ -233,14 +257,14 @@ def test_what_a_step_does_to_its_loss_afterwards_does_not_count():
     assert tracker.average == 2.0
 
 
-def test_a_loss_that_is_part_of_a_large_tensor_does_not_keep_it():
+def test_a_loss_that_is_a_view_does_not_keep_the_large_tensor_alive():
     tracker, large = LossTracker(), torch.ones(10_000)
     tracker.update(large[3])
     assert tracker._block.untyped_storage().nbytes() < 1000
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda tracker: pickle.loads(pickle.dumps(tracker))])
-def test_a_copy_goes_on_by_itself(copied):
+def test_a_copied_tracker_is_independent_of_the_original(copied):
     tracker = LossTracker()
     tracker.update(torch.tensor(2.0))
     other = copied(tracker)
@@ -249,7 +273,7 @@ def test_a_copy_goes_on_by_itself(copied):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_losses_of_any_precision_and_of_one_element_count_as_they_are(dtype):
+def test_losses_of_any_precision_and_shape_are_averaged_exactly(dtype):
     losses = [torch.rand(shape, dtype=dtype) for shape in ((), (1,), (1, 1))]
     tracker = LossTracker()
     for loss in losses:
@@ -259,7 +283,7 @@ def test_losses_of_any_precision_and_of_one_element_count_as_they_are(dtype):
 
 @pytest.mark.parametrize("bad_index", [0, 5, 63, 64, 65, MANY - 1])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_the_first_loss_that_is_not_finite_is_found(bad_index, value):
+def test_find_non_finite_returns_the_first_bad_loss(bad_index, value):
     tracker = LossTracker()
     assert tracker.find_non_finite() is None
     for index in range(MANY):
@@ -269,20 +293,20 @@ def test_the_first_loss_that_is_not_finite_is_found(bad_index, value):
     assert not math.isfinite(found)
 
 
-def test_it_is_found_among_plain_numbers_too():
+def test_find_non_finite_returns_the_first_bad_loss_among_plain_numbers():
     tracker = LossTracker()
     for loss in (torch.tensor(1.0), 2.0, math.inf, torch.tensor(3.0)):
         tracker.update(loss, 1)
     assert tracker.find_non_finite() == (2, math.inf)
 
 
-def test_a_tracker_of_the_users_own_is_not_looked_into():
+def test_find_non_finite_ignores_a_custom_loss_tracker():
     means = EpochMeans()
     means.loss = object()
     assert means.find_non_finite() is None
 
 
-def test_a_state_of_an_earlier_version_is_read():
+def test_a_tracker_state_without_buffered_values_can_be_loaded():
     tracker = LossTracker()
     tracker.load_state_dict({"total_loss": torch.tensor(6.0), "running_count": torch.tensor(3.0)})
     tracker.update(torch.tensor(4.0), 1)

@@ -46,8 +46,8 @@ from _support import (
     weights_of,
 )
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
+from pytorch_accelerated import trainer as trainer_module
 from pytorch_accelerated._data import rng as rng_module
-from pytorch_accelerated._distributed import accelerator as accelerator_module
 from pytorch_accelerated.callbacks import (
     LimitBatchesCallback,
     StepBasedEvaluationCallback,
@@ -94,7 +94,7 @@ class BadInput:
 SCHEDULER = StepLR(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), 1)
 EMPTY = "is empty: its length is 0"
 BAD_INPUTS = [
-    BadInput("empty dataset", {"train_dataset": Empty()}, ValueError, ("`train_dataset`", EMPTY, "check how it was")),
+    BadInput("empty dataset", {"train_dataset": Empty()}, ValueError, ("`train_dataset`", EMPTY, "Check how it was")),
     BadInput("empty tensors", {"train_dataset": make_dataset(0)}, ValueError, ("`train_dataset`", EMPTY)),
     BadInput("empty list", {"train_dataset": []}, ValueError, ("`train_dataset`", EMPTY)),
     BadInput(
@@ -107,7 +107,7 @@ BAD_INPUTS = [
         "loader that gives no batch",
         {"train_dataset": make_dataset(3), "train_dataloader_kwargs": {"drop_last": True}},
         ValueError,
-        ("`train_dataset` gives no batch", "3 samples", "one batch of 4", "`drop_last=False`"),
+        ("`train_dataset` yields no batch", "3 samples", "one batch of 4", "`drop_last=False`"),
     ),
     BadInput("empty evaluation dataset", {"eval_dataset": Empty()}, ValueError, ("`eval_dataset`", EMPTY)),
     BadInput("one of several empty", {"eval_dataset": {"a": Empty()}}, ValueError, ("`eval_dataset`", EMPTY)),
@@ -116,7 +116,7 @@ BAD_INPUTS = [
         "evaluation loader that gives no batch",
         {"eval_dataset": make_dataset(3), "eval_dataloader_kwargs": {"drop_last": True}},
         ValueError,
-        ("`eval_dataset` gives no batch", "`drop_last` is set"),
+        ("`eval_dataset` yields no batch", "`drop_last` is set"),
     ),
     BadInput("no dataset", {"train_dataset": None}, ValueError, ("`train_dataset` is None", "Expected a dataset")),
     BadInput(
@@ -177,7 +177,7 @@ def test_evaluating_nothing_is_refused():
         trainer.evaluate(Empty())
     with pytest.raises(ValueError, match=r"empty"):
         trainer.evaluate({})
-    with pytest.raises(ValueError, match="gives no batch"):
+    with pytest.raises(ValueError, match="yields no batch"):
         trainer.evaluate(make_dataset(3), dataloader_kwargs={"drop_last": True})
     with pytest.raises(ValueError, match="`per_device_batch_size` is -1"):
         trainer.evaluate(make_dataset(3), per_device_batch_size=-1)
@@ -185,7 +185,7 @@ def test_evaluating_nothing_is_refused():
 
 def test_training_without_an_optimizer_is_refused():
     trainer = Trainer(make_model(), mse, None, callbacks=())
-    with pytest.raises(ValueError, match=r"`optimizer` is None.*Pass an optimizer.*only `evaluate` works"):
+    with pytest.raises(ValueError, match=r"`optimizer` is None.*Pass an optimizer.*only `evaluate` and `predict` work"):
         train(trainer)
 
 
@@ -198,7 +198,7 @@ def test_a_model_whose_parameters_are_all_frozen_is_refused():
 def test_an_optimizer_of_another_model_is_refused():
     trainer = make_trainer()
     trainer.model = make_model()
-    with pytest.raises(ValueError, match=r"optimizer holds none of the parameters of `Linear`.*Make it anew"):
+    with pytest.raises(ValueError, match=r"optimizer holds none of the parameters of `Linear`.*Create it from"):
         train(trainer)
 
 
@@ -239,9 +239,9 @@ class NoLoss(Trainer):
         (lambda loss, batch: None, TypeError, ("returned None", "Return a dictionary with `loss`", "`batch_size`")),
         (lambda loss, batch: (loss.mean(), 4), TypeError, ("of type tuple", "Return a dictionary")),
         (lambda loss, batch: "abc", TypeError, ("'abc', of type str",)),
-        (lambda loss, batch: {"batch_size": 4}, ValueError, ("`loss` missing in what", "['batch_size']")),
-        (lambda loss, batch: {"loss": loss.mean()}, ValueError, ("`batch_size` missing in what", "['loss']")),
-        (lambda loss, batch: {}, ValueError, ("`loss` and `batch_size` missing",)),
+        (lambda loss, batch: {"batch_size": 4}, ValueError, ("without `loss`", "['batch_size']")),
+        (lambda loss, batch: {"loss": loss.mean()}, ValueError, ("without `batch_size`", "['loss']")),
+        (lambda loss, batch: {}, ValueError, ("without `loss` and `batch_size`",)),
         (lambda loss, batch: {"loss": loss, "batch_size": 4}, ValueError, ("shape (4, 1)", "`.mean()`")),
         (
             lambda loss, batch: {"loss": loss.mean().detach(), "batch_size": 4},
@@ -270,7 +270,7 @@ def test_a_step_that_returns_no_loss_is_explained(make_output, error, words, num
     ("output", "error", "words"),
     [
         (None, TypeError, ("`calculate_eval_batch_loss` returned None",)),
-        ({"loss": torch.tensor(1.0)}, ValueError, ("`batch_size` missing in what `calculate_eval_batch_loss`",)),
+        ({"loss": torch.tensor(1.0)}, ValueError, ("`calculate_eval_batch_loss` returned a dictionary without `batch_size`",)),
         ({"loss": torch.ones(4), "batch_size": 4}, ValueError, ("shape (4,)",)),
         ({"loss": None, "batch_size": 4}, TypeError, ("loss is None",)),
     ],
@@ -301,12 +301,12 @@ def test_an_error_of_the_users_in_the_backward_pass_stays_as_it_is():
 
 @pytest.mark.parametrize("callback", [3, object(), "ProgressBarCallback", nn.Linear(1, 1)])
 def test_a_callback_that_is_none_is_refused(callback):
-    with pytest.raises(TypeError, match=r"is no callback. Expected a `TrainerCallback`.*on_train_epoch_end"):
+    with pytest.raises(TypeError, match=r"is not a callback. Expected a `TrainerCallback`.*on_train_epoch_end"):
         make_trainer(callbacks=[callback])
 
 
 def test_a_callback_class_that_needs_arguments_is_refused():
-    with pytest.raises(TypeError, match=r"`LimitBatchesCallback` cannot be made without arguments.*Pass an instance"):
+    with pytest.raises(TypeError, match=r"`LimitBatchesCallback` cannot be instantiated without arguments.*Pass an instance"):
         make_trainer(callbacks=[LimitBatchesCallback])
 
 
@@ -317,7 +317,7 @@ def test_intermediate_evaluation_without_data_is_refused():
 
 def test_training_within_a_run_is_refused():
     probe = Probe(on_train_epoch_end=lambda trainer, **kwargs: train(trainer))
-    with pytest.raises(RuntimeError, match="while this trainer is running"):
+    with pytest.raises(RuntimeError, match="during a run of this trainer"):
         train(make_trainer(callbacks=[probe]))
 
 
@@ -772,7 +772,7 @@ def test_an_accelerator_of_another_kind_is_refused(accelerator):
 
 @pytest.mark.parametrize("accelerator", [Accelerator(), {"mixed_precision": "no"}], ids=["ready", "arguments"])
 def test_a_precision_that_contradicts_the_accelerator_is_refused(accelerator):
-    with pytest.raises(ValueError, match=r"`mixed_precision` is 'bf16', but the `accelerator` has 'no'.*one place"):
+    with pytest.raises(ValueError, match=r"`mixed_precision` is 'bf16', but the `accelerator` has 'no'.*these places only"):
         make_trainer(accelerator=accelerator, mixed_precision="bf16")
 
 
@@ -899,7 +899,7 @@ def test_a_signal_while_generators_are_aside_does_not_keep_them_there(monkeypatc
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rng_module, "_put_back", interrupt)
+    monkeypatch.setattr(rng_module, "_restore", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(trainer, Samples(make_dataset(4)))
     assert np.random.get_bit_generator() is generator
@@ -1001,8 +1001,8 @@ def test_the_checkpoint_of_another_model_is_refused_and_nothing_is_changed(tmp_p
     with pytest.raises(CheckpointError) as caught:
         make_trainer(model).load_checkpoint(path)
     message = str(caught.value)
-    assert "belongs to another model" in message
-    assert "missing in it: head.bias, head.weight" in message
+    assert "belongs to a different model" in message
+    assert "missing from it: head.bias, head.weight" in message
     assert "unexpected in it: 1.bias, 1.weight" in message
     assert "0.weight (1, 3) instead of (2, 3)" in message
     assert_same_weights(before, weights_of(model))
@@ -1132,15 +1132,15 @@ def test_a_stop_within_a_nested_evaluation_does_not_end_the_run_for_good(tmp_pat
     assert resumed.progress.num_epochs_completed == 3
 
 
-def test_an_error_in_the_tidying_up_leaves_a_trainer_that_can_train(monkeypatch):
-    """Such as one that a handler of signals raises, at any place."""
+def test_an_error_during_teardown_leaves_a_trainer_that_can_train(monkeypatch):
+    """A signal handler may raise one at any place."""
 
     def fail(*_):
         raise LookupError("of a signal")
 
     trainer = make_trainer()
     with monkeypatch.context() as patch:
-        patch.setattr(accelerator_module, "release", fail)
+        patch.setattr(trainer_module, "release", fail)
         with pytest.raises(LookupError):
             trainer.train(make_dataset(4), 1)
     trainer.train(make_dataset(4), 1)

@@ -1,4 +1,4 @@
-"""Checks of what a user gives; what `train` makes of them is in `test_trainer.py`."""
+"""Checks of the user's arguments; `test_trainer.py` has the calls of `train` that they refuse."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIMIZER = torch.optim.SGD([PARAMETER], lr=0.1)
 
 
 @pytest.mark.parametrize("value", [1, 7, np.int64(3), torch.tensor(2)])
-def test_positive_integers_of_any_kind_are_fine(value):
+def test_positive_integers_of_any_type_are_accepted(value):
     _validation.check_positive_integer("num_epochs", value, "epochs")
 
 
@@ -28,36 +28,36 @@ def test_positive_integers_of_any_kind_are_fine(value):
     [(0, ValueError), (-3, ValueError), (np.int64(0), ValueError)]
     + [(value, TypeError) for value in (1.0, "1", None, True, np.bool_(True), [1])],
 )
-def test_anything_else_is_no_positive_integer(value, error):
+def test_zero_negative_numbers_and_other_types_are_no_positive_integers(value, error):
     with pytest.raises(error, match=r"`num_epochs` is .*Expected a whole number of epochs, at least 1") as caught:
         _validation.check_positive_integer("num_epochs", value, "epochs")
     assert repr(value) in str(caught.value)
 
 
 @pytest.mark.parametrize("function", [None, StepLR, partial(StepLR, step_size=1), lambda optimizer: None])
-def test_what_makes_a_scheduler_is_fine(function):
+def test_a_function_or_class_that_creates_a_scheduler_is_accepted(function):
     _validation.check_create_scheduler_fn(function)
 
 
 @pytest.mark.parametrize("value", [StepLR(OPTIMIZER, 1), 3, "cosine"])
-def test_a_scheduler_or_what_cannot_be_called_makes_none(value):
+def test_a_scheduler_instance_or_an_uncallable_object_is_refused(value):
     with pytest.raises(TypeError, match=rf"`create_scheduler_fn` is .*{type(value).__name__}.*functools.partial"):
         _validation.check_create_scheduler_fn(value)
 
 
-def test_stand_ins_are_not_looked_into():
+def test_objects_that_are_no_pytorch_model_or_optimizer_are_not_checked():
     _validation.check_trainable(object(), None, object())
     _validation.check_trainable(nn.Linear(1, 1), None, object())
 
 
-def test_part_of_the_model_is_enough():
+def test_an_optimizer_of_a_part_of_the_model_is_accepted():
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     model[0].requires_grad_(False)
     _validation.check_trainable(model, None, torch.optim.SGD(model[1].parameters(), lr=0.1))
 
 
 @pytest.mark.parametrize("data", [make_dataset(1), [1], Stream([]), Batches(make_dataset(2), 1), iter(())])
-def test_data_that_is_not_known_to_be_empty_is_fine(data):
+def test_data_that_is_not_known_to_be_empty_is_accepted(data):
     _validation.check_data_not_empty("train_dataset", data)
 
 
@@ -67,7 +67,7 @@ def test_empty_data_is_refused(data):
         _validation.check_data_not_empty("train_dataset", data)
 
 
-def test_an_iterator_serves_one_epoch_or_a_number_of_updates():
+def test_an_iterator_is_accepted_for_one_epoch_or_a_number_of_updates_only():
     _validation.check_reiterable("train_dataset", iter(()), 1, None)
     _validation.check_reiterable("train_dataset", iter(()), 2, 5)
     _validation.check_reiterable("train_dataset", Batches(make_dataset(2), 1), 2, None)
@@ -78,23 +78,16 @@ def test_an_iterator_serves_one_epoch_or_a_number_of_updates():
 @pytest.mark.parametrize(
     "loader", [None, [], DataLoader(make_dataset(3), batch_size=4), DataLoader(Stream([]), batch_size=4)]
 )
-def test_a_loader_that_may_give_a_batch_is_fine(loader):
+def test_a_loader_that_may_yield_a_batch_is_accepted(loader):
     _validation.check_loader_not_empty("train_dataset", loader)
 
 
 def test_a_loader_that_drops_its_only_batch_is_refused():
-    with pytest.raises(ValueError, match=r"`eval_dataset` gives no batch: 3 samples do not fill one batch of 4"):
+    with pytest.raises(ValueError, match=r"`eval_dataset` yields no batch: 3 samples do not fill one batch of 4"):
         _validation.check_loader_not_empty("eval_dataset", DataLoader(make_dataset(3), batch_size=4, drop_last=True))
 
 
-def test_a_run_within_a_run_is_refused():
+def test_training_during_a_run_is_refused():
     _validation.check_no_run(False)
-    with pytest.raises(RuntimeError, match="`train` was called while this trainer is running"):
+    with pytest.raises(RuntimeError, match="`train` was called during a run of this trainer"):
         _validation.check_no_run(True)
-
-
-def test_an_error_that_the_loss_is_not_to_blame_for_is_passed_on():
-    error = RuntimeError("mine")
-    with pytest.raises(RuntimeError) as caught:
-        _validation.raise_bad_loss(PARAMETER.sum(), error)
-    assert caught.value is error

@@ -1,4 +1,4 @@
-"""Gradient accumulation: the weights of the batches that make one update together."""
+"""Gradient accumulation: the weights of the batches that make one update."""
 
 from __future__ import annotations
 
@@ -13,33 +13,48 @@ if TYPE_CHECKING:
 
 
 class AccumulationWindow:
-    r"""Makes the gradient of an update that of the mean over all items of its batches, however they are sized.
+    r"""Makes the gradient of an update that of the mean over all items of its batches, whatever their sizes.
 
     With :math:`w_i` items in batch :math:`i` and the gradient :math:`g_i` of its mean loss, an update should use
-    :math:`\sum_i w_i g_i / \sum_i w_i`, where the sums go over the :math:`n` batches of the window on all :math:`R`
-    processes. The sum of weights is known only at the end, so each loss is scaled by :math:`w_i / (n w)` with some
-    usual weight :math:`w`. As the processes' gradients are averaged, that is right when all batches weigh :math:`w`, as
-    they usually do; otherwise the gradients are multiplied once by :math:`R n w / \sum_i w_i`.
+    :math:`\sum_i w_i g_i / \sum_i w_i`, where the sums run over the :math:`n` batches of the window on all :math:`R`
+    ranks. The sum of the weights is known only at the end, so each loss is scaled by :math:`w_i / (n w)` with a nominal
+    weight :math:`w`. Since gradients are averaged over the ranks, that is right if every batch weighs :math:`w`, as
+    most do. Otherwise the gradients are multiplied once by :math:`R n w / \sum_i w_i`.
+
+    Args:
+        num_batches: Batches of one rank that make one update.
+        nominal_weight: What every rank takes a full batch to weigh; above 0. With ``None``, for a single process, it is
+            the weight of the window's first batch.
 
     Example:
-        >>> window = AccumulationWindow()
-        >>> [window.add(weight, num_batches=2) for weight in (8, 4)]
+        >>> window = AccumulationWindow(num_batches=2)
+        >>> [window.add(weight) for weight in (8, 4)]
         [0.5, 0.25]
         >>> round(window.close(), 4)
         1.3333
-        >>> window.add(8, num_batches=1) is window.close() is None  # alone in its window: nothing to scale
-        True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_batches: int = 1, nominal_weight: float | None = None) -> None:
+        self._num_batches = num_batches
+        self._num_batches_per_epoch: int | None = None
+        self._nominal_weight = nominal_weight
+
         self.total: float | torch.Tensor = 0
-        """The weight of the window's batches so far, on this process; not counted if there is one on one process."""
+        """The weight of the window's batches so far on this rank; stays 0 if an update takes one batch of one rank."""
 
         self.num_samples = 0
-        """How many samples they hold; only counted."""
+        """The number of samples in them."""
 
         self.expected: float | torch.Tensor | None = None
-        """What it is going to be if all batches are as usual; nothing is expected where nothing is counted."""
+        """What `total` will be if all batches have the nominal weight; ``None`` while nothing is weighed."""
+
+    def start_epoch(self, num_batches: int | None) -> None:
+        """Tell the window after how many batches the epoch ends, because its last window may be short.
+
+        Args:
+            num_batches: Batches per epoch on this rank; ``None`` if that is not certain.
+        """
+        self._num_batches_per_epoch = num_batches
 
     def reset(self) -> None:
         """Forget the batches since the last update."""
@@ -47,41 +62,42 @@ class AccumulationWindow:
         self.expected = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums of a window that waits for more batches."""
+        """Return the sums of the window that is open."""
         return {"total": self.total, "num_samples": self.num_samples, "expected": self.expected}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on with the window that `state_dict` described."""
+        """Restore the open window that `state_dict` described."""
         self.total = state_dict["total"]
         self.num_samples = state_dict["num_samples"]
         self.expected = state_dict["expected"] or None  # earlier versions wrote 0
 
-    def add(
-        self, weight: float | torch.Tensor, num_batches: int, nominal_weight: float | None = None
-    ) -> float | torch.Tensor | None:
-        """Take in the next batch, and return what to multiply its loss by; ``None`` if nothing.
+    def add(self, weight: float | torch.Tensor, num_samples: int = 0, step: int = 0) -> float | torch.Tensor | None:
+        """Add the next batch, and return the factor to scale its loss by; ``None`` for no scaling.
 
         Args:
-            weight: How many items its mean loss was taken over; a tensor stays on its device.
-            num_batches: How many batches the window is going to have, as far as is known when it begins.
-            nominal_weight: What a batch weighs as a rule, above 0 and the same on every process. ``None``, if there is
-                one process, for the weight of the window's first batch.
+            weight: The number of items its mean loss was taken over; a tensor stays on its device.
+            num_samples: The number of samples in it.
+            step: Index of the batch in its epoch.
         """
-        if self.expected is None and num_batches == 1 and nominal_weight is None:
-            return None
+        self.num_samples += num_samples
+        if self.expected is None:
+            num_batches = self._size_at(step)
+            if num_batches == 1 and self._nominal_weight is None:
+                return None
         if isinstance(weight, torch.Tensor):
             weight = widened(weight)
         if self.expected is None:
-            self.expected = num_batches * (_at_least_one(weight) if nominal_weight is None else nominal_weight)
+            nominal_weight = _at_least_one(weight) if self._nominal_weight is None else self._nominal_weight
+            self.expected = num_batches * nominal_weight
         self.total = self.total + weight
         return None if _are_equal_numbers(weight, self.expected) else weight / self.expected
 
     def close(self, total: float | torch.Tensor | None = None, num_processes: int = 1) -> float | torch.Tensor | None:
-        """End the window, and return what to multiply the gradients by; ``None``, the usual case, if nothing.
+        """End the window, and return the factor to multiply the gradients by; ``None``, the usual case, for none.
 
         Args:
-            total: The weight of the window on all processes; ``None`` if there is one.
-            num_processes: How many processes' gradients are averaged.
+            total: The weight of the window on all ranks; ``None`` with a single process.
+            num_processes: The number of ranks whose gradients are averaged.
         """
         if self.expected is None:
             self.num_samples = 0
@@ -91,9 +107,15 @@ class AccumulationWindow:
         self.reset()
         return None if _are_equal_numbers(total, expected) else expected / _at_least_one(total)
 
+    def _size_at(self, step: int) -> int:
+        """Return how many batches the window that starts at a step will have, as far as is known."""
+        if self._num_batches_per_epoch is None or self._num_batches == 1:
+            return self._num_batches
+        return min(self._num_batches, self._num_batches_per_epoch - step)
+
 
 def _at_least_one(weight: float | torch.Tensor) -> float | torch.Tensor:
-    # A batch may hold no item at all, such as a text of padding only.
+    # A batch may hold no item at all, such as a text that is all padding.
     return weight.clamp(min=1) if isinstance(weight, torch.Tensor) else max(weight, 1)
 
 

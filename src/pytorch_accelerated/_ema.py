@@ -20,33 +20,31 @@ class ModelEma(nn.Module):
 
     .. math:: \bar\theta \leftarrow d \, \bar\theta + (1 - d) \, \theta
 
-    with :math:`\bar\theta` the weights of `module`, :math:`\theta` those of the model and :math:`d` the
-    decay: the last :math:`1 / (1 - d)` updates weigh most. The average often generalises better than the last
-    weights. Source: Polyak and Juditsky, 1992, "Acceleration of Stochastic Approximation by Averaging"; with
-    this exponential weighting Tarvainen and Valpola, 2017, "Mean teachers are better role models",
-    arXiv:1703.01780.
+    where :math:`\bar\theta` are the weights of `module`, :math:`\theta` those of the model, and :math:`d` is the decay.
+    The average is dominated by the last :math:`1 / (1 - d)` updates. It often generalizes better than the last weights.
+    Sources: Polyak and Juditsky, 1992, "Acceleration of Stochastic Approximation by Averaging"; for this exponential
+    weighting Tarvainen and Valpola, 2017, "Mean teachers are better role models", arXiv:1703.01780.
 
-    Parameters are averaged, each once, so that what is tied in the model is tied here. Buffers of integers,
-    such as the number of batches that a batch norm has seen, are copied, and so is any tensor that holds
-    infinities, such as an attention mask. Everything is on the device of the model, and moves there if the
-    model has moved. The average has the dtypes that the model had in the beginning; for weights of 16 bits
-    call `float` on it first, as their last bits are too coarse for the small steps of a large decay.
+    Each parameter is averaged once, so weights that are tied in the model are tied here too. Integer buffers, such as
+    the number of batches that a batch norm has seen, are copied, and so is any tensor that contains infinities, such as
+    an attention mask. The average is on the device of the model, and follows the model to another device. It keeps the
+    dtypes that the model had when the average was created. For 16-bit weights call `float` on the average first: their
+    precision is too low for the small steps of a large decay.
 
-    To weigh differently, change ``decay`` between updates or override `update_fn`.
+    For another weighting, change ``decay`` between updates, or override `update_fn`.
 
     Args:
-        model: The model, also one that was compiled; it is copied, not kept.
-        decay: The weight of the past, from 0 (the average follows the model at once) to 1 (it stays as it
-            is).
-        should_average_buffers: Whether buffers of floating-point numbers, such as the running statistics of
-            batch norms, are averaged too; otherwise they are copied.
+        model: The model, compiled or not. It is copied; no reference is kept.
+        decay: Weight of the past, from 0 (the average equals the model) to 1 (the average never changes).
+        should_average_buffers: Whether floating-point buffers, such as the running statistics of batch norms, are
+            averaged too. Otherwise they are copied.
 
     Attributes:
-        module: The average, a model like the given one, in evaluation mode, that requires no gradient.
-        decay: The decay of the next update; may be changed at any time.
+        module: The average: a copy of the model in evaluation mode that requires no gradients.
+        decay: The decay of the next update. It may be changed at any time.
 
     Raises:
-        ValueError: The decay is out of range.
+        ValueError: ``decay`` is out of range.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -67,7 +65,7 @@ class ModelEma(nn.Module):
     def __init__(self, model: nn.Module, decay: float = 0.9999, should_average_buffers: bool = True) -> None:
         super().__init__()
         if not 0 <= decay <= 1:
-            raise ValueError(f"`decay` is {decay!r}. Expected the weight of the past, between 0 and 1.")
+            raise ValueError(f"`decay` is {decay!r}. Expected the weight of the past, a number between 0 and 1.")
         self.decay = decay
         self.module = copy.deepcopy(getattr(model, "_orig_mod", model))
         self.module.eval()
@@ -79,10 +77,10 @@ class ModelEma(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average one step towards the weights of ``model``, without waiting for the device.
+        """Move the average one step towards the weights of ``model``, without a device synchronization.
 
         Raises:
-            ValueError: The parameters or buffers of ``model`` are not those that were copied.
+            ValueError: The parameters or buffers of ``model`` differ from those that are averaged.
         """
         averages, currents = [], []
         for average, current, is_averaged in self._pair_up(model):
@@ -98,7 +96,7 @@ class ModelEma(nn.Module):
             get_ema_multi_avg_fn(self.decay)(averages, currents, None)  # type: ignore[no-untyped-call]
 
     def update_fn(self, ema_model_weights: torch.Tensor, updated_model_weights: torch.Tensor) -> torch.Tensor:
-        """Return the new average of one tensor; an override is called for each tensor.
+        """Return the new average of one tensor. An override is called for each averaged tensor.
 
         Args:
             ema_model_weights: The average so far.
@@ -108,22 +106,22 @@ class ModelEma(nn.Module):
 
     @torch.no_grad()
     def set(self, model: nn.Module) -> None:
-        """Start anew from the weights and buffers of ``model``.
+        """Reset the average to the weights and buffers of ``model``.
 
         Raises:
-            ValueError: The parameters or buffers of ``model`` are not those that were copied.
+            ValueError: The parameters or buffers of ``model`` differ from those that are averaged.
         """
         for average, current, _ in self._pair_up(model):
             average.copy_(current)
 
     def _pair_up(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:
-        # By position, not by name: wrappers such as DistributedDataParallel change the names only.
+        # By position, not by name: wrappers such as DistributedDataParallel change only the names.
         averages, currents = _tensors(self.module), _tensors(model)
         if [tensor.shape for tensor in averages] != [tensor.shape for tensor in currents]:
             raise ValueError(
-                f"The {len(currents)} parameters and buffers of this {type(model).__name__} differ in number "
-                f"or shape from the {len(averages)} that are averaged. Expected the same model throughout; "
-                "after replacing or tying layers, make a new average."
+                f"The {len(currents)} parameters and buffers of this {type(model).__name__} differ in number or shape "
+                f"from the {len(averages)} that are averaged. Expected the same model throughout. After replacing or "
+                "tying layers, create a new `ModelEma`."
             )
         if [tensor.device for tensor in averages] != [tensor.device for tensor in currents]:
             self.module.to(currents[0].device)
@@ -135,11 +133,12 @@ class ModelEma(nn.Module):
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    # Each once. Twice as fast as `parameters()` and `buffers()`, which put names together on the way.
-    members = (member for module in model.modules() for member in (module._parameters, module._buffers))
+    # Each once. This runs in every update, so it reads PyTorch's dictionaries: `parameters()` and `buffers()` also build
+    # names, which takes twice as long.
+    members = (member for module in model.modules() for member in (module._parameters, module._buffers))  # noqa: SLF001
     return list(dict.fromkeys(t for member in members for t in member.values() if t is not None))
 
 
 def _can_be_averaged(tensor: torch.Tensor) -> bool:
-    # The difference of two infinities is NaN, and so would be every later average.
+    # The difference of two infinities is NaN, and every later average would be NaN too.
     return (tensor.is_floating_point() or tensor.is_complex()) and bool(tensor.isfinite().all())

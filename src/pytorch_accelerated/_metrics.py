@@ -1,25 +1,25 @@
-"""Is a metric better, and is the patience used up?"""
+"""Is a metric value better than the best so far, and has it failed to improve for too long?"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Mapping
 
 
 def is_better(value: float, best: float | None, greater_is_better: bool, threshold: float = 0.0) -> bool:
-    """Tell whether ``value`` improves on ``best`` by more than ``threshold``.
+    """Return whether ``value`` improves on ``best`` by more than ``threshold``.
 
-    A NaN is never better than anything; a number is better than having none yet (``best=None``).
+    NaN is never better than anything. A number is better than no value yet (``best=None``).
 
     Args:
         value: The new value of the watched metric.
-        best: The best value so far, ``None`` when there is none.
-        greater_is_better: The direction of improvement.
-        threshold: The smallest change, in the unit of the metric, that counts as an improvement.
+        best: The best value so far; ``None`` if there is none.
+        greater_is_better: Whether larger values are better.
+        threshold: Smallest change that counts as an improvement, in the unit of the metric.
 
     Example:
         >>> is_better(0.9, 1.0, greater_is_better=False)
@@ -38,13 +38,50 @@ def is_better(value: float, best: float | None, greater_is_better: bool, thresho
 
 
 @dataclass
+class BestMetric:
+    """The best value of a metric so far, and the epoch in which it was reached.
+
+    Example:
+        >>> best = BestMetric()
+        >>> for epoch, loss in enumerate([1.0, 0.5, 0.75], start=1):
+        ...     if best.is_improved_by(loss, greater_is_better=False):
+        ...         best.record(loss, epoch)
+        >>> best
+        BestMetric(value=0.5, epoch=2)
+    """
+
+    value: float | None = None
+    epoch: int | None = None
+
+    def is_improved_by(self, value: float, greater_is_better: bool, threshold: float = 0.0) -> bool:
+        """Return whether ``value`` is better than the best so far; see `is_better`."""
+        return is_better(value, self.value, greater_is_better, threshold)
+
+    def record(self, value: float, epoch: int | None = None) -> None:
+        """Make ``value`` the best so far."""
+        self.value, self.epoch = value, epoch
+
+    def reset(self) -> None:
+        """Forget the best value."""
+        self.value = self.epoch = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the value and the epoch, under the names that callbacks give them."""
+        return {"best_metric": self.value, "best_metric_epoch": self.epoch}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.record(state_dict["best_metric"], state_dict["best_metric_epoch"])
+
+
+@dataclass
 class PatienceCounter:
     """Counts how many evaluations in a row failed to improve on the best value.
 
     Args:
-        patience: The number of evaluations in a row without improvement that is one too many; at least 1.
-        greater_is_better: The direction of improvement.
-        threshold: The smallest change that counts as an improvement.
+        patience: Evaluations in a row without improvement that use up the patience; at least 1.
+        greater_is_better: Whether larger values are better.
+        threshold: Smallest change that counts as an improvement, in the unit of the metric.
 
     Example:
         >>> counter = PatienceCounter(patience=2, greater_is_better=False)
@@ -55,13 +92,13 @@ class PatienceCounter:
     patience: int
     greater_is_better: bool
     threshold: float = 0.0
-    best: float | None = None
+    best: BestMetric = field(default_factory=BestMetric)
     num_without_improvement: int = 0
 
     def update(self, value: float) -> bool:
-        """Take in a new value and return whether the patience is used up."""
-        if is_better(value, self.best, self.greater_is_better, self.threshold):
-            self.best = value
+        """Add a value, and return whether the patience is used up."""
+        if self.best.is_improved_by(value, self.greater_is_better, self.threshold):
+            self.best.record(value)
             self.num_without_improvement = 0
         else:
             self.num_without_improvement += 1
@@ -69,5 +106,27 @@ class PatienceCounter:
 
     def reset(self) -> None:
         """Forget the best value and the count."""
-        self.best = None
+        self.best.reset()
         self.num_without_improvement = 0
+
+
+def forwarded(part: str, name: str, doc: str) -> Any:
+    """Return a property that reads and sets the attribute ``name`` of the attribute ``part``.
+
+    Example:
+        >>> class Saver:
+        ...     best_metric: float | None = forwarded("_best", "value", "The best value so far.")
+        ...
+        ...     def __init__(self):
+        ...         self._best = BestMetric(value=0.5)
+        >>> Saver().best_metric
+        0.5
+    """
+
+    def get(instance: object) -> Any:
+        return getattr(getattr(instance, part), name)
+
+    def set_(instance: object, value: Any) -> None:
+        setattr(getattr(instance, part), name, value)
+
+    return property(get, set_, doc=doc)

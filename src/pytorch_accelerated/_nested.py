@@ -13,13 +13,13 @@ import torch
 
 
 def find_batch_size(batch: Any) -> int:
-    """Return the length of the first dimension of the first tensor in a batch, however deeply it is nested.
+    """Return the length of the first dimension of the first tensor in a batch, at any depth.
 
     Args:
-        batch: A tensor, or tuples, lists, mappings and dataclasses of them.
+        batch: A tensor, or tuples, lists, mappings and dataclasses of tensors.
 
     Raises:
-        ValueError: There is no tensor with a dimension in it.
+        ValueError: The batch has no tensor with at least one dimension.
 
     Example:
         >>> find_batch_size({"id": ["a", "b"], "image": (torch.zeros(2, 3), torch.zeros(2))})
@@ -31,13 +31,14 @@ def find_batch_size(batch: Any) -> int:
         if tensor.ndim > 0:
             return tensor.shape[0]
     raise ValueError(
-        f"No batch size was found: the batch, a {type(batch).__name__}, holds no tensor with at least one dimension. "
-        "Override `calculate_train_batch_loss` and `calculate_eval_batch_loss` and return the `batch_size` yourself."
+        f"No batch size was found: the batch, a {type(batch).__name__}, contains no tensor with at least one "
+        "dimension. Override `calculate_train_batch_loss` and `calculate_eval_batch_loss` and return the `batch_size` "
+        "yourself."
     )
 
 
 def tensors_in(batch: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors of a batch, however deeply they are nested in sequences, mappings and dataclasses."""
+    """Yield the tensors in nested sequences, mappings and dataclasses, in order."""
     if isinstance(batch, torch.Tensor):
         yield batch
     elif isinstance(batch, Mapping):
@@ -52,12 +53,14 @@ def tensors_in(batch: Any) -> Iterator[torch.Tensor]:
 
 
 def like_mapping(original: Mapping[str, Any], items: dict[str, Any]) -> Any:
-    """Return ``items`` as a mapping of the type of ``original``."""
+    """Return ``items`` as a mapping of the type of ``original``; a plain dictionary for a `defaultdict`."""
     return items if isinstance(original, defaultdict) else type(original)(items)  # type: ignore[call-arg]
 
 
 def rebuild(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a mapping, sequence or dataclass like ``value`` with ``change`` made to each item; others as they are.
+    """Return a mapping, sequence or dataclass of the same type, with ``change`` applied to each item.
+
+    Any other value is returned unchanged.
 
     Example:
         >>> rebuild({"a": 1, "b": 2}, str)
@@ -70,7 +73,7 @@ def rebuild(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(map(change, value))
     if is_dataclass(value) and not isinstance(value, type):
-        changed = copy.copy(value)  # it need not take its fields as arguments
+        changed = copy.copy(value)  # its `__init__` may not take all fields as arguments
         for field in fields(value):
             object.__setattr__(changed, field.name, change(getattr(value, field.name)))
         return changed
@@ -78,23 +81,24 @@ def rebuild(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def move_to_device(batch: Any, device: torch.device, non_blocking: bool = False) -> Any:
-    """Return a batch with all its tensors on ``device``: in mappings, sequences, dataclasses, whatever has ``.to``.
+    """Return a batch with everything that has a ``.to`` method on ``device``, at any depth.
 
     Args:
         batch: The batch.
-        device: Where it should go.
-        non_blocking: Whether the host goes on before it is there; what uses it on the device waits all the same.
+        device: The target device.
+        non_blocking: Whether the host continues before the copy is complete. Operations on the device still wait
+            for it.
     """
     if not hasattr(batch, "to"):
         return rebuild(batch, lambda item: move_to_device(item, device, non_blocking))
     if non_blocking:
-        with suppress(TypeError):  # not all that have `.to` know of it
+        with suppress(TypeError):  # a user's `.to` may not accept the argument
             return batch.to(device, non_blocking=True)
     return batch.to(device)
 
 
 def first_rows(value: Any, num_rows: int, num_kept: int) -> Any:
-    """Return a nested structure with every tensor of ``num_rows`` rows cut down to its first ``num_kept``.
+    """Return a nested structure in which every tensor of ``num_rows`` rows is cut to its first ``num_kept``.
 
     Example:
         >>> first_rows({"x": torch.arange(3), "loss": torch.tensor(0.5)}, num_rows=3, num_kept=1)
@@ -106,7 +110,7 @@ def first_rows(value: Any, num_rows: int, num_kept: int) -> Any:
 
 
 def repeat_rows(value: Any, num_rows: int, num_wanted: int) -> Any:
-    """Return a nested structure with every tensor of ``num_rows`` rows repeated until it has ``num_wanted``."""
+    """Return a nested structure in which every tensor of ``num_rows`` rows is repeated until it has ``num_wanted``."""
     if isinstance(value, torch.Tensor):
         is_rows = value.ndim > 0 and value.shape[0] == num_rows
         return value[torch.arange(num_wanted, device=value.device) % num_rows] if is_rows else value
@@ -114,14 +118,14 @@ def repeat_rows(value: Any, num_rows: int, num_wanted: int) -> Any:
 
 
 def on_host(outputs: Any) -> Any:
-    """Return outputs in host memory, so that they do not fill the device's."""
+    """Return outputs copied to host memory, which frees the memory of the device."""
     return move_to_device(outputs, torch.device("cpu"))
 
 
 def concatenate(parts: list[Any]) -> Any:
-    """Join the outputs of consecutive batches along the first dimension, whatever they are nested in.
+    """Join the outputs of consecutive batches along the first dimension, at any depth.
 
-    Tensors without dimension are stacked; what is no tensor becomes a list.
+    Tensors without dimensions are stacked. Items that are not tensors become a list.
 
     Example:
         >>> concatenate([{"a": torch.zeros(2)}, {"a": torch.ones(1)}])

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 PREEMPTION_SIGNALS: tuple[signal.Signals, ...] = tuple(
     signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if name in signal.Signals.__members__
 )
-"""By these schedulers announce that a process has to go; Windows has no SIGUSR1."""
+"""The signals by which cluster schedulers announce that a process must end; Windows has no SIGUSR1."""
 
 
 class RunInterruptedError(StopTrainingError):
-    """A signal reached this process or another: the run ends in good order, and `consequence` follows.
+    """A signal reached this process or another one. The run ends gracefully; then `to_exit_exception` is raised.
 
     Args:
         signal_number: The signal.
@@ -31,7 +31,7 @@ class RunInterruptedError(StopTrainingError):
         self.signal_number = signal_number
 
     def to_exit_exception(self) -> BaseException:
-        """Return what to raise when the run has ended, so that the process ends as processes do by that signal."""
+        """Return what to raise after the run, so that the process exits as it would on that signal."""
         if self.signal_number == signal.SIGINT:
             return KeyboardInterrupt(str(self))
         end = SystemExit(128 + self.signal_number)
@@ -46,11 +46,11 @@ def _name_of(signal_number: int) -> str:
 
 
 class InterruptFlag:
-    """Inside its ``with`` block a signal only raises a flag, so that a run can finish its step and end in good order.
+    """Inside its ``with`` block a signal only raises a flag, so that a run can finish its step and end gracefully.
 
-    It listens to Ctrl-C, and to what `listen_to` adds. A second Ctrl-C interrupts at once. Handlers are installed on
-    the main thread only, call a handler that the program had installed itself, and give way to the former ones at the
-    end of the block.
+    It listens to Ctrl-C, and to the signals added by `listen_to`. A second Ctrl-C interrupts at once. Handlers are
+    installed on the main thread only. They also call a handler that the program had installed. At the end of the block
+    the previous handlers are restored.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class InterruptFlag:
         """Whether the program is inside the block."""
 
         self.signal_number: int | None = None
-        """The first signal since the start of the last block; ``None`` if there was none."""
+        """The first signal since the start of the last block; ``None`` for none."""
 
         self._was_ctrl_c_pressed = False
         self._previous: dict[int, Any] = {}
@@ -79,7 +79,7 @@ class InterruptFlag:
             signal.signal(number, previous)
 
     def listen_to(self, *signals: int) -> None:
-        """Let further signals raise the flag, until the end of the block.
+        """Raise the flag on more signals, until the end of the block.
 
         Raises:
             ValueError: The system does not let programs handle the signal.
@@ -88,7 +88,7 @@ class InterruptFlag:
             return
         for number in signals:
             previous = signal.getsignal(number)
-            # A handler that was installed from C could not be put back; one who ignores a signal means it.
+            # A handler installed from C could not be restored, and a program that ignores a signal means it.
             if number in self._previous or previous in (None, signal.SIG_IGN):
                 continue
             self._previous[number] = previous
@@ -97,13 +97,13 @@ class InterruptFlag:
             except OSError as error:
                 del self._previous[number]
                 raise ValueError(
-                    f"No program can handle {_name_of(number)}, so a run cannot end in good order by it. Expected a "
-                    "signal that asks, such as SIGTERM."
+                    f"No program can handle {_name_of(number)}, so a run cannot end gracefully on it. Expected a signal "
+                    "that a handler can catch, such as SIGTERM."
                 ) from error
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGTERM and os.getpid() != self._process_id:
-            # A forked process inherits the handlers, but who started it ends it by SIGTERM.
+            # A forked process inherits the handlers, but its parent uses SIGTERM to end it.
             signal.signal(number, self._previous[number])
             signal.raise_signal(number)
             return

@@ -1,28 +1,19 @@
-"""The default step: the loss of a batch, or its predictions."""
+"""The default step: the loss of a batch, its predictions, and what a step has to return."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from pytorch_accelerated._data.workers import is_worker_failure
 from pytorch_accelerated._nested import find_batch_size, rebuild
-from pytorch_accelerated._validation import check_is_one_number, raise_bad_batch_output
 from pytorch_accelerated.exceptions import add_note
 
-
-def model_outputs(model: Any, batch: Any) -> Any:
-    """Call a model with the inputs of a batch: all of a mapping, the first item of a tuple or list, or the batch."""
-    if isinstance(batch, Mapping):
-        return call_model(model, **batch)
-    return call_model(model, batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-_LONGEST_NOTE = 400  # characters
+_MAX_NOTE_LENGTH = 400  # characters
 
 
 def batch_loss(model: Callable[..., Any], loss_func: Callable[..., Any] | None, batch: Any) -> dict[str, Any]:
@@ -31,30 +22,27 @@ def batch_loss(model: Callable[..., Any], loss_func: Callable[..., Any] | None, 
     Args:
         model: The model.
         loss_func: The loss function, or ``None`` if the model returns its loss.
-        batch: A pair of inputs and targets; without a loss function whatever the model takes.
+        batch: A pair of inputs and targets; without a loss function, whatever the model takes.
 
     Returns:
         ``loss``, ``model_outputs`` and ``batch_size``.
 
     Raises:
-        TypeError: The batch is no pair although there is a loss function.
+        TypeError: There is a loss function, but the batch is not a pair.
         ValueError: There is no loss function, and the model returned no loss.
     """
     if loss_func is None:
         return _loss_of_model(model, batch)
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
         raise TypeError(
-            f"The batch is a {type(batch).__name__}, but with a loss function it should be a pair of inputs and "
-            "targets. Override `calculate_train_batch_loss` and `calculate_eval_batch_loss` to say what to do with it, "
-            "or pass `loss_func=None` if the model returns its loss."
+            f"The batch is a {type(batch).__name__}. With a loss function, a batch must be a pair of inputs and "
+            "targets. Override `calculate_train_batch_loss` and `calculate_eval_batch_loss` to use other batches, or "
+            "pass `loss_func=None` if the model returns its loss."
         )
     inputs, targets = batch[0], batch[1]
     model_outputs = call_model(model, inputs)
-    return {
-        "loss": _call("The loss function", loss_func, model_outputs, targets),
-        "model_outputs": model_outputs,
-        "batch_size": find_batch_size(inputs),
-    }
+    loss = _call("The loss function", loss_func, model_outputs, targets)
+    return {"loss": loss, "model_outputs": model_outputs, "batch_size": _batch_size_of(inputs)}
 
 
 def _loss_of_model(model: Callable[..., Any], batch: Any) -> dict[str, Any]:
@@ -71,15 +59,27 @@ def _loss_of_model(model: Callable[..., Any], batch: Any) -> dict[str, Any]:
         loss = model_outputs.get("loss")
     if loss is None:
         raise ValueError(
-            "`loss_func` is None, so the model has to return its loss as `outputs.loss` or `outputs['loss']`; it "
-            f"returned a {type(model_outputs).__name__} without one. Does the batch hold the labels? "
-            "Otherwise pass a `loss_func`."
+            f"The model returned a {type(model_outputs).__name__} without a loss. Because `loss_func` is None, the "
+            "model must return its loss as `outputs.loss` or `outputs['loss']`. Check that the batch holds the labels, "
+            "or pass a `loss_func`."
         )
-    return {"loss": loss, "model_outputs": model_outputs, "batch_size": find_batch_size(batch)}
+    return {"loss": loss, "model_outputs": model_outputs, "batch_size": _batch_size_of(batch)}
+
+
+def _batch_size_of(batch: Any) -> int:
+    is_plain = isinstance(batch, torch.Tensor) and batch.ndim > 0
+    return batch.shape[0] if is_plain else find_batch_size(batch)
+
+
+def predictions(model: Callable[..., Any], batch: Any) -> Any:
+    """Call a model with the inputs of a batch: all of a mapping, the first item of a tuple or list, or the batch."""
+    if isinstance(batch, Mapping):
+        return call_model(model, **batch)
+    return call_model(model, batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def call_model(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Call a model; if it fails, the error tells by what arguments."""
+    """Call a model; if it fails, note the types and shapes of its arguments on the error."""
     return _call("The model", model, *args, **kwargs)
 
 
@@ -88,9 +88,9 @@ def _call(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any)
         return function(*args, **kwargs)
     except Exception as error:
         if not is_worker_failure(error):
-            with suppress(Exception):  # the user's types may fail to be copied or printed
+            with suppress(Exception):  # the user's types may not be copied or printed
                 given = [*map(str, map(_outline, args)), *(f"{key}={_outline(kwargs[key])}" for key in kwargs)]
-                add_note(error, f"{name} was called with {', '.join(given)}"[:_LONGEST_NOTE])
+                add_note(error, f"{name} was called with {', '.join(given)}"[:_MAX_NOTE_LENGTH])
         raise
 
 
@@ -107,6 +107,9 @@ def _outline(value: Any) -> Any:
     return type(value).__name__ if outline is value else outline
 
 
+# --- what a step returns -----------------------------------------------------------------------------------------
+
+
 def read_batch_output(batch_output: Any, hook: str) -> tuple[Any, int]:
     """Return the weight and the size of a batch.
 
@@ -115,18 +118,60 @@ def read_batch_output(batch_output: Any, hook: str) -> tuple[Any, int]:
         hook: The method that returned it, for the message.
 
     Returns:
-        How many items the loss is the mean over: tokens, if the step says so, or samples; and the number of samples.
+        The number of items that the loss is the mean over (tokens, if the step says so, otherwise samples), and the
+        number of samples.
 
     Raises:
-        TypeError: It is no mapping.
-        ValueError: ``loss`` or ``batch_size`` is missing, or the loss is not one number.
+        TypeError: It is not a mapping, or the loss is ``None``.
+        ValueError: ``loss`` or ``batch_size`` is missing, or the loss is not a single number.
     """
     if isinstance(batch_output, torch.Tensor):
-        raise_bad_batch_output(batch_output, hook)
+        _raise_bad_batch_output(batch_output, hook)
     try:
         loss = batch_output["loss"]
         batch_size = batch_output["batch_size"]
     except (KeyError, TypeError, IndexError):
-        raise_bad_batch_output(batch_output, hook)
-    check_is_one_number(loss)
+        _raise_bad_batch_output(batch_output, hook)
+    _check_is_one_number(loss)
     return batch_output.get("num_items_in_batch", batch_size), int(batch_size)
+
+
+def _raise_bad_batch_output(batch_output: Any, hook: str) -> NoReturn:
+    needed = "Return a dictionary with `loss` (a scalar tensor) and `batch_size` (the number of samples)."
+    if not isinstance(batch_output, Mapping):
+        raise TypeError(f"`{hook}` returned {batch_output!r}, of type {type(batch_output).__name__}. {needed}")
+    missing = [f"`{name}`" for name in ("loss", "batch_size") if name not in batch_output]
+    present = sorted(map(str, batch_output))
+    raise ValueError(f"`{hook}` returned a dictionary without {' and '.join(missing)}; it has {present}. {needed}")
+
+
+def _check_is_one_number(loss: Any) -> None:
+    if loss is None:
+        raise TypeError("The loss is None. Expected a tensor with one element; does the step return what it computes?")
+    if isinstance(loss, torch.Tensor) and loss.numel() != 1:
+        raise ValueError(
+            f"The loss has the shape {tuple(loss.shape)}. Expected a single number. Reduce it, for example with "
+            "`.mean()`."
+        )
+
+
+def raise_bad_loss(loss: Any, error: Exception) -> NoReturn:
+    """Explain why no gradient could be computed, or raise the error again if the loss is not to blame.
+
+    Raises:
+        TypeError: The loss is not a tensor.
+        ValueError: The loss has more than one element, or no gradient.
+        Exception: ``error`` itself.
+    """
+    if not isinstance(loss, torch.Tensor):
+        raise TypeError(
+            f"The loss is {loss!r}, of type {type(loss).__name__}. Expected a tensor that depends on the model's "
+            "parameters. Do not call `.item()` or `float()` on it."
+        ) from error
+    _check_is_one_number(loss)
+    if not loss.requires_grad:
+        raise ValueError(
+            "The loss does not depend on any parameter that has `requires_grad`, so there is no gradient. Check if "
+            "it was computed under `torch.no_grad()`, was detached, or comes from the outputs of frozen layers only."
+        ) from error
+    raise error

@@ -1,12 +1,12 @@
-"""Freeze and unfreeze a model by layer groups, and train its groups at different learning rates.
+"""Freeze and unfreeze a model by layer groups, and train layer groups at different learning rates.
 
-A *layer* is a module without submodules. A *layer group* is a direct child of the model with everything
-inside it; a model without children is one group. Groups are numbered from 0 in the order in which the model
-registers them, usually from input to output. Wrappers, as of ``torch.compile`` or DDP, are looked through.
+A *layer* is a module without submodules. A *layer group* is a direct child of the model, including everything inside
+it; a model without children is a single group. Groups are numbered from 0 in the order in which the model registers
+them, usually from input to output. Wrappers such as those of ``torch.compile`` and DDP are looked through.
 
-The parameters of a group are those of its modules. Parameters that hang on the model itself, such as the
-class token of a vision transformer, belong to group 0. A parameter that several groups share counts once, in
-the last of them: a head tied to the embedding stays trainable when everything before the head is frozen.
+The parameters of a group are those of its modules. Parameters of the model itself, such as the class token of a vision
+transformer, belong to group 0. A parameter shared by several groups counts once, in the last of them: a head tied to
+the embedding stays trainable when everything before the head is frozen.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 BN_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-"""What counts as a batch norm: these classes and their subclasses."""
+"""The classes that count as batch norms, including their subclasses."""
 
 
 class Layer(NamedTuple):
-    """A module without submodules, the index of its group, and whether it has no trainable parameter."""
+    """A module without submodules, the index of its layer group, and whether it has no trainable parameters."""
 
     layer_group_idx: int
     module: nn.Module
@@ -30,7 +30,7 @@ class Layer(NamedTuple):
 
 
 class LayerGroup(NamedTuple):
-    """A direct child of the model, its index, and whether it has no trainable parameter."""
+    """A direct child of the model, its index, and whether it has no trainable parameters."""
 
     layer_group_idx: int
     module: nn.Module
@@ -40,25 +40,25 @@ class LayerGroup(NamedTuple):
 class ModelFreezer:
     """Freezes layer groups of a model, and unfreezes them again.
 
-    What a group is, and which parameters belong to it, is said at the top of this module. Groups are looked
-    up at each call, so a head may be replaced in between. Making a freezer changes nothing in the model.
-    Modules that `freeze` puts into evaluation mode stay there through later calls of ``model.train()``, as
-    the trainer makes them in each epoch, until `unfreeze` releases them.
+    :mod:`pytorch_accelerated.finetuning` defines layer groups and their parameters. Groups are determined at each call,
+    so you may replace the head in between. Creating a freezer does not change the model. Modules that `freeze` puts
+    into evaluation mode stay there when ``model.train()`` is called, as the trainer does in each epoch, until
+    `unfreeze` releases them.
 
-    Batch norms learn in two ways: by gradients (scale and shift), and by running statistics, which follow the
-    data whenever the module is in training mode. In frozen groups they do
+    Batch norms learn in two ways: their scale and shift by gradients, and their running statistics from the data,
+    whenever the module is in training mode. In frozen groups they learn
 
-    * both, by default: they are left out of the freezing, so that they adapt to the new data;
-    * only the first, with ``freeze(set_modules_as_eval=True)``;
-    * neither, with ``freeze_batch_norms=True``: they are put into evaluation mode in any case.
+    * both, by default: batch norms are not frozen, so they adapt to the new data;
+    * only scale and shift, with ``freeze(set_modules_as_eval=True)``;
+    * neither, with ``freeze_batch_norms=True``, which always puts them into evaluation mode.
 
-    Freeze before a model is wrapped for distributed training: ``DistributedDataParallel`` synchronises only
-    what was trainable when it was made. To unfreeze during a run, on one or many processes, use
+    Freeze before the model is wrapped for distributed training: ``DistributedDataParallel`` synchronizes only
+    parameters that were trainable when it was created. To unfreeze during a run, with one or several processes, use
     :class:`~pytorch_accelerated.callbacks.finetuning.GradualUnfreezingCallback`.
 
     Args:
         model: The model.
-        freeze_batch_norms: Whether `freeze` freezes batch norms too, statistics included.
+        freeze_batch_norms: Whether `freeze` also freezes batch norms, including their statistics.
 
     Example:
         >>> from torch import nn, optim
@@ -77,15 +77,15 @@ class ModelFreezer:
         self.freeze_batch_norms = freeze_batch_norms
 
     def get_layer_groups(self) -> list[LayerGroup]:
-        """Return all layer groups, in order; one without parameters counts as frozen."""
+        """Return all layer groups, in order. A group without parameters counts as frozen."""
         groups = _group_modules(self.model)
         return [LayerGroup(idx, group, _is_frozen(group)) for idx, group in enumerate(groups)]
 
     def get_layers(self) -> list[Layer]:
-        """Return all layers, in order; one without parameters counts as frozen.
+        """Return all layers, in order. A layer without parameters counts as frozen.
 
-        Modules with submodules are no layers, even if they have parameters of their own, as
-        ``nn.MultiheadAttention`` does; those are frozen and unfrozen with their group.
+        Modules with submodules are not layers, even if they have parameters of their own, as ``nn.MultiheadAttention``
+        does. Such parameters are frozen and unfrozen with their group.
         """
         return [
             Layer(idx, module, _is_frozen(module))
@@ -95,22 +95,22 @@ class ModelFreezer:
         ]
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that require a gradient, each once, ready for an optimizer."""
+        """Return the parameters that require gradients, each once. The list can be passed to an optimizer."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def freeze(self, from_index: int = 0, to_index: int = -2, set_modules_as_eval: bool = False) -> None:
         """Freeze a range of layer groups; by default all but the last.
 
-        Frozen parameters need no gradient and lose the one they may still hold, so that an optimizer which
-        knows them leaves them alone. With the default range a model of one group stays as it is.
+        Frozen parameters require no gradient, and their current gradient is dropped, so that an optimizer that holds
+        them does not change them. With the default range, a model with a single group is not changed.
 
         Args:
-            from_index: Index of the first group; negative ones count from the end.
-            to_index: Index of the last group, which is frozen too. The two may come in either order.
-            set_modules_as_eval: Whether all their modules are put into evaluation mode, and kept there.
+            from_index: Index of the first group to freeze; negative indices count from the end.
+            to_index: Index of the last group to freeze (inclusive). It may be smaller than ``from_index``.
+            set_modules_as_eval: Whether to put all modules of these groups into evaluation mode, and keep them there.
 
         Raises:
-            IndexError: There is no group of such an index.
+            IndexError: There is no group with one of these indices.
         """
         groups = _group_modules(self.model)
         if to_index == -2 and len(groups) == 1:
@@ -130,29 +130,31 @@ class ModelFreezer:
         if to_index == -2 and not self.get_trainable_parameters():
             warnings.warn(
                 f"`freeze()` left nothing to train, because the last of the {len(groups)} layer groups, "
-                f"{type(groups[-1]).__name__}, has no parameters. Name the last one to freeze as `to_index`.",
+                f"{type(groups[-1]).__name__}, has no parameters. Pass the index of the last group to freeze as "
+                "`to_index`.",
                 stacklevel=2,
             )
 
     def unfreeze(
         self, from_index: int = -1, to_index: int = 0, set_modules_as_training: bool = True
     ) -> list[dict[str, Any]]:
-        """Make a range of layer groups trainable; by default all.
+        """Unfreeze a range of layer groups; by default all.
 
-        Their parameters become trainable whoever froze them, except those that cannot, such as integer ones.
+        All parameters that can be trained become trainable, whatever froze them. Integer parameters, for example,
+        cannot.
 
         Args:
-            from_index: Index of the first group; negative ones count from the end.
-            to_index: Index of the last group, which is unfrozen too. The two may come in either order.
-            set_modules_as_training: Whether their modules are put into training mode, and no longer kept in
-                evaluation mode.
+            from_index: Index of the first group to unfreeze; negative indices count from the end.
+            to_index: Index of the last group to unfreeze (inclusive). It may be smaller than ``from_index``.
+            set_modules_as_training: Whether to put the modules of these groups into training mode, and no longer keep
+                them in evaluation mode.
 
         Returns:
-            For each group that had something frozen, from ``from_index`` to ``to_index``, a parameter group
-            ``{"params": [...]}`` with what has become trainable just now, for ``optimizer.add_param_group``.
+            For each group with frozen parameters, from ``from_index`` to ``to_index``, a parameter group
+            ``{"params": [...]}`` of those that this call has made trainable. Pass it to ``optimizer.add_param_group``.
 
         Raises:
-            IndexError: There is no group of such an index.
+            IndexError: There is no group with one of these indices.
         """
         groups = _group_modules(self.model)
         parameters_of = group_parameters(self.model)
@@ -174,7 +176,7 @@ class ModelFreezer:
 
 
 def group_parameters(model: nn.Module) -> list[list[nn.Parameter]]:
-    """Return for each layer group the parameters that can be trained, frozen or not, each once."""
+    """Return the parameters of each layer group that can be trained, frozen or not. Each parameter occurs once."""
     groups = _group_modules(model)
     group_of = dict.fromkeys(_unwrap(model).parameters(recurse=False), 0)
     for idx, group in enumerate(groups):
@@ -189,25 +191,25 @@ def group_parameters(model: nn.Module) -> list[list[nn.Parameter]]:
 def discriminative_parameter_groups(
     model: nn.Module, lr: float, decay_factor: float = 1 / 2.6, should_decay_1d_weights: bool = True
 ) -> list[dict[str, Any]]:
-    r"""Return the parameters of a model, with lower learning rates towards the input.
+    r"""Return parameter groups for an optimizer, with learning rates that decrease towards the input.
 
-    Group :math:`g` of :math:`G`, numbered from 0 among the groups that have parameters, gets
+    Layer group :math:`g` of :math:`G`, numbered from 0 among the groups that have parameters, gets the learning rate
 
     .. math:: \eta_g = \eta \, d^{\,G - 1 - g}
 
-    with :math:`\eta` = ``lr`` and :math:`d` = ``decay_factor``. Source: Howard and Ruder, 2018, "Universal
-    Language Model Fine-tuning for Text Classification", arXiv:1801.06146, section 3.2, which proposes
-    :math:`d = 1 / 2.6`.
+    with :math:`\eta` = ``lr`` and :math:`d` = ``decay_factor``. Source: Howard and Ruder, 2018, "Universal Language
+    Model Fine-tuning for Text Classification", arXiv:1801.06146, section 3.2, which proposes :math:`d = 1 / 2.6`.
 
-    Frozen parameters are included: an optimizer passes over what has no gradient, and a scheduler made now
-    will cover them when they are unfrozen.
+    Frozen parameters are included: an optimizer skips parameters without a gradient, and a scheduler created now covers
+    them when they are unfrozen.
 
     Args:
         model: The model.
-        lr: Learning rate of the last group.
-        decay_factor: Ratio of the learning rates of neighbouring groups; 1 gives all the same.
-        should_decay_1d_weights: Whether the optimizer's weight decay applies to parameters with fewer than
-            two dimensions (biases, scales of norms) too; if not, they get groups with ``weight_decay=0``.
+        lr: Learning rate of the last layer group.
+        decay_factor: Ratio of the learning rates of neighboring layer groups; with 1 they are all equal.
+        should_decay_1d_weights: Whether the optimizer's weight decay also applies to parameters with fewer than two
+            dimensions, such as biases and the scales of norms. If not, they get parameter groups with
+            ``weight_decay=0``.
 
     Returns:
         Parameter groups for an optimizer, from input to output.
@@ -233,11 +235,11 @@ def discriminative_parameter_groups(
 
 
 class _StayInEvalMode:
-    """Replaces `train` of one module: it stays in evaluation mode, its children decide for themselves.
+    """Replaces the method `train` of one module, which then stays in evaluation mode. Its children are not affected.
 
-    As an attribute of the module it follows it into copies, pickles and wrappers, which a list kept elsewhere
-    would not, and costs nothing in the forward pass, which a hook would. The reference to the module is weak,
-    because a cycle would hold the memory of a deleted model until the next garbage collection.
+    It is an attribute of the module, so it is part of copies, pickles and wrapped models, unlike a list kept elsewhere,
+    and costs nothing in the forward pass, unlike a hook. The reference to the module is weak, because a reference cycle
+    would keep the memory of a deleted model until the next garbage collection.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -245,7 +247,7 @@ class _StayInEvalMode:
 
     def __call__(self, mode: bool = True) -> nn.Module:
         module = self._module()
-        assert module is not None, "whoever calls this got it from the module"
+        assert module is not None, "the caller got this object from the module"
         type(module).train(module, mode)
         module.training = False
         return module
@@ -270,7 +272,7 @@ def _release(module: nn.Module) -> None:
 def _unwrap(model: nn.Module) -> nn.Module:
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return _unwrap(model.module)
-    compiled = model._modules.get("_orig_mod")
+    compiled = dict(model.named_children()).get("_orig_mod")
     return model if compiled is None else _unwrap(compiled)
 
 
@@ -295,6 +297,6 @@ def _position(name: str, index: int, groups: list[nn.Module]) -> int:
         return index % count
     known = ", ".join(f"{idx} {type(group).__name__}" for idx, group in enumerate(groups))
     raise IndexError(
-        f"`{name}={index!r}` names no layer group: the model has {count} ({known}), so that indices go from "
-        f"{-count} to {count - 1}. `ModelFreezer(model).get_layer_groups()` lists them."
+        f"`{name}` is {index!r}, but the model has {count} layer groups ({known}), with indices from {-count} to "
+        f"{count - 1}. `ModelFreezer(model).get_layer_groups()` lists them."
     )

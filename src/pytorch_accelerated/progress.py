@@ -1,4 +1,4 @@
-"""How far a training run has come: the only counters there are."""
+"""The position of a training run: its only counters."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Phase = Literal["training", "evaluation", "end"]
-"""Where in an epoch a run stands: among its batches, after them, or after its evaluation."""
+"""The phase of an epoch: in its training batches, after them, or after its evaluation."""
 
 
-_ADDED_LATER = ("num_evaluations_in_epoch",)  # states that were saved before do not have them
+_ADDED_LATER = ("num_evaluations_in_epoch",)  # missing in states of earlier versions
 
 
 @dataclass
 class TrainingProgress:
-    """The position of a training run, enough to go on from it.
+    """The position of a training run, from which it can be resumed.
 
     Args:
         num_epochs_completed: Epochs whose training and evaluation are done.
         num_batches_in_epoch: Batches of the current epoch that this process has finished.
-        num_updates: Optimizer steps since the start of the run; all processes together make one update.
+        num_updates: Optimizer updates since the start of the run; all processes together make one update.
         num_samples: Samples that entered an update since the start of the run, over all processes.
-        phase: Where in the current epoch the run stands.
-        num_evaluations_in_epoch: Evaluation datasets that the current epoch is through with.
+        phase: The phase of the current epoch.
+        num_evaluations_in_epoch: Evaluation datasets of the current epoch that are done.
 
     Example:
         >>> progress = TrainingProgress()
@@ -44,17 +44,20 @@ class TrainingProgress:
     num_evaluations_in_epoch: int = 0
 
     def is_between_epochs(self) -> bool:
-        """Tell whether the next thing to do is the first batch of an epoch."""
+        """Return whether the run is about to start an epoch."""
         return self.phase == "training" and self.num_batches_in_epoch == 0
 
     def end_epoch(self) -> None:
-        """Count the current epoch and stand before the first batch of the next."""
+        """Count the current epoch, and move to the first batch of the next one."""
         self.num_epochs_completed += 1
         self.num_batches_in_epoch = self.num_evaluations_in_epoch = 0
         self.phase = "training"
 
     def resume_point(self) -> TrainingProgress:
-        """Return where a run goes on that stopped here: after a finished epoch, before the next."""
+        """Return the position from which a run that stopped here resumes.
+
+        After a finished epoch this is the start of the next one.
+        """
         point = replace(self)
         if point.phase == "end":
             point.end_epoch()
@@ -74,7 +77,8 @@ class TrainingProgress:
         missing = [name for name in names if name not in state_dict and name not in _ADDED_LATER]
         if missing:
             raise ValueError(
-                f"This progress lacks {missing}; expected all of {names}. It was not written by `TrainingProgress`."
+                f"The progress lacks {missing}. Expected all of {names}. Pass a state that "
+                "`TrainingProgress.state_dict` returned."
             )
         for name in names:
             setattr(self, name, state_dict.get(name, 0))

@@ -1,4 +1,4 @@
-"""The facts of one run, fixed when it starts, and the one function that derives them."""
+"""The configuration of one run, fixed when it starts, and the function that derives it."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TrainerRunConfig:
-    """What a run was started with, as callbacks and schedules read it from ``trainer.run_config``.
+    """The configuration of a run. Callbacks and schedules read it from ``trainer.run_config``.
 
-    *Per device* is what one process handles, *total* what all handle together. An *update* is one optimizer step, which
-    all processes make together. Lengths are ``None`` for datasets that have none.
+    *Per device* means per process, *total* means over all processes. An *update* is one optimizer step, which all
+    processes make together. Lengths are ``None`` if the dataset has no length.
 
     Args:
-        num_epochs: Epochs the run was asked for.
+        num_epochs: Requested number of epochs.
         train_per_device_batch_size: Samples in a training batch of one process.
         train_dl_kwargs: Keyword arguments of the training loader.
         eval_per_device_batch_size: Samples in an evaluation batch of one process.
         eval_dl_kwargs: Keyword arguments of the evaluation loader.
         gradient_accumulation_steps: Batches per process that make one update.
-        gradient_clip_value: Bound for the absolute value of each gradient entry; ``None`` for no clipping.
-        train_total_batch_size: Samples per update: all processes, all accumulated batches.
-        eval_total_batch_size: Samples per evaluation step of all processes.
+        gradient_clip_value: Bound on the absolute value of each gradient entry; ``None`` for no clipping.
+        train_total_batch_size: Samples per update, over all processes and accumulated batches.
+        eval_total_batch_size: Samples per evaluation step, over all processes.
         num_update_steps_per_epoch: Updates in one epoch.
-        num_local_update_steps_per_epoch: The same number, under its older name.
-        max_num_train_steps: Updates after which the run ends at the latest.
+        num_local_update_steps_per_epoch: Same as ``num_update_steps_per_epoch``, under its older name.
+        max_num_train_steps: Maximum number of updates in the run.
         is_local_process_zero: Whether this is the main process of its node.
-        is_world_process_zero: Whether this is the main process of all.
-        is_distributed: Whether there are several processes.
+        is_world_process_zero: Whether this is the main process of the whole run.
+        is_distributed: Whether there is more than one process.
         mixed_precision: ``"no"``, ``"fp16"``, ``"bf16"`` or ``"fp8"``.
-        num_processes: How many processes train together.
-        seed: Where data order and randomness of the run come from.
-        is_limited_by_steps: Whether ``max_num_train_steps`` was asked for, and ends the run, or is just the number of
-            updates that the epochs are expected to make.
-        gradient_clip_norm: Bound for the norm of all gradients together; ``None`` for no clipping.
+        num_processes: The number of processes (world size).
+        seed: The seed of the data order and of all other randomness in the run.
+        is_limited_by_steps: Whether ``max_num_train_steps`` was requested and ends the run. Otherwise it is the number
+            of updates that the epochs are expected to make.
+        gradient_clip_norm: Bound on the total norm of all gradients; ``None`` for no clipping.
     """
 
     num_epochs: int
@@ -60,7 +60,7 @@ class TrainerRunConfig:
     gradient_clip_norm: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a new dictionary; never raises and copies no value."""
+        """Return the fields as a new dictionary. Values are not copied."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -70,20 +70,20 @@ def count_updates(
     gradient_accumulation_steps: int,
     max_num_train_steps: int | None,
 ) -> tuple[int | None, int | None]:
-    """Count the updates of an epoch and of a run.
+    """Return the number of updates in an epoch and in a run.
 
-    A short last accumulation window makes an update too. The smaller of ``max_num_train_steps`` and ``num_epochs`` ends
-    the run.
+    A short accumulation window at the end of an epoch makes an update too. The run ends after ``num_epochs`` or
+    ``max_num_train_steps``, whichever comes first.
 
     Args:
-        num_epochs: Epochs the run was asked for.
-        num_batches_per_epoch: Batches that one process gets per epoch; ``None`` if that is not known.
+        num_epochs: Requested number of epochs.
+        num_batches_per_epoch: Batches per process and epoch; ``None`` if unknown.
         gradient_accumulation_steps: Batches per process that make one update.
-        max_num_train_steps: Updates after which the run ends at the latest; ``None`` for no such limit.
+        max_num_train_steps: Maximum number of updates in the run; ``None`` for no limit.
 
     Returns:
-        Updates per epoch, ``ceil(num_batches_per_epoch / gradient_accumulation_steps)``, and updates of the run; each
-        ``None`` if not known.
+        Updates per epoch, ``ceil(num_batches_per_epoch / gradient_accumulation_steps)``, and updates of the run. Each
+        is ``None`` if unknown.
 
     Example:
         >>> count_updates(3, num_batches_per_epoch=10, gradient_accumulation_steps=4, max_num_train_steps=None)
@@ -111,17 +111,17 @@ def derive_run_config(
     eval_per_device_batch_size: int | None,
     **given: Any,
 ) -> TrainerRunConfig:
-    """Derive the totals of a run from what one process is given.
+    """Derive the configuration of a run from the settings of one process.
 
     Args:
         num_epochs: See `TrainerRunConfig`.
-        num_batches_per_epoch: Training batches that one process gets per epoch; ``None`` if that is not known.
+        num_batches_per_epoch: Training batches per process and epoch; ``None`` if unknown.
         gradient_accumulation_steps: See `TrainerRunConfig`.
-        max_num_train_steps: Updates after which the run ends at the latest; ``None`` for no such limit.
+        max_num_train_steps: Maximum number of updates in the run; ``None`` for no limit.
         num_processes: See `TrainerRunConfig`.
         train_per_device_batch_size: See `TrainerRunConfig`; ``None`` if it varies.
-        eval_per_device_batch_size: Likewise.
-        **given: The fields that need no derivation.
+        eval_per_device_batch_size: See `TrainerRunConfig`; ``None`` if it varies.
+        **given: The fields that are used as they are.
     """
     num_updates_per_epoch, num_updates = count_updates(
         num_epochs, num_batches_per_epoch, gradient_accumulation_steps, max_num_train_steps

@@ -1,6 +1,6 @@
-"""Training states on disk: which there are, which is the newest, and whether they are whole.
+"""Training states on disk: list them, find the newest, and verify that they are complete.
 
-Run it to look at them from a shell::
+To inspect them from a shell::
 
     python -m pytorch_accelerated.states list training_states
     python -m pytorch_accelerated.states verify training_states
@@ -25,9 +25,9 @@ __all__ = ["SavedState", "find_latest_state", "list_states", "main", "verify_sta
 
 
 def find_latest_state(folder: str | os.PathLike[str]) -> Path | None:
-    """Return the newest training state in a folder that is whole; ``None`` if there is none.
+    """Return the newest valid training state in a folder; ``None`` if there is none.
 
-    Its files are compared with their checksums. Nothing is changed, so that a run may be saving there.
+    Its files are compared with their checksums. Nothing is changed, so a run may be saving there at the same time.
 
     Args:
         folder: The folder.
@@ -41,7 +41,7 @@ def find_latest_state(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def verify_state(path: str | os.PathLike[str]) -> SavedState:
-    """Compare the files of a training state with their checksums, and return what its manifest tells.
+    """Compare the files of a training state with their checksums, and return the contents of its manifest.
 
     Args:
         path: The directory of the state.
@@ -57,12 +57,12 @@ def verify_state(path: str | os.PathLike[str]) -> SavedState:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line, and return its exit code: 1 if what was asked about is missing or damaged, else 0.
+    """Run the command line, and return its exit code: 1 if a state is missing or damaged, otherwise 0.
 
     Args:
-        arguments: Those of the command line; ``None`` for those of this process.
+        arguments: The command-line arguments; ``None`` for those of this process.
     """
-    parser = argparse.ArgumentParser("python -m pytorch_accelerated.states", description="Look at training states.")
+    parser = argparse.ArgumentParser("python -m pytorch_accelerated.states", description="Inspect training states.")
     commands = parser.add_subparsers(required=True)
     for name, (function, place, purpose) in _COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=purpose)
@@ -70,11 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.set_defaults(function=function)
     given = parser.parse_args(arguments)
     try:
-        is_well: bool = given.function(given.path)
+        is_valid: bool = given.function(given.path)
     except (OSError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0 if is_well else 1
+    return 0 if is_valid else 1
 
 
 def _list(folder: Path) -> bool:
@@ -82,7 +82,9 @@ def _list(folder: Path) -> bool:
     for state in list_states(folder):
         at = state.position
         place = ("?",) * 3 if at is None else (at.num_epochs_completed, at.num_batches_in_epoch, at.num_updates)
-        rows.append((state.path.name, *map(str, place), _in_bytes(state.size), _metrics_of(state), _verdict(state)))
+        rows.append(
+            (state.path.name, *map(str, place), _format_size(state.size), _format_metrics(state), _verdict(state))
+        )
     _print_table(rows)
     return True
 
@@ -91,8 +93,11 @@ def _verify(path: Path) -> bool:
     is_state = (path / MANIFEST).exists()
     paths = [path] if is_state else [state.path for state in list_states(path)]
     if not paths:
-        raise CheckpointError(f"There is no training state in {str(path)!r}.")
-    problems = {state: _problem_of(state) for state in paths}
+        raise CheckpointError(
+            f"There is no training state in {str(path)!r}. Expected a training state, or a folder that contains some. "
+            "Check the path."
+        )
+    problems = {state: _find_problem(state) for state in paths}
     for state, problem in problems.items():
         print(f"{state}: {problem or 'valid'}")
     return not any(problems.values())
@@ -100,19 +105,19 @@ def _verify(path: Path) -> bool:
 
 def _show(path: Path) -> bool:
     state = manifest.read_manifest(path)
-    state = replace(state, problem=manifest.find_damage(state, compares_checksums=False))
-    facts = {
+    state = replace(state, problem=manifest.find_damage(state, compare_checksums=False))
+    summary = {
         "state": str(path),
         "files are": _verdict(state),
-        "size": _in_bytes(state.size),
+        "size": _format_size(state.size),
         "format": state.format_version,
         "generation": state.generation,
         "processes": state.num_processes,
     }
-    files = {name: _in_bytes(file["size"]) for name, file in state.files.items()}
+    files = {name: _format_size(file["size"]) for name, file in state.files.items()}
     position = {} if state.position is None else asdict(state.position)
     for title, values in (
-        ("", facts),
+        ("", summary),
         ("position", position),
         ("metrics", state.metrics),
         ("settings", state.settings),
@@ -126,13 +131,13 @@ def _show(path: Path) -> bool:
 
 
 _COMMANDS: dict[str, tuple[Callable[[Path], bool], str, str]] = {
-    "list": (_list, "DIR", "List the states in a folder, the oldest first. Of files only the sizes are compared."),
-    "verify": (_verify, "DIR_OR_STATE", "Compare a state, or all in a folder, with their checksums."),
-    "show": (_show, "STATE", "Show what the manifest of a state tells. Of files only the sizes are compared."),
+    "list": (_list, "DIR", "List the states in a folder, oldest first. Checks only the sizes of files."),
+    "verify": (_verify, "DIR_OR_STATE", "Verify the checksums of a state, or of all states in a folder."),
+    "show": (_show, "STATE", "Show the manifest of a state. Checks only the sizes of files."),
 }
 
 
-def _problem_of(path: Path) -> str | None:
+def _find_problem(path: Path) -> str | None:
     try:
         verify_state(path)
     except (OSError, CheckpointError) as error:
@@ -144,12 +149,12 @@ def _verdict(state: SavedState) -> str:
     return "complete" if state.problem is None else f"NOT VALID: {state.problem}"
 
 
-def _metrics_of(state: SavedState) -> str:
+def _format_metrics(state: SavedState) -> str:
     shown = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in state.metrics.items()}
     return " ".join(f"{name}={value}" for name, value in shown.items())
 
 
-def _in_bytes(size: float) -> str:
+def _format_size(size: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""What a run records: losses averaged on the device, and the history of all metrics."""
+"""What a run records: the history of its metrics, and means that are accumulated on the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class RunHistory(ABC):
-    """The metrics of a run and its current epoch; subclass it to keep them somewhere else than in memory."""
+    """The metrics of a run and its current epoch. Subclass it to store them somewhere other than in memory."""
 
     @abstractmethod
     def get_metric_names(self) -> Iterable[str]:
@@ -42,12 +42,12 @@ class RunHistory(ABC):
 
         Args:
             metric_name: Names that start with ``train`` are logged after training, all others after evaluation.
-            metric_value: Usually a number; anything is kept as it is.
+            metric_value: Usually a number. Any value is stored as it is.
         """
 
     @abstractmethod
     def delete_metric(self, metric_name: str) -> None:
-        """Forget a metric and all its values.
+        """Delete a metric and all its values.
 
         Raises:
             ValueError: Nothing was recorded under this name.
@@ -56,16 +56,16 @@ class RunHistory(ABC):
     @property
     @abstractmethod
     def metric_name_prefix(self) -> str:
-        """What is put before the name of each recorded metric; empty by default."""
+        """The prefix added to the name of each metric when it is recorded; empty by default."""
 
     @abstractmethod
     def set_metric_name_prefix(self, prefix: str = "") -> None:
-        """Put ``prefix`` before the name of every metric recorded from now on."""
+        """Add ``prefix`` to the name of every metric recorded from now on."""
 
     @property
     @abstractmethod
     def current_epoch(self) -> int:
-        """The number of the epoch under way, from 1; after a run, one more than the epochs that were run."""
+        """The number of the current epoch, from 1. After a run it is one more than the number of finished epochs."""
 
     @abstractmethod
     def _set_epoch(self, epoch: int) -> None:
@@ -73,15 +73,15 @@ class RunHistory(ABC):
 
     @abstractmethod
     def _increment_epoch(self) -> None:
-        """Go on to the next epoch."""
+        """Move to the next epoch."""
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget all metrics and stand before the first epoch."""
+        """Delete all metrics, and return to the first epoch."""
 
 
 class InMemoryRunHistory(RunHistory):
-    """Keeps all metrics in lists.
+    """Keeps all metrics in memory, in lists.
 
     Example:
         >>> history = InMemoryRunHistory()
@@ -104,7 +104,7 @@ class InMemoryRunHistory(RunHistory):
         return set(self._values)
 
     def get_metric_values(self, metric_name: str) -> list[Any]:
-        """Return all values of a metric, oldest first, as a list that may be changed freely.
+        """Return all values of a metric, oldest first, as a new list.
 
         Raises:
             ValueError: Nothing was recorded under this name.
@@ -124,7 +124,7 @@ class InMemoryRunHistory(RunHistory):
         self._values[self._metric_name_prefix + metric_name].append(metric_value)
 
     def delete_metric(self, metric_name: str) -> None:
-        """Forget a metric and all its values.
+        """Delete a metric and all its values.
 
         Raises:
             ValueError: Nothing was recorded under this name.
@@ -134,16 +134,16 @@ class InMemoryRunHistory(RunHistory):
 
     @property
     def metric_name_prefix(self) -> str:
-        """What is put before the name of each recorded metric; empty by default."""
+        """The prefix added to the name of each metric when it is recorded; empty by default."""
         return self._metric_name_prefix
 
     def set_metric_name_prefix(self, prefix: str = "") -> None:
-        """Put ``prefix`` before the name of every metric recorded from now on."""
+        """Add ``prefix`` to the name of every metric recorded from now on."""
         self._metric_name_prefix = prefix
 
     @property
     def current_epoch(self) -> int:
-        """The number of the epoch under way, from 1; after a run, one more than the epochs that were run."""
+        """The number of the current epoch, from 1. After a run it is one more than the number of finished epochs."""
         return self._current_epoch
 
     def _set_epoch(self, epoch: int) -> None:
@@ -153,7 +153,7 @@ class InMemoryRunHistory(RunHistory):
         self._current_epoch += 1
 
     def reset(self) -> None:
-        """Forget all metrics and stand before the first epoch."""
+        """Delete all metrics, and return to the first epoch."""
         self._current_epoch = 1
         self._values.clear()
 
@@ -165,7 +165,7 @@ class InMemoryRunHistory(RunHistory):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, forgetting what was recorded before."""
+        """Replace the contents of this history with what `state_dict` returned."""
         self._current_epoch = state_dict["current_epoch"]
         self._values.clear()
         for name, values in state_dict["metrics"].items():
@@ -179,12 +179,12 @@ class InMemoryRunHistory(RunHistory):
         return self._values[metric_name]
 
 
-_MOST_WAITING = 64  # values
-_MOST_REMEMBERED = 256  # blocks of so many
+_BLOCK_SIZE = 64  # values
+_MAX_RETAINED_BLOCKS = 256
 
 
 class LossTracker:
-    """A weighted mean that stays on the device until somebody asks for it.
+    """A weighted mean that stays on the device until it is read.
 
     Example:
         >>> tracker = LossTracker()
@@ -195,14 +195,18 @@ class LossTracker:
     """
 
     def __init__(self) -> None:
+        LossTracker.reset(self)  # not `self.reset()`, for which a subclass may not be ready yet
+
+    def reset(self) -> None:
+        """Forget all values."""
         self._total: float | torch.Tensor = 0.0
         self._count: float | torch.Tensor = 0
-        # Adding takes several operations on tensors, so values wait in a block and are added up some at a time.
+        # A sum takes several tensor operations, so values are buffered in a block and summed a block at a time.
         self._block = torch.empty(0)
-        self._places: Sequence[torch.Tensor] = ()  # views of the block, one for each value
+        self._slots: Sequence[torch.Tensor] = ()  # views of the block, one per value
         self._weights: list[float | torch.Tensor] = []
-        self._added: deque[torch.Tensor] = deque(maxlen=_MOST_REMEMBERED)
-        self._num_added = 0
+        self._summed_blocks: deque[torch.Tensor] = deque(maxlen=_MAX_RETAINED_BLOCKS)
+        self._num_summed = 0
 
     @property
     def total_loss(self) -> float | torch.Tensor:
@@ -218,65 +222,61 @@ class LossTracker:
             return self._weights_on(_device_of(self._weights)).sum() + self._count
         return sum(self._weights, start=self._count)
 
-    def reset(self) -> None:
-        """Start anew."""
-        self.__init__()  # type: ignore[misc]
-
     def update(self, loss_batch_value: float | torch.Tensor, batch_size: float | torch.Tensor = 1) -> None:
-        """Take in the mean of one batch, without reading it from the device.
+        """Add the mean of one batch, without reading it from the device.
 
         Args:
-            loss_batch_value: The mean over the batch: a number, or a tensor of one element.
-            batch_size: The weight of the batch: its number of samples, tokens or whatever the mean was taken over.
+            loss_batch_value: The mean over the batch: a number, or a tensor with one element.
+            batch_size: The weight of the batch: the number of samples, tokens or other items that the mean is over.
         """
         if not isinstance(loss_batch_value, torch.Tensor):
             self._add_number(loss_batch_value, batch_size)
             return
-        if len(self._weights) == _MOST_WAITING:
-            self._add_up()
-        if not self._places:
-            self._make_block(loss_batch_value.device)
+        if len(self._weights) == _BLOCK_SIZE:
+            self._sum_block()
+        if not self._slots:
+            self._create_block(loss_batch_value.device)
         value = loss_batch_value.detach() if loss_batch_value.requires_grad else loss_batch_value
-        self._places[len(self._weights)].copy_(value.reshape(()) if value.ndim else value)
+        self._slots[len(self._weights)].copy_(value.reshape(()) if value.ndim else value)
         self._weights.append(batch_size.detach().clone() if isinstance(batch_size, torch.Tensor) else batch_size)
 
     def find_non_finite(self) -> tuple[int, float] | None:
         """Return the index of the first value that is NaN or infinite, and the value; ``None`` if there is none.
 
-        Reads from the device. As many are remembered as come between two log points.
+        Reads from the device. The retained values cover more than the steps between two log points.
         """
-        if math.isfinite(float(self.total_loss)):  # one number tells of all
+        if math.isfinite(float(self.total_loss)):  # finite only if all values are
             return None
-        values = [value for block in (*self._added, self._values) for value in block.tolist()]
-        first_index = self._num_added + len(self._weights) - len(values)
+        values = [value for block in (*self._summed_blocks, self._values) for value in block.tolist()]
+        first_index = self._num_summed + len(self._weights) - len(values)
         of_first = ((i, value) for i, value in enumerate(values, first_index) if not math.isfinite(value))
         return next(of_first, None)
 
     def _add_number(self, value: float, weight: float | torch.Tensor) -> None:
-        self._add_up()
+        self._sum_block()
         self._total, self._count = self._total + value * weight, self._count + weight
-        self._added.append(torch.tensor([value], dtype=torch.float64))
-        self._num_added += 1
+        self._summed_blocks.append(torch.tensor([value], dtype=torch.float64))
+        self._num_summed += 1
 
     @property
     def _values(self) -> torch.Tensor:
         return self._block[: len(self._weights)]
 
-    def _make_block(self, device: torch.device) -> None:
-        """Make a block on a device, with the values that wait: those of a training state come to it from the host."""
-        block = torch.empty(_MOST_WAITING, dtype=_wide_dtype(device), device=device)
+    def _create_block(self, device: torch.device) -> None:
+        """Create a block on the device, and copy the buffered values to it, which are on the host after a resume."""
+        block = torch.empty(_BLOCK_SIZE, dtype=_wide_dtype(device), device=device)
         block[: len(self._weights)] = self._values
-        self._block, self._places = block, block.unbind()
+        self._block, self._slots = block, block.unbind()
 
-    def _add_up(self) -> None:
+    def _sum_block(self) -> None:
         if self._weights:
             self._total, self._count = self.total_loss, self.running_count
-            self._added.append(self._values.clone())
-            self._num_added += len(self._weights)
+            self._summed_blocks.append(self._values.clone())
+            self._num_summed += len(self._weights)
             self._weights = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_places": ()}  # in a copy they would be no views
+        return {**vars(self), "_slots": ()}  # copies would not be views of the block
 
     def _weights_on(self, device: torch.device) -> torch.Tensor:
         if any(isinstance(weight, torch.Tensor) for weight in self._weights):
@@ -286,7 +286,7 @@ class LossTracker:
         return weights.to(device, _wide_dtype(device), non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums as tensors in host memory, and the values that are not in them yet."""
+        """Return the sums as tensors in host memory, and the buffered values that they do not include yet."""
         sums = {"total_loss": self._total, "running_count": self._count}
         return {
             **{name: torch.as_tensor(value, dtype=torch.float64).cpu() for name, value in sums.items()},
@@ -295,22 +295,22 @@ class LossTracker:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.reset()
         self._total = float(state_dict["total_loss"])
         self._count = float(state_dict["running_count"])
-        self._weights = list(state_dict.get("weights", ()))  # the first versions added each up at once
+        self._weights = list(state_dict.get("weights", ()))  # states of the first versions have no buffered values
         self._block = torch.tensor([float(value) for value in state_dict.get("values", ())], dtype=torch.float64)
-        self._num_added = -len(self._weights)
+        self._num_summed = -len(self._weights)  # so that the first value after a resume has index 0
 
     @property
     def average(self) -> float:
-        """The weighted mean so far, read from the device; NaN before the first batch."""
+        """The weighted mean so far; NaN before the first value. Reads from the device."""
         return weighted_mean(self.total_loss, self.running_count)
 
 
 class EpochMeans:
-    """The weighted means over one pass through the data: of the loss, and of the metrics that steps return.
+    """The weighted means over one pass through the data, of the loss and of the metrics that steps return.
 
     Example:
         >>> means = EpochMeans()
@@ -324,27 +324,27 @@ class EpochMeans:
         self.loss = LossTracker()
         self.metrics: dict[str, LossTracker] = {}
         self.first_step = 0
-        """Index of the step whose loss came first; above 0 if the run was resumed within the epoch."""
+        """Index of the first step in these means; above 0 if the run was resumed mid-epoch."""
 
     def update_metrics(self, batch_output: Mapping[str, Any], weight: float | torch.Tensor) -> None:
-        """Take in the metrics of a batch, if its step returned any."""
+        """Add the metrics of a batch, if its step returned any."""
         metrics = batch_output.get("metrics")
         if not metrics:
             return
         for name, value in metrics.items():
             if isinstance(value, torch.Tensor) and value.numel() != 1:
                 raise ValueError(
-                    f"The metric {name!r} of a step has the shape {tuple(value.shape)}. Expected one number, the mean "
-                    "over the batch; collect what has more in a callback."
+                    f"The metric {name!r} of a step has the shape {tuple(value.shape)}. Expected a single number, the "
+                    "mean over the batch. Reduce it, or collect larger values in a callback."
                 )
             self.metrics.setdefault(name, LossTracker()).update(value, weight)
 
     def sums(self, loss_name: str) -> dict[str, tuple[float | torch.Tensor, float | torch.Tensor]]:
-        """Return the sum and the weight of each mean, under the name it is recorded by.
+        """Return the weighted sum and the total weight of each mean, by the name it is recorded under.
 
         Args:
-            loss_name: The name of the loss, such as ``train_loss_epoch``. A metric gets the word before its first
-                underscore in front.
+            loss_name: Name of the loss, such as ``train_loss_epoch``. The part before its first underscore becomes the
+                prefix of the metrics.
         """
         stage = loss_name.partition("_")[0]
         trackers = {loss_name: self.loss}
@@ -352,8 +352,8 @@ class EpochMeans:
         return {name: (tracker.total_loss, tracker.running_count) for name, tracker in trackers.items()}
 
     def find_non_finite(self) -> tuple[int, float] | None:
-        """Return the step of the first loss that is NaN or infinite, and the loss; reads from the device."""
-        tracker: Any = self.loss  # or the user's own
+        """Return the step of the first loss that is NaN or infinite, and the loss. Reads from the device."""
+        tracker: Any = self.loss  # may be a replacement of the user's
         found = tracker.find_non_finite() if isinstance(tracker, LossTracker) else None
         return None if found is None else (self.first_step + found[0], found[1])
 
@@ -363,7 +363,7 @@ class EpochMeans:
         return {"loss": self.loss.state_dict(), "metrics": metrics}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.loss.load_state_dict(state_dict["loss"])
         self.metrics = {name: LossTracker() for name in state_dict["metrics"]}
         for name, tracker in self.metrics.items():
@@ -371,7 +371,7 @@ class EpochMeans:
 
 
 def weighted_mean(total: float | torch.Tensor, weight: float | torch.Tensor) -> float:
-    """Divide a weighted sum by the sum of its weights; NaN when nothing was summed."""
+    """Divide a weighted sum by its total weight; NaN if the weight is 0."""
     total, weight = float(total), float(weight)
     return total / weight if weight else float("nan")
 
@@ -380,18 +380,19 @@ def as_number(value: Any) -> float:
     """Return a recorded metric as a number.
 
     Raises:
-        ValueError: It is not a single number.
+        ValueError: ``value`` is not a single number.
     """
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"Expected a metric that is one number, or a tensor or array of one element, but got {value!r}."
+            f"The metric is {value!r}. Expected a single number, or a tensor or array with one element. Record a "
+            "number, or watch another metric."
         ) from error
 
 
 def widened(value: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of one element as a number in float64, so that sums and quotients lose no digits."""
+    """Return a one-element tensor as a scalar in float64 (float32 on MPS), to keep sums and quotients precise."""
     return value.reshape(()).to(_wide_dtype(value.device))
 
 

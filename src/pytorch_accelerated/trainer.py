@@ -1,4 +1,4 @@
-"""`Trainer`: makes model, data and schedule ready, and runs the loop over them."""
+"""`Trainer`: prepares model, data and schedule, and runs the loop over them."""
 
 from __future__ import annotations
 
@@ -13,46 +13,45 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pytorch_accelerated import _validation
+from pytorch_accelerated._accumulation import AccumulationWindow
+from pytorch_accelerated._checkpoint import portable, resume
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._checkpoint.manifest import SavedState
-from pytorch_accelerated._checkpoint.portable import build_checkpoint, load_checkpoint, model_state_of, save_checkpoint
-from pytorch_accelerated._checkpoint.resume import name_of, run_settings, warn_about_mismatch
 from pytorch_accelerated._checkpoint.state import (
     Parts,
     StateContents,
     collect_state,
-    open_state,
     read_state,
     restore_state,
 )
 from pytorch_accelerated._checkpoint.writer import StateWriter
+from pytorch_accelerated._data.build import rebuild_loader
 from pytorch_accelerated._data.defaults import default_dl_kwargs, loader_arguments, merge_dl_kwargs
 from pytorch_accelerated._data.determinism import SeededLoader
 from pytorch_accelerated._data.limits import LIMIT_BATCHES_ENV_VAR, limit_from_environment
-from pytorch_accelerated._data.loaders import batch_size_of, is_dataset, loaders_in, num_batches_of
+from pytorch_accelerated._data.loaders import batch_size_of, is_dataset, num_batches_of
 from pytorch_accelerated._data.rng import derive_seed, restore_generators, seed_generators
 from pytorch_accelerated._data.workers import defer_worker_errors
 from pytorch_accelerated._distributed.accelerator import (
     PreparedModel,
     choose_seed,
     create_accelerator,
-    num_batches_per_step,
+    disable_loss_scaling,
+    placement_of,
     prepare,
     release,
-    take_over_accumulation,
 )
 from pytorch_accelerated._distributed.collectives import num_local_processes
-from pytorch_accelerated._distributed.consensus import StopConsensus, can_skip_exchange
+from pytorch_accelerated._distributed.consensus import StopConsensus
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._loop import TrainingLoop
-from pytorch_accelerated._loss_monitor import find_non_finite_loss
+from pytorch_accelerated._run import Run
 from pytorch_accelerated.callbacks import CallbackHandler, LimitBatchesCallback, get_default_callbacks
-from pytorch_accelerated.callbacks.saving import find_state_to_resume
-from pytorch_accelerated.progress import TrainingProgress
+from pytorch_accelerated.callbacks.saving import only_save_dir
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
 from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
-from pytorch_accelerated.tracking import EpochMeans, RunHistory
+from pytorch_accelerated.tracking import RunHistory
 
 __all__ = [
     "DEFAULT_CALLBACKS",
@@ -65,21 +64,13 @@ __all__ = [
 
 DEFAULT_CALLBACKS = get_default_callbacks()
 
-# fmt: off
-_ATTRIBUTES_OF_A_RUN = (
-    "run_config", "stop_reason", "is_resumed", "_train_dataloader", "_eval_dataloader", "_current_eval_dataloader",
-    "_train_dl_kwargs", "_eval_dl_kwargs", "_train_randomness", "_eval_randomness", "_prepared_model", "_uses_fast_path",
-    "_batch_output", "_agreement", "_nominal_weight", "_interruption", "_early_stop_reason",
-)
-# fmt: on
-
 
 class Trainer(TrainingLoop):
     """Trains and evaluates a model, on one process or many, and lets subclasses and callbacks take part.
 
-    The trainer asks nothing of its parts when it is made; they are checked when a run starts. Override the methods
-    named below to change what a step does; write a :class:`~pytorch_accelerated.callbacks.TrainerCallback` to act
-    beside it.
+    The trainer asks nothing of its parts when it is created; they are checked when a run starts. Override the methods
+    below to change what a step does. Write a :class:`~pytorch_accelerated.callbacks.TrainerCallback` to act alongside
+    it.
 
     Args:
         model: The model. Called with the first item of a batch; see `calculate_train_batch_loss`.
@@ -88,11 +79,10 @@ class Trainer(TrainingLoop):
         optimizer: The optimizer of the model's parameters. ``None`` if the trainer only evaluates.
         callbacks: Callbacks, as instances or classes, called in this order.
         run_history: Where metrics are recorded; in memory by default.
-        mixed_precision: ``"no"``, ``"fp16"``, ``"bf16"`` or ``"fp8"``; ``None`` leaves it to Accelerate's
-            configuration.
-        seed: Seeds all random number generators now, and the order of the data in each run. With ``None`` nothing is
-            seeded and the order derives from the seed that the program gave to ``torch.manual_seed``.
-        accelerator: A ready `accelerate.Accelerator`, or keyword arguments to make it with.
+        mixed_precision: ``"no"``, ``"fp16"``, ``"bf16"`` or ``"fp8"``; ``None`` for the one configured in Accelerate.
+        seed: Seeds all random number generators now, and the data order of each run. With ``None`` nothing is seeded,
+            and the data order derives from the seed that the program passed to ``torch.manual_seed``.
+        accelerator: An `accelerate.Accelerator`, or keyword arguments to create one with.
 
     Example:
         >>> import torch
@@ -123,20 +113,15 @@ class Trainer(TrainingLoop):
         self.eval_dataset: Any = None
         self.collate_fn: Callable[..., Any] | None = None
         self.create_scheduler_fn: Callable[..., Any] | None = None
-        self._train_dl_kwargs: dict[str, Any] | None = None
-        self._eval_dl_kwargs: dict[str, Any] | None = None
-        self._prepared_model: PreparedModel | None = None
-        self._waiting_scheduler_state: Mapping[str, Any] | None = None
-        self._state_writer = StateWriter()
-        self._settings: dict[str, Any] = {}
-        self._lineage = Lineage()
-        self._is_running = False
-        self._seed = seed
-        self._mixed_precision = mixed_precision
-        self._accelerator_source = accelerator
+        self._loop_seed = seed
+        self._loop_accelerator_source = accelerator
+        self._loop_mixed_precision = mixed_precision
+        self._loop_state_writer = StateWriter()
+        self._loop_pending_scheduler_state: Mapping[str, Any] | None = None
         self._accelerator = self._create_accelerator()
         if seed is not None:
-            seed_generators(derive_seed(seed, "rank", self.process_index) if self.process_index else seed)
+            rank = self._accelerator.process_index
+            seed_generators(derive_seed(seed, "rank", rank) if rank else seed)
         self.callback_handler = self._create_callback_handler(callbacks)
         self.callback_handler.call_event("on_init_end", self)
 
@@ -163,7 +148,7 @@ class Trainer(TrainingLoop):
     ) -> None:
         """Train the model.
 
-        In short, leaving out the events, which :class:`~pytorch_accelerated.callbacks.TrainerCallback` lists::
+        In short, without the events, which :class:`~pytorch_accelerated.callbacks.TrainerCallback` lists::
 
             for epoch in range(num_epochs):
                 train_epoch_start()
@@ -181,34 +166,35 @@ class Trainer(TrainingLoop):
         Args:
             train_dataset: A dataset of samples, or an iterable of batches.
             num_epochs: Passes over the training data; at least 1.
-            eval_dataset: Evaluated after each epoch: a dataset, or a dictionary of them. The metrics of each then carry
-                its name in front. ``None`` for no evaluation.
+            eval_dataset: Evaluated after each epoch: a dataset, or a dictionary of datasets, whose names are put in
+                front of the names of their metrics. ``None`` for no evaluation.
             per_device_batch_size: Samples in a batch of one process.
-            max_num_train_steps: Updates after which the run ends, if ``num_epochs`` do not end it before.
+            max_num_train_steps: Updates after which the run ends, unless ``num_epochs`` ends it before.
             gradient_accumulation_steps: Batches per process that make one update.
             gradient_clip_value: Bound for the absolute value of each entry of the gradient, applied before each update.
-            create_scheduler_fn: Makes the learning-rate scheduler from the optimizer. In a `functools.partial` the
-                arguments may be :class:`TrainerPlaceholderValues`. The scheduler is stepped after each update.
-            train_dataloader_kwargs: Keyword arguments for the training `DataLoader`; they win over the defaults.
+            create_scheduler_fn: Creates the learning-rate scheduler from the optimizer. The arguments of a
+                `functools.partial` may be :class:`TrainerPlaceholderValues`. The scheduler is stepped after each
+                update.
+            train_dataloader_kwargs: Keyword arguments for the training `DataLoader`; they override the defaults.
             eval_dataloader_kwargs: Keyword arguments for the evaluation `DataLoader`.
-            reset_run_history: Whether metrics and epoch count of an earlier run are forgotten.
+            reset_run_history: Whether to forget the metrics and the epoch count of earlier runs.
             collate_fn: Makes a batch from samples, in both loaders.
-            gradient_clip_norm: Bound for the norm of all gradients together, applied before each update. Callbacks find
-                the norm before clipping in ``trainer.gradient_norm``, from ``on_optimizer_step_end`` on.
-            resume_from: A directory that `save_training_state` wrote. The run goes on from there up to ``num_epochs``.
-                ``"latest"``, or ``True``, takes the newest state that is whole, out of those that the run's
-                ``SaveTrainingStateCallback`` saves; if there is none, the run starts afresh.
-            allow_other_num_processes: Whether to go on from a state that another number of processes saved: at the same
+            resume_from: A directory that `save_training_state` wrote. The run continues from there, up to
+                ``num_epochs``. ``"latest"``, or ``True``, takes the newest valid state that the run's
+                ``SaveTrainingStateCallback`` saved; if there is none, the run starts from scratch.
+            gradient_clip_norm: Bound for the norm of all gradients together, applied before each update. The norm
+                before clipping is in ``trainer.gradient_norm``, from ``on_optimizer_step_end`` on.
+            allow_other_num_processes: Whether to resume a state that a different number of processes saved: at the same
                 place in the data, but not exactly.
 
         Raises:
-            ValueError: An argument has an impossible value, or model and optimizer do not belong together.
-            CheckpointError: The state to resume from is damaged, or of another model; nothing has been changed.
-            TypeError: An argument is of the wrong kind.
-            KeyboardInterrupt: Ctrl-C was pressed; the run has ended in good order before.
-            SystemExit: Likewise, by another signal that a callback listens to; the code is 128 + its number.
+            ValueError: An argument has an invalid value, or model and optimizer do not belong together.
+            CheckpointError: The state to resume is damaged, or belongs to another model; nothing has been changed.
+            TypeError: An argument has the wrong type.
+            KeyboardInterrupt: Ctrl-C was pressed; the run ended gracefully first.
+            SystemExit: Same for another signal that a callback listens to; the code is 128 + its number.
         """
-        _validation.check_no_run(self._is_running)
+        _validation.check_no_run(self._loop_run.is_active)
         numbers: dict[str, Any] = {
             "num_epochs": num_epochs,
             "per_device_batch_size": per_device_batch_size,
@@ -227,18 +213,18 @@ class Trainer(TrainingLoop):
         self.eval_dataset = eval_dataset
         self.collate_fn = collate_fn
         self.create_scheduler_fn = create_scheduler_fn
-        with self._run_context():
-            saved_state = find_state_to_resume(self, self._accelerator, resume_from, allow_other_num_processes)
-            self._make_train_loader(per_device_batch_size, train_dataloader_kwargs)
+        with self._loop_context() as run:
+            saved = self._loop_find_state(resume_from, allow_other_num_processes)
+            self._loop_make_train_loader(per_device_batch_size, train_dataloader_kwargs)
             if eval_dataset is not None:
-                self._make_eval_loaders(per_device_batch_size, eval_dataloader_kwargs)
+                self._loop_make_eval_loaders(per_device_batch_size, eval_dataloader_kwargs)
             self._prepare_model_optimizer_and_dataloaders()
             self.run_config = self._create_run_config(**numbers)
-            self._set_up_training(num_epochs, saved_state, reset_run_history)
+            self._loop_set_up_training(num_epochs, saved, reset_run_history)
             self._run_training()
             self.wait_for_training_state()
-        if self._interruption is not None:
-            raise self._interruption.to_exit_exception()
+        if run.interruption is not None:
+            raise run.interruption.to_exit_exception()
 
     def evaluate(
         self,
@@ -252,10 +238,10 @@ class Trainer(TrainingLoop):
         The loss is recorded as ``evaluation_loss`` in the run history, which keeps what training recorded.
 
         Args:
-            dataset: A dataset of samples, an iterable of batches, or a dictionary of such. ``None`` for the one that
+            dataset: A dataset of samples, an iterable of batches, or a dictionary of these. ``None`` for the one that
                 was evaluated last.
             per_device_batch_size: Samples in a batch of one process.
-            dataloader_kwargs: Keyword arguments for the `DataLoader`; they win over the defaults.
+            dataloader_kwargs: Keyword arguments for the `DataLoader`; they override the defaults.
             collate_fn: Makes a batch from samples.
 
         Raises:
@@ -263,7 +249,7 @@ class Trainer(TrainingLoop):
         """
         if dataset is not None:
             self.eval_dataset = dataset
-        with self._evaluation_context(per_device_batch_size, dataloader_kwargs, collate_fn):
+        with self._loop_evaluation_context(per_device_batch_size, dataloader_kwargs, collate_fn):
             self._run_evaluation()
 
     def predict(
@@ -276,58 +262,58 @@ class Trainer(TrainingLoop):
         on_every_process: bool = True,
         move_to_host: bool = True,
     ) -> Any:
-        """Return the model's outputs for a dataset, in its order, each sample's once. Must be called on every process.
+        """Return the model's outputs for a dataset, in its order, once per sample. Must be called on every process.
 
         Args:
             dataset: A dataset of samples, or an iterable of batches.
             per_device_batch_size: Samples in a batch of one process.
-            dataloader_kwargs: Keyword arguments for the `DataLoader`; they win over the defaults.
+            dataloader_kwargs: Keyword arguments for the `DataLoader`; they override the defaults.
             collate_fn: Makes a batch from samples.
-            on_every_process: Whether all processes get the outputs; otherwise the others get ``None``.
-            move_to_host: Whether outputs go to host memory after each batch, or stay on the device.
+            on_every_process: Whether all processes get the outputs; otherwise all but the main process get ``None``.
+            move_to_host: Whether to move the outputs to host memory after each batch, or to keep them on the device.
 
         Returns:
             What `calculate_predictions` returns, with the rows of all batches: shape ``(samples, ...)``.
         """
         eval_dataset, self.eval_dataset = self.eval_dataset, dataset
         try:
-            with self._evaluation_context(per_device_batch_size, dataloader_kwargs, collate_fn):
-                return self._run_prediction(on_every_process, move_to_host)
+            with self._loop_evaluation_context(per_device_batch_size, dataloader_kwargs, collate_fn):
+                return self._loop_predict(on_every_process, move_to_host)
         finally:
             self.eval_dataset = eval_dataset
 
     # --- hooks: override them to change what happens -------------------------------------------------------------
 
     def get_default_train_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
-        """Return the keyword arguments of the training loader which the user's are merged into."""
-        return {"shuffle": True, **self._default_dl_kwargs(self.train_dataset, batch_size)}
+        """Return the default keyword arguments of the training loader; the user's are merged into them."""
+        return {"shuffle": True, **self._loop_default_dl_kwargs(self.train_dataset, batch_size)}
 
     def get_default_eval_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
-        """Return the keyword arguments of the evaluation loader which the user's are merged into."""
-        return {"shuffle": False, **self._default_dl_kwargs(self.eval_dataset, batch_size)}
+        """Return the default keyword arguments of the evaluation loader; the user's are merged into them."""
+        return {"shuffle": False, **self._loop_default_dl_kwargs(self.eval_dataset, batch_size)}
 
     def create_train_dataloader(
         self, batch_size: int, train_dl_kwargs: Mapping[str, Any] | None = None
     ) -> Iterable[Any]:
-        """Make the loader of ``self.train_dataset``; any iterable of batches will do."""
+        """Create the loader of ``self.train_dataset``; any iterable of batches will do."""
         _validation.check_data_not_empty("train_dataset", self.train_dataset)
         if not is_dataset(self.train_dataset):
             return self.train_dataset  # type: ignore[no-any-return]
         defaults = self.get_default_train_dl_kwargs(batch_size)
-        self._train_dl_kwargs = merge_dl_kwargs(defaults, train_dl_kwargs, self.train_dataset)
-        return self._create_dataloader(self.train_dataset, self._train_dl_kwargs)
+        self._train_dl_kwargs = dl_kwargs = merge_dl_kwargs(defaults, train_dl_kwargs, self.train_dataset)
+        return DataLoader(**loader_arguments(self.train_dataset, self.collate_fn, dl_kwargs))
 
     def create_eval_dataloader(self, batch_size: int, eval_dl_kwargs: Mapping[str, Any] | None = None) -> Iterable[Any]:
-        """Make the loader of ``self.eval_dataset``; any iterable of batches will do."""
+        """Create the loader of ``self.eval_dataset``; any iterable of batches will do."""
         _validation.check_data_not_empty("eval_dataset", self.eval_dataset)
         if not is_dataset(self.eval_dataset):
             return self.eval_dataset  # type: ignore[no-any-return]
         defaults = self.get_default_eval_dl_kwargs(batch_size)
-        self._eval_dl_kwargs = merge_dl_kwargs(defaults, eval_dl_kwargs, self.eval_dataset)
-        return self._create_dataloader(self.eval_dataset, self._eval_dl_kwargs)
+        self._eval_dl_kwargs = dl_kwargs = merge_dl_kwargs(defaults, eval_dl_kwargs, self.eval_dataset)
+        return DataLoader(**loader_arguments(self.eval_dataset, self.collate_fn, dl_kwargs))
 
     def create_scheduler(self) -> Any:
-        """Make the learning-rate scheduler of a run; ``None`` for none."""
+        """Create the learning-rate scheduler of a run; ``None`` for none."""
         if self.create_scheduler_fn is None:
             return None
         return replace_trainer_placeholder_values(self, self.create_scheduler_fn)(self.optimizer)
@@ -345,20 +331,22 @@ class Trainer(TrainingLoop):
         """Write the model, and what belongs to it, to one file. Must be called on every process.
 
         Args:
-            save_path: Where to; folders are made, and an older file is replaced only by a complete one.
-            checkpoint_kwargs: More entries: tensors, numbers, strings and containers of them.
-            save_optimizer: Whether the state of the optimizer goes with it, as ``optimizer_state_dict``.
-            save_scheduler: Whether the state of the scheduler goes with it, as ``scheduler_state_dict``.
-            save_per_node: Whether every node writes the file, or the main process of all alone.
+            save_path: The file. Folders are created, and an existing file is replaced only by a complete one.
+            checkpoint_kwargs: Additional entries: tensors, numbers, strings and containers of these.
+            save_optimizer: Whether to include the state of the optimizer, as ``optimizer_state_dict``.
+            save_scheduler: Whether to include the state of the scheduler, as ``scheduler_state_dict``.
+            save_per_node: Whether the main process of every node writes the file, or only the main process.
 
         Raises:
             CheckpointError: The file cannot be written.
         """
-        model_state = model_state_of(self.model, self._accelerator)
+        model_state = portable.model_state_of(self.model, self._accelerator)
         optimizer = self.optimizer if save_optimizer else None
         scheduler = self.scheduler if save_scheduler else None
-        checkpoint = build_checkpoint(model_state, optimizer, scheduler, checkpoint_kwargs)
-        save_checkpoint(checkpoint, save_path, self._accelerator, save_per_node)
+        checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, checkpoint_kwargs)
+        accelerator = self._accelerator
+        is_writer = accelerator.is_local_main_process if save_per_node else accelerator.is_main_process
+        portable.save_checkpoint(checkpoint, save_path, is_writer, accelerator.num_processes)
 
     def load_checkpoint(
         self, checkpoint_path: str | os.PathLike[str], load_optimizer: bool = True, load_scheduler: bool = True
@@ -367,21 +355,21 @@ class Trainer(TrainingLoop):
 
         Args:
             checkpoint_path: The file.
-            load_optimizer: Whether to load the state of the optimizer, if there is one in the file.
-            load_scheduler: Likewise. Before training it is kept until the scheduler is made.
+            load_optimizer: Whether to load the state of the optimizer, if the file has one.
+            load_scheduler: Same for the scheduler. Before training, its state is kept until the scheduler is created.
 
         Returns:
-            The further entries of the file.
+            The additional entries of the file.
 
         Raises:
             FileNotFoundError: There is no such file.
             CheckpointError: It is damaged, or belongs to another model; nothing has been changed.
         """
         optimizer = self.optimizer if load_optimizer else None
-        checkpoint = load_checkpoint(checkpoint_path, self.get_model(), optimizer)
+        checkpoint = portable.load_checkpoint(checkpoint_path, self.get_model(), optimizer)
         scheduler_state = checkpoint.pop("scheduler_state_dict", None)
         if load_scheduler and scheduler_state is not None:
-            self._load_scheduler_state(scheduler_state)
+            self._loop_load_scheduler_state(scheduler_state)
         return checkpoint
 
     def save_training_state(
@@ -395,25 +383,33 @@ class Trainer(TrainingLoop):
         """Write everything that ``train(..., resume_from=output_dir)`` needs. Must be called on every process.
 
         Args:
-            output_dir: The directory; it is complete or not there, and an older state in it stays until then.
-            checkpoint_kwargs: More entries, which `load_training_state` returns.
-            in_background: Whether to go on as soon as the state is copied to host memory, unless it is sharded.
+            output_dir: The directory. It is complete or does not exist; an older state in it is kept until then.
+            checkpoint_kwargs: Additional entries, which `load_training_state` returns.
+            in_background: Whether to continue as soon as the state is copied to host memory, unless it is sharded.
             and_then: Called on the main process when the state is complete.
 
         Raises:
-            CheckpointError: It cannot be written, or the one before in the background could not.
+            CheckpointError: The state cannot be written, or the previous one in the background could not be.
         """
-        announce = partial(self.callback_handler.call_event, "on_training_state_save", self)
-        collected = collect_state(self._parts_of_state(), self._accelerator, checkpoint_kwargs, announce)
-        self._state_writer.write(output_dir, collected, self._lineage, self._accelerator, in_background, and_then)
+        on_collect = partial(self.callback_handler.call_event, "on_training_state_save", self)
+        collected = collect_state(self._loop_state_parts(), self._accelerator, checkpoint_kwargs, on_collect)
+        self._loop_state_writer.write(
+            output_dir,
+            collected,
+            self._loop_run.lineage,
+            is_main=self._accelerator.is_main_process,
+            num_processes=int(self._accelerator.num_processes),
+            in_background=in_background,
+            on_complete=and_then,
+        )
 
     def wait_for_training_state(self) -> None:
-        """Wait until the state that is written in the background is complete, as `train` does at its end.
+        """Wait until the state being written in the background is complete, as `train` does at its end.
 
         Raises:
             CheckpointError: It could not be written.
         """
-        self._state_writer.wait()
+        self._loop_state_writer.wait()
 
     def load_training_state(
         self, input_dir: str | os.PathLike[str], *, allow_other_num_processes: bool = False
@@ -422,76 +418,89 @@ class Trainer(TrainingLoop):
 
         Args:
             input_dir: The directory.
-            allow_other_num_processes: Whether another number of processes may have saved it.
+            allow_other_num_processes: Whether the state may come from a different number of processes.
 
         Returns:
-            ``current_epoch``, the number of the epoch in which training goes on, and the ``checkpoint_kwargs``.
+            ``current_epoch``, the number of the epoch in which training continues, and the ``checkpoint_kwargs``.
 
         Raises:
             FileNotFoundError: There is no such directory.
-            CheckpointError: It is incomplete, damaged, or of another model; nothing has been changed.
+            CheckpointError: The state is incomplete, damaged, or of another model; nothing has been changed.
         """
-        saved = open_state(input_dir, self._accelerator, allow_other_num_processes)
-        return self._restore(read_state(saved, self._accelerator, self._parts_of_state()))
+        accelerator = self._accelerator
+        is_main, num_processes = accelerator.is_main_process, int(accelerator.num_processes)
+        saved = resume.open_state(input_dir, is_main, num_processes, allow_other_num_processes)
+        return self._loop_restore(read_state(saved, accelerator, self._loop_state_parts()))
 
     # --- the start and the end of a run --------------------------------------------------------------------------
 
     def _create_accelerator(self) -> Accelerator:
-        """Make the accelerator that serves all runs of this trainer."""
-        return create_accelerator(self._accelerator_source, self._mixed_precision)
+        """Create the accelerator that serves all runs of this trainer."""
+        return create_accelerator(self._loop_accelerator_source, self._loop_mixed_precision)
 
     def _create_callback_handler(self, callbacks: Iterable[Any]) -> CallbackHandler:
         limit = limit_from_environment()
         return CallbackHandler([*([] if limit is None else [LimitBatchesCallback(limit)]), *callbacks])
 
     @contextmanager
-    def _run_context(self) -> Iterator[None]:
-        """Forget the run before, tell the callbacks of an exception, and tidy up; an outer run is left as it was."""
-        outer_run = {name: getattr(self, name) for name in _ATTRIBUTES_OF_A_RUN} if self._is_running else {}
-        self._is_running = True
-        self.stop_reason = self._interruption = None
-        self.is_resumed = False
-        self._train_dataloader = self._eval_dataloader = self._current_eval_dataloader = None
-        self._train_dl_kwargs = self._eval_dl_kwargs = None
-        self._train_randomness, self._eval_randomness = [], []
-        self._run_seed = choose_seed(self._accelerator, self._seed)
+    def _loop_context(self) -> Iterator[Run]:
+        """Start a run, report an exception to the callbacks, and clean up; a run that this one is nested in resumes."""
+        outer, accelerator = self._loop_run, self._accelerator
+        run = Run(choose_seed(self._loop_seed, int(accelerator.process_index), int(accelerator.num_processes)))
+        run.inherit(outer)
+        run.is_active = True
+        self._loop_run = run
         self.callback_handler.refresh()
         try:
             with restore_generators():
-                yield
+                yield run
         except BaseException as error:
-            with defer_worker_errors():  # the run has its error
+            with defer_worker_errors():  # the run has its error already
                 try:
-                    self._state_writer.finish(error)
-                    self._report_exception(error)
+                    self._loop_state_writer.finish(error)
+                    self._loop_report_exception(error)
                 finally:
-                    self._teardown(outer_run)
+                    self._loop_teardown(run, outer)
                 raise
         with defer_worker_errors():
-            self._teardown(outer_run)
+            self._loop_teardown(run, outer)
 
     @contextmanager
-    def _evaluation_context(
+    def _loop_evaluation_context(
         self, batch_size: int, dl_kwargs: Mapping[str, Any] | None, collate_fn: Callable[..., Any] | None
     ) -> Iterator[None]:
-        """Make everything ready that goes over ``self.eval_dataset``, and tidy up afterwards."""
+        """Prepare a pass over ``self.eval_dataset``, and clean up afterwards."""
         _validation.check_positive_integer("per_device_batch_size", batch_size, "samples")
         self.collate_fn = collate_fn
-        with self._run_context():
-            self._make_eval_loaders(batch_size, dl_kwargs)
+        with self._loop_context() as run:
+            self._loop_make_eval_loaders(batch_size, dl_kwargs)
             self._prepare_model_optimizer_and_dataloaders()
             self.run_config = self._create_run_config(num_epochs=1, per_device_batch_size=batch_size)
             self._check_eval_batch_size()
-            self._join_processes()
+            run.consensus = self._loop_create_consensus()
             yield
 
-    def _make_train_loader(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
+    def _loop_find_state(
+        self, resume_from: str | os.PathLike[str] | bool | None, allow_other_num_processes: bool
+    ) -> SavedState | None:
+        """Return the state that the run continues from; ``None`` if it starts from scratch."""
+        return resume.find_state_to_resume(
+            resume_from,
+            lambda: only_save_dir(self.callback_handler.callbacks),
+            is_main=self._accelerator.is_main_process,
+            num_processes=int(self._accelerator.num_processes),
+            allow_other_num_processes=allow_other_num_processes,
+            print_fn=self.print,
+        )
+
+    def _loop_make_train_loader(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
         loader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
         _validation.check_loader_not_empty("train_dataset", loader)
-        self._train_randomness = [self._seeded_loader(loader)]
-        self._train_dataloader = self._train_randomness[0].loader
+        seeded_loader = self._loop_seed_loader(loader)
+        self._loop_run.seeded_train_loaders = [seeded_loader]
+        self._loop_run.train_loader = seeded_loader.loader
 
-    def _make_eval_loaders(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
+    def _loop_make_eval_loaders(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
         datasets = self.eval_dataset
         if isinstance(datasets, dict):
             _validation.check_data_not_empty("eval_dataset", list(datasets))
@@ -501,29 +510,27 @@ class Trainer(TrainingLoop):
                 loaders[name] = self.create_eval_dataloader(batch_size=batch_size, eval_dl_kwargs=dl_kwargs)
         finally:
             self.eval_dataset = datasets
-        randomness = {name: self._seeded_loader(loader) for name, loader in loaders.items()}
-        self._eval_randomness = list(randomness.values())
-        loaders = {name: source.loader for name, source in randomness.items()}
-        self._eval_dataloader = loaders if isinstance(datasets, dict) else loaders[""]
+        seeded = {name: self._loop_seed_loader(loader) for name, loader in loaders.items()}
+        loaders = {name: seeded_loader.loader for name, seeded_loader in seeded.items()}
+        self._loop_run.seeded_eval_loaders = list(seeded.values())
+        self._loop_run.eval_loader = loaders if isinstance(datasets, dict) else loaders[""]
 
-    def _seeded_loader(self, loader: Any) -> SeededLoader:
-        return SeededLoader(loader, self.process_index, num_batches_per_step(self._accelerator))
+    def _loop_seed_loader(self, loader: Any) -> SeededLoader:
+        return rebuild_loader(loader, placement_of(self._accelerator))
 
-    def _default_dl_kwargs(self, dataset: Any, batch_size: int) -> dict[str, Any]:
-        num_local = num_local_processes(int(self._accelerator.num_processes))
-        is_gpu = self._accelerator.device.type == "cuda"
-        return default_dl_kwargs(dataset, batch_size, num_local, pin_memory=is_gpu)
-
-    def _create_dataloader(self, dataset: Any, dl_kwargs: Mapping[str, Any]) -> Iterable[Any]:
-        return DataLoader(**loader_arguments(dataset, self.collate_fn, dl_kwargs))
+    def _loop_default_dl_kwargs(self, dataset: Any, batch_size: int) -> dict[str, Any]:
+        num_processes = num_local_processes(int(self._accelerator.num_processes))
+        pin_memory = self._accelerator.device.type == "cuda"
+        return default_dl_kwargs(dataset, batch_size, num_processes, pin_memory)
 
     def _prepare_model_optimizer_and_dataloaders(self) -> None:
-        self._prepared_model = PreparedModel(self.model)
-        self.model, self.optimizer, self._train_dataloader, self._eval_dataloader = prepare(
-            self._accelerator, self.model, self.optimizer, self._train_dataloader, self._eval_dataloader
+        run = self._loop_run
+        run.prepared_model = PreparedModel(self.model)
+        self.model, self.optimizer, run.train_loader, run.eval_loader = prepare(
+            self._accelerator, self.model, self.optimizer, run.train_loader, run.eval_loader
         )
-        self._prepared_model.prepared = self.model
-        self._uses_fast_path = can_use_fast_path(self._accelerator)
+        run.prepared_model.prepared = self.model
+        run.uses_fast_path = can_use_fast_path(self._accelerator)
 
     def _create_run_config(
         self,
@@ -534,138 +541,145 @@ class Trainer(TrainingLoop):
         gradient_clip_value: float | None = None,
         gradient_clip_norm: float | None = None,
     ) -> TrainerRunConfig:
-        accelerator = self._accelerator
-        train_size = batch_size_of(self._train_dataloader, self._train_dl_kwargs, per_device_batch_size)
-        eval_size = batch_size_of(self._eval_dataloader, self._eval_dl_kwargs, per_device_batch_size)
+        run, accelerator = self._loop_run, self._accelerator
         return derive_run_config(
             num_epochs=num_epochs,
-            num_batches_per_epoch=num_batches_of(self._train_dataloader),
+            num_batches_per_epoch=num_batches_of(run.train_loader),
             gradient_accumulation_steps=gradient_accumulation_steps,
             max_num_train_steps=max_num_train_steps,
             num_processes=int(accelerator.num_processes),
             gradient_clip_value=gradient_clip_value,
             gradient_clip_norm=gradient_clip_norm,
-            train_per_device_batch_size=train_size,
-            train_dl_kwargs=self._train_dl_kwargs,
-            eval_per_device_batch_size=eval_size,
-            eval_dl_kwargs=self._eval_dl_kwargs,
+            train_per_device_batch_size=batch_size_of(run.train_loader, run.train_dl_kwargs, per_device_batch_size),
+            train_dl_kwargs=run.train_dl_kwargs,
+            eval_per_device_batch_size=batch_size_of(run.eval_loader, run.eval_dl_kwargs, per_device_batch_size),
+            eval_dl_kwargs=run.eval_dl_kwargs,
             is_local_process_zero=accelerator.is_local_main_process,
             is_world_process_zero=accelerator.is_main_process,
             mixed_precision=accelerator.mixed_precision,
-            seed=self._run_seed,
+            seed=run.seed,
         )
 
-    def _join_processes(self) -> None:
-        find_bad_loss, may_wait = partial(find_non_finite_loss, self), partial(can_skip_exchange, self)
-        self._agreement = StopConsensus(self.run_config.num_processes, find_bad_loss, may_wait)
-        nominal_weight = self.run_config.train_per_device_batch_size or 1
-        self._nominal_weight = float(nominal_weight) if self._agreement.is_needed else None
-
-    def _set_up_training(self, num_epochs: int, saved: SavedState | None, reset_run_history: bool) -> None:
-        self._settings = run_settings(
-            self.run_config, self.train_dataset, self._train_dataloader, self.optimizer, self.loss_func, self._seed
+    def _loop_create_consensus(self) -> StopConsensus:
+        """Create what lets all processes end the run together. Must be called on every process."""
+        return StopConsensus(
+            self._loop_run.config.num_processes, self._loop_find_non_finite_loss, self._loop_can_skip_exchange
         )
-        contents = None if saved is None else read_state(saved, self._accelerator, self._parts_of_state())
+
+    def _loop_set_up_training(self, num_epochs: int, saved: SavedState | None, reset_run_history: bool) -> None:
+        run, config = self._loop_run, self.run_config
+        run.settings = resume.run_settings(
+            config, self.train_dataset, run.train_loader, self.optimizer, self.loss_func, self._loop_seed
+        )
+        contents = None if saved is None else read_state(saved, self._accelerator, self._loop_state_parts())
         if reset_run_history:
             self.run_history.reset()
         self._check_eval_batch_size()
-        self._join_processes()
-        if isinstance(self.model, nn.Module):  # what was left in `.grad` goes, also of what the optimizer does not hold
-            self.model.zero_grad()
-        self.optimizer.zero_grad()
-        take_over_accumulation(self._accelerator, self.run_config.gradient_accumulation_steps)
+        run.consensus = self._loop_create_consensus()
+        _clear_gradients(self.model, self.optimizer)
+        disable_loss_scaling(self._accelerator, config.gradient_accumulation_steps)
+        self._loop_set_up_scheduler()
+        nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
+        window = AccumulationWindow(config.gradient_accumulation_steps, nominal_weight)
+        run.start_training(self.run_history.current_epoch - 1, num_epochs, window)
+        if contents is not None:
+            self._loop_resume(contents, num_epochs)
+
+    def _loop_set_up_scheduler(self) -> None:
         self.scheduler = self.create_scheduler()
         if isinstance(self.scheduler, StatefulSchedulerBase) and self.scheduler.num_updates < 0:
             self.scheduler.step()  # so that update k trains at curve(k)
-        if self.scheduler is not None and self._waiting_scheduler_state is not None:
-            self._load_scheduler_state(self._waiting_scheduler_state)
-            self._waiting_scheduler_state = None
-        self._means = EpochMeans()
-        self._early_stop_reason = self._stream_position = None
-        self._num_batches_to_skip = 0
-        self._lineage = Lineage()
-        self.progress = TrainingProgress(num_epochs_completed=self.run_history.current_epoch - 1)
-        self._last_epoch = self.progress.num_epochs_completed + num_epochs
-        if contents is not None:
-            self._resume(contents, num_epochs)
+        state, self._loop_pending_scheduler_state = self._loop_pending_scheduler_state, None
+        if state is not None:
+            self._loop_load_scheduler_state(state)
 
-    def _resume(self, contents: StateContents, num_epochs: int) -> None:
-        state = self._restore(contents)
-        self.run_history._set_epoch(state["current_epoch"])
-        self._num_batches_to_skip = self.progress.num_batches_in_epoch if self.progress.phase == "training" else 0
-        self._stream_position = contents.stream_position
-        self._last_epoch = num_epochs
-        self.is_resumed = True
+    def _loop_resume(self, contents: StateContents, num_epochs: int) -> None:
+        run = self._loop_run
+        state = self._loop_restore(contents)
+        self.run_history._set_epoch(state["current_epoch"])  # noqa: SLF001 - a seam of 0.1.61
+        run.num_batches_to_skip = run.progress.num_batches_in_epoch if run.progress.phase == "training" else 0
+        run.stream_position = contents.stream_position
+        run.total_num_epochs = num_epochs
+        run.is_resumed = True
         if self.run_config.is_world_process_zero:
-            warn_about_mismatch(contents.saved, self._parts_of_state().settings)
+            resume.warn_about_mismatch(contents.saved, self._loop_state_parts().settings)
 
     def _check_eval_batch_size(self) -> None:
-        """Refuse evaluation data that gives no batch; a subclass may demand more."""
-        for loader in loaders_in(self._eval_dataloader):
+        """Refuse evaluation data that yields no batch; a subclass may demand more."""
+        for loader in self._loop_run.eval_loaders.values():
             _validation.check_loader_not_empty("eval_dataset", loader)
 
-    def _parts_of_state(self) -> Parts:
+    def _loop_state_parts(self) -> Parts:
+        run = self._loop_run
         return Parts(
             model=self.model,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
-            progress=self.progress,
+            progress=run.progress,
             run_history=self.run_history,
             callbacks=self.callback_handler,
-            means=self._means,
-            window=self._window,
-            stream=next((source.stream for source in self._train_randomness), None),
-            seed=self._run_seed,
-            stop_reason=self._early_stop_reason,
-            settings={**self._settings, "scheduler": name_of(self.scheduler)},
+            means=run.passes[0].means,
+            window=run.window,
+            stream=next((loader.stream for loader in run.seeded_train_loaders), None),
+            seed=run.training_seed,
+            stop_reason=run.early_stop_reason,
+            settings={**run.settings, "scheduler": resume.name_of(self.scheduler)},
         )
 
-    def _restore(self, contents: StateContents) -> dict[str, Any]:
-        parts = self._parts_of_state()
-        restore_state(contents, self._accelerator, parts, self._load_scheduler_state, self.print)
-        self._run_seed, self._early_stop_reason = contents.own["seed"], contents.own["stopped"]
-        self._lineage = Lineage(contents.saved)
-        return {name: value for name, value in contents.trainer_state.items() if name != "trainer"}
+    def _loop_restore(self, contents: StateContents) -> dict[str, Any]:
+        parts, run = self._loop_state_parts(), self._loop_run
+        restore_state(contents, self._accelerator, parts, self._loop_load_scheduler_state, self.print)
+        run.seed = run.training_seed = contents.seed
+        run.early_stop_reason = contents.stop_reason
+        run.lineage = Lineage(contents.saved)
+        return contents.user_entries
 
-    def _load_scheduler_state(self, state: Mapping[str, Any]) -> None:
+    def _loop_load_scheduler_state(self, state: Mapping[str, Any]) -> None:
         if self.scheduler is None:
-            self._waiting_scheduler_state = state
+            self._loop_pending_scheduler_state = state
         else:
             self.scheduler.load_state_dict(state)
 
-    def _teardown(self, outer_run: Mapping[str, Any]) -> None:
-        self._is_running = bool(outer_run)  # first: a signal may interrupt the rest
-        for source in (*self._train_randomness, *self._eval_randomness):
-            source.end_run()
-        release(self._accelerator, self._train_dataloader, *loaders_in(self._eval_dataloader))
-        model, self._prepared_model = self._prepared_model, None
-        if model is not None:
-            if not outer_run:
-                self._state_writer.release()
-                release(self._accelerator, self.optimizer, model.prepared, model.plain)
-            self.model = model.restore(self._accelerator, self.model)
-        self._agreement = StopConsensus(num_processes=1)  # that of the run refers to the trainer
-        self._batch_output = None
-        vars(self).update(outer_run)
+    def _loop_teardown(self, run: Run, outer: Run) -> None:
+        run.is_active = False  # first, because a signal may interrupt the rest
+        try:
+            for seeded_loader in (*run.seeded_train_loaders, *run.seeded_eval_loaders):
+                seeded_loader.end_run()
+            release(self._accelerator, run.train_loader, *run.eval_loaders.values())
+            model, run.prepared_model = run.prepared_model, None
+            if model is not None:
+                if not outer.is_active:
+                    self._loop_state_writer.release()
+                    release(self._accelerator, self.optimizer, model.prepared, model.plain)
+                self.model = model.restore(self._accelerator, self.model)
+            run.consensus = StopConsensus(num_processes=1)  # the other one refers to the trainer
+            run.batch_output = None
+        finally:
+            if outer.is_active:
+                self._loop_run = outer
+
+
+def _clear_gradients(model: Any, optimizer: Any) -> None:
+    """Discard the gradients left from before the run, also those of parameters that the optimizer does not hold."""
+    if isinstance(model, nn.Module):
+        model.zero_grad()
+    optimizer.zero_grad()
 
 
 class TrainerWithTimmScheduler(Trainer):
-    """A `Trainer` for the schedulers of timm, which are told the number of updates, and of epochs, done so far."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    """A `Trainer` for the schedulers of timm, which take the number of updates, and of epochs, done so far."""
 
     @property
     def num_updates(self) -> int:
-        """How many updates the run has made."""
+        """The number of updates the run has made."""
         return self.progress.num_updates
 
     def scheduler_step(self) -> None:
-        """Tell the scheduler the number of updates: 1, 2, 3, ..."""
+        """Pass the number of updates to the scheduler: 1, 2, 3, ..."""
         if self.scheduler is not None:
             self.scheduler.step_update(num_updates=self.num_updates)
 
     def training_run_epoch_end(self) -> None:
-        """Tell the scheduler the number of epochs: 1, 2, 3, ..."""
+        """Pass the number of epochs to the scheduler: 1, 2, 3, ..."""
         if self.scheduler is not None:
             self.scheduler.step(self.run_history.current_epoch)

@@ -1,4 +1,4 @@
-"""Public helpers, gathered under one import path."""
+"""Public helpers under one import path. They are defined in the private modules that use them."""
 
 from pytorch_accelerated._data.limits import LIMIT_BATCHES_ENV_VAR, DataLoaderSlice, LimitBatches
 from pytorch_accelerated._data.workers import worker_init_fn

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, and that are read without running code."""
+"""Files and folders are complete or do not exist, and are read without running code from them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,6 @@ from pytorch_accelerated._checkpoint import files as files_module
 from pytorch_accelerated.exceptions import CheckpointError
 
 
-@pytest.fixture
-def _full_disk(monkeypatch):
-    """Writing starts well and then fails."""
-    save = torch.save
-
-    def fail(contents, file, *args, **kwargs):
-        save({"half": 1}, file)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", fail)
-
-
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -39,7 +27,7 @@ def names_in(folder):
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_returns_what_was_written_as_plain_values(tmp_path):
+def test_contents_are_stored_as_plain_values_and_read_back(tmp_path):
     path = tmp_path / "a" / "b" / "file.pt"
     contents = {
         "float": np.float64(0.5),
@@ -63,20 +51,20 @@ def test_a_file_returns_what_was_written_as_plain_values(tmp_path):
     assert names_in(path.parent) == ["file.pt"]
 
 
-def test_an_array_in_a_file_is_not_the_users_own():
+def test_arrays_are_copied():
     array = np.zeros(2)
     plain = files_module.as_plain({"array": array})
     array[0] = 1
     assert plain["array"].tolist() == [0, 0]
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_loading_a_missing_file_names_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint file '.*nothing.pt'"):
         files_module.load_file(tmp_path / "nothing.pt")
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"text"])
-def test_a_damaged_file_is_refused(tmp_path, damage):
+def test_loading_a_damaged_file_raises(tmp_path, damage):
     path = tmp_path / "file.pt"
     files_module.save_file({"a": torch.ones(100)}, path)
     path.write_bytes(damage(path.read_bytes()))
@@ -84,18 +72,19 @@ def test_a_damaged_file_is_refused(tmp_path, damage):
         files_module.load_file(path)
 
 
-def test_a_file_runs_no_code(tmp_path):
+def test_loading_a_file_runs_no_code_from_it(tmp_path):
     class Harmful:
         def __reduce__(self):
             return Path.touch, (tmp_path / "harm",)
 
     torch.save({"a": Harmful()}, tmp_path / "file.pt")
-    with pytest.raises(CheckpointError, match="not loaded because that could run code"):
+    with pytest.raises(CheckpointError, match="not loaded, because that could run code") as caught:
         files_module.load_file(tmp_path / "file.pt")
+    assert "weights_only" not in str(caught.value), "PyTorch's advice to load the file unsafely must not be repeated"
     assert not (tmp_path / "harm").exists()
 
 
-def test_numpy_scalars_in_checkpoints_of_0_1_61_are_read(tmp_path):
+def test_numpy_scalars_in_checkpoints_of_0_1_61_can_be_loaded(tmp_path):
     torch.save({"metric": np.float64(0.5), "epoch": np.int64(3)}, tmp_path / "file.pt")
     assert files_module.load_file(tmp_path / "file.pt") == {"metric": 0.5, "epoch": 3}
 
@@ -105,7 +94,7 @@ def test_numpy_scalars_in_checkpoints_of_0_1_61_are_read(tmp_path):
     [argparse.Namespace(a=1), Path("folder"), object, lambda: None, np.array([{}])],
     ids=["namespace", "path", "class", "function", "array of objects"],
 )
-def test_what_could_not_be_read_back_is_refused_before_anything_is_lost(tmp_path, value):
+def test_saving_what_could_not_be_read_back_raises_and_keeps_the_old_file(tmp_path, value):
     path = tmp_path / "file.pt"
     files_module.save_file({"a": 1}, path)
     with pytest.raises(CheckpointError):
@@ -115,29 +104,29 @@ def test_what_could_not_be_read_back_is_refused_before_anything_is_lost(tmp_path
 
 
 @pytest.mark.usefixtures("_full_disk")
-def test_a_full_disk_is_an_error_that_names_the_path_and_leaves_the_old_file(tmp_path):
+def test_a_full_disk_raises_an_error_that_names_the_path_and_keeps_the_old_file(tmp_path):
     path = tmp_path / "file.pt"
     path.write_text("old")
-    with pytest.raises(CheckpointError, match=r"'.*file.pt' could not be written.*No space.*untouched.*disk has room"):
+    with pytest.raises(CheckpointError, match=r"'.*file.pt' could not be written.*No space.*unchanged.*free space"):
         files_module.save_file({"a": 1}, path)
     assert names_in(tmp_path) == ["file.pt"]
     assert path.read_text() == "old"
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_that_names_the_path(tmp_path):
+def test_saving_where_no_folder_can_be_created_names_the_path(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file/model.pt' could not be written"):
         files_module.save_file({"a": 1}, tmp_path / "file" / "model.pt")
 
 
-def test_whether_a_file_can_be_written_is_known_before_there_is_anything_to_write(tmp_path):
+def test_check_can_write_creates_the_folder_and_leaves_an_old_file_alone(tmp_path):
     path = tmp_path / "folder" / "model.pt"
     files_module.check_can_write(path)
     assert list(tmp_path.rglob("*")) == [path.parent]
     path.write_text("old")
     files_module.check_can_write(path)
     assert path.read_text() == "old"
-    with pytest.raises(CheckpointError, match=r"saved as '.*model.pt/model.pt'.*path of a file in a folder"):
+    with pytest.raises(CheckpointError, match=r"saved as '.*model.pt/model.pt'.*path of a file in a writable folder"):
         files_module.check_can_write(path / "model.pt")
     with pytest.raises(CheckpointError, match=r"saved as '.*folder': .*[Dd]irectory"):
         files_module.check_can_write(path.parent)
@@ -151,14 +140,14 @@ def _group_may_read():
 
 
 @pytest.mark.usefixtures("_group_may_read")
-def test_a_file_may_be_read_by_whom_the_umask_allows(tmp_path):
+def test_a_file_has_the_permissions_of_the_umask(tmp_path):
     files_module.save_file({"a": 1}, tmp_path / "file.pt")
     assert stat.S_IMODE((tmp_path / "file.pt").stat().st_mode) == 0o644
 
 
 @pytest.fixture
 def flushed(monkeypatch):
-    """The paths that were flushed to the disk, in order."""
+    """The paths that were fsynced, in order."""
     paths = []
     fsync = os.fsync
 
@@ -174,7 +163,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="need
 
 
 @needs_proc
-def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_afterwards(tmp_path, flushed):
+def test_a_file_is_fsynced_before_it_is_renamed_and_its_folder_afterwards(tmp_path, flushed):
     files_module.save_file({"a": 1}, tmp_path / "new" / "file.pt")
     assert [path.name for path in flushed[:2]] == [tmp_path.name, ".file.pt.tmp-0"]
     assert flushed[2:] == [tmp_path / "new"]
@@ -183,20 +172,20 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_afterwards(tm
 # --- folders -----------------------------------------------------------------------------------------------------
 
 
-def make_folder(path, text):
+def make_folder_with_file(path, text):
     path.mkdir()
     (path / "file").write_text(text)
 
 
 @needs_proc
-def test_folders_are_made_with_those_above_them_and_their_names_are_on_the_disk(tmp_path, flushed):
-    files_module.make_folder(tmp_path / "a" / "b")
+def test_creating_a_folder_fsyncs_each_parent(tmp_path, flushed):
+    files_module.create_folder(tmp_path / "a" / "b")
     assert flushed == [tmp_path, tmp_path / "a"]
-    files_module.make_folder(tmp_path / "a" / "b")
+    files_module.create_folder(tmp_path / "a" / "b")
     assert len(flushed) == 2
 
 
-def test_a_folder_on_a_file_system_that_cannot_flush_folders_is_taken_as_it_is(tmp_path, monkeypatch):
+def test_a_file_system_that_cannot_fsync_folders_is_tolerated(tmp_path, monkeypatch):
     def refuse(descriptor):
         raise OSError(errno.EINVAL, "Invalid argument")
 
@@ -207,19 +196,19 @@ def test_a_folder_on_a_file_system_that_cannot_flush_folders_is_taken_as_it_is(t
         files_module.flush_to_disk(tmp_path / "file")
 
 
-def test_a_folder_takes_the_place_of_another(tmp_path):
+def test_a_folder_replaces_another(tmp_path):
     target = tmp_path / "folder"
-    make_folder(target, "old")
-    make_folder(files_module.temporary_path(target), "new")
+    make_folder_with_file(target, "old")
+    make_folder_with_file(files_module.temporary_path(target), "new")
     files_module.replace_folder(target)
     assert names_in(tmp_path) == ["folder"]
     assert (target / "file").read_text() == "new"
 
 
-def test_a_folder_that_cannot_take_the_place_leaves_the_old_one_there(tmp_path, monkeypatch):
+def test_a_failed_replacement_restores_the_old_folder(tmp_path, monkeypatch):
     target = tmp_path / "folder"
-    make_folder(target, "old")
-    make_folder(files_module.temporary_path(target), "new")
+    make_folder_with_file(target, "old")
+    make_folder_with_file(files_module.temporary_path(target), "new")
     rename = Path.rename
 
     def fail(self, new_name):
@@ -237,15 +226,15 @@ def test_a_folder_that_cannot_take_the_place_leaves_the_old_one_there(tmp_path, 
     ("present", "text"),
     [
         ({"folder": "kept", ".folder.tmp": "half"}, "kept"),
-        ({".folder.old": "kept", ".folder.tmp": "whole"}, "kept"),
-        ({"folder": "kept", ".folder.old": "former"}, "kept"),
+        ({".folder.old": "kept", ".folder.tmp": "complete"}, "kept"),
+        ({"folder": "kept", ".folder.old": "previous"}, "kept"),
         ({".folder.tmp": "half"}, None),
         ({}, None),
     ],
 )
-def test_what_was_cut_off_is_undone_or_finished(tmp_path, present, text):
+def test_an_interrupted_write_or_replacement_is_undone_or_finished(tmp_path, present, text):
     for name, content in present.items():
-        make_folder(tmp_path / name, content)
+        make_folder_with_file(tmp_path / name, content)
     target = tmp_path / "folder"
     files_module.repair_folder(target)
     assert names_in(tmp_path) == ([] if text is None else ["folder"])
@@ -253,11 +242,11 @@ def test_what_was_cut_off_is_undone_or_finished(tmp_path, present, text):
         assert (target / "file").read_text() == text
 
 
-def test_a_folder_has_lost_its_name_before_it_is_deleted(tmp_path, monkeypatch):
-    """So that what is left by a deletion that is cut off is known as such."""
+def test_a_folder_is_renamed_before_it_is_deleted(tmp_path, monkeypatch):
+    """The rest of an interrupted deletion is then recognized as such."""
     target = tmp_path / "folder"
-    make_folder(target, "text")
-    make_folder(files_module.temporary_path(target), "left from before")
+    make_folder_with_file(target, "text")
+    make_folder_with_file(files_module.temporary_path(target), "leftover")
     names = []
     rmtree = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: (names.append(names_in(tmp_path)), rmtree(*a, **k)))
@@ -266,12 +255,12 @@ def test_a_folder_has_lost_its_name_before_it_is_deleted(tmp_path, monkeypatch):
     assert names_in(tmp_path) == []
 
 
-def test_the_checksum_of_a_file_is_that_of_its_bytes(tmp_path):
+def test_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
     (tmp_path / "file").write_bytes(b"abc" * 1_000_000)
     assert files_module.sha256_of(tmp_path / "file") == hashlib.sha256(b"abc" * 1_000_000).hexdigest()
 
 
-def test_what_a_killed_process_left_of_a_file_is_overwritten(tmp_path):
+def test_the_temporary_file_of_a_killed_process_is_overwritten(tmp_path):
     process = multiprocessing.get_context("fork").Process(target=_die_while_saving, args=(tmp_path / "file.pt",))
     process.start()
     process.join(60)

@@ -1,4 +1,4 @@
-"""A folder of states: which there are, which is the newest, which may go, and whose it is."""
+"""A folder of states: which it contains, which is the newest, which are deleted, and which run owns it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def names_of(states):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Some states, whose names and times of writing tell nothing about their order."""
+    """A folder with states whose names and timestamps say nothing about their order."""
     make_up_state(tmp_path / "step_20", epochs=1, batches=2)
     make_up_state(tmp_path / "step_9", epochs=2, batches=1)
     make_up_state(tmp_path / "epoch_3", epochs=0, batches=5)
@@ -45,15 +45,15 @@ def folder(tmp_path):
 IN_ORDER = ["epoch_3", "step_20", "mine", "step_9"]
 
 
-# --- what is there -----------------------------------------------------------------------------------------------
+# --- what is in it -----------------------------------------------------------------------------------------------
 
 
-def test_states_are_listed_by_how_far_their_run_had_come(folder):
+def test_states_are_sorted_by_how_far_their_run_had_come(folder):
     assert names_of(list_states(folder)) == IN_ORDER
     assert find_newest_state(folder).path == folder / "step_9"
 
 
-def test_no_clock_has_a_say(folder, monkeypatch):
+def test_timestamps_do_not_affect_the_order(folder, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 0.0)
     for number, name in enumerate(reversed(IN_ORDER)):
         os.utime(folder / name, (number, number))
@@ -62,19 +62,19 @@ def test_no_clock_has_a_say(folder, monkeypatch):
     assert names_of(list_states(folder)) == IN_ORDER
 
 
-def test_states_of_later_runs_come_after_those_of_earlier_ones(folder):
+def test_states_of_later_runs_come_after_those_of_earlier_runs(folder):
     make_up_state(folder / "step_1", epochs=0, batches=1, generation=1)
     assert names_of(list_states(folder)) == [*IN_ORDER, "step_1"]
 
 
-def test_what_is_no_state_is_not_listed(folder):
+def test_files_and_folders_that_are_not_states_are_not_listed(folder):
     (folder / "notes").mkdir()
     (folder / "file").touch()
     shutil.copytree(folder / "mine", folder / ".mine.tmp")
     assert names_of(list_states(folder)) == IN_ORDER
 
 
-def test_what_ought_to_be_a_state_is_listed_with_what_is_wrong(folder):
+def test_unusable_states_are_listed_with_their_problem(folder):
     (folder / "epoch_7").mkdir()
     (folder / "step_9" / "process_0.pt").unlink()
     (folder / "mine" / "manifest.json").write_text("{")
@@ -86,34 +86,34 @@ def test_what_ought_to_be_a_state_is_listed_with_what_is_wrong(folder):
     assert states["epoch_3"].problem is None
 
 
-def test_a_folder_that_may_not_be_read_is_passed_over_unless_it_has_a_name_of_ours(folder, monkeypatch):
-    def refuse(path):
+def test_an_unreadable_folder_is_listed_only_if_it_has_the_name_of_a_state(folder, monkeypatch):
+    def fail(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(folder_module, "read_manifest", refuse)
+    monkeypatch.setattr(folder_module, "read_manifest", fail)
     states = list_states(folder)
     assert names_of(states) == ["epoch_3", "step_20", "step_9"]
     assert all("Permission denied" in state.problem for state in states)
 
 
-def test_the_newest_that_is_whole_is_found_and_the_others_are_named(folder):
+def test_the_newest_valid_state_is_found_and_skipped_ones_are_reported(folder):
     (folder / "epoch_8").mkdir()
     for name in ("step_9", "mine"):
         (folder / name / "model.pt").write_bytes(b"x" * (folder / name / "model.pt").stat().st_size)
-    passed_over = []
-    assert find_newest_state(folder, passed_over.append).path == folder / "step_20"
-    assert len(passed_over) == 2
-    assert passed_over[0].startswith(f"The training state '{folder / 'step_9'}' is damaged: model.pt")
+    skipped = []
+    assert find_newest_state(folder, skipped.append).path == folder / "step_20"
+    assert len(skipped) == 2
+    assert skipped[0].startswith(f"The training state '{folder / 'step_9'}' is damaged: model.pt")
     for name in ("step_20", "epoch_3"):
         (folder / name / "model.pt").unlink()
-    passed_over.clear()
-    assert find_newest_state(folder, passed_over.append) is None
-    assert len(passed_over) == 5
-    assert "epoch_8" in passed_over[-1]
+    skipped.clear()
+    assert find_newest_state(folder, skipped.append) is None
+    assert len(skipped) == 5
+    assert "epoch_8" in skipped[-1]
 
 
-def test_states_of_a_newer_version_are_not_passed_over(folder):
-    """To go on from an older state instead would give up, and in the end delete, what the newer version has done."""
+def test_states_of_a_newer_version_are_not_skipped(folder):
+    """Resuming from an older state would abandon, and finally delete, what the newer version has done."""
     manifest = folder / "epoch_3" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 9}))
     assert names_of(list_states(folder))[-1] == "epoch_3"
@@ -121,7 +121,7 @@ def test_states_of_a_newer_version_are_not_passed_over(folder):
         find_newest_state(folder)
 
 
-def test_a_folder_without_states_has_no_newest(tmp_path):
+def test_a_folder_without_states_has_no_newest_state(tmp_path):
     assert list_states(tmp_path) == []
     assert find_newest_state(tmp_path) is None
     with pytest.raises(FileNotFoundError):
@@ -131,12 +131,12 @@ def test_a_folder_without_states_has_no_newest(tmp_path):
 # --- generations -------------------------------------------------------------------------------------------------
 
 
-def test_the_first_run_in_a_folder_is_of_generation_0(tmp_path):
+def test_the_first_run_in_a_folder_has_generation_0(tmp_path):
     lineage = Lineage()
     assert [lineage.take_number(tmp_path) for _ in range(3)] == [(0, 0), (0, 1), (0, 2)]
 
 
-def test_a_run_that_starts_afresh_is_of_a_new_generation_in_every_folder_that_has_states(folder, tmp_path_factory):
+def test_a_run_from_scratch_starts_a_new_generation_in_every_folder_with_states(folder, tmp_path_factory):
     make_up_state(folder / "step_1", generation=4)
     lineage, other = Lineage(), tmp_path_factory.mktemp("other")
     assert lineage.take_number(folder) == (5, 0)
@@ -145,19 +145,19 @@ def test_a_run_that_starts_afresh_is_of_a_new_generation_in_every_folder_that_ha
     assert lineage.take_number(other) == (0, 0)
 
 
-def test_a_run_that_goes_on_from_the_newest_state_is_of_its_generation(folder):
+def test_a_run_resumed_from_the_newest_state_keeps_its_generation(folder):
     newest = read_manifest(make_up_state(folder / "step_30", epochs=3, generation=2, number=6))
     lineage = Lineage(newest)
     assert [lineage.take_number(folder) for _ in range(2)] == [(2, 7), (2, 8)]
 
 
-def test_a_run_that_goes_on_from_an_older_state_is_of_a_new_generation(folder):
-    """Otherwise the states that it leaves behind would be newer than those that it saves."""
+def test_a_run_resumed_from_an_older_state_starts_a_new_generation(folder):
+    """Otherwise the states that it abandons would count as newer than those that it saves."""
     lineage = Lineage(read_manifest(folder / "step_20"))
     assert lineage.take_number(folder) == (1, 0)
 
 
-def test_a_run_that_saves_elsewhere_takes_its_generation_along(folder, tmp_path_factory):
+def test_a_resumed_run_that_saves_to_another_folder_keeps_its_generation(folder, tmp_path_factory):
     origin = read_manifest(make_up_state(folder / "step_30", epochs=3, generation=2, number=6))
     other = tmp_path_factory.mktemp("other")
     assert Lineage(origin).take_number(other) == (2, 0)
@@ -165,12 +165,12 @@ def test_a_run_that_saves_elsewhere_takes_its_generation_along(folder, tmp_path_
     assert Lineage(origin).take_number(other) == (2, 1)
 
 
-def test_a_damaged_manifest_does_not_count(folder):
+def test_states_with_a_damaged_manifest_do_not_affect_the_generation(folder):
     (folder / "step_9" / "manifest.json").write_text("")
     assert Lineage(read_manifest(folder / "mine")).take_number(folder) == (0, 1)
 
 
-# --- what may go -------------------------------------------------------------------------------------------------
+# --- what is kept ------------------------------------------------------------------------------------------------
 
 
 def make_states(folder, losses, generation=0):
@@ -194,15 +194,15 @@ def make_states(folder, losses, generation=0):
         (Retention(1, 2, "unknown"), [6]),
     ],
 )
-def test_the_newest_and_the_best_are_kept(tmp_path, retention, expected):
-    """The third has no loss that is a number: it is never the best."""
+def test_rotation_keeps_the_newest_and_the_best_states(tmp_path, retention, expected):
+    """The third state is never the best, because its loss is not a number."""
     make_states(tmp_path, [5.0, 1.0, "nan", 4.0, 2.0, 3.0])
     rotate(tmp_path, retention)
     assert names_in(tmp_path) == [f"epoch_{number}" for number in expected]
 
 
-def test_of_states_with_the_same_evaluation_the_first_is_the_best(tmp_path):
-    """Those of the steps after it only carry its value along."""
+def test_the_first_of_several_states_with_the_same_evaluation_counts_as_the_best(tmp_path):
+    """The states of later steps only repeat its value."""
     make_states(tmp_path, [3.0, 1.0])
     make_up_state(tmp_path / "step_25", epochs=2, batches=5, metrics={"loss": 1.0})
     make_up_state(tmp_path / "step_26", epochs=2, batches=6, metrics={"loss": 1.0})
@@ -214,14 +214,14 @@ def test_of_states_with_the_same_evaluation_the_first_is_the_best(tmp_path):
     assert names_in(tmp_path) == ["epoch_2", "step_33"]
 
 
-def test_the_states_of_earlier_runs_go_first(tmp_path):
+def test_the_states_of_earlier_runs_are_deleted_first(tmp_path):
     make_states(tmp_path, [1.0, 2.0, 3.0])
     make_up_state(tmp_path / "step_1", batches=1, generation=1)
     rotate(tmp_path, Retention(2))
     assert names_in(tmp_path) == ["epoch_3", "step_1"]
 
 
-def test_only_states_of_epochs_and_steps_go(tmp_path):
+def test_only_states_of_epochs_and_steps_are_deleted(tmp_path):
     make_states(tmp_path, [1.0, 2.0])
     for name in ("final", "mine", "epoch_x", "epoch_2_copy"):
         make_up_state(tmp_path / name)
@@ -232,42 +232,42 @@ def test_only_states_of_epochs_and_steps_go(tmp_path):
     assert names_in(tmp_path) == [name for name in before if name != "epoch_1"]
 
 
-def test_damaged_states_do_not_count_as_kept(tmp_path):
+def test_damaged_states_are_not_counted_among_those_to_keep(tmp_path):
     make_states(tmp_path, [1.0, 2.0, 3.0])
     (tmp_path / "epoch_2" / "model.pt").unlink()
     rotate(tmp_path, Retention(2))
     assert names_in(tmp_path) == ["epoch_1", "epoch_3"]
 
 
-def test_a_state_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch):
+def test_a_state_that_cannot_be_deleted_causes_a_warning(tmp_path, monkeypatch):
     make_states(tmp_path, [1.0, 2.0])
 
-    def refuse(path):
+    def fail(path):
         raise OSError(39, "Directory not empty", str(path))
 
-    monkeypatch.setattr(folder_module, "delete_folder", refuse)
+    monkeypatch.setattr(folder_module, "delete_folder", fail)
     with pytest.warns(UserWarning, match=r"no longer needed could not be deleted: .*Directory not empty: '.*epoch_1'"):
         rotate(tmp_path, Retention(1))
 
 
-# --- whose it is -------------------------------------------------------------------------------------------------
+# --- who owns it -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def claimed(tmp_path):
-    """A folder that is released in the end."""
+    """The path of a folder that is released after the test."""
     yield tmp_path / "a" / "states"
     release_folder(tmp_path / "a" / "states")
 
 
-def test_a_folder_that_is_claimed_is_made(claimed):
+def test_claiming_creates_the_folder_and_can_be_repeated(claimed):
     claim_folder(claimed)
     claim_folder(claimed)
     assert names_in(claimed) == []
     assert (claimed / ".lock").is_file()
 
 
-def test_what_an_interrupted_run_left_is_repaired_and_nothing_else_is_touched(claimed):
+def test_claiming_repairs_what_an_interrupted_run_left_and_touches_nothing_else(claimed):
     for name in (".epoch_1.tmp", ".epoch_1.old", ".final.tmp", ".step_3.old", ".step_4.tmp"):
         make_up_state(claimed / name)
     for name in ("epoch_1", "step_5"):
@@ -295,20 +295,20 @@ needs_locks = pytest.mark.skipif(folder_module.fcntl is None, reason="this syste
 
 
 @needs_locks
-def test_a_folder_that_another_run_has_is_refused_and_the_run_is_named(claimed):
+def test_a_folder_that_another_run_has_claimed_is_rejected_with_the_name_of_that_run(claimed):
     claim_folder(claimed)
     make_up_state(claimed / ".epoch_1.tmp")
     answer = run_python(USE_FOLDER, str(claimed))
-    assert f"Another run saves its training states in '{claimed}': process {os.getpid()} on " in answer
-    assert "give this run another `save_dir`" in answer
-    assert ".epoch_1.tmp" in names_in(claimed), "what the other run is writing is not cleared away"
+    assert f"Another run is saving its training states in '{claimed}': process {os.getpid()} on " in answer
+    assert "pass another `save_dir`" in answer
+    assert ".epoch_1.tmp" in names_in(claimed), "what the other run is writing must not be removed"
     release_folder(claimed)
     assert run_python(USE_FOLDER, str(claimed)) == "claimed\n"
 
 
 @needs_locks
-def test_a_forked_process_does_not_keep_the_folder(claimed):
-    """Such as a loader's worker that outlives a run that was killed."""
+def test_a_forked_process_does_not_hold_the_lock(claimed):
+    """Such as a dataloader worker that outlives its run, which was killed."""
     waiting, go_on = os.pipe()
     holder = os.fork()
     if holder == 0:
@@ -326,11 +326,11 @@ def test_a_forked_process_does_not_keep_the_folder(claimed):
 
 
 @needs_locks
-def test_a_folder_is_used_without_lock_where_there_are_none(claimed, monkeypatch):
-    def refuse(file, operation):
+def test_a_file_system_without_locks_is_tolerated(claimed, monkeypatch):
+    def fail(file, operation):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(folder_module.fcntl, "lockf", refuse)
+    monkeypatch.setattr(folder_module.fcntl, "lockf", fail)
     claim_folder(claimed)
     assert folder_module._held_locks == {}
     monkeypatch.setattr(folder_module, "fcntl", None)
@@ -339,27 +339,27 @@ def test_a_folder_is_used_without_lock_where_there_are_none(claimed, monkeypatch
 
 
 @pytest.mark.parametrize("place", ["file/states", "file"])
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path, place):
+def test_claiming_a_folder_that_cannot_be_created_raises(tmp_path, place):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=rf"cannot be saved in '.*{place}'.*Give a `save_dir`"):
+    with pytest.raises(CheckpointError, match=rf"cannot be saved in '.*{place}'.*Pass a `save_dir`"):
         claim_folder(tmp_path / place)
 
 
 @pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs /sys")
 @pytest.mark.parametrize("place", ["/sys/kernel", "/sys/kernel/states"])
-def test_a_folder_that_nobody_may_write_to_is_refused(place):
+def test_claiming_a_folder_on_a_read_only_file_system_raises(place):
     with pytest.raises(CheckpointError, match=rf"cannot be saved in '{place}'"):
         claim_folder(Path(place))
 
 
-def test_a_folder_without_permission_to_write_is_refused(tmp_path, monkeypatch):
+def test_claiming_a_folder_without_write_permission_raises(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(CheckpointError, match=r"cannot be saved in .*Permission denied"):
         claim_folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ünïcode", "with spaces", "[brackets]*?", "a\nb", "x" * 200])
-def test_folders_may_have_odd_names(tmp_path, name):
+def test_folders_may_have_unusual_names(tmp_path, name):
     folder = tmp_path / name
     claim_folder(folder)
     make_up_state(folder / "epoch_1", epochs=1)
@@ -369,11 +369,11 @@ def test_folders_may_have_odd_names(tmp_path, name):
     assert find_newest_state(folder).path == folder / "epoch_2"
 
 
-def test_of_what_a_run_has_written_itself_the_superseded_goes_even_if_it_cannot_be_read(tmp_path):
-    """A subclass of the trainer may write states of another form."""
+def test_rotation_deletes_unreadable_states_only_if_this_run_wrote_them(tmp_path):
+    """A subclass of the trainer may write states in a format of its own."""
     paths = [tmp_path / f"step_{number}" for number in (9, 10, 11)]
-    foreign = tmp_path / "step_1"
-    for path in (*paths, foreign):
+    other = tmp_path / "step_1"
+    for path in (*paths, other):
         path.mkdir()
     rotate(tmp_path, Retention(2), paths)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1", "step_10", "step_11"]

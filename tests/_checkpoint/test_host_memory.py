@@ -1,9 +1,8 @@
-"""Writing in the background: one thing at a time, from a copy, and no failure is lost."""
+"""Copies of nested tensors in host memory that is reused."""
 
 from __future__ import annotations
 
 import mmap
-import threading
 import weakref
 from collections import OrderedDict
 
@@ -11,35 +10,12 @@ import pytest
 import torch
 
 from pytorch_accelerated._checkpoint.host_memory import HostMemory
-from pytorch_accelerated._checkpoint.writer import BackgroundWriter
 
 
-def test_the_caller_goes_on_while_something_is_written():
-    may_end, written = threading.Event(), []
-    writer = BackgroundWriter()
-    writer.start(lambda: (may_end.wait(20), written.append(1)))
-    assert written == []
-    may_end.set()
-    writer.wait()
-    assert written == [1]
-    writer.wait()  # nothing is under way
-
-
-def test_a_failure_is_raised_once_where_somebody_waits():
-    def fail():
-        raise OSError("no room")
-
-    writer = BackgroundWriter()
-    writer.start(fail)
-    with pytest.raises(OSError, match="no room"):
-        writer.wait()
-    writer.wait()
-
-
-def test_a_copy_is_not_changed_by_what_happens_to_the_original():
+def test_a_copy_does_not_change_with_the_original():
     weights = torch.arange(6.0).reshape(2, 3)
     state = {"model": OrderedDict(w=weights, t=weights.t()), "list": [weights[0], (1, "a", None)], 3: {"x": 2.5}}
-    copied = HostMemory().copy_of(state)
+    copied = HostMemory().copy(state)
     weights.zero_()
     assert type(copied["model"]) is OrderedDict
     assert torch.equal(copied["model"]["w"], torch.arange(6.0).reshape(2, 3))
@@ -49,12 +25,12 @@ def test_a_copy_is_not_changed_by_what_happens_to_the_original():
     assert copied[3] == {"x": 2.5}
 
 
-def test_memory_serves_again_where_it_fits():
+def test_memory_is_reused_if_the_tensors_match():
     memory = HostMemory()
-    first = memory.copy_of([torch.ones(3), torch.ones(2, dtype=torch.int64)])
-    again = memory.copy_of([torch.zeros(3), torch.zeros(2, dtype=torch.int64)])
+    first = memory.copy([torch.ones(3), torch.ones(2, dtype=torch.int64)])
+    again = memory.copy([torch.zeros(3), torch.zeros(2, dtype=torch.int64)])
     assert [tensor.data_ptr() for tensor in again] == [tensor.data_ptr() for tensor in first]
-    other = memory.copy_of([torch.ones(4), torch.ones(2), torch.ones(())])
+    other = memory.copy([torch.ones(4), torch.ones(2), torch.ones(())])
     assert [(tensor.shape, tensor.dtype) for tensor in other] == [
         ((4,), torch.float32),
         ((2,), torch.float32),
@@ -64,14 +40,14 @@ def test_memory_serves_again_where_it_fits():
 
 
 @pytest.mark.parametrize("length", [2, 10_000])
-def test_a_copy_needs_no_gradient(length):
-    (copied,) = HostMemory().copy_of([torch.nn.Parameter(torch.ones(length))])
+def test_a_copy_does_not_require_gradients(length):
+    (copied,) = HostMemory().copy([torch.nn.Parameter(torch.ones(length))])
     assert torch.equal(copied, torch.ones(length))
     assert not copied.requires_grad
 
 
 def odd_tensors():
-    """Large enough to be placed in memory of ours, as far as their kind allows it."""
+    """Tensors of many kinds, all large enough for the shared memory if their kind allows it."""
     numbers = torch.arange(20_000.0)
     return {
         "channels last": numbers.reshape(4, 50, 10, 10).to(memory_format=torch.channels_last),
@@ -88,11 +64,11 @@ def odd_tensors():
     }
 
 
-@pytest.mark.parametrize("has_large_pages", [True, False])
-def test_tensors_of_any_kind_are_copied(monkeypatch, has_large_pages):
-    if not has_large_pages:
+@pytest.mark.parametrize("has_huge_pages", [True, False])
+def test_tensors_of_any_kind_are_copied(monkeypatch, has_huge_pages):
+    if not has_huge_pages:
         monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)
-    copied = HostMemory().copy_of(odd_tensors())
+    copied = HostMemory().copy(odd_tensors())
     for name, tensor in odd_tensors().items():
         assert copied[name].dtype == tensor.dtype, name
         assert torch.equal(copied[name].to_dense(), tensor.to_dense()), name
@@ -100,18 +76,18 @@ def test_tensors_of_any_kind_are_copied(monkeypatch, has_large_pages):
     assert copied["channels last"].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_system_may_be_without_large_pages(monkeypatch):
+def test_a_system_without_huge_pages_is_tolerated(monkeypatch):
     class Memory(mmap.mmap):
         def madvise(self, option):
             raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(mmap, "mmap", Memory)
     numbers = torch.arange(10_000.0)
-    assert torch.equal(HostMemory().copy_of([numbers])[0], numbers)
+    assert torch.equal(HostMemory().copy([numbers])[0], numbers)
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="memory is ours on Linux only")
-def test_memory_is_given_back_when_nothing_needs_it(monkeypatch):
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="memory is mapped on Linux only")
+def test_memory_is_freed_when_nothing_uses_it(monkeypatch):
     maps = []
 
     class Memory(mmap.mmap):
@@ -125,20 +101,20 @@ def test_memory_is_given_back_when_nothing_needs_it(monkeypatch):
     monkeypatch.setattr(mmap, "mmap", make)
     memory = HostMemory()
     for length in (10_000, 10_000, 20_000):
-        copied = memory.copy_of([torch.ones(length)])
-    assert [ref() is not None for ref in maps] == [False, True], "of other tensors it is of no use"
+        copied = memory.copy([torch.ones(length)])
+    assert [ref() is not None for ref in maps] == [False, True], "memory that no longer matches must be freed"
     del memory
-    assert maps[-1]() is not None, "it is still read"
+    assert maps[-1]() is not None, "the copy still uses it"
     assert bool((copied[0] == 1).all())
     del copied
     assert maps[-1]() is None
 
 
-def test_each_tensor_of_a_copy_has_a_storage_of_its_own():
-    """Otherwise a file with one of them would have them all."""
-    first, second = HostMemory().copy_of([torch.ones(10_000), torch.ones(20_000)])
+def test_each_tensor_of_a_copy_has_its_own_storage():
+    """Otherwise a file with one of them would contain all of them."""
+    first, second = HostMemory().copy([torch.ones(10_000), torch.ones(20_000)])
     assert (first.untyped_storage().nbytes(), second.untyped_storage().nbytes()) == (40_000, 80_000)
 
 
-def test_without_tensors_there_is_nothing_to_copy():
-    assert HostMemory().copy_of({"a": [1, "b", None]}) == {"a": [1, "b", None]}
+def test_a_structure_without_tensors_can_be_copied():
+    assert HostMemory().copy({"a": [1, "b", None]}) == {"a": [1, "b", None]}

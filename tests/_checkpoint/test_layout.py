@@ -1,4 +1,4 @@
-"""Where a run goes on whose samples are grouped otherwise than before."""
+"""Where a run resumes if its samples are batched differently than before."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from _saved import make_state_trainer, rewrite_manifest, train
 from _support import Probe, make_indexed_dataset, make_model, make_trainer
+from pytorch_accelerated._checkpoint.files import load_file
 from pytorch_accelerated._checkpoint.layout import BatchLayout, sum_epoch_means, translate_position
 from pytorch_accelerated._checkpoint.manifest import read_manifest
 from pytorch_accelerated._data.sharding import ShardedBatchSampler
@@ -23,60 +24,58 @@ def at(num_batches, phase="training"):
     [
         pytest.param(6, BatchLayout(2, 4), BatchLayout(1, 4), 100, 12, id="fewer processes"),
         pytest.param(6, BatchLayout(1, 4), BatchLayout(2, 4), 100, 3, id="more processes"),
-        pytest.param(5, BatchLayout(1, 4), BatchLayout(2, 4), 100, 2, id="a batch comes again"),
-        pytest.param(5, BatchLayout(2, 4), BatchLayout(3, 4), 100, 3, id="a batch comes again, of three"),
+        pytest.param(5, BatchLayout(1, 4), BatchLayout(2, 4), 100, 2, id="a batch is repeated"),
+        pytest.param(5, BatchLayout(2, 4), BatchLayout(3, 4), 100, 3, id="a batch is repeated, three processes"),
         pytest.param(6, BatchLayout(1, 4), BatchLayout(1, 8), 100, 3, id="larger batches"),
         pytest.param(6, BatchLayout(1, 4), BatchLayout(1, 3), 100, 8, id="smaller batches"),
-        pytest.param(6, BatchLayout(2, 4), BatchLayout(1, 8), 100, 6, id="the same together"),
-        pytest.param(7, BatchLayout(1, 4, 2), BatchLayout(2, 4, 2), 100, 2, id="the open window comes again"),
-        pytest.param(8, BatchLayout(1, 4, 4), BatchLayout(1, 8, 3), 100, 3, id="before a whole update"),
+        pytest.param(6, BatchLayout(2, 4), BatchLayout(1, 8), 100, 6, id="the same total batch size"),
+        pytest.param(7, BatchLayout(1, 4, 2), BatchLayout(2, 4, 2), 100, 2, id="the open window is repeated"),
+        pytest.param(8, BatchLayout(1, 4, 4), BatchLayout(1, 8, 3), 100, 3, id="rounded down to a complete update"),
         pytest.param(7, BatchLayout(2, 4, 1), BatchLayout(1, 4, 4), 100, 12, id="another accumulation"),
-        pytest.param(5, BatchLayout(1, None), BatchLayout(2, None), 100, 2, id="batches that vary"),
-        pytest.param(6, BatchLayout(1, None), BatchLayout(2, 4), 100, 3, id="batches that varied"),
-        pytest.param(0, BatchLayout(1, 4), BatchLayout(2, 4), 100, 0, id="before the epoch"),
+        pytest.param(5, BatchLayout(1, None), BatchLayout(2, None), 100, 2, id="batches of varying size"),
+        pytest.param(6, BatchLayout(1, None), BatchLayout(2, 4), 100, 3, id="batches that used to vary in size"),
+        pytest.param(0, BatchLayout(1, 4), BatchLayout(2, 4), 100, 0, id="at the start of the epoch"),
         pytest.param(5, BatchLayout(1, 4, 2), BatchLayout(2, 4, 2), 18, 3, id="after the last batch"),
-        pytest.param(
-            5, BatchLayout(1, 4, 2), BatchLayout(2, 4, 2), None, 2, id="after the last batch, as far as is known"
-        ),
+        pytest.param(5, BatchLayout(1, 4, 2), BatchLayout(2, 4, 2), None, 2, id="after the last batch, unknown length"),
     ],
 )
-def test_a_run_goes_on_before_the_first_update_with_a_new_sample(num_batches, then, now, length, expected):
+def test_a_run_resumes_before_the_first_update_with_an_unused_sample(num_batches, then, now, length, expected):
     new = translate_position(at(num_batches), then, now, length)
     assert new == at(expected)
 
 
 @pytest.mark.parametrize("phase", ["evaluation", "end"])
-def test_a_run_that_is_through_with_the_batches_of_an_epoch_has_no_new_place(phase):
+def test_the_position_after_the_batches_of_an_epoch_does_not_change(phase):
     assert translate_position(at(5, phase), BatchLayout(1, 4), BatchLayout(2, 4), 18) == at(5, phase)
 
 
 @pytest.mark.parametrize("size_now", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("processes_now", [1, 2, 3])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_no_sample_is_left_out_and_at_most_an_update_comes_again(size_now, processes_now, accumulation):
-    """Looked at sample by sample, for every place of the run before."""
+def test_no_sample_is_missed_and_at_most_one_update_is_repeated(size_now, processes_now, accumulation):
+    """Compares the indices that the sampler yields, for every position of the earlier run."""
 
-    def samples_from(step, grouping):
-        batches = [list(range(start, min(start + grouping[1], 46))) for start in range(0, 46, grouping[1])]
-        shares = (list(ShardedBatchSampler(batches, grouping[0], rank))[step:] for rank in range(grouping[0]))
-        return [index for share in shares for batch in share for index in batch]
+    def samples_from(step, num_processes, batch_size):
+        batches = [list(range(start, min(start + batch_size, 46))) for start in range(0, 46, batch_size)]
+        shards = (list(ShardedBatchSampler(batches, num_processes, rank))[step:] for rank in range(num_processes))
+        return [index for shard in shards for batch in shard for index in batch]
 
     then, now = BatchLayout(2, 3, 2), BatchLayout(processes_now, size_now, accumulation)
     for step in range(8):
         position = translate_position(at(step), then, now, 46).num_batches_in_epoch
-        new = set(samples_from(step - step % 2, (2, 3)))
-        following = set(samples_from(position, (processes_now, size_now)))
+        new = set(samples_from(step - step % 2, 2, 3))
+        following = set(samples_from(position, processes_now, size_now))
         assert new <= following
         assert len(following - new) < processes_now * size_now * accumulation
 
 
-def test_a_grouping_is_taken_out_of_settings():
+def test_a_layout_is_built_from_settings():
     settings = {"per_device_batch_size": 4, "gradient_accumulation_steps": 2, "num_processes": 9, "sampler": "x"}
-    assert BatchLayout.of(settings, 3) == BatchLayout(3, 4, 2)
-    assert BatchLayout.of({}, 3) == BatchLayout(3, None, 1)
+    assert BatchLayout.from_settings(settings, 3) == BatchLayout(3, 4, 2)
+    assert BatchLayout.from_settings({}, 3) == BatchLayout(3, None, 1)
 
 
-def test_the_sums_of_several_processes_are_added_up():
+def test_epoch_means_of_several_processes_are_summed():
     def means_of(loss, **metrics):
         means = EpochMeans()
         means.loss.update(loss, 2)
@@ -92,11 +91,11 @@ def test_the_sums_of_several_processes_are_added_up():
     assert nothing.sums("train_loss") == EpochMeans().sums("train_loss")
 
 
-# --- in a run ----------------------------------------------------------------------------------------------------
+# --- real runs ---------------------------------------------------------------------------------------------------
 
 
 def samples_seen(path=None, resume_from=None, stop_at=None, **kwargs):
-    """Train on samples that are their own index, in order, and return those of each update of the second epoch."""
+    """Train in order on samples that are their own index, and return those of each update of the second epoch."""
     updates = [[]]
 
     def look(trainer, batch, **_):
@@ -125,7 +124,7 @@ def samples_seen(path=None, resume_from=None, stop_at=None, **kwargs):
     return [update for update in updates if update]
 
 
-@pytest.mark.filterwarnings("ignore:The run that goes on:UserWarning")
+@pytest.mark.filterwarnings("ignore:The run resumed from:UserWarning")
 @pytest.mark.parametrize(
     ("stop_at", "kwargs", "first"),
     [
@@ -136,22 +135,22 @@ def samples_seen(path=None, resume_from=None, stop_at=None, **kwargs):
         (5, {"per_device_batch_size": 5}, 22),
     ],
 )
-def test_an_epoch_goes_on_at_its_sample_with_another_batch_size(tmp_path, stop_at, kwargs, first):
+def test_an_epoch_continues_at_the_same_sample_with_another_batch_size(tmp_path, stop_at, kwargs, first):
     samples_seen(tmp_path / "state", stop_at=stop_at)
     updates = samples_seen(resume_from=tmp_path / "state", **kwargs)
     assert [index for update in updates for index in update] == list(range(first, 22))
 
 
-@pytest.mark.filterwarnings("ignore:The run that goes on:UserWarning")
-def test_an_epoch_that_has_become_shorter_than_what_is_done_of_it_is_over(tmp_path):
+@pytest.mark.filterwarnings("ignore:The run resumed from:UserWarning")
+def test_an_epoch_ends_if_the_dataset_has_become_shorter_than_the_position(tmp_path):
     samples_seen(tmp_path / "state", stop_at=4)
     trainer = make_trainer(make_model(1), lr=0.0)
     train(trainer, make_indexed_dataset(8), num_epochs=3, resume_from=tmp_path / "state")
     assert trainer.progress.num_epochs_completed == 3
 
 
-def test_the_epoch_of_another_number_of_processes_goes_on_in_the_same_place(tmp_path, capsys):
-    """A state of one process is passed off as one of two; true ones are in the tests of several processes."""
+def test_an_epoch_continues_at_the_same_sample_with_another_number_of_processes(tmp_path, capsys):
+    """The state of one process is disguised as one of two; tests/distributed has real ones."""
     path = tmp_path / "state"
     samples_seen(path, stop_at=1)
     (path / "process_1.pt").write_bytes((path / "process_0.pt").read_bytes())
@@ -163,26 +162,27 @@ def test_the_epoch_of_another_number_of_processes_goes_on_in_the_same_place(tmp_
     assert capsys.readouterr().out.startswith(line)
 
 
-def test_nothing_is_printed_if_the_number_is_the_same(tmp_path, capsys):
+def test_nothing_is_printed_if_the_number_of_processes_is_the_same(tmp_path, capsys):
     samples_seen(tmp_path / "state", stop_at=1)
     samples_seen(resume_from=tmp_path / "state", allow_other_num_processes=True)
     assert "processes" not in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore:The run that goes on:UserWarning")
-def test_gradients_of_a_window_that_is_given_up_do_not_stay(tmp_path):
-    path, seen = tmp_path / "state", []
+@pytest.mark.filterwarnings("ignore:The run resumed from:UserWarning")
+def test_the_gradients_of_an_abandoned_window_are_discarded(tmp_path):
+    gradients = []
 
     def save(trainer, step, **_):
         if step == 2:
-            trainer.save_training_state(path)
-            seen.append(trainer._window.total)
+            trainer.save_training_state(tmp_path / "state")
 
-    def look(trainer, **_):
-        seen.append(trainer._window.total)
-        seen.extend(parameter.grad for parameter in trainer.model.parameters())
+    def save_again(trainer, **_):
+        trainer.save_training_state(tmp_path / "resumed")
+        gradients.extend(parameter.grad for parameter in trainer.model.parameters())
 
     train(make_state_trainer([Probe(on_train_step_end=save)]), num_epochs=1)
-    resumed = make_state_trainer([Probe(on_train_epoch_start=look)])
-    train(resumed, num_epochs=1, resume_from=path, per_device_batch_size=2)
-    assert seen == [4, 0, None, None, None, None]
+    resumed = make_state_trainer([Probe(on_train_epoch_start=save_again)])
+    train(resumed, num_epochs=1, resume_from=tmp_path / "state", per_device_batch_size=2)
+    windows = [load_file(tmp_path / name / "process_0.pt")["window"] for name in ("state", "resumed")]
+    assert [window["total"] for window in windows] == [4, 0]
+    assert gradients == [None] * 4

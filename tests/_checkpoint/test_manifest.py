@@ -1,4 +1,4 @@
-"""What a manifest tells, and how a directory that does not agree with it is found out."""
+"""The contents of a manifest, and the detection of directories that do not match it."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def path(tmp_path):
     return make_up_state(tmp_path / "state", num_processes=2)
 
 
-def test_a_manifest_gives_back_what_was_written(tmp_path):
-    facts = {
+def test_a_manifest_is_read_as_it_was_written(tmp_path):
+    entries = {
         "metrics": {"loss": 0.1, "strange": "nan"},
         "settings": {"optimizer.betas": [0.9, 0.999], "scheduler": None},
         "generation": 3,
         "number": 7,
     }
-    path = make_up_state(tmp_path / "state", epochs=2, batches=5, num_processes=2, **facts)
+    path = make_up_state(tmp_path / "state", epochs=2, batches=5, num_processes=2, **entries)
     saved = manifest_module.verify_state(path)
     assert saved.path == path
     assert saved.position == TrainingProgress(num_epochs_completed=2, num_batches_in_epoch=5)
-    assert {name: getattr(saved, name) for name in facts} == facts
+    assert {name: getattr(saved, name) for name in entries} == entries
     assert saved.num_processes == 2
     assert saved.format_version == 2
     assert set(saved.files) == {"trainer_state.pt", "process_0.pt", "process_1.pt", "model.pt"}
@@ -48,7 +48,7 @@ def test_a_manifest_gives_back_what_was_written(tmp_path):
     assert saved.problem is None
 
 
-def test_files_in_folders_are_listed_too(path):
+def test_files_in_subfolders_are_listed_too(path):
     (path / "shards" / "deep").mkdir(parents=True)
     (path / "shards" / "deep" / "one").write_text("1")
     rewrite_manifest(path)
@@ -63,7 +63,7 @@ def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(manifest_module, "version", missing)
-    monkeypatch.setattr(manifest_module, "_version_of", manifest_module._version_of.__wrapped__)  # it remembers
+    monkeypatch.setattr(manifest_module, "_version_of", manifest_module._version_of.__wrapped__)  # without its cache
     versions = manifest_module.installed_versions()
     assert (versions["pytorch-accelerated"], versions["torch"], versions["accelerate"]) == (None, None, None)
 
@@ -82,12 +82,12 @@ def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
         ([1] * 100, str([1] * 100)[:80]),
     ],
 )
-def test_metrics_are_finite_numbers_or_short_texts(value, expected):
-    assert manifest_module.as_json_number(value) == expected
+def test_metrics_become_finite_numbers_or_short_texts(value, expected):
+    assert manifest_module.as_json_scalar(value) == expected
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
-def test_all_files_may_be_read_by_whom_the_umask_allows(tmp_path, umask):
+def test_all_files_have_the_permissions_of_the_umask(tmp_path, umask):
     """Safetensors makes its files readable by their owner only."""
     before = os.umask(umask)
     try:
@@ -102,7 +102,7 @@ def test_all_files_may_be_read_by_whom_the_umask_allows(tmp_path, umask):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-def test_all_files_and_folders_are_flushed_to_the_disk(path, monkeypatch):
+def test_all_files_and_folders_are_fsynced(path, monkeypatch):
     (path / "shards").mkdir()
     (path / "shards" / "one").touch()
     flushed = []
@@ -113,12 +113,12 @@ def test_all_files_and_folders_are_flushed_to_the_disk(path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-def test_what_was_flushed_before_is_not_flushed_again(path, monkeypatch):
+def test_files_with_a_known_checksum_are_not_fsynced_again(path, monkeypatch):
     flushed = []
-    facts = {"model.pt": manifest_module.file_metadata(path / "model.pt")}
+    checksums = {"model.pt": manifest_module.file_metadata(path / "model.pt")}
     (path / "manifest.json").unlink()
     monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink()))
-    manifest_module.write_manifest(path, {}, flushed=facts)
+    manifest_module.write_manifest(path, {}, checksums=checksums)
     assert sorted(flushed[:-2]) == [path / "process_0.pt", path / "process_1.pt", path / "trainer_state.pt"]
     assert flushed[-2:] == [path / "manifest.json", path]
 
@@ -126,7 +126,7 @@ def test_what_was_flushed_before_is_not_flushed_again(path, monkeypatch):
 # --- order -------------------------------------------------------------------------------------------------------
 
 
-def test_states_are_in_the_order_of_their_runs_and_of_where_these_were():
+def test_states_are_sorted_by_generation_and_position():
     def state(generation, number, *position):
         return SavedState(Path("x"), TrainingProgress(*position), generation=generation, number=number)
 
@@ -148,29 +148,29 @@ def test_states_are_in_the_order_of_their_runs_and_of_where_these_were():
 # --- damage ------------------------------------------------------------------------------------------------------
 
 
-def test_a_directory_that_is_not_there_is_named(tmp_path):
+def test_a_missing_directory_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no training state '.*nothing'.*`save_training_state`"):
         manifest_module.verify_state(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", "[]", "3", "{", '{"files": 3}', '{"format_version": 2, "files": {}}'])
-def test_a_directory_without_a_manifest_is_no_state(path, text):
+def test_a_directory_without_a_readable_manifest_is_not_a_state(path, text):
     (path / "manifest.json").unlink()
     if text is not None:
         (path / "manifest.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"no complete training state: it has no readable manifest.json"):
+    with pytest.raises(CheckpointError, match=r"not a complete training state: it has no readable manifest.json"):
         manifest_module.verify_state(path)
 
 
-def test_a_place_in_the_run_that_there_is_not_makes_a_manifest_unreadable(path):
+def test_an_unknown_phase_makes_a_manifest_unreadable(path):
     position = {**TrainingProgress().state_dict(), "phase": "nowhere"}
     rewrite_manifest(path, position=position)
     with pytest.raises(CheckpointError, match=r"no readable manifest.json"):
         manifest_module.verify_state(path)
 
 
-def test_every_byte_of_a_manifest_counts(path):
-    """Also those by which it would still be one, of another position for example."""
+def test_a_change_of_any_byte_of_a_manifest_is_detected(path):
+    """Including changes that leave valid JSON, such as another position."""
     manifest = path / "manifest.json"
     content = manifest.read_bytes()
     for index in range(len(content)):
@@ -183,16 +183,16 @@ def test_every_byte_of_a_manifest_counts(path):
             manifest_module.read_manifest(path)
 
 
-def test_a_state_of_a_newer_version_is_refused_as_such(path):
+def test_a_state_of_a_newer_version_is_rejected_with_the_advice_to_upgrade(path):
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 3}))
-    with pytest.raises(CheckpointError, match=r"written by a newer version .* format 3, .* up to 2. Update"):
+    with pytest.raises(CheckpointError, match=r"written by a newer version .* format 3, .* up to 2. Upgrade"):
         manifest_module.verify_state(path)
 
 
 @pytest.mark.parametrize("name", ["trainer_state.pt", "process_0.pt", "process_1.pt", "model.pt"])
 @pytest.mark.parametrize(
-    ("damage", "is_seen_by_size"),
+    ("damage", "changes_size"),
     [
         (lambda content: None, True),
         (lambda content: b"", True),
@@ -202,7 +202,7 @@ def test_a_state_of_a_newer_version_is_refused_as_such(path):
     ],
     ids=["missing", "empty", "truncated", "longer", "altered"],
 )
-def test_a_damaged_file_is_named(path, name, damage, is_seen_by_size):
+def test_a_damaged_file_is_named(path, name, damage, changes_size):
     content = damage((path / name).read_bytes())
     (path / name).unlink()
     if content is not None:
@@ -210,11 +210,11 @@ def test_a_damaged_file_is_named(path, name, damage, is_seen_by_size):
     with pytest.raises(CheckpointError, match=rf"is damaged: {name} is missing or altered"):
         manifest_module.verify_state(path)
     saved = manifest_module.read_manifest(path)
-    assert (manifest_module.find_damage(saved, compares_checksums=False) is not None) == is_seen_by_size
+    assert (manifest_module.find_damage(saved, compare_checksums=False) is not None) == changes_size
 
 
 @pytest.mark.parametrize("name", ["trainer_state.pt", "process_1.pt"])
-def test_a_file_that_every_state_has_must_be_listed(path, name):
+def test_a_manifest_must_list_the_files_that_every_state_has(path, name):
     (path / name).unlink()
     rewrite_manifest(path)
     with pytest.raises(CheckpointError, match=rf"{name} is missing or altered"):
@@ -222,7 +222,7 @@ def test_a_file_that_every_state_has_must_be_listed(path, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "is_refused"),
+    ("name", "is_rejected"),
     [
         ("custom_checkpoint_0.pkl", True),
         ("optimizer_1.bin", True),
@@ -233,16 +233,16 @@ def test_a_file_that_every_state_has_must_be_listed(path, name):
         ("tokenizer.pt", False),
     ],
 )
-def test_a_file_that_is_not_listed_is_refused_if_accelerate_might_read_it(path, name, is_refused):
+def test_an_unlisted_file_is_rejected_if_accelerate_would_read_it(path, name, is_rejected):
     (path / name).touch()
-    if is_refused:
-        with pytest.raises(CheckpointError, match=rf"is damaged: {name} does not belong to it"):
+    if is_rejected:
+        with pytest.raises(CheckpointError, match=rf"is damaged: {name} is not part of the state"):
             manifest_module.verify_state(path)
     else:
         manifest_module.verify_state(path)
 
 
-def test_a_file_that_cannot_be_read_is_damaged(path, monkeypatch):
+def test_an_unreadable_file_counts_as_damaged(path, monkeypatch):
     def fail(file):
         raise OSError(5, "Input/output error")
 
@@ -251,22 +251,22 @@ def test_a_file_that_cannot_be_read_is_damaged(path, monkeypatch):
         manifest_module.verify_state(path)
 
 
-def test_each_file_is_read_once(path, monkeypatch):
+def test_verification_reads_each_file_once(path, monkeypatch):
     names, crc32_of = [], manifest_module.crc32_of
     monkeypatch.setattr(manifest_module, "crc32_of", lambda file: (names.append(file.name), crc32_of(file))[1])
     manifest_module.verify_state(path)
     assert sorted(names) == ["model.pt", "process_0.pt", "process_1.pt", "trainer_state.pt"]
 
 
-def test_nothing_is_read_if_a_size_is_wrong(path, monkeypatch):
-    """Large files take long to read."""
+def test_verification_reads_no_file_if_a_size_is_wrong(path, monkeypatch):
+    """Reading large files takes long."""
     monkeypatch.setattr(manifest_module, "crc32_of", None)
     (path / "process_1.pt").write_text("short")
     with pytest.raises(CheckpointError, match=r"is damaged: process_1.pt is missing or altered"):
         manifest_module.verify_state(path)
 
 
-def test_of_several_altered_files_the_first_is_named(path):
+def test_the_first_of_several_altered_files_is_named(path):
     for name in ("model.pt", "process_1.pt"):
         content = (path / name).read_bytes()
         (path / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
@@ -275,16 +275,16 @@ def test_of_several_altered_files_the_first_is_named(path):
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../outside"])
-def test_files_outside_of_the_directory_are_not_looked_at(path, name):
+def test_a_manifest_must_not_list_files_outside_the_directory(path, name):
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["checksum"]
     manifest["files"][name] = {"size": 1, "crc32": ""}
-    (path / "manifest.json").write_text(manifest_module._seal(manifest))
+    (path / "manifest.json").write_text(manifest_module._serialize(manifest))
     with pytest.raises(CheckpointError, match="no readable manifest"):
         manifest_module.verify_state(path)
 
 
-def test_numbers_that_json_does_not_have_never_get_into_a_manifest(tmp_path):
+def test_a_manifest_cannot_contain_numbers_that_json_lacks(tmp_path):
     (tmp_path / "state").mkdir()
     with pytest.raises(ValueError, match="JSON compliant"):
         manifest_module.write_manifest(tmp_path / "state", {"metrics": {"loss": math.nan}})

@@ -1,4 +1,4 @@
-"""Checkpoints, and the refusal of what they do not fit."""
+"""Checkpoints, and the rejection of checkpoints that belong to something else."""
 
 from __future__ import annotations
 
@@ -20,12 +20,44 @@ def test_a_checkpoint_is_one_flat_dictionary():
     }
 
 
-def test_a_file_without_a_model_is_refused():
-    with pytest.raises(CheckpointError, match=r"The file holds no `model_state_dict`, only \['a', '3'\]|\['3', 'a'\]"):
+@pytest.mark.parametrize("is_writer", [True, False])
+def test_only_the_writer_touches_the_disk(tmp_path, is_writer):
+    path = tmp_path / "folder" / "model.pt"
+    portable.check_save_path(path, is_writer, num_processes=1)
+    assert path.parent.exists() == is_writer
+    portable.save_checkpoint({"model_state_dict": {}, "epoch": 3}, path, is_writer, num_processes=1)
+    assert path.exists() == is_writer
+
+
+def test_a_checkpoint_restores_model_and_optimizer_and_returns_the_other_entries(tmp_path):
+    model, other = nn.Linear(2, 1), nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    checkpoint = portable.build_checkpoint(model.state_dict(), optimizer, None, {"epoch": 3})
+    portable.save_checkpoint(checkpoint, tmp_path / "model.pt", is_writer=True, num_processes=1)
+    other_optimizer = torch.optim.SGD(other.parameters(), lr=0.5)
+    assert portable.load_checkpoint(tmp_path / "model.pt", other, other_optimizer) == {"epoch": 3}
+    assert torch.equal(other.weight, model.weight)
+    assert other_optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_a_checkpoint_of_another_optimizer_is_rejected_before_the_model_is_loaded(tmp_path):
+    model, other = nn.Linear(2, 1), nn.Linear(2, 1)
+    checkpoint = portable.build_checkpoint(model.state_dict(), torch.optim.SGD(model.parameters(), lr=0.1), None, None)
+    portable.save_checkpoint(checkpoint, tmp_path / "model.pt", is_writer=True, num_processes=1)
+    before = other.weight.clone()
+    with pytest.raises(
+        CheckpointError, match=r"different optimizer: its groups have \[2\] parameters instead of \[1\]"
+    ):
+        portable.load_checkpoint(tmp_path / "model.pt", other, torch.optim.SGD([other.weight], lr=0.1))
+    assert torch.equal(other.weight, before)
+
+
+def test_a_file_without_a_model_is_rejected():
+    with pytest.raises(CheckpointError, match=r"The file has no `model_state_dict`, only the entries \['3', 'a'\]"):
         portable.take_model_state({"a": 1, 3: 2}, "The file")
 
 
-def test_a_model_with_state_that_is_no_tensor_is_loaded():
+def test_model_state_that_is_not_a_tensor_is_loaded():
     class WithExtra(nn.Linear):
         extra = None
 
@@ -40,8 +72,8 @@ def test_a_model_with_state_that_is_no_tensor_is_loaded():
     assert model.extra == {"number": 4}
 
 
-def test_the_state_of_a_model_is_asked_for_a_fixed_number_of_times():
-    """Not once per parameter, which takes long for models with thousands of them."""
+def test_loading_calls_state_dict_a_fixed_number_of_times():
+    """Not once per parameter: that would be slow for models with thousands of parameters."""
 
     class Counting(nn.Sequential):
         num_calls = 0
@@ -58,12 +90,12 @@ def test_the_state_of_a_model_is_asked_for_a_fixed_number_of_times():
 
 
 def test_all_differences_of_models_are_listed():
-    own = {"a": torch.ones(2), "b": torch.ones(1), "c": 1}
+    current = {"a": torch.ones(2), "b": torch.ones(1), "c": 1}
     saved = {"a": torch.ones(3), "d": torch.ones(1), "c": 2}
     with pytest.raises(CheckpointError) as caught:
-        portable.check_same_model(own, saved, "The file")
+        portable.check_same_model(current, saved, "The file")
     assert str(caught.value).startswith(
-        "The file belongs to another model. Parameters missing in it: b; unexpected in it: d; "
-        "of another shape: a (3,) instead of (2,). Nothing was loaded."
+        "The file belongs to a different model. Parameters missing from it: b; unexpected in it: d; "
+        "with a different shape: a (3,) instead of (2,). Nothing was loaded."
     )
-    portable.check_same_model(own, own, "The file")
+    portable.check_same_model(current, current, "The file")

@@ -1,4 +1,4 @@
-"""One training state: what is in it, how it is written, and that what does not fit is refused untouched."""
+"""One training state: its contents, how it is written, read and restored, and the rejection of what does not fit."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, IterableDataset
@@ -40,31 +41,20 @@ from _support import (
     weights_of,
 )
 from pytorch_accelerated import Trainer
+from pytorch_accelerated._accumulation import AccumulationWindow
 from pytorch_accelerated._checkpoint import state as state_module
 from pytorch_accelerated._checkpoint.manifest import read_manifest
 from pytorch_accelerated.callbacks import EarlyStoppingCallback, SaveTrainingStateCallback, get_default_callbacks
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.schedulers import CosineLrScheduler
-from pytorch_accelerated.tracking import InMemoryRunHistory
+from pytorch_accelerated.tracking import EpochMeans, InMemoryRunHistory
 
 GOLDEN_STATE = Path(__file__).parents[1] / "golden_states" / "training_state_format_1.tar.xz"
 
 
-@pytest.fixture
-def _full_disk(monkeypatch):
-    """Writing starts well and then fails."""
-    save = torch.save
-
-    def fail(contents, file, *args, **kwargs):
-        save({"half": 1}, file)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", fail)
-
-
 def saving_after(num_updates, path, **kwargs):
-    """A callback that saves one state."""
+    """A callback that saves one state after a number of updates."""
 
     def save(trainer, **_):
         if trainer.progress.num_updates == num_updates and not path.exists():
@@ -75,16 +65,16 @@ def saving_after(num_updates, path, **kwargs):
 
 @pytest.fixture(scope="module")
 def state(tmp_path_factory):
-    """A state from within the second epoch."""
+    """A state from the middle of the second epoch."""
     path = tmp_path_factory.mktemp("states") / "state"
     train(make_state_trainer([saving_after(4, path)]), eval_dataset=make_dataset(8))
     return path
 
 
-# --- what is in it -----------------------------------------------------------------------------------------------
+# --- contents ----------------------------------------------------------------------------------------------------
 
 
-def test_the_manifest_tells_where_the_run_was_and_how_it_did(state):
+def test_the_manifest_has_the_position_and_the_metrics_of_the_run(state):
     saved = read_manifest(state)
     assert saved.position == TrainingProgress(
         num_epochs_completed=1, num_batches_in_epoch=2, num_updates=4, num_samples=26, phase="training"
@@ -95,7 +85,7 @@ def test_the_manifest_tells_where_the_run_was_and_how_it_did(state):
     assert names_in(state) == sorted([*saved.files, "manifest.json"])
 
 
-def test_metrics_that_are_no_finite_numbers_are_texts(tmp_path):
+def test_metrics_that_are_not_finite_numbers_are_saved_as_text(tmp_path):
     trainer = make_trainer()
     trainer.run_history.update_metric("nan", float("nan"))
     trainer.run_history.update_metric("tensor", torch.tensor(0.5))
@@ -104,14 +94,14 @@ def test_metrics_that_are_no_finite_numbers_are_texts(tmp_path):
     assert read_manifest(tmp_path / "state").metrics == {"nan": "nan", "tensor": 0.5, "words": "['a', 'b']"}
 
 
-def test_a_state_after_an_epoch_stands_before_the_next(tmp_path):
+def test_a_state_saved_after_an_epoch_resumes_at_the_next(tmp_path):
     save = Probe(on_training_run_epoch_end=lambda trainer, **_: trainer.save_training_state(tmp_path / "state"))
     train(make_state_trainer([save]), num_epochs=1)
     position = read_manifest(tmp_path / "state").position
     assert (position.num_epochs_completed, position.num_batches_in_epoch, position.phase) == (1, 0, "training")
 
 
-def test_the_parts_that_have_a_state_are_saved():
+def test_only_parts_with_a_state_dict_are_saved_and_restored():
     class Part:
         value = 1
 
@@ -123,16 +113,16 @@ def test_the_parts_that_have_a_state_are_saved():
 
     part, other = Part(), Part()
     part.value = 5
-    states = state_module.states_of({"one": part, "none": None, "number": 3})
+    states = state_module.state_dicts_of({"one": part, "none": None, "number": 3})
     assert states == {"one": {"value": 5}}
-    state_module.load_states({"one": other, "none": None, "absent": Part()}, {**states, "none": {}})
+    state_module.load_state_dicts({"one": other, "none": None, "absent": Part()}, {**states, "none": {}})
     assert other.value == 5
 
 
 @pytest.mark.parametrize(
     "value", [lambda: None, argparse.Namespace(), np.array([{}])], ids=["function", "namespace", "array of objects"]
 )
-def test_what_could_not_be_read_back_is_refused_and_leaves_no_rest(tmp_path, value):
+def test_saving_what_could_not_be_read_back_raises_and_keeps_the_old_state(tmp_path, value):
     trainer = make_state_trainer()
     trainer.save_training_state(tmp_path / "state", {"number": 1})
     with pytest.raises(CheckpointError):
@@ -141,19 +131,21 @@ def test_what_could_not_be_read_back_is_refused_and_leaves_no_rest(tmp_path, val
     assert trainer.load_training_state(tmp_path / "state")["number"] == 1
 
 
-def test_an_optimizer_that_could_not_be_read_back_is_refused_when_it_is_saved(tmp_path):
-    """Not when the run is to be resumed."""
+def test_an_optimizer_state_that_could_not_be_read_back_is_rejected_when_it_is_saved(tmp_path):
+    """Rather than when the run is resumed."""
     trainer = make_state_trainer()
     trainer.optimizer.param_groups[0]["mine"] = argparse.Namespace()
-    with pytest.raises(CheckpointError, match=r"A Namespace cannot be saved as state of the optimizer.*\['mine'\]"):
+    with pytest.raises(
+        CheckpointError, match=r"A value of type `Namespace` cannot be saved \(at optimizer state.*\['mine'\]\)"
+    ):
         trainer.save_training_state(tmp_path / "state")
     assert names_in(tmp_path) == []
 
 
-# --- how it is written -------------------------------------------------------------------------------------------
+# --- writing -----------------------------------------------------------------------------------------------------
 
 
-def test_a_new_state_takes_the_place_of_the_old_one(tmp_path):
+def test_a_new_state_replaces_the_old_one(tmp_path):
     trainer = make_state_trainer()
     trainer.save_training_state(tmp_path / "a" / "state", {"number": 1})
     (tmp_path / "a" / "state" / "stray").touch()
@@ -163,13 +155,31 @@ def test_a_new_state_takes_the_place_of_the_old_one(tmp_path):
     assert "stray" not in names_in(tmp_path / "a" / "state")
 
 
+def parts_of(model):
+    """The parts of a trainer that has only a model."""
+    return state_module.Parts(
+        model=model,
+        optimizer=None,
+        scheduler=None,
+        progress=TrainingProgress(),
+        run_history=InMemoryRunHistory(),
+        callbacks=None,
+        means=EpochMeans(),
+        window=AccumulationWindow(),
+        stream=None,
+        seed=0,
+        stop_reason=None,
+        settings={},
+    )
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
-def test_nothing_that_was_read_is_still_in_the_files(tmp_path):
-    """They may be deleted, on a server too, while the run goes on with what was in them."""
+def test_no_tensor_that_was_read_is_still_mapped_to_its_file(tmp_path):
+    """The files may be deleted, even on a file server, while the run continues."""
     trainer = make_state_trainer()
     trainer.save_training_state(tmp_path / "state")
     saved = read_manifest(tmp_path / "state")
-    contents = state_module.read_state(saved, trainer._accelerator, trainer._parts_of_state())
+    contents = state_module.read_state(saved, Accelerator(), parts_of(trainer.model))
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     for name in saved.files:
         os.truncate(tmp_path / "state" / name, 0)
@@ -177,8 +187,8 @@ def test_nothing_that_was_read_is_still_in_the_files(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-def test_all_is_on_the_disk_before_the_state_has_its_name_and_the_name_before_the_old_one_goes(tmp_path, monkeypatch):
-    """Against power loss."""
+def test_all_files_are_fsynced_before_the_rename_and_the_rename_before_the_old_state_is_deleted(tmp_path, monkeypatch):
+    """Otherwise a power loss could lose both states."""
     trainer = make_state_trainer()
     trainer.save_training_state(tmp_path / "state")
     log = []
@@ -205,35 +215,35 @@ def test_all_is_on_the_disk_before_the_state_has_its_name_and_the_name_before_th
 
 @pytest.mark.usefixtures("_full_disk")
 @pytest.mark.parametrize("is_replacing", [True, False])
-def test_a_full_disk_leaves_the_old_state_and_no_rest(tmp_path, is_replacing):
+def test_a_full_disk_keeps_the_old_state_and_leaves_nothing_behind(tmp_path, is_replacing):
     if is_replacing:
         make_up_state(tmp_path / "state")
-    with pytest.raises(CheckpointError, match=r"'.*state' could not be written: .*No space.*untouched.*disk has room"):
+    with pytest.raises(CheckpointError, match=r"'.*state' could not be written: .*No space.*unchanged.*free space"):
         make_state_trainer().save_training_state(tmp_path / "state")
     assert names_in(tmp_path) == (["state"] if is_replacing else [])
 
 
-@pytest.mark.parametrize("share", [0.005, 0.05, 0.3, 0.95])
-def test_a_limit_on_the_size_of_files_is_an_error_that_names_path_and_reason(tmp_path, share):
-    """It meets the writers of safetensors and PyTorch, which are not Python, too, at one file or another."""
+@pytest.mark.parametrize("fraction", [0.005, 0.05, 0.3, 0.95])
+def test_a_limit_on_the_file_size_raises_an_error_that_names_path_and_reason(tmp_path, fraction):
+    """The limit also reaches writers that are not Python; each fraction stops a different file."""
     trainer = make_state_trainer()
     trainer.save_training_state(tmp_path / "state", {"number": 1})
     before = bytes_in(tmp_path)
-    limit = int(share * max(len(content) for content in before.values()))
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, former[1]))
+    limit = int(fraction * max(len(content) for content in before.values()))
+    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, previous[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"state' could not be written: (?s:.*)untouched") as caught:
+        with pytest.raises(CheckpointError, match=r"state' could not be written: (?s:.*)unchanged") as caught:
             trainer.save_training_state(tmp_path / "state", {"number": 2})
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
-    if share < 0.05:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+    if fraction < 0.05:
         assert "File too large" in str(caught.value)
     assert bytes_in(tmp_path) == before
     assert trainer.load_training_state(tmp_path / "state")["number"] == 1
 
 
-def test_an_interruption_leaves_the_old_state_and_no_rest(tmp_path, monkeypatch):
+def test_an_interruption_keeps_the_old_state_and_leaves_nothing_behind(tmp_path, monkeypatch):
     """Such as a second Ctrl-C."""
     trainer = make_state_trainer()
     trainer.save_training_state(tmp_path / "state", {"number": 1})
@@ -249,7 +259,7 @@ def test_an_interruption_leaves_the_old_state_and_no_rest(tmp_path, monkeypatch)
     assert trainer.load_training_state(tmp_path / "state")["number"] == 1
 
 
-def test_a_failure_while_the_states_are_exchanged_keeps_the_old_one(tmp_path, monkeypatch):
+def test_a_failed_rename_keeps_the_old_state(tmp_path, monkeypatch):
     trainer = make_state_trainer()
     trainer.save_training_state(tmp_path / "state", {"number": 1})
     rename = Path.rename
@@ -260,32 +270,32 @@ def test_a_failure_while_the_states_are_exchanged_keeps_the_old_one(tmp_path, mo
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(CheckpointError, match="untouched"):
+    with pytest.raises(CheckpointError, match="unchanged"):
         trainer.save_training_state(tmp_path / "state", {"number": 2})
     monkeypatch.undo()
     assert names_in(tmp_path) == ["state"]
     assert trainer.load_training_state(tmp_path / "state")["number"] == 1
 
 
-@pytest.mark.parametrize("left", [".state.tmp", ".state.old"])
-def test_what_an_interrupted_save_left_is_cleared_away(tmp_path, left):
+@pytest.mark.parametrize("leftover", [".state.tmp", ".state.old"])
+def test_leftovers_of_an_interrupted_save_are_removed(tmp_path, leftover):
     trainer = make_state_trainer()
     trainer.save_training_state(tmp_path / "state")
-    (tmp_path / left).mkdir()
-    (tmp_path / left / "stray").touch()
+    (tmp_path / leftover).mkdir()
+    (tmp_path / leftover / "stray").touch()
     trainer.save_training_state(tmp_path / "state")
     assert names_in(tmp_path) == ["state"]
     assert "stray" not in names_in(tmp_path / "state")
 
 
-def test_a_state_whose_replacement_was_cut_off_is_found_under_its_name(state, tmp_path):
+def test_a_state_whose_replacement_was_interrupted_can_be_loaded(state, tmp_path):
     shutil.copytree(state, tmp_path / ".state.old")
     make_state_trainer().load_training_state(tmp_path / "state")
     assert names_in(tmp_path) == ["state"]
 
 
 @pytest.mark.usefixtures("_fresh_accelerate_state")
-def test_an_accelerator_that_names_its_checkpoints_itself_does_not_do_so_here(tmp_path):
+def test_automatic_checkpoint_naming_of_the_accelerator_has_no_effect(tmp_path):
     from accelerate.utils import ProjectConfiguration
 
     configuration = ProjectConfiguration(project_dir=str(tmp_path / "project"), automatic_checkpoint_naming=True)
@@ -296,9 +306,7 @@ def test_an_accelerator_that_names_its_checkpoints_itself_does_not_do_so_here(tm
     assert not (tmp_path / "project" / "checkpoints").exists()
 
 
-def test_saving_leaves_what_the_user_prepared_to_the_accelerator(tmp_path):
-    from accelerate import Accelerator
-
+def test_saving_and_loading_do_not_unregister_what_the_user_prepared(tmp_path):
     accelerator = Accelerator()
     other = accelerator.prepare(make_model())
     trainer = make_trainer(accelerator=accelerator)
@@ -308,7 +316,7 @@ def test_saving_leaves_what_the_user_prepared_to_the_accelerator(tmp_path):
     assert accelerator._models == [other]
 
 
-# --- how it is read ----------------------------------------------------------------------------------------------
+# --- reading and restoring---------------------------------------------------------------------------------------
 
 
 def test_a_state_restores_model_optimizer_history_and_generators(tmp_path):
@@ -323,7 +331,7 @@ def test_a_state_restores_model_optimizer_history_and_generators(tmp_path):
     assert torch.equal(torch.rand(2), drawn)
 
 
-def test_a_state_of_a_compiled_model_fits_the_plain_one_within_a_window_too(tmp_path):
+def test_a_state_of_a_compiled_model_loads_into_the_plain_one_mid_window(tmp_path):
     model = torch.compile(make_model(), backend="eager")
     trainer = make_trainer(model)
     save = Probe(on_train_step_end=lambda trainer, **_: trainer.save_training_state(tmp_path / "state"))
@@ -334,14 +342,14 @@ def test_a_state_of_a_compiled_model_fits_the_plain_one_within_a_window_too(tmp_
     assert torch.equal(other.model.weight, model.weight)
 
 
-def test_gradients_of_a_compiled_model_fit_the_plain_one():
+def test_gradients_of_a_compiled_model_load_into_the_plain_one():
     model, plain = torch.compile(make_model(), backend="eager"), make_model()
     model(torch.ones(1, 3)).sum().backward()
     state_module.load_gradients(plain, state_module.gradients_of(model))
     assert torch.equal(plain.weight.grad, model.weight.grad)
 
 
-def test_a_model_with_shared_weights_is_recognised(tmp_path):
+def test_shared_weights_stay_shared(tmp_path):
     def tied(seed):
         model = nn.Sequential(make_model(seed=seed), nn.Linear(1, 3), make_model(seed=seed + 1))
         model[2].weight = model[0].weight
@@ -355,22 +363,22 @@ def test_a_model_with_shared_weights_is_recognised(tmp_path):
 
 
 def with_scaler(scale):
-    """Mixed precision needs an accelerator, but its scaler does not."""
-    trainer = make_state_trainer()
-    trainer._accelerator.scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
-    return trainer
+    """Return a trainer and its accelerator, whose scaler works without the device that mixed precision needs."""
+    accelerator = Accelerator()
+    accelerator.scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+    return make_state_trainer(accelerator=accelerator), accelerator
 
 
 @pytest.mark.parametrize(("saved", "present", "expected"), [(64.0, 2.0, 64.0), (None, 2.0, 2.0), (64.0, None, None)])
-def test_the_scaler_of_mixed_precision_is_restored_if_there_is_one(tmp_path, saved, present, expected):
-    with_scaler(saved).save_training_state(tmp_path / "state")
-    trainer = with_scaler(present)
+def test_the_gradient_scaler_is_restored_if_there_is_one(tmp_path, saved, present, expected):
+    with_scaler(saved)[0].save_training_state(tmp_path / "state")
+    trainer, accelerator = with_scaler(present)
     trainer.load_training_state(tmp_path / "state")
-    scaler = trainer._accelerator.scaler
+    scaler = accelerator.scaler
     assert (None if scaler is None else scaler.get_scale()) == expected
 
 
-def test_a_run_history_without_a_state_is_left_alone(tmp_path):
+def test_a_run_history_without_state_dict_is_skipped(tmp_path):
     class Plain(InMemoryRunHistory):
         state_dict = load_state_dict = property()
 
@@ -380,7 +388,7 @@ def test_a_run_history_without_a_state_is_left_alone(tmp_path):
 
 
 class Numbered(IterableDataset):
-    """Samples that can be gone on with, and the numbers of those that were read."""
+    """A stream that can store its position, and that records the numbers of the samples that were read."""
 
     def __init__(self, num_samples=18):
         self.samples = make_dataset(num_samples)
@@ -409,8 +417,8 @@ class Numbered(IterableDataset):
         (6, [*range(4, 18)]),
     ],
 )
-def test_a_stream_that_has_a_state_goes_on_without_reading_what_came_before(tmp_path, num_steps, expected):
-    """After the fifth step, whose batch is a short one, its position is not known, so that batches are skipped."""
+def test_a_stream_with_state_dict_resumes_without_reading_earlier_samples(tmp_path, num_steps, expected):
+    """After the fifth step, whose batch is a short one, the position is unknown, so batches are skipped instead."""
     seen = []
 
     def save(trainer, **_):
@@ -418,33 +426,33 @@ def test_a_stream_that_has_a_state_goes_on_without_reading_what_came_before(tmp_
         if len(seen) == num_steps:
             trainer.save_training_state(tmp_path / "state")
 
-    whole = make_state_trainer([Probe(on_train_step_end=save)])
-    train(whole, Numbered(), num_epochs=2, gradient_accumulation_steps=1)
+    uninterrupted = make_state_trainer([Probe(on_train_step_end=save)])
+    train(uninterrupted, Numbered(), num_epochs=2, gradient_accumulation_steps=1)
     resumed, stream = make_state_trainer(seed=9), Numbered()
     train(resumed, stream, num_epochs=2, gradient_accumulation_steps=1, resume_from=tmp_path / "state")
     assert stream.read == expected
-    assert_equal(everything_in(resumed), everything_in(whole))
+    assert_equal(everything_in(resumed), everything_in(uninterrupted))
 
 
 @pytest.mark.parametrize("event", ["on_train_epoch_end", "on_training_run_epoch_end"])
-def test_a_stream_that_has_a_state_goes_on_after_an_epoch(tmp_path, event):
+def test_a_stream_with_state_dict_resumes_after_an_epoch(tmp_path, event):
     def save(trainer, **_):
         if trainer.run_history.current_epoch == 1:
             trainer.save_training_state(tmp_path / "state")
 
-    whole = make_state_trainer([Probe(**{event: save})])
-    train(whole, Numbered(), num_epochs=2)
+    uninterrupted = make_state_trainer([Probe(**{event: save})])
+    train(uninterrupted, Numbered(), num_epochs=2)
     resumed, stream = make_state_trainer(seed=9), Numbered()
-    stream.next = 7  # it comes from the state
+    stream.next = 7  # overwritten by the state
     train(resumed, stream, num_epochs=2, resume_from=tmp_path / "state")
     assert stream.read == list(range(18))
-    assert_equal(everything_in(resumed), everything_in(whole))
+    assert_equal(everything_in(resumed), everything_in(uninterrupted))
 
 
-def test_a_stream_that_no_longer_has_a_state_is_read_over(tmp_path):
+def test_batches_are_skipped_if_the_stream_no_longer_has_state_dict(tmp_path):
     save = saving_after(2, tmp_path / "state")
-    whole = make_state_trainer([save])
-    train(whole, Numbered(), num_epochs=1, gradient_accumulation_steps=1)
+    uninterrupted = make_state_trainer([save])
+    train(uninterrupted, Numbered(), num_epochs=1, gradient_accumulation_steps=1)
     resumed = make_state_trainer(seed=9)
     with pytest.warns(UserWarning, match="dataset: 'Numbered' -> 'Stream'"):
         train(
@@ -454,29 +462,31 @@ def test_a_stream_that_no_longer_has_a_state_is_read_over(tmp_path):
             gradient_accumulation_steps=1,
             resume_from=tmp_path / "state",
         )
-    assert_equal(everything_in(resumed), everything_in(whole))
+    assert_equal(everything_in(resumed), everything_in(uninterrupted))
 
 
-def test_a_missing_state_is_named(tmp_path):
+def test_loading_a_missing_state_names_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no training state '.*nothing'.*`save_training_state`"):
         make_trainer().load_training_state(tmp_path / "nothing")
 
 
-def test_a_folder_of_states_is_told_from_a_state(state):
-    with pytest.raises(CheckpointError, match=r"is no training state but a folder of them.*state'.*\"latest\""):
+def test_loading_a_folder_of_states_explains_the_mistake(state):
+    with pytest.raises(
+        CheckpointError, match=r"is a folder of training states, not a training state.*state'.*\"latest\""
+    ):
         make_trainer().load_training_state(state.parent)
 
 
-def test_a_folder_without_states_is_no_state(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no complete training state: it has no readable manifest.json"):
+def test_loading_a_folder_without_states_raises(tmp_path):
+    with pytest.raises(CheckpointError, match=r"not a complete training state: it has no readable manifest.json"):
         make_trainer().load_training_state(tmp_path)
 
 
-# --- what does not fit -------------------------------------------------------------------------------------------
+# --- rejecting ---------------------------------------------------------------------------------------------------
 
 
-def assert_refused(trainer, path, message, **kwargs):
-    """By `load_training_state` and by `train`, with nothing changed."""
+def assert_rejected(trainer, path, message, **kwargs):
+    """Assert that `load_training_state` and `train` reject a state and change nothing."""
     trainer.run_history.update_metric("mine", 1.0)
     before = everything_in(trainer)
     with pytest.raises(CheckpointError, match=message):
@@ -491,52 +501,54 @@ def with_model(model):
     return Trainer(model, nn.functional.mse_loss, torch.optim.AdamW(model.parameters(), lr=0.01), callbacks=())
 
 
-def test_the_state_of_another_model_is_refused_and_nothing_is_changed(state):
-    assert_refused(
-        with_model(make_model()), state, r"another model.*missing in it: bias, weight; unexpected in it: 0\.b"
+def test_the_state_of_another_model_is_rejected_and_changes_nothing(state):
+    assert_rejected(
+        with_model(make_model()), state, r"a different model.*missing from it: bias, weight; unexpected in it: 0\.b"
     )
 
 
-def test_the_state_of_another_optimizer_is_refused_and_nothing_is_changed(state):
+def test_the_state_of_another_optimizer_is_rejected_and_changes_nothing(state):
     trainer = make_state_trainer()
     groups = [{"params": layer.parameters()} for layer in (trainer.model[0], trainer.model[2])]
     trainer.optimizer = torch.optim.AdamW(groups, lr=0.01)
-    assert_refused(trainer, state, r"another optimizer, with \[4\] parameters in its groups instead of \[2, 2\]")
+    assert_rejected(trainer, state, r"a different optimizer: its groups have \[4\] parameters instead of \[2, 2\]")
 
 
-def test_the_state_of_another_scheduler_is_refused_and_nothing_is_changed(tmp_path):
+def test_the_state_of_another_scheduler_is_rejected_and_changes_nothing(tmp_path):
     path = tmp_path / "state"
     step_lr = {"create_scheduler_fn": lambda optimizer: StepLR(optimizer, 1)}
     train(make_state_trainer([saving_after(4, path)]), **step_lr)
     trainer = make_state_trainer(seed=8)
     before = weights_of(trainer.model)
-    with pytest.raises(CheckpointError, match=r"belongs to another scheduler \(StepLR\).*no entry 'num_updates'"):
+    with pytest.raises(CheckpointError, match=r"belongs to a different scheduler \(StepLR\).*no entry 'num_updates'"):
         train(trainer, resume_from=path, create_scheduler_fn=CosineLrScheduler.create_scheduler_fn())
     assert_same_weights(weights_of(trainer.model), before)
 
 
-def test_a_state_of_other_processes_is_refused_unless_that_is_allowed(tmp_path, state):
+def test_a_state_of_another_number_of_processes_is_rejected_unless_that_is_allowed(tmp_path, state):
     path = tmp_path / "state"
     shutil.copytree(state, path)
     shutil.copy(path / "process_0.pt", path / "process_1.pt")
     rewrite_manifest(path, num_processes=2)
-    message = r"saved by 2 processes, but there are 1 now.*Start 2 processes, or pass `allow_other_num_processes=True`"
-    assert_refused(make_state_trainer(seed=8), path, message)
+    message = (
+        r"num_processes=2, but this run has num_processes=1.*Start 2 processes, or pass `allow_other_num_processes"
+    )
+    assert_rejected(make_state_trainer(seed=8), path, message)
     make_state_trainer().load_training_state(path, allow_other_num_processes=True)
 
 
 @pytest.mark.parametrize("name", ["trainer_state.pt", "process_0.pt", "optimizer.pt"])
-def test_files_with_something_else_in_them_are_refused_and_nothing_is_changed(tmp_path, state, name):
-    """Their checksums are right."""
+def test_files_with_unexpected_contents_are_rejected_and_change_nothing(tmp_path, state, name):
+    """Although their checksums match."""
     path = tmp_path / "state"
     shutil.copytree(state, path)
     torch.save({"something": "else"}, path / name)
     rewrite_manifest(path)
-    assert_refused(make_state_trainer(seed=8), path, r"holds something else than expected.*Nothing was loaded")
+    assert_rejected(make_state_trainer(seed=8), path, r"has unexpected contents.*Nothing was loaded")
 
 
-def test_a_run_whose_state_is_refused_can_be_started_again(state):
-    trainer, whole = make_state_trainer(), make_state_trainer()
+def test_a_run_can_be_started_again_after_its_state_was_rejected(state):
+    trainer, other = make_state_trainer(), make_state_trainer()
     with pytest.raises(FileNotFoundError):
         train(trainer, resume_from=state / "nothing")
     torch.manual_seed(4)
@@ -544,11 +556,11 @@ def test_a_run_whose_state_is_refused_can_be_started_again(state):
     train(trainer)
     torch.manual_seed(4)
     make_state_trainer()
-    train(whole)
-    assert_same_weights(weights_of(trainer.model), weights_of(whole.model))
+    train(other)
+    assert_same_weights(weights_of(trainer.model), weights_of(other.model))
 
 
-def test_all_that_a_run_has_for_callbacks_can_take_a_refusal(state):
+def test_the_default_callbacks_tolerate_a_rejected_state(state):
     trainer = make_state_trainer(get_default_callbacks())
     with pytest.raises(FileNotFoundError):
         train(trainer, resume_from=state / "nothing")
@@ -560,7 +572,7 @@ def test_all_that_a_run_has_for_callbacks_can_take_a_refusal(state):
 
 @pytest.fixture
 def golden(tmp_path):
-    """A state in the first format, saved after the eighth step: within the second epoch, and a window."""
+    """A state in format 1, saved after the eighth step: mid-epoch in the second epoch, and mid-window."""
     _golden.unpack(GOLDEN_STATE, tmp_path)
     return tmp_path / "step_8"
 
@@ -570,44 +582,44 @@ def train_as_golden(trainer, **kwargs):
     train(trainer, eval_dataset=make_dataset(8, seed=5), create_scheduler_fn=create_scheduler_fn, **kwargs)
 
 
-def test_a_state_of_the_first_format_resumes_as_it_did(golden):
-    whole = make_state_trainer([EarlyStoppingCallback(early_stopping_patience=5)])
-    train_as_golden(whole)
+def test_a_state_of_format_1_resumes_exactly(golden):
+    uninterrupted = make_state_trainer([EarlyStoppingCallback(early_stopping_patience=5)])
+    train_as_golden(uninterrupted)
     resumed = make_state_trainer(
         [EarlyStoppingCallback(early_stopping_patience=5), SaveTrainingStateCallback(golden.parent)], seed=9
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # it was saved by the versions of its day
+        warnings.simplefilter("ignore", UserWarning)  # older versions saved it
         train_as_golden(resumed, resume_from="latest")
-    assert resumed.progress == whole.progress
-    assert resumed.callback_handler.callbacks[1]._num_steps == 15
-    if not _golden.draws_as_then():
+    assert resumed.progress == uninterrupted.progress
+    assert resumed.callback_handler.callbacks[1].state_dict() == {"num_steps": 15}
+    if not _golden.draws_same_numbers():
         pytest.skip("the rest of the run draws other numbers with this PyTorch")
-    torch.testing.assert_close(weights_of(resumed.model), weights_of(whole.model))
+    torch.testing.assert_close(weights_of(resumed.model), weights_of(uninterrupted.model))
     for name in ("train_loss_epoch", "eval_loss_epoch"):
-        values = (trainer.run_history.get_metric_values(name) for trainer in (resumed, whole))
+        values = (trainer.run_history.get_metric_values(name) for trainer in (resumed, uninterrupted))
         assert next(values) == pytest.approx(next(values))
 
 
-def test_a_state_of_the_first_format_tells_its_position_and_metrics(golden):
+def test_a_state_of_format_1_has_position_and_metrics(golden):
     saved = read_manifest(golden)
     assert (saved.format_version, saved.generation, saved.settings) == (1, 0, {})
     assert (saved.position.num_epochs_completed, saved.position.num_batches_in_epoch) == (1, 3)
     assert saved.metrics == {"train_loss_epoch": pytest.approx(3.73359), "eval_loss_epoch": pytest.approx(1.87388)}
 
 
-def test_damage_of_a_state_of_the_first_format_is_found(golden):
-    whole = {name: content for name, content in bytes_in(golden).items() if name != "manifest.json"}
-    for name, content in whole.items():
+def test_damage_to_a_state_of_format_1_is_detected(golden):
+    contents = {name: content for name, content in bytes_in(golden).items() if name != "manifest.json"}
+    for name, content in contents.items():
         (golden / name).write_bytes(content[:100])
-        assert_refused(make_state_trainer(), golden, f"is damaged: {name} is missing or altered")
+        assert_rejected(make_state_trainer(), golden, f"is damaged: {name} is missing or altered")
         (golden / name).write_bytes(content)
     manifest = json.loads((golden / "manifest.json").read_text())
     (golden / "manifest.json").write_text(json.dumps({**manifest, "format_version": 0}))
-    assert_refused(make_state_trainer(), golden, "no readable manifest")
+    assert_rejected(make_state_trainer(), golden, "no readable manifest")
 
 
-# --- what the data go on with ------------------------------------------------------------------------------------
+# --- how the data resumes ----------------------------------------------------------------------------------------
 
 
 def batches_of(dataset):
@@ -615,17 +627,17 @@ def batches_of(dataset):
 
 
 @pytest.mark.parametrize(
-    ("make_data", "said"),
+    ("make_data", "printed"),
     [
         (lambda dataset: dataset, "exactly"),
         (Samples, "exactly"),
         (lambda dataset: Numbered(), "exactly"),
         (Stream, "read again"),
         (lambda dataset: Batches(dataset, 2), "read again"),
-        (lambda dataset: iter(batches_of(dataset)), "an iterator does not start anew"),
+        (lambda dataset: iter(batches_of(dataset)), "iterator"),
     ],
 )
-def test_a_resumed_run_says_how_exactly_the_data_go_on(tmp_path, capsys, make_data, said):
+def test_a_resumed_run_prints_how_exactly_the_data_resumes(tmp_path, capsys, make_data, printed):
     dataset = make_dataset(8)
 
     def run(**kwargs):
@@ -636,9 +648,9 @@ def test_a_resumed_run_says_how_exactly_the_data_go_on(tmp_path, capsys, make_da
         trainer.train(make_data(dataset), **settings, train_dataloader_kwargs={"num_workers": 0})
         return weights_of(trainer.model)
 
-    whole = run()
-    assert "Going on" not in capsys.readouterr().out
-    assert_equal(run(resume_from=tmp_path / "state"), whole)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Going on")]
-    assert line.startswith("Going on after batch 3 of epoch 1. ")
-    assert said in line
+    uninterrupted = run()
+    assert "Resuming" not in capsys.readouterr().out
+    assert_equal(run(resume_from=tmp_path / "state"), uninterrupted)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Resuming")]
+    assert line.startswith("Resuming epoch 1 after batch 3. ")
+    assert printed in line

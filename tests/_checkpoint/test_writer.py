@@ -1,4 +1,4 @@
-"""How training states get to the disk: at once, or while the run goes on."""
+"""Writing training states, immediately or in the background."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import _runs
-from _support import Probe, make_dataset, make_trainer, raiser
+from _support import Probe, make_dataset, make_trainer, raiser, train
 from pytorch_accelerated._checkpoint import writer as writer_module
 from pytorch_accelerated._checkpoint.folder import Lineage
-from pytorch_accelerated._checkpoint.writer import CollectedState
+from pytorch_accelerated._checkpoint.writer import BackgroundWriter, CollectedState
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.states import list_states, verify_state
@@ -22,7 +22,7 @@ from pytorch_accelerated.states import list_states, verify_state
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Keeps the writing thread from writing until it is opened."""
+    """An event that the writing thread waits for before it writes."""
     gate = threading.Event()
     write_state = writer_module.write_state
 
@@ -35,12 +35,42 @@ def gate(monkeypatch):
     return gate
 
 
-def train(trainer, num_samples=12, **kwargs):
-    trainer.train(make_dataset(num_samples), **{"num_epochs": 1, "per_device_batch_size": 2, **kwargs})
+def train_six_steps(trainer):
+    train(trainer, make_dataset(12), per_device_batch_size=2)
 
 
-def test_the_run_goes_on_while_a_state_of_an_earlier_step_is_written(gate, tmp_path):
-    """The state is that of step 2, although it is written after the last step."""
+# --- the background thread ---------------------------------------------------------------------------------------
+
+
+def test_the_caller_continues_during_a_background_write():
+    may_end, written = threading.Event(), []
+    writer = BackgroundWriter()
+    writer.start(lambda: (may_end.wait(20), written.append(1)))
+    assert writer.is_active
+    assert written == []
+    may_end.set()
+    writer.wait()
+    assert written == [1]
+    assert not writer.is_active
+    writer.wait()  # returns immediately
+
+
+def test_an_error_in_the_background_is_raised_once_by_wait():
+    def fail():
+        raise OSError("no room")
+
+    writer = BackgroundWriter()
+    writer.start(fail)
+    with pytest.raises(OSError, match="no room"):
+        writer.wait()
+    writer.wait()
+
+
+# --- in the background -------------------------------------------------------------------------------------------
+
+
+def test_the_run_continues_while_the_state_of_an_earlier_step_is_written(gate, tmp_path):
+    """The state is that of step 2, although it is written only in step 6."""
     seen = []
 
     def save(trainer, step, **_):
@@ -52,7 +82,7 @@ def test_the_run_goes_on_while_a_state_of_an_earlier_step_is_written(gate, tmp_p
             gate.set()
 
     trainer = make_trainer(callbacks=[Probe(on_train_step_end=save)])
-    train(trainer)
+    train_six_steps(trainer)
     assert verify_state(tmp_path / "state").position.num_updates == 2
     other = make_trainer()
     other.load_training_state(tmp_path / "state")
@@ -60,19 +90,19 @@ def test_the_run_goes_on_while_a_state_of_an_earlier_step_is_written(gate, tmp_p
     assert not torch.equal(trainer.model.state_dict()["weight"], seen[0])
 
 
-def test_only_one_state_is_under_way_and_the_end_waits_for_the_last(tmp_path):
+def test_one_state_is_written_at_a_time_and_the_run_waits_for_the_last(tmp_path):
     saves = SaveTrainingStateCallback(
         tmp_path, save_every_n_steps=1, save_at_end=False, in_background=True, max_checkpoints=2
     )
     threads = []
-    watch = Probe(on_train_step_end=lambda trainer, **_: threads.append(writers()))
-    train(make_trainer(callbacks=[saves, watch]))
+    watch = Probe(on_train_step_end=lambda trainer, **_: threads.append(num_writers()))
+    train_six_steps(make_trainer(callbacks=[saves, watch]))
     assert max(threads) <= 1
-    assert writers() == 0
+    assert num_writers() == 0
     assert [state.path.name for state in list_states(tmp_path)] == ["step_5", "step_6"]
 
 
-def writers():
+def num_writers():
     return sum(thread.name == "training state writer" for thread in threading.enumerate())
 
 
@@ -85,16 +115,16 @@ def test_states_written_in_the_background_resume_exactly(tmp_path):
         assert _runs.differences(expected, resumed) == []
 
 
-def test_a_failure_in_the_background_ends_the_run_at_the_next_save(tmp_path, monkeypatch):
+def test_an_error_in_the_background_ends_the_run_at_the_next_save(tmp_path, monkeypatch):
     trainer = make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path, save_every_n_steps=1, in_background=True)])
     fail_at(monkeypatch, "step_3")
     with pytest.raises(CheckpointError, match=r"step_3' could not be written: \[Errno 28\] no room"):
-        train(trainer)
+        train_six_steps(trainer)
     assert trainer.progress.num_updates == 4
     assert [state.path.name for state in list_states(tmp_path)] == ["step_1", "step_2"]
 
 
-def test_a_failure_of_the_last_state_is_raised_at_the_end(tmp_path, monkeypatch):
+def test_an_error_of_the_last_write_is_raised_at_the_end_of_the_run(tmp_path, monkeypatch):
     def save(trainer, step, **_):
         if step == 5:
             trainer.save_training_state(tmp_path / "mine", in_background=True)
@@ -102,21 +132,21 @@ def test_a_failure_of_the_last_state_is_raised_at_the_end(tmp_path, monkeypatch)
     fail_at(monkeypatch, "mine")
     trainer = make_trainer(callbacks=[Probe(on_train_step_end=save)])
     with pytest.raises(CheckpointError, match="no room"):
-        train(trainer)
+        train_six_steps(trainer)
     monkeypatch.undo()
-    train(trainer)  # it can be used again
+    train_six_steps(trainer)  # the trainer stays usable
 
 
-def test_a_failure_may_be_a_warning(tmp_path, monkeypatch):
+def test_an_error_in_the_background_can_be_a_warning(tmp_path, monkeypatch):
     saves = SaveTrainingStateCallback(tmp_path, save_every_n_steps=1, in_background=True, on_save_error="warn")
     fail_at(monkeypatch, "step_3")
-    with pytest.warns(UserWarning, match="no room.*The run goes on without it") as warned:
-        train(make_trainer(callbacks=[saves]))
+    with pytest.warns(UserWarning, match="no room.*Training continues without this state") as warned:
+        train_six_steps(make_trainer(callbacks=[saves]))
     assert len(warned) == 1
     assert [state.path.name for state in list_states(tmp_path)] == [*(f"step_{n}" for n in (1, 2, 4, 5, 6)), "final"]
 
 
-def test_an_exception_of_the_run_comes_first_and_the_failure_is_a_note(tmp_path, monkeypatch):
+def test_an_exception_of_the_run_wins_and_the_write_error_becomes_a_note(tmp_path, monkeypatch):
     def save(trainer, step, **_):
         if step == 2:
             trainer.save_training_state(tmp_path / "mine", in_background=True)
@@ -124,11 +154,12 @@ def test_an_exception_of_the_run_comes_first_and_the_failure_is_a_note(tmp_path,
     fail_at(monkeypatch, "mine")
     fail = Probe(on_train_epoch_end=raiser(LookupError("of the run")))
     with pytest.raises(LookupError, match="of the run") as raised:
-        train(make_trainer(callbacks=[Probe(on_train_step_end=save), fail]))
+        train_six_steps(make_trainer(callbacks=[Probe(on_train_step_end=save), fail]))
     assert any("mine' could not be written" in note for note in raised.value.__notes__)
 
 
 def fail_at(monkeypatch, name):
+    """Let every write to a state of this name fail."""
     write_file = writer_module._write_file
 
     def write(path, contents):
@@ -139,7 +170,7 @@ def fail_at(monkeypatch, name):
     monkeypatch.setattr(writer_module, "_write_file", write)
 
 
-def test_what_comes_after_happens_when_the_state_is_complete(tmp_path):
+def test_and_then_is_called_when_the_state_is_complete(tmp_path):
     seen = []
     trainer = make_trainer()
     for in_background in (False, True):
@@ -161,8 +192,8 @@ def state(tmp_path):
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-def test_files_can_be_read_by_pytorch_alone(state, mmap):
-    """They lack the checksums of PyTorch, which it does not look at."""
+def test_files_can_be_loaded_with_torch_alone(state, mmap):
+    """They lack the checksums of PyTorch, which `torch.load` ignores."""
     with zipfile.ZipFile(state / "model.pt") as file:
         assert {entry.CRC for entry in file.infolist()} == {0}
     weights = torch.load(state / "model.pt", weights_only=True, mmap=mmap)
@@ -173,7 +204,7 @@ def test_files_can_be_read_by_pytorch_alone(state, mmap):
 
 @pytest.mark.parametrize("is_on", [True, False])
 @pytest.mark.parametrize("fails", [True, False])
-def test_the_option_of_pytorch_is_put_back(tmp_path, monkeypatch, is_on, fails):
+def test_the_checksum_option_of_pytorch_is_restored(tmp_path, monkeypatch, is_on, fails):
     seen, save = [], torch.save
 
     def watched(contents, path):
@@ -195,14 +226,14 @@ def test_the_option_of_pytorch_is_put_back(tmp_path, monkeypatch, is_on, fails):
 
 
 def test_checkpoints_keep_the_checksums_of_pytorch(tmp_path):
-    """They are for other programs too, some of which unpack them; and nothing else checks them."""
+    """Other programs may unpack them, and there is no manifest with other checksums."""
     make_trainer().save_checkpoint(tmp_path / "model.pt")
     with zipfile.ZipFile(tmp_path / "model.pt") as file:
         assert file.testzip() is None
 
 
-def test_two_files_at_once_leave_the_option_as_it_was(tmp_path, monkeypatch):
-    """Older versions of PyTorch have it once for all threads; what another writer has set must not be put back."""
+def test_two_simultaneous_writes_restore_the_checksum_option(tmp_path, monkeypatch):
+    """In older versions of PyTorch it is global: a thread must not restore what another thread has set."""
     option = [True]
     monkeypatch.setattr(torch.serialization, "get_crc32_options", lambda: option[0])
     monkeypatch.setattr(torch.serialization, "set_crc32_options", lambda value: option.__setitem__(0, value))
@@ -235,7 +266,7 @@ def test_two_files_at_once_leave_the_option_as_it_was(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["flush_to_disk", "file_metadata"])
 @pytest.mark.parametrize("file", ["model.pt", "process_0.pt"])
-def test_a_file_that_cannot_be_flushed_or_read_again_is_not_saved(state, monkeypatch, name, file):
+def test_a_file_that_cannot_be_fsynced_or_read_again_fails_the_save(state, monkeypatch, name, file):
     act = getattr(writer_module, name)
 
     def fail(path):
@@ -251,24 +282,24 @@ def test_a_file_that_cannot_be_flushed_or_read_again_is_not_saved(state, monkeyp
     assert [path.name for path in state.parent.iterdir()] == ["state"]
 
 
-def cut_off(path):
+def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
 @pytest.mark.parametrize("file", ["model.pt", "optimizer.pt", "trainer_state.pt", "process_0.pt"])
-def test_a_file_whose_end_pytorch_has_lost_is_not_saved(state, monkeypatch, file):
-    """PyTorch 2.6 does not notice that the disk had no room for the last part of a file."""
+def test_a_file_that_pytorch_truncated_fails_the_save(state, monkeypatch, file):
+    """PyTorch 2.6 does not notice that the disk has no space for the last part of a file."""
     torch_save = torch.save
 
     def save(contents, path):
         torch_save(contents, path)
         if Path(path).name == file:
-            cut_off(Path(path))
+            truncate(Path(path))
 
     before = verify_state(state)
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(
-        CheckpointError, match=rf"state' could not be written: the end of '{file}' is missing.*untouched"
+        CheckpointError, match=rf"state' could not be written: the end of '{file}' is missing.*unchanged"
     ):
         make_trainer().save_training_state(state)
     assert verify_state(state) == before
@@ -276,21 +307,21 @@ def test_a_file_whose_end_pytorch_has_lost_is_not_saved(state, monkeypatch, file
 
 
 @pytest.mark.parametrize("file", ["optimizer.bin", "random_states_0.pkl"])
-def test_a_file_of_accelerate_whose_end_is_lost_is_not_saved(tmp_path, file):
+def test_a_truncated_file_of_accelerate_fails_the_save(tmp_path, file):
     def save_shards(folder):
         torch.save({"a": torch.ones(3)}, folder / file)
-        cut_off(folder / file)
+        truncate(folder / file)
 
-    contents = CollectedState(files={}, own_files={}, facts={}, save_shards=save_shards)
+    contents = CollectedState(files={}, local_files={}, metadata={}, save_shards=save_shards)
     with pytest.raises(CheckpointError, match=rf"the end of '{file}' is missing"):
         writer_module.write_state(tmp_path / "state", contents, lineage=Lineage(), is_main=True, num_processes=1)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_of_accelerate_in_the_former_format_is_saved(tmp_path):
+def test_a_file_of_accelerate_in_the_legacy_format_is_saved(tmp_path):
     def save_shards(folder):
         torch.save({"a": torch.ones(3)}, folder / "optimizer.bin", _use_new_zipfile_serialization=False)
 
-    contents = CollectedState(files={}, own_files={}, facts={}, save_shards=save_shards)
+    contents = CollectedState(files={}, local_files={}, metadata={}, save_shards=save_shards)
     writer_module.write_state(tmp_path / "state", contents, lineage=Lineage(), is_main=True, num_processes=1)
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == ["manifest.json", "optimizer.bin"]

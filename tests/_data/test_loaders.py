@@ -1,43 +1,19 @@
-"""Datasets and loaders: defaults, merging, whole batches, batch sizes, placing, limits."""
+"""Facts about loaders, and iterating over their batches."""
 
 from __future__ import annotations
 
-import copy
-import os
-import pickle
-import random
 import signal
-from collections import namedtuple
-from dataclasses import dataclass
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from _support import Batches, Samples, SizedBatches, Stream, make_dataset, make_indexed_dataset
-from pytorch_accelerated import _nested
-from pytorch_accelerated._data import defaults, in_memory
+from _support import Batches, Samples, SizedBatches, Stream, make_dataset
 from pytorch_accelerated._data import loaders as loaders_module
-from pytorch_accelerated._data.sharding import ShardedBatchSampler
-from pytorch_accelerated.utils import (
-    LIMIT_BATCHES_ENV_VAR,
-    DataLoaderSlice,
-    LimitBatches,
-    remove_padding,
-    worker_init_fn,
-)
+from pytorch_accelerated._data.loaders import has_state, is_map_style, is_shardable, loader_settings
 
-Pair = namedtuple("Pair", ["left", "right"])
-
-
-@dataclass
-class Batch:
-    values: torch.Tensor
-    name: str
-
-
-# --- what a loader is made of ------------------------------------------------------------------------------------
+# --- facts about loaders ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -51,8 +27,32 @@ class Batch:
         (DataLoader(make_dataset(4)), False),
     ],
 )
-def test_datasets_of_samples_are_told_from_iterables_of_batches(data, expected):
+def test_a_dataset_of_samples_is_distinguished_from_an_iterable_of_batches(data, expected):
     assert loaders_module.is_dataset(data) is expected
+
+
+@pytest.mark.parametrize(
+    ("loader", "has_indices", "can_be_sharded"),
+    [
+        (DataLoader(make_dataset(8), batch_size=4), True, True),
+        (DataLoader(make_dataset(8), batch_sampler=[[0, 1], [2]]), True, True),
+        (DataLoader(make_dataset(8), batch_size=None), True, False),
+        (DataLoader(Stream(make_dataset(8)), batch_size=4), False, False),
+        (Batches(make_dataset(8), 4), False, False),
+        (None, False, False),
+    ],
+    ids=["batch size", "batch sampler", "no batches", "stream", "iterable", "none"],
+)
+def test_only_batches_of_indices_can_be_sharded(loader, has_indices, can_be_sharded):
+    assert is_map_style(loader) is has_indices
+    assert is_shardable(loader) is can_be_sharded
+
+
+def test_data_have_a_state_if_they_can_store_and_restore_it():
+    saves = {"state_dict": lambda self: {}}
+    assert has_state(type("Both", (), {**saves, "load_state_dict": lambda self, state: None})())
+    assert not has_state(type("Saves", (), saves)())
+    assert not has_state([1])
 
 
 @pytest.mark.parametrize(
@@ -65,94 +65,23 @@ def test_datasets_of_samples_are_told_from_iterables_of_batches(data, expected):
         (None, None),
     ],
 )
-def test_the_number_of_batches_is_none_where_the_loader_cannot_tell(loader, expected):
+def test_the_number_of_batches_is_none_if_the_loader_does_not_report_it(loader, expected):
     assert loaders_module.num_batches_of(loader) == expected
 
 
-@pytest.mark.parametrize("first_step", [0, 3])
 @pytest.mark.parametrize(
-    "make_loader",
+    ("loader", "expected"),
     [
-        list,
-        iter,
-        lambda batches: DataLoader(batches, batch_size=None),
-        lambda batches: DataLoader(Stream(batches), batch_size=None),
+        ([1, 2], 2),
+        (DataLoader(make_dataset(5), batch_size=2), 3),
+        (DataLoader([1, 2, 3], batch_size=None), 3),
+        (SizedBatches(make_dataset(4), 2, length=7), None),
+        (DataLoader(type("Estimate", (Stream,), {"__len__": lambda self: 9})(make_dataset(4))), None),
     ],
-    ids=["list", "iterator", "loader", "stream"],
+    ids=["list", "batches", "samples", "estimate of an iterable", "estimate of a stream"],
 )
-def test_batches_are_numbered_and_the_last_is_known(make_loader, first_step):
-    loader = make_loader([10, 20, 30])
-    batches = [
-        (step, int(batch), is_last) for step, batch, is_last in loaders_module.enumerate_batches(loader, first_step)
-    ]
-    expected = [(0, 10, False), (1, 20, False), (2, 30, True)]
-    assert batches == [(step + first_step, batch, is_last) for step, batch, is_last in expected]
-
-
-def test_an_epoch_without_batches_is_an_error_where_the_length_did_not_tell():
-    with pytest.raises(ValueError, match=r"gave no batch in this epoch"):
-        list(loaders_module.enumerate_batches(iter(())))
-    assert list(loaders_module.enumerate_batches([])) == []
-    assert list(loaders_module.enumerate_batches(iter(()), first_step=2)) == []  # a resumed epoch that was done
-
-
-def test_data_in_memory_and_streams_need_no_workers():
-    for data in (make_dataset(4), Subset(make_dataset(4), [0]), Stream(make_dataset(4)), [1, 2]):
-        assert defaults.default_num_workers(data, 1) == 0
-
-
-@pytest.mark.parametrize(
-    ("num_processors", "num_processes", "expected"), [(1, 1, 0), (2, 1, 1), (8, 2, 3), (64, 1, 8), (4, 8, 0), (4, 0, 3)]
-)
-def test_workers_share_the_processors_of_the_machine(monkeypatch, num_processors, num_processes, expected):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_processors)), raising=False)
-    assert defaults.default_num_workers(Samples(make_dataset(4)), num_processes) == expected
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: num_processors)
-    assert defaults.default_num_workers(Samples(make_dataset(4)), num_processes) == expected
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert defaults.default_num_workers(Samples(make_dataset(4)), num_processes) == 0
-
-
-def test_default_workers_are_persistent(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
-    kwargs = defaults.default_dl_kwargs(Samples(make_dataset(4)), 8, 1, pin_memory=True)
-    assert kwargs == {"batch_size": 8, "pin_memory": True, "num_workers": 2, "persistent_workers": True}
-    on_device = TensorDataset(torch.zeros(3, device="meta"))
-    assert defaults.default_dl_kwargs(make_dataset(4), 8, 1, pin_memory=True)["pin_memory"] is True
-    assert defaults.default_dl_kwargs(on_device, 8, 1, pin_memory=True)["pin_memory"] is False
-    assert defaults.default_dl_kwargs(make_dataset(4), 8, 1, pin_memory=False) == {
-        "batch_size": 8,
-        "pin_memory": False,
-        "num_workers": 0,
-    }
-
-
-DEFAULTS = {"shuffle": True, "batch_size": 8, "num_workers": 2, "persistent_workers": True}
-
-
-@pytest.mark.parametrize(
-    ("given", "dropped", "added"),
-    [
-        (None, (), {}),
-        ({"batch_size": 3, "drop_last": True}, (), {"batch_size": 3, "drop_last": True}),
-        ({"shuffle": False}, (), {"shuffle": False}),
-        ({"sampler": [1]}, ("shuffle",), {"sampler": [1]}),
-        ({"batch_sampler": [[1]]}, ("shuffle", "batch_size"), {"batch_sampler": [[1]]}),
-        ({"sampler": None, "batch_sampler": None}, (), {}),
-        ({"num_workers": 0}, ("persistent_workers",), {"num_workers": 0}),
-        ({"collate_fn": None}, (), {"collate_fn": None}),
-    ],
-)
-def test_what_the_user_gives_wins_and_drops_what_contradicts_it(given, dropped, added):
-    defaults = dict(DEFAULTS)
-    expected = {**{name: value for name, value in DEFAULTS.items() if name not in dropped}, **added}
-    assert defaults.merge_dl_kwargs(defaults, given, make_dataset(4)) == expected
-    assert defaults == DEFAULTS
-
-
-def test_a_stream_is_not_shuffled():
-    assert "shuffle" not in defaults.merge_dl_kwargs(DEFAULTS, {}, Stream(make_dataset(4)))
+def test_a_number_of_batches_that_may_be_an_estimate_is_not_relied_on(loader, expected):
+    assert loaders_module.reliable_num_batches_of(loader) == expected
 
 
 @pytest.mark.parametrize(
@@ -164,7 +93,7 @@ def test_a_stream_is_not_shuffled():
         ({"batch_sampler": [[1], [2, 3]]}, None),
     ],
 )
-def test_the_batch_size_follows_from_the_arguments_of_the_loader(dl_kwargs, expected):
+def test_the_batch_size_of_a_loader_of_the_trainer_follows_from_its_arguments(dl_kwargs, expected):
     assert loaders_module.batch_size_of(None, dl_kwargs, 8) == expected
 
 
@@ -178,153 +107,69 @@ def test_the_batch_size_follows_from_the_arguments_of_the_loader(dl_kwargs, expe
         (None, 8),
     ],
 )
-def test_the_batch_size_of_a_loader_from_elsewhere_is_its_own(loader, expected):
+def test_the_batch_size_of_another_loader_is_the_one_it_reports(loader, expected):
     assert loaders_module.batch_size_of(loader, None, 8) == expected
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [
-        torch.zeros(3, 2),
-        (torch.zeros(3), torch.zeros(9)),
-        ["text", [torch.tensor(1.0), torch.zeros(3, 1)]],
-        {"id": 7, "inputs": {"deep": (None, torch.zeros(3))}},
-        Pair(torch.zeros(3), None),
-        Batch(torch.zeros(3), "name"),
-        {"wrapped": Batch(torch.zeros(3), "name")},
-    ],
-    ids=str,
-)
-def test_the_batch_size_is_the_length_of_the_first_tensor(batch):
-    assert _nested.find_batch_size(batch) == 3
+def test_a_loader_created_from_the_settings_of_another_has_the_same_settings():
+    def collate(samples):
+        return samples
 
-
-@pytest.mark.parametrize("batch", [None, "text", torch.tensor(1.0), [], {"a": [1, 2]}])
-def test_a_batch_without_tensors_has_no_size(batch):
-    with pytest.raises(ValueError, match=rf"No batch size was found: the batch, a {type(batch).__name__}.*Override"):
-        _nested.find_batch_size(batch)
-
-
-# --- whole batches -----------------------------------------------------------------------------------------------
-
-
-class OwnTensorDataset(TensorDataset):
-    """May do anything in `__getitem__`."""
+    given = {"num_workers": 1, "collate_fn": collate, "timeout": 3, "prefetch_factor": 5, "persistent_workers": True}
+    loader = DataLoader(Samples(make_dataset(8)), batch_size=4, generator=torch.Generator(), **given)
+    settings = loader_settings(loader)
+    twin = DataLoader(loader.dataset, batch_sampler=loader.batch_sampler, **settings)
+    assert {name: getattr(twin, name) for name in given} == given
+    assert twin.generator is loader.generator
+    assert loader_settings(SimpleNamespace(num_workers=2, sampler=None)) == {"num_workers": 2}
 
 
 @pytest.mark.parametrize(
-    "dataset",
+    ("loader", "expected"),
     [
-        Samples(make_dataset(4)),
-        OwnTensorDataset(torch.zeros(3)),
-        TensorDataset(torch.zeros(3, requires_grad=True)),
-        TensorDataset(torch.eye(3).to_sparse()),
-        Subset(Samples(make_dataset(4)), [0]),
-        [torch.zeros(3)],
+        (DataLoader(make_dataset(4)), "exactly"),
+        ([1, 2], "exactly"),
+        (DataLoader(Stream(make_dataset(4))), "read again"),
+        (Batches(make_dataset(4), 2), "read again"),
+        (iter([1, 2]), "cannot be restarted"),
     ],
-    ids=lambda dataset: type(dataset).__name__,
+    ids=["indices", "list", "stream", "iterable", "iterator"],
 )
-def test_only_plain_tensors_in_memory_are_sliced(dataset):
-    assert in_memory.sliceable_tensors(dataset) is None
+def test_the_guarantee_of_skipping_depends_on_how_batches_can_be_reached(loader, expected):
+    assert expected in loaders_module.guarantee_of_skipping(loader)
 
 
-def test_a_whole_batch_dataset_gives_samples_and_batches_of_the_plain_one():
-    dataset = make_indexed_dataset(10)
-    whole = in_memory.WholeBatchDataset(Subset(Subset(dataset, range(2, 10)), [5, 0, 1]))
-    assert len(whole) == 3
-    assert whole[0][0].item() == 7
-    assert whole.__getitems__([2, 0])[0].flatten().tolist() == [3, 7]
-    assert in_memory.unchanged(whole) is whole
+# --- iterating over batches ------------------------------------------------------------------------------------------
 
 
-def loader_of(dataset, sampler=None, **settings):
-    """A loader of whole batches as a run has it: made with a batch sampler, so that its own sampler is another."""
-    generator = torch.Generator().manual_seed(7)
-    sampler = RandomSampler(dataset, generator=generator) if sampler is None else sampler(dataset)
-    batches = BatchSampler(sampler, settings.pop("batch_size", 4), settings.pop("drop_last", False))
-    whole = in_memory.WholeBatchDataset(dataset)
-    return DataLoader(whole, batch_sampler=batches, collate_fn=in_memory.unchanged, **settings)
-
-
-MIXED = TensorDataset(
-    torch.arange(22.0).view(2, 11).T, torch.arange(11), torch.arange(11) % 2 == 0, torch.randn(11, 2, 3).half()
+@pytest.mark.parametrize("first_step", [0, 3])
+@pytest.mark.parametrize(
+    "make_loader",
+    [
+        list,
+        iter,
+        lambda batches: DataLoader(batches, batch_size=None),
+        lambda batches: DataLoader(Stream(batches), batch_size=None),
+    ],
+    ids=["list", "iterator", "loader", "stream"],
 )
-IN_MEMORY = {
-    "plain, not contiguous": MIXED,
-    "a part": Subset(MIXED, [3, 1, 7, 0, 10]),
-    "a part of a part, counted from the end": Subset(Subset(MIXED, range(2, 9)), [-1, 5, 0, -2]),
-    "a part by an array": Subset(MIXED, np.array([3, 1, 7])),
-    "more batches than are laid out at once": TensorDataset(torch.arange(5000)),
-}
+def test_batches_are_enumerated_and_the_last_is_marked(make_loader, first_step):
+    loader = make_loader([10, 20, 30])
+    batches = [
+        (step, int(batch), is_last) for step, batch, is_last in loaders_module.enumerate_batches(loader, first_step)
+    ]
+    expected = [(0, 10, False), (1, 20, False), (2, 30, True)]
+    assert batches == [(step + first_step, batch, is_last) for step, batch, is_last in expected]
 
 
-@pytest.mark.parametrize("settings", [{}, {"drop_last": True}, {"sampler": SequentialSampler}, {"batch_size": 64}])
-@pytest.mark.parametrize("dataset", IN_MEMORY.values(), ids=IN_MEMORY)
-def test_whole_batches_are_those_of_the_loader_bit_by_bit(dataset, settings):
-    batches = list(in_memory.whole_batches_of(loader_of(dataset, **settings)))
-    expected = list(loader_of(dataset, **settings))
-    assert len(batches) == len(expected)
-    for batch, other in zip(batches, expected, strict=True):
-        for tensor, collated in zip(batch, other, strict=True):
-            assert torch.equal(tensor, collated)
-            assert (tensor.dtype, tensor.is_contiguous()) == (collated.dtype, True)
+def test_an_epoch_without_batches_is_an_error_unless_the_length_was_0():
+    with pytest.raises(ValueError, match=r"yielded no batch in this epoch"):
+        list(loaders_module.enumerate_batches(iter(())))
+    assert list(loaders_module.enumerate_batches([])) == []
+    assert list(loaders_module.enumerate_batches(iter(()), first_step=2)) == []  # a resumed epoch that was done
 
 
-def test_to_write_to_a_whole_batch_leaves_the_dataset_as_it_is():
-    dataset = make_dataset(8)
-    before = dataset.tensors[0].clone()
-    for inputs, _ in in_memory.whole_batches_of(loader_of(dataset, SequentialSampler)):
-        inputs.zero_()
-    assert torch.equal(dataset.tensors[0], before)
-
-
-def test_loaders_of_other_data_or_orders_are_left_to_pytorch():
-    def own_generator(dataset):
-        return RandomSampler(dataset)
-
-    def with_replacement(dataset):
-        return RandomSampler(dataset, replacement=True, generator=torch.Generator())
-
-    def fewer(dataset):
-        return RandomSampler(dataset, num_samples=3, generator=torch.Generator())
-
-    class Reversed(SequentialSampler):
-        def __iter__(self):
-            return reversed(range(len(self)))
-
-    dataset = make_dataset(8)
-    for sampler in (own_generator, with_replacement, fewer, Reversed):
-        assert in_memory.whole_batches_of(loader_of(dataset, sampler)) is None
-    assert in_memory.whole_batches_of(DataLoader(dataset)) is None
-    assert in_memory.whole_batches_of(loader_of(dataset, num_workers=1)) is None
-    batches = ShardedBatchSampler(BatchSampler(SequentialSampler(dataset), 2, drop_last=False), 2, 0)
-    share = DataLoader(in_memory.WholeBatchDataset(dataset), batch_sampler=batches, collate_fn=in_memory.unchanged)
-    assert in_memory.whole_batches_of(share) is None
-
-
-@pytest.mark.parametrize("name", ["collate_fn", "sampler", "batch_sampler"])
-def test_whole_batches_are_not_used_where_the_user_makes_the_batches(name):
-    dataset = make_dataset(4)
-    arguments = defaults.loader_arguments(dataset, None, {name: [0]})
-    assert arguments["dataset"] is dataset
-    assert arguments[name] == [0]
-    assert defaults.loader_arguments(dataset, len, {})["collate_fn"] is len
-    assert defaults.loader_arguments(dataset, len, {"collate_fn": max})["collate_fn"] is max
-    assert defaults.loader_arguments(dataset, None, {name: None})["dataset"].dataset is dataset
-
-
-def test_without_automatic_batches_samples_are_those_of_the_plain_loader():
-    dataset = make_dataset(3)
-    loader = DataLoader(**defaults.loader_arguments(dataset, None, {"batch_size": None}))
-    for sample, expected in zip(loader, DataLoader(dataset, batch_size=None), strict=True):
-        assert type(sample) is type(expected)
-        assert all(torch.equal(one, other) for one, other in zip(sample, expected, strict=True))
-
-
-# --- iterables ---------------------------------------------------------------------------------------------------
-
-
-def test_the_rest_of_an_epoch_leaves_out_the_first_batches():
+def test_the_rest_of_an_epoch_skips_the_first_batches():
     rest = loaders_module.RestOfEpoch([1, 2, 3], 2)
     assert list(rest) == [3]
     assert len(rest) == 1
@@ -335,97 +180,27 @@ def test_the_rest_of_an_epoch_leaves_out_the_first_batches():
 META = torch.device("meta")
 
 
-def test_placed_batches_are_on_the_device_and_hear_of_the_epoch():
-    class Told(SizedBatches):
+def test_placed_batches_are_on_the_device_and_the_epoch_is_passed_on():
+    class WithEpoch(SizedBatches):
         epoch = None
 
         def set_epoch(self, epoch):
             self.epoch = epoch
 
-    told = Told(make_dataset(4), 2, length=2)
-    placed = loaders_module.PlacedBatches(told, META)
+    batches = WithEpoch(make_dataset(4), 2, length=2)
+    placed = loaders_module.PlacedBatches(batches, META)
     assert [tensor.device for batch in placed for tensor in batch] == [META] * 4
     assert len(placed) == 2
     placed.set_epoch(3)
-    assert told.epoch == 3
+    assert batches.epoch == 3
     unsized = loaders_module.PlacedBatches(Batches(make_dataset(4), 2), META)
     unsized.set_epoch(1)
     assert loaders_module.num_batches_of(unsized) is None
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [
-        {"a": torch.zeros(1)},
-        [torch.zeros(1), "text"],
-        (torch.zeros(1), 3),
-        Pair(torch.zeros(1), None),
-        Batch(torch.zeros(1), "name"),
-        {"deep": [Pair(Batch(torch.zeros(1), "name"), ())]},
-    ],
-    ids=str,
-)
-def test_a_batch_keeps_its_structure_when_it_is_moved(batch):
-    moved = _nested.move_to_device(batch, META)
-    assert type(moved) is type(batch)
-    assert [tensor.device for tensor in _nested.tensors_in(moved)] == [META]
-    assert [tensor.device.type for tensor in _nested.tensors_in(batch)] == ["cpu"]
-
-
-def test_what_holds_no_tensor_is_not_touched():
-    for batch in ("text", None, 3, Batch):
-        assert _nested.move_to_device(batch, META) is batch
-
-
-# --- workers and limits ------------------------------------------------------------------------------------------
-
-
-def test_worker_init_fn_seeds_numpy_and_python_from_the_seed_of_the_worker():
-    drawn = []
-    for seed in (5, 5, 6):
-        torch.manual_seed(seed)
-        worker_init_fn(0)
-        drawn.append((np.random.rand(), random.random()))
-    assert drawn[0] == drawn[1]
-    assert drawn[0] != drawn[2]
-
-
-def test_a_slice_gives_the_first_batches_and_everything_else_of_the_loader():
-    loader = DataLoader(make_dataset(10), batch_size=2)
-    part = DataLoaderSlice(loader, 3)
-    assert len(list(part)) == len(part) == 3
-    assert part.batch_size == 2
-    assert len(DataLoaderSlice(loader, 30)) == 5
-    assert len(DataLoaderSlice(iter(()), 4)) == 4
-    with pytest.raises(AttributeError, match="no_such_attribute"):
-        part.no_such_attribute  # noqa: B018 - the error is what is tested
-
-
-def test_a_slice_can_be_copied_and_pickled():
-    part = DataLoaderSlice([1, 2, 3], 2)
-    assert list(copy.deepcopy(part)) == list(pickle.loads(pickle.dumps(part))) == [1, 2]
-
-
-def test_limits_nest_and_are_undone(monkeypatch):
-    monkeypatch.delenv(LIMIT_BATCHES_ENV_VAR, raising=False)
-    with LimitBatches(5):
-        with LimitBatches(2):
-            assert os.environ[LIMIT_BATCHES_ENV_VAR] == "2"
-        assert os.environ[LIMIT_BATCHES_ENV_VAR] == "5"
-    assert LIMIT_BATCHES_ENV_VAR not in os.environ
-    assert list(LimitBatches(1)([1, 2])) == [1]
-
-
-def test_padding_is_removed_from_rows_and_vectors():
-    assert remove_padding(torch.tensor([3, -1, 4, -1]), -1).tolist() == [3, 4]
-    rows = torch.tensor([[1, -1], [-1, -1], [-1, 2]])
-    assert remove_padding(rows, -1).tolist() == [[1, -1], [-1, 2]]
-    assert remove_padding(torch.full((2, 2, 2), -1.0), -1).shape == (0, 2, 2)
-
-
 @pytest.mark.parametrize("make_loader", [iter, list])
-def test_a_lost_worker_is_named(make_loader, monkeypatch):
-    monkeypatch.setattr(loaders_module, "_SECONDS_UNTIL_DEATH_IS_KNOWN", 0)
+def test_a_lost_connection_is_reported_as_a_killed_worker(make_loader, monkeypatch):
+    monkeypatch.setattr(loaders_module, "_SECONDS_UNTIL_FAILURE_IS_KNOWN", 0)
 
     def batches():
         yield 1
@@ -442,10 +217,10 @@ def test_a_lost_worker_is_named(make_loader, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no such timer")
-def test_the_error_that_names_a_lost_worker_is_waited_for(monkeypatch):
-    """It comes by a signal, shortly after the connection is lost, and must not strike while the run is tidied up."""
+def test_after_a_lost_connection_the_error_that_names_the_worker_is_raised_if_it_follows(monkeypatch):
+    """A signal handler raises it shortly afterwards. It must not interrupt the cleanup of the run."""
 
-    def tell(number, frame):
+    def name_worker(number, frame):
         raise RuntimeError("DataLoader worker (pid 7) is killed")
 
     def batches():
@@ -453,7 +228,7 @@ def test_the_error_that_names_a_lost_worker_is_waited_for(monkeypatch):
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         raise ConnectionResetError(104, "Connection reset by peer")
 
-    before = signal.signal(signal.SIGALRM, tell)
+    before = signal.signal(signal.SIGALRM, name_worker)
     try:
         with pytest.raises(RuntimeError, match="pid 7"):
             list(loaders_module.enumerate_batches(batches()))

@@ -1,4 +1,4 @@
-"""How samples are loaded: what is drawn at random meanwhile, and what workers do with signals."""
+"""Worker processes of loaders: signals, failures and shutdown."""
 
 from __future__ import annotations
 
@@ -11,131 +11,53 @@ import threading
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from _support import Samples, make_dataset
-from pytorch_accelerated._data.determinism import SeededDataset, SeededLoader, uses_no_randomness
-from pytorch_accelerated._data.in_memory import WholeBatchDataset, unchanged
-from pytorch_accelerated._data.workers import WorkerSetup, defer_worker_errors
+from pytorch_accelerated._data.build import Placement, rebuild_loader
+from pytorch_accelerated._data.workers import (
+    WorkerSetup,
+    defer_worker_errors,
+    is_worker_failure,
+    iterate,
+    shut_down_workers,
+)
+from pytorch_accelerated.utils import worker_init_fn
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
+SECONDS_TO_END = 20
 
-class Augmented(Dataset):
-    """Each sample is its index and a draw from each global generator."""
+
+class Indices(Dataset):
+    """Samples that are their own index, and the number of the process that loaded them."""
 
     def __len__(self):
         return 12
 
     def __getitem__(self, index):
-        return torch.tensor([index, torch.rand(()), np.random.rand(), random.random()], dtype=torch.float64)
+        return torch.tensor([index, os.getpid()])
 
 
-def mask(samples):
-    """A collation that draws, as those of masked language models do."""
-    batch = torch.stack(samples)
-    return torch.cat([batch, torch.rand(len(batch), 1)], dim=1)
+def batches_of(loader):
+    return list(rebuild_loader(loader, Placement()).loader)
 
 
-def batches_of(loader, epoch=0, seed=3):
-    randomness = SeededLoader(loader, 0)
-    randomness.set_epoch(epoch, seed)
-    return list(randomness.loader)
+def test_worker_init_fn_seeds_numpy_and_python_from_the_seed_of_the_worker():
+    drawn = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        worker_init_fn(0)
+        drawn.append((np.random.rand(), random.random()))
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2]
 
 
-def loader_of(num_workers=0, **kwargs):
-    return DataLoader(Augmented(), **{"batch_size": 4, "shuffle": True, "num_workers": num_workers, **kwargs})
+# --- signals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("collate_fn", [None, mask])
-def test_what_is_drawn_depends_on_seed_and_epoch_and_not_on_workers(collate_fn):
-    first = torch.cat(batches_of(loader_of(collate_fn=collate_fn)))
-    assert len(set(first[:, 1:].flatten().tolist())) == first[:, 1:].numel(), "all draws differ"
-    for num_workers in (1, 2):
-        again = torch.cat(batches_of(loader_of(num_workers, collate_fn=collate_fn)))
-        assert torch.equal(again, first)
-    for other in ({"epoch": 1}, {"seed": 4}):
-        rows = torch.cat(batches_of(loader_of(collate_fn=collate_fn), **other))
-        assert not set(rows[:, 1:].flatten().tolist()) & set(first[:, 1:].flatten().tolist())
-
-
-def test_persistent_workers_learn_of_a_new_epoch():
-    randomness = SeededLoader(loader_of(2, persistent_workers=True), 0)
-    for epoch in (0, 1, 0):
-        randomness.set_epoch(epoch, 3)
-        assert torch.equal(torch.cat(list(randomness.loader)), torch.cat(batches_of(loader_of(), epoch)))
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"batch_size": None}, {"batch_sampler": [[1, 2], [3]], "batch_size": 1}])
-def test_the_global_generators_are_left_alone(kwargs):
-    kwargs = {"shuffle": "batch_sampler" not in kwargs, **kwargs}
-
-    def drawn(load):
-        for seed in (torch.manual_seed, np.random.seed, random.seed):
-            seed(5)
-        np.random.normal()  # leaves a second value behind
-        load()
-        return [torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()]
-
-    assert drawn(lambda: batches_of(loader_of(**kwargs))) == drawn(lambda: None)
-
-
-def test_an_error_while_loading_leaves_them_alone_too():
-    class Broken(Augmented):
-        def __getitem__(self, index):
-            super().__getitem__(index)
-            raise LookupError("no such sample")
-
-    state = torch.get_rng_state(), random.getstate(), np.random.get_bit_generator()
-    with pytest.raises(LookupError, match="no such sample"):
-        batches_of(DataLoader(Broken(), batch_size=4))
-    assert torch.equal(torch.get_rng_state(), state[0])
-    assert random.getstate() == state[1]
-    assert np.random.get_bit_generator() is state[2]
-
-
-def test_a_dataset_that_loads_many_at_once_may_go_on_to_do_so():
-    class ManyAtOnce(Augmented):
-        def __getitems__(self, indices):
-            return [torch.tensor([index, -1.0]) for index in indices]
-
-    batches = batches_of(DataLoader(ManyAtOnce(), batch_size=4))
-    assert [batch[:, 0].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    assert (torch.cat(batches)[:, 1] == -1).all()
-
-
-def test_what_the_dataset_offers_is_passed_through():
-    dataset = Augmented()
-    dataset.classes = ["a", "b"]
-    samples = SeededDataset(dataset, unchanged, has_workers=False)
-    assert (len(samples), samples.classes, samples[3][0]) == (12, ["a", "b"], 3)
-    with pytest.raises(AttributeError):
-        samples.nothing_like_it  # noqa: B018 - the error is what is tested
-
-
-@pytest.mark.parametrize(
-    ("dataset", "kwargs", "expected"),
-    [
-        (make_dataset(4), {}, True),
-        (make_dataset(4), {"batch_size": None}, True),
-        (WholeBatchDataset(make_dataset(4)), {"collate_fn": unchanged}, True),
-        ([1, 2], {}, True),
-        (make_dataset(4), {"collate_fn": mask}, False),
-        (Samples(make_dataset(4)), {}, False),
-        (type("Own", (TensorDataset,), {})(torch.zeros(4)), {}, False),
-    ],
-)
-def test_data_in_memory_is_known_to_draw_nothing(dataset, kwargs, expected):
-    loader = DataLoader(dataset, **kwargs)
-    assert uses_no_randomness(loader) is expected
-    assert isinstance(SeededLoader(loader, 0).loader.dataset, SeededDataset) is not expected
-
-
-# --- workers -----------------------------------------------------------------------------------------------------
-
-
-class Signalled(Augmented):
-    """Its worker gets a signal before the second batch; the rest of the samples tell that it lived on."""
+class Signalled(Indices):
+    """Its worker gets a signal before the second batch. The other samples show whether it survived."""
 
     def __init__(self, signal_number):
         self.signal_number = signal_number
@@ -143,7 +65,7 @@ class Signalled(Augmented):
     def __getitem__(self, index):
         if index == 4:
             os.kill(os.getpid(), self.signal_number)
-        return torch.tensor([index, os.getpid()])
+        return super().__getitem__(index)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1", "SIGTERM"])
@@ -168,38 +90,34 @@ def start_worker(setup):
     return worker, ours
 
 
-def test_a_worker_that_was_told_to_end_does_so_when_the_run_is_over():
+def test_a_worker_that_was_told_to_terminate_exits_when_the_run_is_over():
     worker, connection = start_worker(setup := WorkerSetup(None))
     for _ in range(2):
         worker.terminate()
         connection.send("still there?")
         assert connection.recv() == "alive"
     setup.end_run()
-    worker.join(20)
+    worker.join(SECONDS_TO_END)
     assert worker.exitcode == -signal.SIGTERM
 
 
-def test_a_worker_ends_at_once_after_the_run():
-    """As `multiprocessing` ends those that are still there when the program ends."""
+def test_a_worker_that_is_told_to_terminate_after_the_run_exits_at_once():
+    """`multiprocessing` terminates the remaining ones when the program exits."""
     worker, _ = start_worker(setup := WorkerSetup(None))
     setup.end_run()
     worker.terminate()
-    worker.join(20)
+    worker.join(SECONDS_TO_END)
     assert worker.exitcode == -signal.SIGTERM
 
 
-def test_the_loader_of_a_run_that_is_over_has_told_its_workers():
-    randomness = SeededLoader(loader_of(1), 0)
-    assert not randomness.loader.worker_init_fn._is_run_over
-    randomness.end_run()
-    assert randomness.loader.worker_init_fn._is_run_over
+# --- the user's `worker_init_fn` -------------------------------------------------------------------------------------
 
 
 def open_file(worker_id):
     get_worker_info().dataset.file = f"opened by worker {worker_id}"
 
 
-class NeedsFile(Augmented):
+class NeedsFile(Indices):
     file = None
 
     def __getitem__(self, index):
@@ -207,15 +125,16 @@ class NeedsFile(Augmented):
         return len(self.file)
 
 
-def test_the_users_own_start_of_a_worker_finds_the_dataset():
+def test_the_users_worker_init_fn_finds_the_users_dataset_in_the_worker():
     batches = batches_of(DataLoader(NeedsFile(), batch_size=6, num_workers=2, worker_init_fn=open_file))
     assert torch.cat(batches).tolist() == [len("opened by worker 0")] * 12
 
 
-# --- deaths of workers -------------------------------------------------------------------------------------------
+# --- failures --------------------------------------------------------------------------------------------------------
+
 
 needs_sigchld = pytest.mark.skipif(
-    not hasattr(signal, "SIGCHLD"), reason="this system does not tell of ended processes"
+    not hasattr(signal, "SIGCHLD"), reason="this system does not report the exit of a process"
 )
 
 
@@ -232,7 +151,7 @@ def raise_if_dead():
 
 
 @needs_sigchld
-def test_a_death_comes_after_what_it_would_interrupt(raise_if_dead):
+def test_the_error_of_a_dead_worker_is_raised_after_the_body_it_would_interrupt(raise_if_dead):
     done = []
 
     def be_interrupted():
@@ -252,7 +171,7 @@ def test_a_death_comes_after_what_it_would_interrupt(raise_if_dead):
 
 
 @needs_sigchld
-def test_elsewhere_than_on_the_main_thread_and_without_a_handler_nothing_is_put_off(raise_if_dead):
+def test_nothing_is_deferred_without_a_handler_or_on_another_thread(raise_if_dead):
     seen = []
 
     def look():
@@ -266,3 +185,107 @@ def test_elsewhere_than_on_the_main_thread_and_without_a_handler_nothing_is_put_
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     look()
     assert seen[1] == signal.SIG_DFL
+
+
+class KillsItsWorker(Indices):
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Failing(Indices):
+    def __getitem__(self, index):
+        if index == 4:
+            raise LookupError("no such sample")
+        return super().__getitem__(index)
+
+
+@needs_sigchld
+def test_the_error_of_pytorch_for_a_killed_worker_is_recognized():
+    """It is recognized by its text, which PyTorch may change."""
+    with pytest.raises(RuntimeError) as caught:
+        list(iterate(DataLoader(KillsItsWorker(), num_workers=1)))
+    assert is_worker_failure(caught.value)
+    assert not is_worker_failure(RuntimeError("CUDA out of memory"))
+    assert not is_worker_failure(LookupError("DataLoader worker"))
+
+
+# --- iterating and shutdown ------------------------------------------------------------------------------------------
+
+
+def assert_no_workers():
+    for worker in multiprocessing.active_children():
+        worker.join(SECONDS_TO_END)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("kwargs", [{"batch_size": 4}, {"batch_size": 5, "drop_last": True}, {"batch_size": None}])
+def test_iterating_yields_the_batches_of_pytorch(num_workers, kwargs):
+    loader = DataLoader(Samples(make_dataset(10)), num_workers=num_workers, **kwargs)
+    expected = [[tensor.tolist() for tensor in batch] for batch in loader]
+    assert [[tensor.tolist() for tensor in batch] for batch in iterate(loader)] == expected
+
+
+@pytest.mark.parametrize("is_persistent", [False, True])
+def test_after_an_error_no_worker_is_left_while_the_error_is_handled(is_persistent):
+    """Its traceback refers to the iterator of PyTorch, which keeps the workers."""
+    loader = DataLoader(Failing(), num_workers=2, persistent_workers=is_persistent)
+    with pytest.raises(LookupError, match="no such sample") as caught:
+        list(iterate(loader))
+    shut_down_workers(loader)
+    assert multiprocessing.active_children() == []
+    assert caught.traceback
+
+
+def test_an_epoch_that_is_left_early_ends_its_workers():
+    batches = iterate(DataLoader(Indices(), num_workers=2))
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert multiprocessing.active_children() == []
+
+
+@needs_sigchld
+def test_errors_of_workers_are_deferred_while_the_workers_are_shut_down(monkeypatch):
+    """Each worker that exits makes PyTorch's handler raise the error of one that was killed before."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    seen = []
+
+    class Watched(DataLoader):
+        def __iter__(self):
+            iterator = super().__iter__()
+            ended = type(iterator).__del__
+
+            def note(iterator):
+                seen.append(signal.getsignal(signal.SIGCHLD))
+                ended(iterator)
+
+            monkeypatch.setattr(type(iterator), "__del__", note)
+            return iterator
+
+    batches = iterate(Watched(Indices(), num_workers=1))
+    next(batches)
+    of_pytorch = signal.getsignal(signal.SIGCHLD)
+    batches.close()
+    assert len(seen) == 1
+    assert seen[0] not in (of_pytorch, handler)
+    assert signal.getsignal(signal.SIGCHLD) is of_pytorch
+
+
+def test_an_error_without_workers_keeps_the_variables_of_its_frames():
+    """For a debugger: they are those of the user's dataset."""
+    with pytest.raises(LookupError) as caught:
+        list(iterate(DataLoader(Failing(), num_workers=0)))
+    assert caught.traceback[-1].locals["index"] == 4
+
+
+def test_persistent_workers_are_shut_down_and_start_again_on_demand():
+    loader = DataLoader(Indices(), num_workers=1, persistent_workers=True)
+    first = {int(batch[0, 1]) for batch in iterate(loader)}
+    assert {int(batch[0, 1]) for batch in iterate(loader)} == first, "the worker did not persist"
+    shut_down_workers(loader)
+    assert_no_workers()
+    assert {int(batch[0, 1]) for batch in iterate(loader)}.isdisjoint(first)
+    shut_down_workers(loader)
+    shut_down_workers([1, 2])  # has none
+    assert_no_workers()

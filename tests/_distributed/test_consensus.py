@@ -1,19 +1,23 @@
-"""What processes agree on before each update, in a group of one; two and three are in `distributed/`."""
+"""What ranks agree on before each update, in a group of one; two and three processes are in `tests/distributed/`."""
 
 from __future__ import annotations
 
+import inspect
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import distributed
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import Sampler, Subset, default_collate
 
-from _support import Probe, Samples, Stream, make_dataset, make_trainer, train
+from _support import EventRecorder, Probe, Samples, Stream, make_dataset, make_trainer, train
 from pytorch_accelerated import Trainer
-from pytorch_accelerated._distributed import consensus
-from pytorch_accelerated._distributed.consensus import StopConsensus, can_skip_exchange
+from pytorch_accelerated._distributed import consensus as consensus_module
+from pytorch_accelerated._distributed.consensus import StopConsensus, can_skip_exchange, overrides_any
+from pytorch_accelerated._loop import STEP_EVENTS, STEP_METHODS
 from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated.callbacks import get_default_callbacks
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
@@ -21,259 +25,321 @@ from pytorch_accelerated.trainer import TrainerWithTimmScheduler
 
 
 @pytest.fixture
-def agreement():
-    """One that talks, to itself alone, over a true group on gloo."""
+def consensus():
+    """One that exchanges with itself alone, over a real group on gloo."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield StopConsensus(num_processes=2)
     distributed.destroy_process_group()
 
 
+def finish_step(consensus):
+    numbers = consensus.finish_exchange()
+    consensus.raise_if_stopped()
+    return numbers
+
+
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_without_a_process_group_nothing_is_sent(num_processes):
-    agreement = StopConsensus(num_processes)
-    assert not agreement.is_needed
-    agreement.sync()
+    consensus = StopConsensus(num_processes)
+    assert not consensus.is_needed
+    consensus.sync()
     assert not distributed.is_initialized()
 
 
 @pytest.mark.parametrize("weight", [3, 2.5, torch.tensor(3), torch.tensor(2.5)])
-def test_the_sums_of_an_update(agreement, weight):
-    assert agreement.is_needed
-    for _ in range(2):  # an exchange leaves nothing for the next
-        agreement.start_exchange(weight, num_samples=8)
-        total, num_samples = agreement.finish_exchange()
+def test_an_exchange_returns_the_sums_of_its_own_update_only(consensus, weight):
+    assert consensus.is_needed
+    for _ in range(2):
+        consensus.start_exchange(weight, num_samples=8)
+        total, num_samples = consensus.finish_exchange()
         assert (total, num_samples) == (float(weight), 8)
         assert type(num_samples) is int
 
 
-def test_numbers_of_samples_are_exact(agreement):
+def test_large_numbers_of_samples_are_exact(consensus):
     many = 2**40 + 1
-    agreement.start_exchange(0.0, many)
-    assert agreement.finish_exchange() == (0.0, many)
+    consensus.start_exchange(0.0, many)
+    assert consensus.finish_exchange() == (0.0, many)
+
+
+# --- requests to stop --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [StopTrainingError, NonFiniteLossError])
-def test_a_request_is_raised_when_all_have_heard_of_it(agreement, error):
-    agreement.request_stop(error("enough"))
-    agreement.start_exchange(1.0, 1)
+def test_a_request_is_raised_once_after_the_next_exchange(consensus, error):
+    consensus.request_stop(error("enough"))
+    consensus.start_exchange(1.0, 1)
     with pytest.raises(error, match=r"^enough$"):
-        finish_step(agreement)
-    agreement.start_exchange(1.0, 1)
-    assert finish_step(agreement) == (1.0, 1)  # it has been dealt with
+        finish_step(consensus)
+    consensus.start_exchange(1.0, 1)
+    assert finish_step(consensus) == (1.0, 1)
 
 
-def finish_step(agreement):
-    numbers = agreement.finish_exchange()
-    agreement.raise_if_stopped()
-    return numbers
-
-
-def test_an_update_with_a_bad_loss_is_not_made_but_one_before_a_stop_is(agreement):
-    agreement.request_stop(StopTrainingError("enough"))
-    agreement.start_exchange(1.0, 1)
-    assert agreement.finish_exchange() == (1.0, 1)
+def test_the_update_is_made_before_a_stop_but_not_with_a_bad_loss(consensus):
+    consensus.request_stop(StopTrainingError("enough"))
+    consensus.start_exchange(1.0, 1)
+    assert consensus.finish_exchange() == (1.0, 1)
     with pytest.raises(StopTrainingError, match="enough"):
-        agreement.raise_if_stopped()
-    agreement.request_stop(NonFiniteLossError("bad"))
-    agreement.start_exchange(1.0, 1)
+        consensus.raise_if_stopped()
+    consensus.request_stop(NonFiniteLossError("bad"))
+    consensus.start_exchange(1.0, 1)
     with pytest.raises(NonFiniteLossError, match="bad"):
-        agreement.finish_exchange()
+        consensus.finish_exchange()
 
 
-def test_a_request_made_while_numbers_travel_waits_for_the_next_exchange(agreement):
-    agreement.start_exchange(1.0, 1)
-    agreement.request_stop(StopTrainingError("late"))
-    assert agreement.finish_exchange() == (1.0, 1)
+def test_a_request_during_an_exchange_waits_for_the_next_one(consensus):
+    consensus.start_exchange(1.0, 1)
+    consensus.request_stop(StopTrainingError("late"))
+    assert consensus.finish_exchange() == (1.0, 1)
     with pytest.raises(StopTrainingError, match="late"):
-        agreement.sync()
+        consensus.sync()
 
 
-def test_settling_ends_the_run_or_does_nothing(agreement):
-    agreement.sync()
-    agreement.request_stop(StopTrainingError("enough"))
+def test_sync_raises_a_request_or_does_nothing(consensus):
+    consensus.sync()
+    consensus.request_stop(StopTrainingError("enough"))
     with pytest.raises(StopTrainingError, match="enough"):
-        agreement.sync()
-    agreement.sync()
+        consensus.sync()
+    consensus.sync()
 
 
-def test_an_error_goes_before_a_wish_and_the_first_before_the_second(agreement):
+def test_a_bad_loss_precedes_a_stop_and_the_first_request_precedes_the_second(consensus):
     for reason in (StopTrainingError("stop"), NonFiniteLossError("first"), NonFiniteLossError("second")):
-        agreement.request_stop(reason)
+        consensus.request_stop(reason)
     with pytest.raises(NonFiniteLossError, match="first"):
-        agreement.sync()
+        consensus.sync()
 
 
-def test_of_bad_losses_the_earliest_is_raised_also_one_that_was_not_noticed_yet(agreement):
-    agreement._find_bad_loss = lambda: NonFiniteLossError("of step 3", 3)
+def test_the_earliest_bad_loss_is_raised_even_if_it_was_not_noticed(consensus):
+    consensus._find_bad_loss = lambda: NonFiniteLossError("of step 3", 3)
     for step in (9, 5):
-        agreement.request_stop(NonFiniteLossError(f"of step {step}", step))
+        consensus.request_stop(NonFiniteLossError(f"of step {step}", step))
     with pytest.raises(NonFiniteLossError, match="of step 3") as raised:
-        agreement.sync()
+        consensus.sync()
     assert raised.value.step == 3
-    agreement.request_stop(StopTrainingError("enough"))  # for which nobody looks at losses
+    consensus.request_stop(StopTrainingError("enough"))  # a stop does not make ranks check their losses
     with pytest.raises(StopTrainingError, match="enough"):
-        agreement.sync()
+        consensus.sync()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_number_of_a_signal_travels_with_the_request(agreement, number):
-    agreement.request_stop(RunInterruptedError(number))
+def test_a_request_by_a_signal_keeps_its_number(consensus, number):
+    consensus.request_stop(RunInterruptedError(number))
     with pytest.raises(RunInterruptedError, match=r"^interrupted by ") as raised:
-        agreement.sync()
+        consensus.sync()
     assert raised.value.signal_number == number
 
 
-def test_a_callback_goes_before_a_signal(agreement):
-    """The signal can have its consequence later; the callback would not ask again in the run that is resumed."""
-    agreement.request_stop(RunInterruptedError(signal.SIGTERM))
-    agreement.request_stop(StopTrainingError("enough"))
+def test_a_callback_precedes_a_signal(consensus):
+    """The signal can take effect later, but the callback would not ask again in the run that is resumed."""
+    consensus.request_stop(RunInterruptedError(signal.SIGTERM))
+    consensus.request_stop(StopTrainingError("enough"))
     with pytest.raises(StopTrainingError, match=r"^enough$"):
-        agreement.sync()
+        consensus.sync()
 
 
-def test_a_request_that_is_repeated_is_sent_once(agreement, monkeypatch):
+@pytest.mark.parametrize("error", [type("MyStop", (StopTrainingError,), {}), type("MyNaN", (NonFiniteLossError,), {})])
+def test_a_subclass_of_a_reason_is_raised_as_its_base_class(consensus, error):
+    consensus.request_stop(error("enough"))
+    with pytest.raises(error.__base__, match="enough"):
+        consensus.sync()
+
+
+def test_a_repeated_request_is_sent_once(consensus, monkeypatch):
     sent = []
 
-    def receive(reasons, own, group):
-        sent.append(own)
-        reasons[:] = [own]
+    def receive(requests_by_rank, local_requests, group):
+        sent.append(local_requests)
+        requests_by_rank[:] = [local_requests]
 
-    monkeypatch.setattr(consensus.distributed, "all_gather_object", receive)
+    monkeypatch.setattr(consensus_module.distributed, "all_gather_object", receive)
     for _ in range(3):
-        agreement.request_stop(RunInterruptedError(signal.SIGUSR1))
+        consensus.request_stop(RunInterruptedError(signal.SIGUSR1))
     with pytest.raises(RunInterruptedError):
-        agreement.sync()
+        consensus.sync()
     assert sent == [[("RunInterruptedError", (signal.SIGUSR1,))]]
 
 
-def test_of_all_processes_reasons_the_gravest_is_raised(agreement, monkeypatch):
-    """What the other process sent is put in the place of the exchange; this process has asked for nothing."""
+def test_a_bad_loss_of_another_rank_precedes_a_stop_of_the_main_process(consensus, monkeypatch):
+    """The requests of the other ranks are inserted into the exchange; this rank has made none."""
 
-    def receive(reasons, own, group):
-        assert own == []
-        reasons[:] = [[("StopTrainingError", ("of rank 0",))], [("NonFiniteLossError", ("of rank 1", 4))]]
+    def receive(requests_by_rank, local_requests, group):
+        assert local_requests == []
+        requests_by_rank[:] = [[("StopTrainingError", ("of rank 0",))], [("NonFiniteLossError", ("of rank 1", 4))]]
 
-    monkeypatch.setattr(consensus.distributed, "all_gather_object", receive)
-    agreement.start_exchange(0.0, 0)
-    agreement._numbers[2] = 2
+    monkeypatch.setattr(consensus_module.distributed, "all_gather_object", receive)
+    consensus.start_exchange(0.0, 0)
+    consensus._numbers[2] = 2
     with pytest.raises(NonFiniteLossError, match="of rank 1"):
-        agreement.finish_exchange()
+        consensus.finish_exchange()
 
 
-# --- exchanges that are left out ---------------------------------------------------------------------------------
+@pytest.mark.parametrize(("backend", "num_groups"), [("gloo", 0), ("nccl", 1)])
+def test_all_runs_share_one_group_on_hosts_next_to_a_backend_of_devices(backend, num_groups, monkeypatch):
+    groups = []
+
+    def new_group(**settings):
+        groups.append(settings["backend"])
+        return f"group {len(groups)}"
+
+    fake = SimpleNamespace(
+        is_initialized=lambda: True,
+        get_backend=lambda: backend,
+        new_group=new_group,
+        group=SimpleNamespace(WORLD=object()),
+    )
+    monkeypatch.setattr(consensus_module, "distributed", fake)
+    first_two = [StopConsensus(2), StopConsensus(2)]
+    assert groups == ["gloo"] * num_groups
+    assert {consensus._group for consensus in first_two} == {"group 1" if num_groups else None}
+    fake.group.WORLD = object()  # the process group has been initialized again
+    assert StopConsensus(2)._group == ("group 2" if num_groups else None)
+
+
+# --- skipped exchanges -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Seconds that only the test changes."""
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(consensus.time, "monotonic", lambda: now.seconds)
+    monkeypatch.setattr(consensus_module.time, "monotonic", lambda: now.seconds)
     return now
 
 
 @pytest.fixture
-def foreseeable(agreement, clock):
-    """One that may leave exchanges out; its world is one process, so that it thinks of only that one."""
-    return StopConsensus(num_processes=1, can_skip_exchange=lambda: True), clock
+def skipping_consensus(consensus, clock):
+    """One that may skip exchanges. Its world is a single process, so its sums are those of this process."""
+    skipping = StopConsensus(num_processes=1, can_skip_exchange=lambda: True)
+    skipping.is_needed, skipping._group = True, None
+    return skipping
 
 
-def exchanged(agreement, clock, num_updates, seconds, foreseen_weight=8.0):
-    """Make updates that take so long, and return the numbers of those with an exchange."""
+def make_updates(consensus, clock, num_updates, seconds, expected_weight=8.0):
+    """Make updates that take this long each, and return the indices of those with an exchange."""
     exchanged = []
     for update in range(num_updates):
-        agreement.start_exchange(8.0, 8, foreseen_weight)
-        if agreement._left_out is None:
+        consensus.start_exchange(8.0, 8, expected_weight)
+        if consensus._skipped is None:
             exchanged.append(update)
-        assert agreement.finish_exchange() == (8.0, 8)
-        agreement.raise_if_stopped()
+        assert finish_step(consensus) == (8.0, 8)
         clock.seconds += seconds
     return exchanged
 
 
-@pytest.fixture
-def pair(foreseeable):
-    agreement, clock = foreseeable
-    agreement.is_needed, agreement._group = True, None
-    return agreement, clock
-
-
-def test_fast_updates_exchange_some_times_a_second(pair):
-    assert exchanged(*pair, 100, seconds=2**-10) == [0, 1, 3, 7, 15, 31, 63]
-    assert exchanged(*pair, 1000, seconds=2**-10) == list(range(27, 1000, 102))
+def test_fast_updates_exchange_ten_times_a_second(skipping_consensus, clock):
+    assert make_updates(skipping_consensus, clock, 100, seconds=2**-10) == [0, 1, 3, 7, 15, 31, 63]
+    assert make_updates(skipping_consensus, clock, 1000, seconds=2**-10) == list(range(27, 1000, 102))
 
 
 @pytest.mark.parametrize("seconds", [0.06, 0.1, 5.0])
-def test_slow_updates_exchange_each_time(pair, seconds):
-    assert exchanged(*pair, 10, seconds) == list(range(10))
+def test_slow_updates_exchange_each_time(skipping_consensus, clock, seconds):
+    assert make_updates(skipping_consensus, clock, 10, seconds) == list(range(10))
 
 
-def test_updates_that_are_not_foreseen_exchange_each_time(pair):
-    agreement, clock = pair
-    exchanged(agreement, clock, 100, seconds=0.001)
-    assert exchanged(agreement, clock, 5, seconds=0.001, foreseen_weight=None) == list(range(5))
-    agreement._can_skip_exchange = lambda: False
-    exchanged(agreement, clock, 100, seconds=0.001)
-    assert exchanged(agreement, clock, 5, seconds=0.001) == list(range(5))
+def test_updates_without_an_expected_weight_exchange_each_time(skipping_consensus, clock):
+    make_updates(skipping_consensus, clock, 100, seconds=0.001)
+    assert make_updates(skipping_consensus, clock, 5, seconds=0.001, expected_weight=None) == list(range(5))
 
 
-def test_a_request_waits_for_the_next_exchange(pair):
-    agreement, clock = pair
-    exchanged(agreement, clock, 32, seconds=0.001)
-    agreement.request_stop(StopTrainingError("enough"))
-    for _ in range(31):  # that are left out
-        agreement.start_exchange(8.0, 8, 8.0)
-        agreement.finish_exchange()
-        agreement.raise_if_stopped()
-    agreement.start_exchange(8.0, 8, 8.0)
-    agreement.finish_exchange()
+def test_updates_exchange_each_time_once_a_rank_forbids_to_skip(skipping_consensus, clock):
+    make_updates(skipping_consensus, clock, 100, seconds=0.001)
+    skipping_consensus._can_skip_exchange = lambda: False
+    make_updates(skipping_consensus, clock, 100, seconds=0.001)
+    assert make_updates(skipping_consensus, clock, 5, seconds=0.001) == list(range(5))
+
+
+def test_a_request_waits_until_an_exchange_is_not_skipped(skipping_consensus, clock):
+    make_updates(skipping_consensus, clock, 32, seconds=0.001)
+    skipping_consensus.request_stop(StopTrainingError("enough"))
+    for _ in range(31):  # skipped
+        skipping_consensus.start_exchange(8.0, 8, 8.0)
+        finish_step(skipping_consensus)
+    skipping_consensus.start_exchange(8.0, 8, 8.0)
+    skipping_consensus.finish_exchange()
     with pytest.raises(StopTrainingError, match="enough"):
-        agreement.raise_if_stopped()
+        skipping_consensus.raise_if_stopped()
 
 
-def test_the_numbers_of_an_exchange_that_is_left_out_are_those_of_all_processes(pair):
-    agreement, clock = pair
-    exchanged(agreement, clock, 32, seconds=0.001)
-    agreement._num_processes = 3
-    agreement.start_exchange(8.0, 8, 8.0)
-    assert agreement.finish_exchange() == (24.0, 24)
+def test_a_skipped_exchange_returns_the_numbers_of_all_processes(skipping_consensus, clock):
+    make_updates(skipping_consensus, clock, 32, seconds=0.001)
+    skipping_consensus._num_processes = 3
+    skipping_consensus.start_exchange(8.0, 8, 8.0)
+    assert skipping_consensus.finish_exchange() == (24.0, 24)
 
 
-def test_a_weight_that_nobody_foresaw_is_an_error(pair):
-    agreement, clock = pair
-    exchanged(agreement, clock, 32, seconds=0.001)
-    with pytest.raises(RuntimeError, match="hold 7 samples, but the loader promised 8"):
-        agreement.start_exchange(7, 7, 8.0)
+def test_an_unexpected_weight_in_a_skipped_exchange_is_an_error(skipping_consensus, clock):
+    make_updates(skipping_consensus, clock, 32, seconds=0.001)
+    with pytest.raises(RuntimeError, match=r"hold 7 samples\. Expected 8 samples.*return the actual `batch_size`"):
+        skipping_consensus.start_exchange(7, 7, 8.0)
 
 
-def foreseeable_after(trainer, dataset=None, **kwargs):
-    """Whether exchanges could be left out, as of the last step of a run."""
-    answers = []
-    trainer.callback_handler.add_callback(Probe(on_train_epoch_end=lambda t: answers.append(can_skip_exchange(t))))
-    train(trainer, dataset, **kwargs)
-    return answers[-1]
+# --- which runs may skip exchanges -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"events_without_listeners": {"a"}}, False),
+        ({"yields_full_batches": False}, False),
+        ({"is_step_overridden": True}, False),
+    ],
+)
+def test_exchanges_are_skipped_only_if_weights_are_known_and_nothing_in_a_step_requests_a_stop(change, expected):
+    facts = {"events_without_listeners": {"a", "b", "c"}, "step_events": {"a", "b"}}
+    facts |= {"yields_full_batches": True, "is_step_overridden": False}
+    assert can_skip_exchange(**{**facts, **change}) is expected
+
+
+def test_a_method_is_overridden_by_a_subclass_or_on_the_instance():
+    methods = ("optimizer_step", "scheduler_step")
+    overriding = type("Overriding", (Trainer,), {"scheduler_step": lambda self: None})
+    assert not overrides_any(make_trainer(), methods)
+    assert not overrides_any(make_trainer(cls=TrainerWithTimmScheduler), methods)  # the library's own
+    assert overrides_any(make_trainer(cls=overriding), methods)
+    assert not overrides_any(make_trainer(cls=overriding), methods[:1])
+    trainer = make_trainer()
+    trainer.optimizer_step = trainer.optimizer_step
+    assert overrides_any(trainer, methods)
+
+
+@pytest.fixture
+def created(monkeypatch):
+    """Every `StopConsensus` that is created during the test; that of a run is the last."""
+    created, initialize = [], StopConsensus.__init__
+
+    def record(self, *args, **kwargs):
+        initialize(self, *args, **kwargs)
+        created.append(self)
+
+    monkeypatch.setattr(StopConsensus, "__init__", record)
+    return created
+
+
+@pytest.fixture
+def allows_skipping(created):
+    """Returns whether a run lets exchanges be skipped, as of the end of its epoch."""
+
+    def run(trainer, dataset=None, **kwargs):
+        answers = []
+        probe = Probe(on_train_epoch_end=lambda trainer: answers.append(created[-1]._can_skip_exchange()))
+        trainer.callback_handler.add_callback(probe)
+        train(trainer, dataset, **kwargs)
+        return answers[-1]
+
+    return run
 
 
 @pytest.mark.parametrize(
     "dataset", [make_dataset(8), Samples(make_dataset(8)), Subset(Samples(make_dataset(9)), range(8))]
 )
-def test_a_run_of_the_librarys_own_steps_is_foreseeable(dataset):
-    assert foreseeable_after(make_trainer(callbacks=get_default_callbacks()), dataset)
-    assert foreseeable_after(make_trainer(cls=TrainerWithTimmScheduler), dataset)
+def test_runs_with_the_librarys_own_steps_skip_exchanges(allows_skipping, dataset):
+    assert allows_skipping(make_trainer(callbacks=get_default_callbacks()), dataset)
+    assert allows_skipping(make_trainer(cls=TrainerWithTimmScheduler), dataset)
 
 
-def test_what_may_end_a_run_in_a_step_or_weigh_it_otherwise_is_not(monkeypatch):
-    for event in consensus._EVENTS_OF_A_STEP:
-        assert not foreseeable_after(make_trainer(callbacks=[Probe(**{event: lambda trainer, **_: None})]))
-    for name in consensus._METHODS_OF_A_STEP:
-        method = getattr(Trainer, name)
-        own = type("Own", (Trainer,), {name: lambda self, *args, m=method, **kwargs: m(self, *args, **kwargs)})
-        assert not foreseeable_after(make_trainer(cls=own))
-        trainer = make_trainer()
-        setattr(trainer, name, getattr(trainer, name))
-        assert not foreseeable_after(trainer)
-
-
-class InPairs(Samples):
+class TwiceEach(Samples):
     def __getitems__(self, indices):
         return [self[index] for index in indices for _ in range(2)]
 
@@ -289,42 +355,92 @@ class Backwards(Sampler):
 @pytest.mark.parametrize(
     ("dataset", "kwargs"),
     [
-        (InPairs(make_dataset(8)), {}),
-        (Subset(InPairs(make_dataset(8)), range(8)), {}),
+        (TwiceEach(make_dataset(8)), {}),
+        (Subset(TwiceEach(make_dataset(8)), range(8)), {}),
         (Stream(make_dataset(8)), {}),
         (Samples(make_dataset(8)), {"collate_fn": lambda samples: default_collate(samples[:1])}),
         (make_dataset(8), {"train_dataloader_kwargs": {"sampler": Backwards(), "shuffle": False}}),
     ],
+    ids=["two samples per index", "a subset of those", "a stream", "a collate function", "a custom sampler"],
 )
-def test_batches_of_which_the_sizes_are_not_known_are_not(dataset, kwargs):
-    assert not foreseeable_after(make_trainer(), dataset, **kwargs)
+def test_runs_with_batches_of_unknown_size_exchange_each_time(allows_skipping, dataset, kwargs):
+    assert not allows_skipping(make_trainer(), dataset, **kwargs)
 
 
-@pytest.mark.parametrize("error", [type("MyStop", (StopTrainingError,), {}), type("MyNaN", (NonFiniteLossError,), {})])
-def test_a_subclass_is_raised_as_what_it_is_derived_from(agreement, error):
-    agreement.request_stop(error("enough"))
-    with pytest.raises(error.__base__, match="enough"):
-        agreement.sync()
+# The lists of events and methods of a step are not taken from the source, but from what a run does.
 
 
-@pytest.mark.parametrize(("backend", "num_groups"), [("gloo", 0), ("nccl", 1)])
-def test_beside_a_backend_of_devices_the_numbers_have_a_group_on_hosts(backend, num_groups, monkeypatch):
-    """One for all runs, as each holds connections; over gloo the processes' own group will do."""
-    groups = []
+def events_of_a_step():
+    """Return the events that a run fires from the start of a training step to its end, log points aside."""
+    recorder = EventRecorder()
+    train(make_trainer(callbacks=[recorder]), num_epochs=2, eval_dataset=make_dataset(8))
+    events, is_in_step = set(), False
+    for event in recorder.log:
+        is_in_step = is_in_step or event == "on_train_step_start"
+        if is_in_step:
+            events.add(event)
+        is_in_step = is_in_step and event != "on_train_step_end"
+    return events
 
-    def new_group(**settings):
-        groups.append(settings["backend"])
-        return f"group {len(groups)}"
 
-    fake = SimpleNamespace(
-        is_initialized=lambda: True,
-        get_backend=lambda: backend,
-        new_group=new_group,
-        group=SimpleNamespace(WORLD=object()),
-    )
-    monkeypatch.setattr(consensus, "distributed", fake)
-    agreements = [StopConsensus(2), StopConsensus(2)]
-    assert groups == ["gloo"] * num_groups
-    assert {agreement._group for agreement in agreements} == {"group 1" if num_groups else None}
-    fake.group.WORLD = object()  # the processes have been connected anew
-    assert StopConsensus(2)._group == ("group 2" if num_groups else None)
+def methods_of_a_step():
+    """Return the methods of the trainer that a training step consists of, and those that a subclass may override.
+
+    A step consists of the methods that `_run_train_epoch` calls once per batch. In them, a subclass may override any
+    method whose name does not begin with ``_loop_``.
+    """
+    trainer, num_steps = make_trainer(), 4
+    functions = {name: inspect.getattr_static(Trainer, name) for name in dir(Trainer)}
+    names = {function.__code__: name for name, function in functions.items() if inspect.isfunction(function)}
+    calls = []  # each call as the names of the methods that are active, the innermost first
+
+    def record(frame, event, _):
+        if event == "call" and frame.f_code in names:
+            active = []
+            while frame is not None:
+                active.append(names.get(frame.f_code))
+                frame = frame.f_back
+            calls.append(active)
+
+    profiler = sys.getprofile()
+    sys.setprofile(record)
+    try:
+        kwargs = {"gradient_clip_norm": 1.0, "create_scheduler_fn": lambda optimizer: StepLR(optimizer, 1)}
+        train(trainer, make_dataset(4 * num_steps), **kwargs)
+    finally:
+        sys.setprofile(profiler)
+    direct = [active[0] for active in calls if active[1] == "_run_train_epoch"]
+    parts = {name for name in direct if direct.count(name) == num_steps}
+    inner = {active[0] for active in calls if parts.intersection(active[1:])}
+    return parts | {name for name in inner if not name.startswith(("_loop_", "__"))}
+
+
+def test_the_listed_step_events_are_those_that_a_step_fires():
+    assert set(STEP_EVENTS) == events_of_a_step()
+
+
+def test_the_listed_step_methods_are_those_that_a_step_calls():
+    assert set(STEP_METHODS) == methods_of_a_step()
+
+
+def test_a_listener_to_any_event_of_a_step_makes_ranks_exchange_each_time(allows_skipping):
+    events = events_of_a_step()
+    assert len(events) >= 5
+    for event in events:
+        probe = Probe(**{event: lambda trainer, **_: None})
+        assert not allows_skipping(make_trainer(callbacks=[probe])), event
+
+
+def test_overriding_any_method_of_a_step_makes_ranks_exchange_each_time(allows_skipping):
+    methods = methods_of_a_step()
+    assert len(methods) >= 10
+    for name in methods:
+        method = getattr(Trainer, name)
+
+        def call(self, *args, method=method, **kwargs):
+            return method(self, *args, **kwargs)
+
+        assert not allows_skipping(make_trainer(cls=type("Overriding", (Trainer,), {name: call}))), name
+        trainer = make_trainer()
+        setattr(trainer, name, getattr(trainer, name))
+        assert not allows_skipping(trainer), name

@@ -1,4 +1,4 @@
-"""The short way of a step: the same bits as Accelerate's, and taken only where that is sure."""
+"""The fast path: bit-identical to Accelerate's own path, and used only where that is certain."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def optimizer():
     return torch.optim.AdamW(make_model().parameters(), lr=0.1)
 
 
-def test_both_ways_give_the_same_bits_over_the_whole_grid():
-    assert _numbers.points_where_the_ways_differ() == []
+def test_the_fast_path_gives_the_same_bits_over_the_whole_grid():
+    assert _numbers.points_where_the_paths_differ() == []
 
 
-def test_both_ways_give_the_same_bits_in_bf16():
+def test_the_fast_path_gives_the_same_bits_in_bf16():
     code = """
 import _numbers
 from pytorch_accelerated._distributed.accelerator import create_accelerator
 create_accelerator(None, "bf16")
-print(_numbers.points_where_the_ways_differ())
+print(_numbers.points_where_the_paths_differ())
 """
     assert run_python(code, PYTHONPATH="tests") == "[]\n"
 
 
-# --- where it is taken -------------------------------------------------------------------------------------------
+# --- where it is used --------------------------------------------------------------------------------------------
 
 
-def test_one_process_without_a_scaler_is_direct(accelerator):
+def test_one_process_without_a_gradient_scaler_uses_the_fast_path(accelerator):
     assert can_use_fast_path(accelerator)
 
 
@@ -65,16 +65,16 @@ def test_one_process_without_a_scaler_is_direct(accelerator):
         ("mixed_precision", "fp8"),
     ],
 )
-def test_other_kinds_of_training_are_not(accelerator, monkeypatch, attribute, value):
+def test_sharded_xla_and_fp8_training_do_not_use_the_fast_path(accelerator, monkeypatch, attribute, value):
     monkeypatch.setattr(Accelerator, attribute, property(lambda self: value))
     assert not can_use_fast_path(accelerator)
 
 
-def test_neither_is_what_needs_more_than_pytorch_does(accelerator):
-    class Own(Accelerator):
+def test_an_accelerator_with_another_backward_pass_does_not_use_the_fast_path(accelerator):
+    class CustomAccelerator(Accelerator):
         pass
 
-    assert not can_use_fast_path(Own())
+    assert not can_use_fast_path(CustomAccelerator())
     accelerator.scaler = object()
     assert not can_use_fast_path(accelerator)
     accelerator.scaler = None
@@ -82,15 +82,15 @@ def test_neither_is_what_needs_more_than_pytorch_does(accelerator):
     assert not can_use_fast_path(accelerator)
 
 
-def test_a_run_with_an_accelerator_of_the_users_goes_the_general_way():
+def test_a_run_with_a_custom_accelerator_calls_its_backward():
     calls = []
 
-    class Own(Accelerator):
+    class CustomAccelerator(Accelerator):
         def backward(self, loss, **kwargs):
             calls.append(loss)
             super().backward(loss, **kwargs)
 
-    trainer = make_trainer(accelerator=Own())
+    trainer = make_trainer(accelerator=CustomAccelerator())
     train(trainer)
     assert len(calls) == 4
     assert type(trainer.optimizer) is AcceleratedOptimizer
@@ -99,68 +99,93 @@ def test_a_run_with_an_accelerator_of_the_users_goes_the_general_way():
 # --- the optimizer -----------------------------------------------------------------------------------------------
 
 
-def test_an_optimizer_of_pytorch_is_made_direct_once(accelerator, optimizer):
-    direct = wrap_optimizer(accelerator, optimizer)
-    assert type(direct) is FastPathOptimizer
-    assert isinstance(direct, AcceleratedOptimizer)
-    assert direct.optimizer is optimizer
-    assert wrap_optimizer(accelerator, direct) is direct
+def step_with_gradients(accelerator, optimizer, closure=None):
+    """Wrap an optimizer and make a step with it, which must change the parameters."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    before = [parameter.detach().clone() for parameter in parameters]
+    wrapped = wrap_optimizer(accelerator, optimizer)
+    assert type(wrapped) is FastPathOptimizer
+    wrapped.step() if closure is None else wrapped.step(closure)
+    assert not any(map(torch.equal, before, parameters))
 
 
-def test_other_optimizers_are_left_as_they_are(accelerator, optimizer):
-    stand_in = object()
+def test_a_pytorch_optimizer_is_wrapped_once(accelerator, optimizer):
+    wrapped = wrap_optimizer(accelerator, optimizer)
+    assert type(wrapped) is FastPathOptimizer
+    assert isinstance(wrapped, AcceleratedOptimizer)
+    assert wrapped.optimizer is optimizer
+    assert wrap_optimizer(accelerator, wrapped) is wrapped
+
+
+def test_other_objects_and_prepared_optimizers_are_not_wrapped(accelerator, optimizer):
+    other = object()
     assert wrap_optimizer(accelerator, None) is None
-    assert wrap_optimizer(accelerator, stand_in) is stand_in
+    assert wrap_optimizer(accelerator, other) is other
     prepared = accelerator.prepare(optimizer)
     assert wrap_optimizer(accelerator, prepared) is prepared
-    no_step = type("Lomo", (torch.optim.SGD,), {"__module__": "lomo_optim.lomo"})(make_model().parameters(), lr=0.1)
-    assert wrap_optimizer(accelerator, no_step) is no_step
+    lomo = type("Lomo", (torch.optim.SGD,), {"__module__": "lomo_optim.lomo"})(make_model().parameters(), lr=0.1)
+    assert wrap_optimizer(accelerator, lomo) is lomo
 
 
-def test_nothing_happens_while_batches_accumulate(accelerator, optimizer):
-    direct = wrap_optimizer(accelerator, optimizer)
-    parameter = direct.param_groups[0]["params"][0]
+def test_step_and_zero_grad_do_nothing_while_batches_accumulate(accelerator, optimizer):
+    wrapped = wrap_optimizer(accelerator, optimizer)
+    parameter = wrapped.param_groups[0]["params"][0]
     before = parameter.detach().clone()
     parameter.grad = torch.ones_like(parameter)
     accelerator.gradient_state.sync_gradients = False
     try:
-        direct.step()
-        direct.zero_grad()
+        wrapped.step()
+        wrapped.zero_grad()
+        wrapped.zero_grad(set_to_none=True)
         assert torch.equal(parameter, before)
         assert parameter.grad is not None
     finally:
         accelerator.gradient_state.sync_gradients = True
-    direct.step()
-    direct.zero_grad()
+    wrapped.step()
+    wrapped.zero_grad()
     assert not torch.equal(parameter, before)
     assert parameter.grad is None
 
 
-def test_gradients_are_zeroed_in_place_if_asked(accelerator, optimizer):
-    direct = wrap_optimizer(accelerator, optimizer)
-    parameter = direct.param_groups[0]["params"][0]
+def test_gradients_are_zeroed_in_place_on_request(accelerator, optimizer):
+    wrapped = wrap_optimizer(accelerator, optimizer)
+    parameter = wrapped.param_groups[0]["params"][0]
     parameter.grad = torch.ones_like(parameter)
-    direct.zero_grad(set_to_none=False)
+    wrapped.zero_grad(set_to_none=False)
     assert torch.equal(parameter.grad, torch.zeros_like(parameter))
 
 
-def test_an_optimizer_with_a_way_of_its_own_to_discard_gradients_keeps_it(accelerator):
+def test_an_overridden_zero_grad_is_called_as_by_accelerate(accelerator):
     calls = []
 
-    class Own(torch.optim.SGD):
+    class Overridden(torch.optim.SGD):
         def zero_grad(self, set_to_none=True):
             calls.append(set_to_none)
 
-    class Older(torch.optim.SGD):
-        def zero_grad(self):
-            calls.append("older")
+    class ZeroingByDefault(torch.optim.SGD):
+        def zero_grad(self, set_to_none=False):
+            calls.append(set_to_none)
 
-    for kind in (Own, Older):
-        wrap_optimizer(accelerator, kind(make_model().parameters(), lr=0.1)).zero_grad()
-    patched = torch.optim.SGD(make_model().parameters(), lr=0.1)
-    patched.zero_grad = lambda set_to_none=True: calls.append("patched")
-    wrap_optimizer(accelerator, patched).zero_grad()
-    assert calls == [True, "older", "patched"]
+    class WithoutOption(torch.optim.SGD):
+        def zero_grad(self):
+            calls.append("without option")
+
+    def zero_grad_of_each(wrap):
+        calls.clear()
+        for kind in (Overridden, ZeroingByDefault, WithoutOption):
+            wrap(kind(make_model().parameters(), lr=0.1)).zero_grad()
+        patched = torch.optim.SGD(make_model().parameters(), lr=0.1)
+        patched.zero_grad = lambda set_to_none=True: calls.append("patched")
+        wrap(patched).zero_grad()
+        return list(calls)
+
+    expected = zero_grad_of_each(accelerator.prepare)
+    assert expected == [True, True, "without option", "patched"]
+    assert zero_grad_of_each(functools.partial(wrap_optimizer, accelerator)) == expected
+    with pytest.raises(ValueError, match="set_to_none"):
+        wrap_optimizer(accelerator, WithoutOption(make_model().parameters(), lr=0.1)).zero_grad(set_to_none=True)
 
 
 def test_the_state_of_an_optimizer_is_not_copied_at_the_start_of_a_run(accelerator, optimizer):
@@ -173,103 +198,109 @@ def test_the_state_of_an_optimizer_is_not_copied_at_the_start_of_a_run(accelerat
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", False), ("meta", True)])
-def test_a_state_is_placed_if_it_lies_elsewhere(optimizer, device, expected):
+def test_the_state_of_an_optimizer_is_moved_if_it_is_on_another_device(optimizer, device, expected):
     assert not fast_path._has_state_elsewhere(optimizer, torch.device(device)), "there is none yet"
     for parameter in optimizer.param_groups[0]["params"]:
         optimizer.state[parameter] = {"step": torch.tensor(1.0), "exp_avg": torch.ones(2)}
     assert fast_path._has_state_elsewhere(optimizer, torch.device(device)) is expected
 
 
-def test_a_scheduler_knows_that_the_optimizer_has_stepped():
-    """PyTorch puts a wrapper around the optimizer's `step`, and warns if that was not called: warnings are errors."""
+def test_step_hooks_of_an_optimizer_are_called_at_each_step(accelerator, optimizer):
+    calls = []
+    hooks = [
+        optimizer.register_step_pre_hook(lambda *arguments: calls.append("pre hook")),
+        optimizer.register_step_post_hook(lambda *arguments: calls.append("post hook")),
+        register_optimizer_step_pre_hook(lambda *arguments: calls.append("global pre hook")),
+        register_optimizer_step_post_hook(lambda *arguments: calls.append("global post hook")),
+    ]
+    try:
+        for _ in range(2):
+            step_with_gradients(accelerator, optimizer)
+            assert sorted(calls) == ["global post hook", "global pre hook", "post hook", "pre hook"]
+            calls.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    step_with_gradients(accelerator, optimizer)
+    assert calls == []
+
+
+def test_step_hooks_of_an_optimizer_are_called_at_each_update_of_a_run():
+    trainer, calls = make_trainer(), []
+    trainer.optimizer.register_step_pre_hook(lambda *arguments: calls.append("pre hook"))
+    trainer.optimizer.register_step_post_hook(lambda *arguments: calls.append("post hook"))
+    train(trainer, gradient_accumulation_steps=2)
+    assert type(trainer.optimizer) is FastPathOptimizer
+    assert calls == ["pre hook", "post hook"] * 2
+
+
+def test_a_profiler_sees_the_ranges_of_the_optimizer(accelerator, optimizer):
+    with torch.profiler.profile() as profiler:
+        step_with_gradients(accelerator, optimizer)
+        wrap_optimizer(accelerator, optimizer).zero_grad()
+    names = {event.name for event in profiler.events()}
+    assert {"Optimizer.step#AdamW.step", "Optimizer.zero_grad#AdamW.zero_grad"} <= names
+
+
+def test_a_scheduler_does_not_warn_about_missing_optimizer_steps(accelerator, optimizer):
+    """A scheduler of PyTorch patches `optimizer.step` and warns if it was not called; in tests, warnings are errors."""
+    scheduler = StepLR(optimizer, 1)
+    step_with_gradients(accelerator, optimizer)
+    scheduler.step()
+
+
+def test_a_scheduler_steps_after_each_update_of_a_run():
     rates = []
     probe = Probe(on_optimizer_step_end=lambda trainer: rates.append(trainer.optimizer.param_groups[0]["lr"]))
     train(make_trainer(callbacks=[probe]), create_scheduler_fn=lambda optimizer: StepLR(optimizer, 1, gamma=0.5))
     assert rates == pytest.approx([0.05, 0.025, 0.0125, 0.00625])
 
 
-def stepped(accelerator, optimizer):
-    """Make a step, and return whether it was the short one."""
-    for parameter in optimizer.param_groups[0]["params"]:
-        parameter.grad = torch.ones_like(parameter)
-    before = [parameter.detach().clone() for parameter in optimizer.param_groups[0]["params"]]
-    is_short = fast_path._bare_step(optimizer) is not None
-    wrap_optimizer(accelerator, optimizer).step()
-    assert not any(map(torch.equal, before, optimizer.param_groups[0]["params"]))
-    return is_short
-
-
-def test_a_step_that_nobody_watches_is_short(accelerator, optimizer):
-    assert stepped(accelerator, optimizer)
-    scheduler = StepLR(optimizer, 1)
-    assert stepped(accelerator, optimizer)
-    scheduler.step()  # it has noticed the step, or it would warn
-
-
-def test_a_profiler_sees_the_ranges_of_pytorch(accelerator, optimizer):
-    with torch.profiler.profile() as profiler:
-        assert not stepped(accelerator, optimizer)
-        wrap_optimizer(accelerator, optimizer).zero_grad()
-    names = {event.name for event in profiler.events()}
-    assert {"Optimizer.step#AdamW.step", "Optimizer.zero_grad#AdamW.zero_grad"} <= names
-
-
-def test_hooks_of_an_optimizer_are_called(accelerator, optimizer):
-    calls = []
-    hooks = [
-        optimizer.register_step_pre_hook(lambda *arguments: calls.append("before")),
-        optimizer.register_step_post_hook(lambda *arguments: calls.append("after")),
-        register_optimizer_step_pre_hook(lambda *arguments: calls.append("before any")),
-        register_optimizer_step_post_hook(lambda *arguments: calls.append("after any")),
-    ]
-    for hook in hooks:
-        calls.clear()
-        assert not stepped(accelerator, optimizer)
-        hook.remove()
-        assert len(calls) >= 1
-    assert calls == ["after any"]
-    assert stepped(accelerator, optimizer)
-
-
-def test_a_step_that_was_changed_is_called_as_it_is(accelerator):
+def test_an_overridden_or_patched_step_is_called(accelerator):
     calls = []
 
-    def noting(step):
+    def recording(step, name):
         @functools.wraps(step)
-        def noted(*args, **kwargs):
-            calls.append(args[1:])
+        def record(*args, **kwargs):
+            calls.append(name)
             return step(*args, **kwargs)
 
-        return noted
+        return record
 
-    class Own(torch.optim.SGD):
-        step = noting(torch.optim.SGD.step)
+    class Overridden(torch.optim.SGD):
+        step = recording(torch.optim.SGD.step, "overridden")
 
     class Patched(torch.optim.SGD):
         pass
 
-    own, patched, both = (kind(make_model().parameters(), lr=0.1) for kind in (Own, Patched, torch.optim.SGD))
-    Patched.step = noting(Patched.step)
-    assert stepped(accelerator, patched) is False
-    patched.step = noting(patched.step)
-    assert stepped(accelerator, patched) is False
-    StepLR(both, 1)
-    both.step = noting(both.step)  # it looks like the scheduler's
-    assert stepped(accelerator, both) is False
-    assert len(calls) == 4
-    stepped(accelerator, own)
-    assert len(calls) == 5
+    optimizers = (kind(make_model().parameters(), lr=0.1) for kind in (Overridden, Patched, torch.optim.SGD))
+    overridden, patched, scheduled = optimizers
+    step_with_gradients(accelerator, overridden)
+    Patched.step = recording(Patched.step, "patched class")
+    step_with_gradients(accelerator, patched)
+    patched.step = recording(patched.step, "patched instance")
+    step_with_gradients(accelerator, patched)
+    StepLR(scheduled, 1)
+    scheduled.step = recording(scheduled.step, "patched after a scheduler")
+    step_with_gradients(accelerator, scheduled)
+    assert calls == [
+        "overridden",
+        "patched class",
+        "patched instance",
+        "patched class",
+        "patched after a scheduler",
+    ]
 
 
-def test_a_closure_is_called(accelerator, optimizer):
+def test_a_closure_is_passed_to_the_optimizer(accelerator, optimizer):
     calls = []
-    wrap_optimizer(accelerator, optimizer).step(lambda: calls.append("closure"))
+    step_with_gradients(accelerator, optimizer, closure=lambda: calls.append("closure"))
     assert calls == ["closure"]
 
 
-def test_it_can_be_copied_and_pickled(accelerator, optimizer):
-    direct = wrap_optimizer(accelerator, optimizer)
-    for other in (copy.deepcopy(direct), pickle.loads(pickle.dumps(direct))):
+def test_a_wrapped_optimizer_can_be_copied_and_pickled(accelerator, optimizer):
+    wrapped = wrap_optimizer(accelerator, optimizer)
+    for other in (copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
         assert type(other) is FastPathOptimizer
         other.zero_grad()
 

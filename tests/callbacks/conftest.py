@@ -1,4 +1,4 @@
-"""What the tests of callbacks share."""
+"""Shared by the tests of callbacks: a trainer with scripted evaluation losses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pytorch_accelerated import Trainer
 
 
 class ScriptedTrainer(Trainer):
-    """Trains a linear model in earnest, but reports the evaluation losses it was given, one for each epoch."""
+    """Really trains a linear model, but returns the given evaluation losses, one per epoch."""
 
     def __init__(self, eval_losses, callbacks=(), model=None, **kwargs):
         model = make_model() if model is None else model
@@ -24,12 +24,12 @@ class ScriptedTrainer(Trainer):
         return {**super().calculate_eval_batch_loss(batch), "loss": torch.tensor(loss, dtype=torch.float64)}
 
     def run(self, **kwargs):
-        """Train for an epoch per loss, with two updates each."""
+        """Train for one epoch per loss, with two updates each."""
         kwargs = {"num_epochs": len(self.eval_losses), "eval_dataset": make_dataset(4), **kwargs}
         self.train(make_dataset(8), per_device_batch_size=4, **kwargs)
 
 
 @pytest.fixture
 def scripted():
-    """Make a trainer with known evaluation losses."""
+    """A trainer class with known evaluation losses."""
     return ScriptedTrainer

@@ -1,4 +1,4 @@
-"""`TrainerCallback`: a plain class whose methods are the events."""
+"""`TrainerCallback`: a plain class whose methods are the events; and the default callbacks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pytorch_accelerated.callbacks import (
 
 
 class Counter(TrainerCallback):
-    """Does not call ``super().__init__()``, as the base class allows."""
+    """Does not call ``super().__init__()``, which the base class allows."""
 
     def __init__(self, values):
         self.values = values
@@ -81,7 +81,7 @@ def test_shipped_callbacks_can_be_copied_and_pickled(callback, name):
     assert vars(other) == vars(callback)
 
 
-def test_attributes_that_do_not_exist_are_told_apart():
+def test_a_callback_has_no_attributes_beyond_its_events():
     callback = Counter([])
     assert hasattr(callback, "on_train_epoch_end")
     assert hasattr(callback, "on_eval_epoch_end"), "inherited"
@@ -91,7 +91,7 @@ def test_attributes_that_do_not_exist_are_told_apart():
         callback.on_something_else(None)
 
 
-def test_the_events_in_the_order_of_their_declaration():
+def test_events_lists_all_events_in_order_of_declaration():
     assert EVENTS == (
         "on_init_end",
         "on_training_run_start",
@@ -119,14 +119,14 @@ def test_the_events_in_the_order_of_their_declaration():
 
 
 @pytest.mark.parametrize("event", EVENTS)
-def test_events_of_the_base_class_do_nothing_and_take_later_arguments(event):
+def test_events_of_the_base_class_do_nothing_and_accept_unknown_arguments(event):
     callback = TrainerCallback()
     arguments = {"batch": (), "batch_output": {}, "step": 0, "exception": ValueError(), "something_new": 1}
     assert getattr(callback, event)(None, **arguments) is None
     assert vars(callback) == {}
 
 
-def test_the_default_callbacks_with_and_without_a_progress_bar():
+def test_the_default_callbacks_include_the_progress_bar_only_on_request():
     with_bar = get_default_callbacks()
     assert with_bar == (
         MoveModulesToDeviceCallback,

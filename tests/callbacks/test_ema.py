@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
 
+import _support
 from _processes import launch
+from _support import IMPOSSIBLE_COUNTS, EventRecorder, assert_same_weights, make_dataset
 from pytorch_accelerated._ema import ModelEma
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
@@ -30,12 +31,6 @@ def _in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def make_data(num_samples=32):
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(num_samples, 3, generator=generator)
-    return TensorDataset(inputs, inputs.sum(dim=1, keepdim=True) + 1)
-
-
 def make_trainer(callbacks, **kwargs):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
@@ -43,26 +38,20 @@ def make_trainer(callbacks, **kwargs):
 
 
 def train(trainer, num_epochs=2, eval_dataset="same", **kwargs):
-    eval_dataset = make_data() if eval_dataset == "same" else eval_dataset
-    settings = {"per_device_batch_size": 8, "train_dataloader_kwargs": {"num_workers": 0}}
-    trainer.train(make_data(), num_epochs, eval_dataset, **{**settings, **kwargs})
-    return trainer
+    """Four updates per epoch, and an evaluation on the training data."""
+    eval_dataset = make_dataset(32) if eval_dataset == "same" else eval_dataset
+    settings = {"num_epochs": num_epochs, "eval_dataset": eval_dataset, "per_device_batch_size": 8, **kwargs}
+    return _support.train(trainer, 32, **settings)
 
 
 def evaluate(model):
-    inputs, targets = make_data().tensors
+    inputs, targets = make_dataset(32).tensors
     with torch.no_grad():
         return nn.functional.mse_loss(copy.deepcopy(model).eval()(inputs), targets).item()
 
 
-def assert_same_state(state, expected):
-    assert state.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(state[name], value), name
-
-
 class RecordWeights(TrainerCallback):
-    """Notes the state of the model before the run and after each update."""
+    """Keeps the state of the model before the run and after each update."""
 
     def on_training_run_start(self, trainer, **kwargs):
         self.states = [copy.deepcopy(trainer.get_model().state_dict())]
@@ -71,22 +60,8 @@ class RecordWeights(TrainerCallback):
         self.states.append(copy.deepcopy(trainer.get_model().state_dict()))
 
 
-class RecordEvents(TrainerCallback):
-    def __init__(self):
-        self.events = []
-
-    def on_eval_epoch_start(self, trainer, **kwargs):
-        self.events.append("start")
-
-    def on_eval_step_end(self, trainer, batch, batch_output, **kwargs):
-        self.events.append("step")
-
-    def on_eval_epoch_end(self, trainer, **kwargs):
-        self.events.append("end")
-
-
 class Score(TrainerCallback):
-    """Records the next of some given values as the metric ``score``."""
+    """Records the next of the given values as the metric ``score``."""
 
     def __init__(self, *values):
         self.values = iter(values)
@@ -118,15 +93,15 @@ def test_the_average_follows_the_updates_of_the_model(
     assert ema.ema_model.module[1].num_batches_tracked == updated[-1]["1.num_batches_tracked"]
 
 
-def test_training_goes_as_without_the_callback():
+def test_the_callback_does_not_change_training():
     plain = train(make_trainer([]))
     averaged = train(make_trainer([ModelEmaCallback()]))
-    assert_same_state(averaged.model.state_dict(), plain.model.state_dict())
+    assert_same_weights(averaged.model.state_dict(), plain.model.state_dict())
     for name in plain.run_history.get_metric_names():
         assert averaged.run_history.get_metric_values(name) == plain.run_history.get_metric_values(name)
 
 
-def test_each_run_makes_an_average_of_its_own():
+def test_each_run_creates_a_new_average():
     ema = ModelEmaCallback(decay=1.0)
     trainer = train(make_trainer([ema]))
     first = ema.ema_model
@@ -138,10 +113,10 @@ def test_each_run_makes_an_average_of_its_own():
     assert torch.equal(ema.ema_model.module[0].weight, start_of_second_run["0.weight"])
 
 
-def test_a_model_put_in_place_during_the_run_is_averaged_from_then_on():
+def test_a_model_replaced_during_the_run_is_averaged_from_then_on():
     class Replace(TrainerCallback):
         def on_train_epoch_end(self, trainer, **kwargs):
-            trainer.model = copy.deepcopy(trainer.model)  # The optimizer does not know it, so it stays as it is.
+            trainer.model = copy.deepcopy(trainer.model)  # unknown to the optimizer, so training does not change it
             nn.init.zeros_(trainer.model[0].weight)
 
     ema = ModelEmaCallback(decay=0.0)
@@ -149,7 +124,7 @@ def test_a_model_put_in_place_during_the_run_is_averaged_from_then_on():
     assert torch.equal(ema.ema_model.module[0].weight, torch.zeros(4, 3))
 
 
-def test_the_average_may_be_of_any_kind():
+def test_the_average_is_created_by_the_given_class_or_partial():
     class OwnEma(ModelEma):
         def __init__(self, model, decay):
             super().__init__(model, decay)
@@ -163,7 +138,7 @@ def test_the_average_may_be_of_any_kind():
 
 
 class NoteModels(ModelEma):
-    """Notes which model it averages."""
+    """Remembers which models it averages."""
 
     models = ()
 
@@ -172,7 +147,7 @@ class NoteModels(ModelEma):
         super().update(model)
 
 
-def test_a_compiled_model_is_averaged_under_its_plain_names():
+def test_the_average_of_a_compiled_model_has_the_plain_parameter_names():
     ema = ModelEmaCallback(model_ema=NoteModels)
     trainer = make_trainer([ema])
     plain = trainer.model
@@ -185,7 +160,7 @@ def test_a_compiled_model_is_averaged_under_its_plain_names():
 
 
 @pytest.mark.usefixtures("_fresh_accelerate_state")
-def test_with_mixed_precision_the_average_computes_with_its_own_weights():
+def test_the_average_is_evaluated_with_its_own_weights_in_mixed_precision():
     ema = ModelEmaCallback(decay=0.9)
     trainer = train(make_trainer([ema], mixed_precision="bf16"))
     loss = trainer.run_history.get_latest_metric(EMA_LOSS)
@@ -193,15 +168,15 @@ def test_with_mixed_precision_the_average_computes_with_its_own_weights():
     assert loss != pytest.approx(trainer.run_history.get_latest_metric("eval_loss_epoch"), rel=0.02)
 
 
-def test_a_model_that_is_split_over_processes_is_refused(monkeypatch):
-    monkeypatch.setattr("pytorch_accelerated.callbacks.ema.is_sharded", lambda accelerator: True)
-    with pytest.raises(RuntimeError, match=r"needs the whole model on each process, but FSDP or DeepSpeed has split"):
+def test_a_sharded_model_is_rejected(monkeypatch):
+    monkeypatch.setattr(Trainer, "is_sharded", True)
+    with pytest.raises(RuntimeError, match=r"needs the full model on each process, but FSDP or DeepSpeed shards it"):
         train(make_trainer([ModelEmaCallback()]))
 
 
-@pytest.mark.parametrize("num_updates", [0, -1])
-def test_an_interval_below_one_update_is_refused(num_updates):
-    with pytest.raises(ValueError, match=f"`update_every_n_updates` is {num_updates}. Expected at least 1"):
+@pytest.mark.parametrize(("num_updates", "error"), IMPOSSIBLE_COUNTS)
+def test_an_impossible_update_interval_is_rejected(num_updates, error):
+    with pytest.raises(error, match=f"`update_every_n_updates` is {num_updates}.* Expected a whole number of updates"):
         ModelEmaCallback(update_every_n_updates=num_updates)
 
 
@@ -216,36 +191,38 @@ def test_the_average_is_evaluated_after_each_epoch():
     assert trainer.run_history.get_latest_metric("eval_loss_epoch") == pytest.approx(evaluate(trainer.model))
 
 
-def test_callbacks_that_watch_the_average_may_stand_before_it():
+def test_callbacks_that_watch_the_average_can_come_before_it_in_the_list():
     best = SaveBestModelCallback(watch_metric=EMA_LOSS, load_saved_checkpoint=False)
     stopping = EarlyStoppingCallback(watch_metric=EMA_LOSS, early_stopping_threshold=1e9)
     trainer = train(make_trainer([best, stopping, ModelEmaCallback()]), num_epochs=5)
     assert best.best_metric_epoch == len(trainer.run_history.get_metric_values(EMA_LOSS)) == 2
 
 
-def test_its_own_callbacks_get_the_events_of_its_evaluation_and_the_others_do_not():
-    own, other = RecordEvents(), RecordEvents()
-    train(make_trainer([other, ModelEmaCallback(callbacks=[own, RecordEvents])]), num_epochs=1)
-    assert own.events == other.events == ["start", "step", "step", "step", "step", "end"]
+def test_only_the_callbacks_of_the_average_receive_the_events_of_its_evaluation():
+    inner, outer = EventRecorder(), EventRecorder()
+    train(make_trainer([outer, ModelEmaCallback(callbacks=[inner, EventRecorder])]), num_epochs=1)
+    steps = ["on_eval_step_start", "on_eval_step_end"] * 4
+    assert inner.log == ["on_eval_epoch_start", *steps, "on_eval_epoch_end"]
+    assert [event for event in outer.log if "_eval_" in event] == inner.log
 
 
-def test_intermediate_evaluation_and_evaluate_leave_the_average_out():
-    own = RecordEvents()
-    callbacks = [StepBasedEvaluationCallback(eval_every_n_steps=1), ModelEmaCallback(callbacks=[own])]
+def test_intermediate_evaluations_and_evaluate_do_not_evaluate_the_average():
+    inner = EventRecorder()
+    callbacks = [StepBasedEvaluationCallback(eval_every_n_steps=1), ModelEmaCallback(callbacks=[inner])]
     trainer = train(make_trainer(callbacks), num_epochs=1)
-    trainer.evaluate(make_data(), dataloader_kwargs={"num_workers": 0})
-    assert own.events.count("start") == 1
+    trainer.evaluate(make_dataset(32))
+    assert inner.log.count("on_eval_epoch_start") == 1
 
 
-def test_each_of_several_datasets_has_a_metric_of_the_average():
+def test_the_average_is_evaluated_on_each_of_several_datasets():
     ema = ModelEmaCallback(watch_metric="near_" + EMA_LOSS)
-    trainer = train(make_trainer([ema]), eval_dataset={"near": make_data(), "far": make_data(16)})
+    trainer = train(make_trainer([ema]), eval_dataset={"near": make_dataset(32), "far": make_dataset(16)})
     names = {name for name in trainer.run_history.get_metric_names() if "ema" in name}
     assert names == {"near_" + EMA_LOSS, "far_" + EMA_LOSS}
     assert ema.best_metric == min(trainer.run_history.get_metric_values("near_" + EMA_LOSS))
 
 
-def test_evaluation_can_be_left_out():
+def test_the_average_is_not_evaluated_if_evaluate_during_training_is_false():
     trainer = train(make_trainer([ModelEmaCallback(evaluate_during_training=False)]))
     assert trainer.run_history.get_metric_names() == {"train_loss_epoch", "eval_loss_epoch"}
 
@@ -259,7 +236,7 @@ class Fail(TrainerCallback):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), StopTrainingError("enough")])
-def test_the_average_is_never_left_in_the_place_of_the_model(error):
+def test_the_model_and_callbacks_are_restored_when_the_evaluation_of_the_average_fails(error):
     trainer = make_trainer([ModelEmaCallback(callbacks=[Fail(error)])])
     model, handler = trainer.model, trainer.callback_handler
 
@@ -275,7 +252,7 @@ def test_the_average_is_never_left_in_the_place_of_the_model(error):
     assert trainer.run_history.metric_name_prefix == ""
 
 
-def test_a_metric_to_watch_that_nobody_records_is_an_error():
+def test_a_watched_metric_that_is_never_recorded_is_an_error():
     trainer = make_trainer([ModelEmaCallback(watch_metric="ema_model_accuracy")])
     with pytest.raises(ValueError, match=r"'ema_model_accuracy'.*ema_model_eval_loss_epoch"):
         train(trainer)
@@ -318,9 +295,9 @@ def test_the_best_average_is_saved(scores, greater_is_better, best):
     assert checkpoint.keys() == {"model_state_dict", "ema_model_score", "epoch"}
     assert checkpoint["epoch"] == ema.best_metric_epoch == best
     assert checkpoint["ema_model_score"] == ema.best_metric == scores[best - 1]
-    assert_same_state(checkpoint["model_state_dict"], noted.states[best - 1])
+    assert_same_weights(checkpoint["model_state_dict"], noted.states[best - 1])
     trainer.load_checkpoint("averages/best.pt")
-    assert_same_state(trainer.model.state_dict(), noted.states[best - 1])
+    assert_same_weights(trainer.model.state_dict(), noted.states[best - 1])
 
 
 @pytest.mark.parametrize(
@@ -330,14 +307,14 @@ def test_without_evaluation_the_last_average_is_saved(settings, eval_dataset):
     ema = ModelEmaCallback(**settings)
     train(make_trainer([ema]), eval_dataset=eval_dataset)
     checkpoint = torch.load("ema_model.pt", weights_only=True)
-    assert_same_state(checkpoint["model_state_dict"], ema.ema_model.module.state_dict())
+    assert_same_weights(checkpoint["model_state_dict"], ema.ema_model.module.state_dict())
     assert checkpoint["epoch"] == 2
 
 
-def test_the_model_is_saved_and_left_as_it_is():
+def test_the_model_itself_is_saved_and_kept_unchanged():
     trainer = train(make_trainer([ModelEmaCallback(decay=1.0), SaveBestModelCallback()]))
     saved = torch.load("best_model.pt", weights_only=True)["model_state_dict"]
-    assert_same_state(trainer.model.state_dict(), saved)
+    assert_same_weights(trainer.model.state_dict(), saved)
     assert not torch.equal(saved["0.weight"], torch.load("ema_model.pt")["model_state_dict"]["0.weight"])
 
 
@@ -345,7 +322,7 @@ def test_the_model_is_saved_and_left_as_it_is():
 
 
 class CountingEma(ModelEma):
-    """Its decay grows with a count of its own, as in many programs."""
+    """Its decay grows with its own update count, a common pattern."""
 
     def __init__(self, model, decay):
         super().__init__(model, decay)
@@ -359,28 +336,31 @@ class CountingEma(ModelEma):
 
 @pytest.mark.parametrize("state", ["step_3", "epoch_1"])
 @pytest.mark.parametrize("is_saved_first", [True, False])
-def test_a_resumed_run_ends_with_the_same_average(state, is_saved_first, tmp_path):
+def test_a_resumed_run_ends_with_the_same_average_as_an_uninterrupted_one(state, is_saved_first, tmp_path):
     def make(folder):
         ema = ModelEmaCallback(save_path=folder / "ema.pt", model_ema=CountingEma)
         saving = SaveTrainingStateCallback(folder, save_every_n_epochs=1, save_every_n_steps=3)
         return ema, make_trainer([saving, ema] if is_saved_first else [ema, saving])
 
-    whole, trainer = make(tmp_path / "whole")
+    uninterrupted, trainer = make(tmp_path / "uninterrupted")
     expected = train(trainer, num_epochs=3)
     resumed, trainer = make(tmp_path / "resumed")
     with torch.no_grad():
         trainer.model[0].weight.zero_()
 
-    train(trainer, num_epochs=3, resume_from=str(tmp_path / "whole" / state))
+    train(trainer, num_epochs=3, resume_from=str(tmp_path / "uninterrupted" / state))
 
-    assert_same_state(resumed.ema_model.state_dict(), whole.ema_model.state_dict())
+    assert_same_weights(resumed.ema_model.state_dict(), uninterrupted.ema_model.state_dict())
     assert resumed.ema_model.num_updates == 12
-    assert resumed.ema_model.decay == whole.ema_model.decay
-    assert (resumed.best_metric, resumed.best_metric_epoch) == (whole.best_metric, whole.best_metric_epoch)
+    assert resumed.ema_model.decay == uninterrupted.ema_model.decay
+    assert (resumed.best_metric, resumed.best_metric_epoch) == (
+        uninterrupted.best_metric,
+        uninterrupted.best_metric_epoch,
+    )
     assert trainer.run_history.get_metric_values(EMA_LOSS) == expected.run_history.get_metric_values(EMA_LOSS)
 
 
-def test_a_worse_average_of_a_resumed_run_does_not_replace_the_best(tmp_path):
+def test_a_resumed_run_does_not_replace_the_best_average_with_a_worse_one(tmp_path):
     settings = {"save_path": tmp_path / "ema.pt", "watch_metric": "ema_model_score", "greater_is_better": True}
     saving = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
     train(make_trainer([ModelEmaCallback(**settings, callbacks=[Score(0.9)]), saving]), num_epochs=1)
@@ -392,7 +372,7 @@ def test_a_worse_average_of_a_resumed_run_does_not_replace_the_best(tmp_path):
     assert torch.load(tmp_path / "ema.pt")["epoch"] == 1
 
 
-def test_the_run_after_a_resumed_one_begins_anew(tmp_path):
+def test_the_run_after_a_resumed_one_starts_with_a_new_average_and_no_best_value(tmp_path):
     settings = {"watch_metric": "ema_model_score", "greater_is_better": True}
     saving = SaveTrainingStateCallback(tmp_path)
     train(make_trainer([ModelEmaCallback(**settings, callbacks=[Score(0.9)]), saving]), num_epochs=1)
@@ -420,7 +400,7 @@ class CountEvaluations(TrainerCallback):
         self.num_evaluations = state_dict["num_evaluations"]
 
 
-def test_its_own_callbacks_are_resumed_too(tmp_path):
+def test_the_callbacks_of_the_average_are_restored_on_resume(tmp_path):
     first, resumed = CountEvaluations(), CountEvaluations()
     saving = SaveTrainingStateCallback(tmp_path)
     train(make_trainer([ModelEmaCallback(callbacks=[first]), saving]), num_epochs=2)
@@ -432,14 +412,14 @@ def test_its_own_callbacks_are_resumed_too(tmp_path):
     assert resumed.num_evaluations == 3
 
 
-def test_a_resumed_run_takes_the_decay_it_is_given(tmp_path):
+def test_a_resumed_run_uses_the_decay_of_its_own_callback(tmp_path):
     train(make_trainer([ModelEmaCallback(decay=0.5), SaveTrainingStateCallback(tmp_path)]), num_epochs=1)
     resumed = ModelEmaCallback(decay=0.25)
     train(make_trainer([resumed]), num_epochs=2, resume_from=str(tmp_path / "final"))
     assert resumed.ema_model.decay == 0.25
 
 
-def test_before_the_first_run_there_is_no_state():
+def test_the_state_is_empty_before_the_first_run_and_can_be_loaded():
     ema = ModelEmaCallback()
     assert ema.state_dict() == {}
     ema.load_state_dict({})
@@ -461,18 +441,18 @@ data = TensorDataset(inputs, inputs.sum(dim=1, keepdim=True))
 model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
 ema = ModelEmaCallback(decay=0.5, save_path="ema.pt")
 trainer = Trainer(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.05), [ema])
-trainer.train(data, 2, data, 8, train_dataloader_kwargs={"num_workers": 0})
+trainer.train(data, 2, data, 8)
 loss = trainer.run_history.get_metric_values("ema_model_eval_loss_epoch")
 torch.save((ema.ema_model.module.state_dict(), loss), f"rank_{trainer.process_index}.pt")
 """
 
 
 @pytest.mark.distributed
-def test_all_processes_have_the_same_average_with_the_buffers_of_the_main_process():
+def test_all_processes_have_the_same_average_with_the_buffers_of_rank_0():
     Path("run.py").write_text(DISTRIBUTED_RUN)
     launch(Path("run.py").resolve(), Path.cwd(), num_processes=2)
 
     (main, main_loss), (other, other_loss) = (torch.load(f"rank_{rank}.pt") for rank in range(2))
-    assert_same_state(other, main)
+    assert_same_weights(other, main)
     assert main_loss == other_loss
     assert sorted(path.name for path in Path().glob("*.pt")) == ["ema.pt", "rank_0.pt", "rank_1.pt"]

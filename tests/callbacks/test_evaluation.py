@@ -1,13 +1,26 @@
-"""Callbacks that decide how often and how long to evaluate, and how many batches to use at all."""
+"""Callbacks that evaluate during an epoch, or limit the number of batches."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from _support import EventRecorder, Probe, assert_same_weights, make_dataset, make_trainer, weights_of
+import _support
+from _support import (
+    IMPOSSIBLE_COUNTS,
+    IN_ORDER,
+    EventRecorder,
+    Probe,
+    assert_same_weights,
+    losses,
+    make_dataset,
+    make_trainer,
+    weights_of,
+)
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import (
     LimitBatchesCallback,
@@ -19,14 +32,7 @@ from pytorch_accelerated.finetuning import ModelFreezer
 from pytorch_accelerated.trainer import LIMIT_BATCHES_ENV_VAR
 from pytorch_accelerated.utils import LimitBatches
 
-
-def train(trainer, num_samples=12, **kwargs):
-    """Three batches per epoch."""
-    trainer.train(make_dataset(num_samples), **{"num_epochs": 1, "per_device_batch_size": 4, **kwargs})
-
-
-def values(trainer, name):
-    return trainer.run_history.get_metric_values(name)
+train = partial(_support.train, dataset=12)  # three batches per epoch
 
 
 class CountSteps(TrainerCallback):
@@ -52,7 +58,7 @@ class CountSteps(TrainerCallback):
         self._evaluations[-1] += 1
 
 
-# --- evaluation within the epochs --------------------------------------------------------------------------------
+# --- evaluation during an epoch ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -66,18 +72,18 @@ class CountSteps(TrainerCallback):
         pytest.param(2, 2, [2, 4, 6], id="updates, not batches, are counted"),
     ],
 )
-def test_evaluation_comes_after_every_so_many_updates(num_updates, accumulation, expected):
+def test_intermediate_evaluations_happen_every_n_updates(num_updates, accumulation, expected):
     trainer = make_trainer(callbacks=[StepBasedEvaluationCallback(num_updates)])
     train(trainer, num_epochs=3, eval_dataset=make_dataset(8), gradient_accumulation_steps=accumulation)
     names = {"intermediate_update", "intermediate_eval_loss_epoch"} & trainer.run_history.get_metric_names()
     assert names == ({"intermediate_update", "intermediate_eval_loss_epoch"} if expected else set())
     if expected:
-        assert values(trainer, "intermediate_update") == expected
-        assert len(values(trainer, "intermediate_eval_loss_epoch")) == len(expected)
-    assert len(values(trainer, "eval_loss_epoch")) == len(values(trainer, "train_loss_epoch")) == 3
+        assert losses(trainer, "intermediate_update") == expected
+        assert len(losses(trainer, "intermediate_eval_loss_epoch")) == len(expected)
+    assert len(losses(trainer, "eval_loss_epoch")) == len(losses(trainer, "train_loss_epoch")) == 3
 
 
-def test_an_intermediate_evaluation_measures_the_model_as_it_is_then():
+def test_an_intermediate_evaluation_measures_the_current_model():
     data = make_dataset(8, seed=3)
     expected = []
 
@@ -87,7 +93,7 @@ def test_an_intermediate_evaluation_measures_the_model_as_it_is_then():
 
     trainer = make_trainer(callbacks=[StepBasedEvaluationCallback(1), Probe(on_optimizer_step_end=measure)])
     train(trainer, num_epochs=2, eval_dataset=data)
-    assert values(trainer, "intermediate_eval_loss_epoch") == pytest.approx(expected, rel=1e-6)
+    assert losses(trainer, "intermediate_eval_loss_epoch") == pytest.approx(expected, rel=1e-6)
     assert len(set(expected)) == 6
 
 
@@ -98,8 +104,8 @@ def make_frozen_model():
     return model
 
 
-def test_modes_are_restored_after_an_intermediate_evaluation():
-    """Also of a module that the user set to evaluation mode for this epoch alone."""
+def test_module_modes_are_restored_after_an_intermediate_evaluation():
+    """Including a module that the user puts into evaluation mode at the start of each epoch."""
     modes = {"before": [], "during": [], "after": []}
 
     def remember(when):
@@ -122,14 +128,14 @@ def test_modes_are_restored_after_an_intermediate_evaluation():
     model = trainer.model
     statistics = model[0][1].running_mean.clone()
     train(trainer, eval_dataset=make_dataset(4))
-    # the root, group 0, its linear layer, its batch norm, dropout, head
+    # the root, layer group 0, its linear layer, its batch norm, the dropout layer, the head
     assert modes["before"] == modes["after"] == [[True, True, True, False, False, True]] * 3
     assert modes["during"] == [[False] * 6] * 4
     assert torch.equal(model[0][1].running_mean, statistics)
 
 
-def test_intermediate_evaluation_changes_nothing_in_training():
-    """The same weights and the same losses bit by bit, though dropout and the evaluation draw random numbers."""
+def test_intermediate_evaluation_does_not_change_training():
+    """Weights and losses are bit-identical, although dropout and the evaluation draw random numbers."""
 
     class Noisy(Trainer):
         def calculate_eval_batch_loss(self, batch):
@@ -142,17 +148,17 @@ def test_intermediate_evaluation_changes_nothing_in_training():
         model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 1))
         trainer = make_trainer(model, cls=Noisy, callbacks=callbacks)
         train(trainer, num_epochs=2, eval_dataset=make_dataset(8), gradient_accumulation_steps=2)
-        results.append((weights_of(model), values(trainer, "train_loss_epoch"), values(trainer, "eval_loss_epoch")))
+        results.append((weights_of(model), losses(trainer, "train_loss_epoch"), losses(trainer, "eval_loss_epoch")))
     plain, evaluated = results
     assert_same_weights(plain[0], evaluated[0])
     assert plain[1:] == evaluated[1:]
 
 
-def test_each_run_counts_its_own_updates():
+def test_the_evaluation_interval_counts_the_updates_of_each_run_separately():
     trainer = make_trainer(callbacks=[StepBasedEvaluationCallback(2)])
     train(trainer, eval_dataset=make_dataset(4))
     train(trainer, eval_dataset=make_dataset(4), reset_run_history=False)
-    assert values(trainer, "intermediate_update") == [2, 2]
+    assert losses(trainer, "intermediate_update") == [2, 2]
 
 
 def test_a_resumed_run_evaluates_at_the_same_updates(tmp_path):
@@ -164,16 +170,16 @@ def test_a_resumed_run_evaluates_at_the_same_updates(tmp_path):
     train(make_trainer(callbacks=[StepBasedEvaluationCallback(2), Probe(on_train_step_end=save)]), **kwargs)
     resumed = make_trainer(callbacks=[StepBasedEvaluationCallback(2)])
     train(resumed, resume_from=tmp_path / "state", **kwargs)
-    assert values(resumed, "intermediate_update") == [2, 4, 6, 8]
+    assert losses(resumed, "intermediate_update") == [2, 4, 6, 8]
 
 
-@pytest.mark.parametrize("num_updates", [0, -1])
-def test_an_impossible_interval_is_refused(num_updates):
-    with pytest.raises(ValueError, match=f"`eval_every_n_steps` is {num_updates}. Expected at least 1"):
+@pytest.mark.parametrize(("num_updates", "error"), IMPOSSIBLE_COUNTS)
+def test_an_impossible_evaluation_interval_is_rejected(num_updates, error):
+    with pytest.raises(error, match=f"`eval_every_n_steps` is {num_updates}.* Expected a whole number of updates"):
         StepBasedEvaluationCallback(num_updates)
 
 
-def test_intermediate_evaluation_without_data_is_an_error_before_training():
+def test_intermediate_evaluation_without_eval_dataset_is_an_error_before_training():
     recorder = EventRecorder()
     trainer = make_trainer(callbacks=[recorder, StepBasedEvaluationCallback(1)])
     with pytest.raises(ValueError, match="nothing to evaluate on: `train` was called without `eval_dataset`"):
@@ -181,7 +187,7 @@ def test_intermediate_evaluation_without_data_is_an_error_before_training():
     assert "on_train_epoch_start" not in recorder.log
 
 
-# --- shorter evaluations -----------------------------------------------------------------------------------------
+# --- limited evaluations -----------------------------------------------------------------------------------------
 
 
 def test_only_intermediate_evaluations_are_limited_by_default():
@@ -194,7 +200,7 @@ def test_only_intermediate_evaluations_are_limited_by_default():
     assert counts.train_steps == [3, 3]
 
 
-def test_all_evaluations_can_be_limited():
+def test_all_evaluations_are_limited_if_limit_intermediate_only_is_false():
     counts = CountSteps()
     limit = LimitEvalStepsCallback(2, limit_intermediate_only=False)
     trainer = make_trainer(callbacks=[StepBasedEvaluationCallback(2), limit, counts])
@@ -204,16 +210,16 @@ def test_all_evaluations_can_be_limited():
     assert counts.eval_steps == [2, 1, 2]
 
 
-def test_a_limited_evaluation_is_the_mean_over_what_it_saw():
+def test_a_limited_evaluation_records_the_mean_over_the_batches_it_used():
     data = make_dataset(12)
     trainer = make_trainer(lr=0.0, callbacks=[LimitEvalStepsCallback(2, limit_intermediate_only=False)])
     train(trainer, eval_dataset=data)
     inputs, targets = data[:8]
     expected = nn.functional.mse_loss(trainer.model(inputs), targets).item()
-    assert values(trainer, "eval_loss_epoch") == [pytest.approx(expected, rel=1e-6)]
+    assert losses(trainer, "eval_loss_epoch") == [pytest.approx(expected, rel=1e-6)]
 
 
-# --- fewer batches altogether ------------------------------------------------------------------------------------
+# --- limited epochs ----------------------------------------------------------------------------------------------
 
 
 def limited_by_callback(num_batches, callbacks, monkeypatch):
@@ -232,7 +238,7 @@ def limited_by_context(num_batches, callbacks, monkeypatch):
 
 @pytest.mark.parametrize("make_limited", [limited_by_callback, limited_by_variable, limited_by_context])
 @pytest.mark.parametrize(("num_batches", "expected"), [(1, 1), (2, 2), (7, 3)])
-def test_every_epoch_is_limited(make_limited, num_batches, expected, monkeypatch):
+def test_every_epoch_uses_at_most_the_given_number_of_batches(make_limited, num_batches, expected, monkeypatch):
     counts = CountSteps()
     trainer = make_limited(num_batches, [counts], monkeypatch)
     train(trainer, num_epochs=2, eval_dataset=make_dataset(12))
@@ -242,37 +248,30 @@ def test_every_epoch_is_limited(make_limited, num_batches, expected, monkeypatch
     assert counts.eval_steps == [expected] * 5
 
 
-def test_the_limit_of_the_variable_comes_before_all_other_callbacks(monkeypatch):
+def test_the_limit_of_the_environment_variable_applies_before_all_other_callbacks(monkeypatch):
     assert LIMIT_BATCHES_ENV_VAR == "PT_ACC_LIMIT_BATCHES"
     lengths = []
-    see = Probe(on_training_run_start=lambda trainer, **_: lengths.append(len(trainer._train_dataloader)))
+    see = Probe(on_training_run_start=lambda trainer, **_: lengths.append(len(trainer.train_dataloader)))
     trainer = limited_by_variable(2, [see], monkeypatch)
     assert [type(callback) for callback in trainer.callback_handler.callbacks] == [LimitBatchesCallback, Probe]
     train(trainer)
     assert lengths == [2]
 
 
-def test_there_is_no_limit_without_the_variable(monkeypatch):
+def test_there_is_no_limit_without_the_environment_variable(monkeypatch):
     monkeypatch.delenv(LIMIT_BATCHES_ENV_VAR, raising=False)
     assert make_trainer().callback_handler.callbacks == []
 
 
 def test_the_last_window_of_a_limited_epoch_makes_an_update():
-    """Three batches in windows of two: the second window holds one, and weighs in full."""
+    """Three batches in accumulation windows of two: the second window has one batch, and full weight."""
     data = make_dataset(20)
-    settings = {
-        "num_epochs": 1,
-        "per_device_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "train_dataloader_kwargs": {"shuffle": False},
-    }
-    limited = make_trainer(callbacks=[LimitBatchesCallback(3)])
-    limited.train(data, **settings)
-    short = make_trainer()
-    short.train(TensorDataset(*data[:12]), **settings)
+    settings = {"gradient_accumulation_steps": 2, "train_dataloader_kwargs": IN_ORDER}
+    limited = train(make_trainer(callbacks=[LimitBatchesCallback(3)]), dataset=data, **settings)
+    short = train(make_trainer(), dataset=TensorDataset(*data[:12]), **settings)
     assert limited.progress.num_updates == 2
     assert_same_weights(weights_of(limited.model), weights_of(short.model))
-    assert values(limited, "train_loss_epoch") == values(short, "train_loss_epoch")
+    assert losses(limited, "train_loss_epoch") == losses(short, "train_loss_epoch")
 
 
 def test_a_limited_epoch_is_resumed_within_its_limit(tmp_path):
@@ -281,17 +280,17 @@ def test_a_limited_epoch_is_resumed_within_its_limit(tmp_path):
             trainer.save_training_state(tmp_path / "state")
 
     counts = CountSteps()
-    whole = make_trainer(callbacks=[LimitBatchesCallback(3), Probe(on_train_step_end=save)])
-    train(whole, 24, num_epochs=3)
+    uninterrupted = make_trainer(callbacks=[LimitBatchesCallback(3), Probe(on_train_step_end=save)])
+    train(uninterrupted, dataset=24, num_epochs=3)
     resumed = make_trainer(callbacks=[LimitBatchesCallback(3), counts])
-    train(resumed, 24, num_epochs=3, resume_from=tmp_path / "state")
+    train(resumed, dataset=24, num_epochs=3, resume_from=tmp_path / "state")
     assert counts.train_steps == [1, 3]
-    assert_same_weights(weights_of(whole.model), weights_of(resumed.model))
-    assert values(resumed, "train_loss_epoch") == values(whole, "train_loss_epoch")
+    assert_same_weights(weights_of(uninterrupted.model), weights_of(resumed.model))
+    assert losses(resumed, "train_loss_epoch") == losses(uninterrupted, "train_loss_epoch")
 
 
-def test_nothing_of_a_limit_stays_behind():
-    """Neither in the loaders of a later run, nor in the variable after the block."""
+def test_a_limit_does_not_affect_later_runs():
+    """The callback limited the loaders of its own run only."""
     counts = CountSteps()
     trainer = make_trainer(callbacks=[LimitBatchesCallback(1), counts])
     train(trainer)
@@ -300,15 +299,15 @@ def test_nothing_of_a_limit_stays_behind():
     assert counts.train_steps == [1, 3]
 
 
-@pytest.mark.parametrize("number", [0, -1])
+@pytest.mark.parametrize(("number", "error"), IMPOSSIBLE_COUNTS)
 @pytest.mark.parametrize("callback_class", [LimitBatchesCallback, LimitEvalStepsCallback])
-def test_an_impossible_limit_is_refused(callback_class, number):
-    with pytest.raises(ValueError, match=f"is {number}.* Expected at least 1"):
+def test_an_impossible_limit_is_rejected(callback_class, number, error):
+    with pytest.raises(error, match=f"is {number}.* Expected a whole number of batches, at least 1"):
         callback_class(number)
 
 
 @pytest.mark.parametrize("value", ["many", "0", "2.5"])
-def test_an_impossible_value_of_the_variable_is_refused(value, monkeypatch):
+def test_an_impossible_value_of_the_environment_variable_is_rejected(value, monkeypatch):
     monkeypatch.setenv(LIMIT_BATCHES_ENV_VAR, value)
     with pytest.raises(ValueError, match=f"PT_ACC_LIMIT_BATCHES.*{value}"):
         make_trainer()

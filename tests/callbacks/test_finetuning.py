@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import TensorDataset
 
+import _support
 from _processes import launch
-from _support import run_python
+from _support import IMPOSSIBLE_COUNTS, run_python
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
 from pytorch_accelerated.callbacks.finetuning import GradualUnfreezingCallback
 from pytorch_accelerated.finetuning import ModelFreezer
@@ -21,7 +21,7 @@ from pytorch_accelerated.trainer import Trainer, TrainerPlaceholderValues
 
 
 class Net(nn.Module):
-    """Four groups, of which one has no parameters, and a parameter on the root."""
+    """Four layer groups, one of them without parameters, and a parameter on the root."""
 
     def __init__(self):
         super().__init__()
@@ -41,12 +41,6 @@ BODY = {"body.weight", "body.bias"}
 STEM = {"scale", "stem.0.weight", "stem.0.bias"}
 
 
-def make_data():
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(16, 3, generator=generator)
-    return TensorDataset(inputs, inputs.sum(dim=1, keepdim=True) + 1)
-
-
 def make_trainer(callbacks, get_parameters=nn.Module.parameters, trainer_class=Trainer):
     torch.manual_seed(1)
     model = Net()
@@ -58,10 +52,7 @@ def head_only(model):
     return model.head.parameters()
 
 
-def train(trainer, num_epochs=3, **kwargs):
-    settings = {"per_device_batch_size": 8, "train_dataloader_kwargs": {"num_workers": 0}}
-    trainer.train(make_data(), num_epochs, **{**settings, **kwargs})
-    return trainer
+train = partial(_support.train, num_epochs=3, per_device_batch_size=8)  # two updates per epoch
 
 
 def names_that_differ(state, other):
@@ -69,7 +60,7 @@ def names_that_differ(state, other):
 
 
 class NoteChanges(TrainerCallback):
-    """Notes for each epoch which parameters and buffers training has changed."""
+    """Lists for each epoch which parameters and buffers training has changed."""
 
     def __init__(self):
         self.changes = []
@@ -83,7 +74,7 @@ class NoteChanges(TrainerCallback):
 
 def changes_of(callback, num_epochs, get_parameters=nn.Module.parameters):
     noted = NoteChanges()
-    train(make_trainer([callback, noted], get_parameters), num_epochs)
+    train(make_trainer([callback, noted], get_parameters), num_epochs=num_epochs)
     statistics = {"stem.1.running_mean", "stem.1.running_var", "stem.1.num_batches_tracked"}
     return [changes - statistics for changes in noted.changes]
 
@@ -92,7 +83,7 @@ def changes_of(callback, num_epochs, get_parameters=nn.Module.parameters):
 
 
 @pytest.mark.parametrize("get_parameters", [nn.Module.parameters, head_only], ids=["all", "head only"])
-def test_one_group_more_is_trained_every_so_many_epochs(get_parameters):
+def test_one_more_layer_group_is_trained_every_n_epochs(get_parameters):
     callback = GradualUnfreezingCallback(schedule=2, freeze_batch_norms=True)
     changes = changes_of(callback, num_epochs=7, get_parameters=get_parameters)
     everything = STEM | NORM | BODY | HEAD
@@ -100,17 +91,17 @@ def test_one_group_more_is_trained_every_so_many_epochs(get_parameters):
 
 
 @pytest.mark.parametrize("schedule", [{3: 1, 4: 0}, {3: -3, 4: -4}, {4: 0, 3: 1}])
-def test_epochs_and_groups_can_be_named(schedule):
+def test_the_schedule_can_map_epochs_to_layer_groups(schedule):
     changes = changes_of(GradualUnfreezingCallback(schedule, freeze_batch_norms=True), num_epochs=4)
     assert changes == [HEAD, HEAD, BODY | HEAD, STEM | NORM | BODY | HEAD]
 
 
-def test_a_schedule_may_begin_with_more_and_end_with_less():
+def test_a_schedule_can_start_with_several_groups_and_end_before_the_first():
     changes = changes_of(GradualUnfreezingCallback({1: 1}, freeze_batch_norms=True), num_epochs=3)
     assert changes == [BODY | HEAD] * 3
 
 
-def test_batch_norms_adapt_unless_frozen_and_what_is_frozen_can_be_in_evaluation_mode():
+def test_batch_norms_adapt_by_default_and_stay_fixed_in_evaluation_mode_until_unfrozen():
     adapting, fixed = NoteChanges(), NoteChanges()
     train(make_trainer([GradualUnfreezingCallback(), adapting]), num_epochs=1)
     train(make_trainer([GradualUnfreezingCallback(set_modules_as_eval=True), fixed]), num_epochs=3)
@@ -118,7 +109,7 @@ def test_batch_norms_adapt_unless_frozen_and_what_is_frozen_can_be_in_evaluation
     assert ["stem.1.running_mean" in changes for changes in fixed.changes] == [False, False, True]
 
 
-def test_a_model_of_one_group_is_trained():
+def test_a_model_with_a_single_layer_group_is_trained():
     model = nn.Linear(3, 1)
     callback = GradualUnfreezingCallback()
     trainer = Trainer(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), [callback])
@@ -127,7 +118,7 @@ def test_a_model_of_one_group_is_trained():
     assert names_that_differ(model.state_dict(), before) == {"weight", "bias"}
 
 
-def test_what_was_frozen_by_hand_is_unfrozen_when_due():
+def test_parameters_frozen_by_the_user_are_unfrozen_when_due():
     noted = NoteChanges()
     trainer = make_trainer([GradualUnfreezingCallback({1: 1, 2: 0}), noted])
     ModelFreezer(trainer.model).freeze()
@@ -136,7 +127,7 @@ def test_what_was_frozen_by_hand_is_unfrozen_when_due():
     assert noted.changes[1] >= STEM
 
 
-def test_each_run_begins_anew():
+def test_each_run_restarts_the_schedule():
     callback, noted = GradualUnfreezingCallback(freeze_batch_norms=True), NoteChanges()
     trainer = make_trainer([callback, noted])
     train(trainer)
@@ -144,16 +135,18 @@ def test_each_run_begins_anew():
     assert noted.changes[-1] == HEAD
 
 
-@pytest.mark.parametrize("schedule", [0, -1, {0: 1}])
-def test_an_epoch_below_one_is_refused(schedule):
-    with pytest.raises(ValueError, match=r"`schedule` is .* epochs count from 1"):
-        GradualUnfreezingCallback(schedule)
+@pytest.mark.parametrize(("epoch", "error"), IMPOSSIBLE_COUNTS)
+def test_a_schedule_with_an_impossible_epoch_is_rejected(epoch, error):
+    with pytest.raises(error, match=f"`schedule` is {epoch}.* Expected a whole number of epochs, at least 1"):
+        GradualUnfreezingCallback(epoch)
+    with pytest.raises(error, match=f"`epoch in schedule` is {epoch}.* Expected a whole number of epochs, at least 1"):
+        GradualUnfreezingCallback({3: 1, epoch: 0})
 
 
-def test_a_group_that_there_is_not_is_refused_before_the_first_epoch():
+def test_a_layer_group_that_does_not_exist_is_rejected_before_the_first_epoch():
     noted = NoteChanges()
     trainer = make_trainer([GradualUnfreezingCallback({7: 4}), noted])
-    with pytest.raises(IndexError, match="layer group 4, but the indices of the 4 groups go from -4 to 3"):
+    with pytest.raises(IndexError, match="layer group 4, but the model has 4 groups, with indices from -4 to 3"):
         train(trainer)
     assert noted.changes == []
 
@@ -168,20 +161,20 @@ def rates_of(trainer):
     return {name: rates[parameter] for name, parameter in trainer.model.named_parameters()}
 
 
-def test_what_the_optimizer_lacks_is_added_with_lower_rates_towards_the_input():
+def test_parameters_missing_from_the_optimizer_are_added_with_lower_rates_towards_the_input():
     trainer = make_trainer([GradualUnfreezingCallback(lr_decay_factor=0.1)], head_only)
     expected = {**dict.fromkeys(HEAD, 0.01), **dict.fromkeys(BODY, 0.001), **dict.fromkeys(STEM | NORM, 0.0001)}
     assert rates_of(trainer) == pytest.approx(expected)
 
 
-def test_an_optimizer_that_knows_all_parameters_is_left_alone():
+def test_an_optimizer_that_holds_all_parameters_is_not_changed():
     trainer = make_trainer([GradualUnfreezingCallback(lr_decay_factor=0.1)])
     assert set(rates_of(trainer).values()) == {0.01}
     assert len(trainer.optimizer.param_groups) == 1
 
 
 class NoteRates(TrainerCallback):
-    """Notes the learning rates of the first and the last layer after each update."""
+    """Keeps the learning rates of the first and the last layer after each update."""
 
     def __init__(self):
         self.stem = []
@@ -205,7 +198,7 @@ class NoteRates(TrainerCallback):
     ],
     ids=["torch", "cosine"],
 )
-def test_schedulers_cover_all_groups_from_the_beginning(create_scheduler_fn):
+def test_schedulers_cover_all_parameter_groups_from_the_start(create_scheduler_fn):
     noted = NoteRates()
     trainer = make_trainer([GradualUnfreezingCallback(lr_decay_factor=0.1), noted], head_only)
     train(trainer, create_scheduler_fn=create_scheduler_fn)
@@ -213,7 +206,7 @@ def test_schedulers_cover_all_groups_from_the_beginning(create_scheduler_fn):
     assert noted.stem == pytest.approx([0.01 * rate for rate in noted.head])
 
 
-def test_a_callback_that_comes_late_completes_the_optimizer_unless_there_is_a_scheduler():
+def test_a_callback_added_later_completes_the_optimizer_unless_there_is_a_scheduler():
     def make():
         trainer = make_trainer([], head_only)
         trainer.callback_handler.add_callback(GradualUnfreezingCallback())
@@ -221,7 +214,7 @@ def test_a_callback_that_comes_late_completes_the_optimizer_unless_there_is_a_sc
 
     trainer = train(make())
     assert rates_of(trainer).keys() == STEM | NORM | BODY | HEAD
-    with pytest.raises(RuntimeError, match=r"after its scheduler was made. Pass the callback to `Trainer"):
+    with pytest.raises(RuntimeError, match=r"its scheduler exists already.* Pass the callback to `Trainer"):
         train(make(), create_scheduler_fn=partial(LambdaLR, lr_lambda=lambda num_updates: 1.0))
 
 
@@ -230,19 +223,19 @@ def test_a_callback_that_comes_late_completes_the_optimizer_unless_there_is_a_sc
 
 @pytest.mark.parametrize("state", ["epoch_1", "step_3", "epoch_2"])
 @pytest.mark.parametrize("get_parameters", [nn.Module.parameters, head_only], ids=["all", "head only"])
-def test_a_resumed_run_ends_with_the_same_weights(state, get_parameters, tmp_path):
+def test_a_resumed_run_ends_with_the_same_weights_as_an_uninterrupted_one(state, get_parameters, tmp_path):
     def run(folder, **kwargs):
         saving = SaveTrainingStateCallback(folder, save_every_n_epochs=1, save_every_n_steps=3)
         trainer = make_trainer([GradualUnfreezingCallback(lr_decay_factor=0.5), saving], get_parameters)
         create_scheduler_fn = partial(LambdaLR, lr_lambda=lambda num_updates: 0.9**num_updates)
         return train(trainer, num_epochs=4, create_scheduler_fn=create_scheduler_fn, **kwargs)
 
-    whole = run(tmp_path / "whole")
-    resumed = run(tmp_path / "resumed", resume_from=str(tmp_path / "whole" / state))
-    assert not names_that_differ(resumed.model.state_dict(), whole.model.state_dict())
+    uninterrupted = run(tmp_path / "uninterrupted")
+    resumed = run(tmp_path / "resumed", resume_from=str(tmp_path / "uninterrupted" / state))
+    assert not names_that_differ(resumed.model.state_dict(), uninterrupted.model.state_dict())
 
 
-def test_what_was_trained_goes_on_being_trained_under_another_schedule(tmp_path):
+def test_trained_layer_groups_stay_trainable_in_a_run_resumed_with_a_slower_schedule(tmp_path):
     saving = SaveTrainingStateCallback(tmp_path)
     train(make_trainer([GradualUnfreezingCallback(freeze_batch_norms=True), saving]), num_epochs=2)
 
@@ -256,23 +249,27 @@ def test_what_was_trained_goes_on_being_trained_under_another_schedule(tmp_path)
 # --- several processes -----------------------------------------------------------------------------------------
 
 
-def test_a_distributed_model_that_is_not_wrapped_as_expected_is_refused():
+def test_a_distributed_model_without_ddp_is_rejected():
     class OtherParallelism(Trainer):
         def _create_run_config(self, *args, **kwargs):
             return dataclasses.replace(super()._create_run_config(*args, **kwargs), is_distributed=True)
 
     trainer = make_trainer([GradualUnfreezingCallback()], trainer_class=OtherParallelism)
-    with pytest.raises(RuntimeError, match=r"is a Net, but .* has to be wrapped by `DistributedDataParallel`"):
+    with pytest.raises(RuntimeError, match=r"is a Net, but .* needs it to be wrapped in `DistributedDataParallel`"):
         train(trainer)
 
 
 DISTRIBUTED_RUN = """
+import os
+
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 from pytorch_accelerated.callbacks.finetuning import GradualUnfreezingCallback
 from pytorch_accelerated.finetuning import ModelFreezer
 from pytorch_accelerated.trainer import Trainer
+
+num_processes = int(os.environ.get("WORLD_SIZE", 1))
 
 def run(is_frozen_before):
     torch.manual_seed(0)
@@ -282,9 +279,9 @@ def run(is_frozen_before):
         ModelFreezer(model).freeze()
     optimizer = torch.optim.AdamW(model[-1].parameters(), lr=0.1)
     trainer = Trainer(model, nn.MSELoss(), optimizer, [GradualUnfreezingCallback({2: 2})])
-    size = 8 // trainer._accelerator.num_processes
+    size = 8 // num_processes
     states = [{name: value.clone() for name, value in model.state_dict().items()}]
-    trainer.train(data, 3, per_device_batch_size=size, train_dataloader_kwargs={"num_workers": 0})
+    trainer.train(data, 3, per_device_batch_size=size)
     states.append(model.state_dict())
     return trainer, states
 
@@ -295,12 +292,12 @@ if trainer.run_config.is_distributed:
         run(is_frozen_before=True)
     except RuntimeError as error:
         message = str(error)
-torch.save((states, message), f"{trainer._accelerator.num_processes}_{trainer.process_index}.pt")
+torch.save((states, message), f"{num_processes}_{trainer.process_index}.pt")
 """
 
 
 @pytest.mark.distributed
-def test_several_processes_train_as_one_and_refuse_what_was_frozen_before(tmp_path, monkeypatch):
+def test_two_processes_train_like_one_and_reject_parameters_frozen_before_wrapping(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("run.py").write_text(DISTRIBUTED_RUN)
     run_python(DISTRIBUTED_RUN, cwd=tmp_path)
@@ -311,5 +308,5 @@ def test_several_processes_train_as_one_and_refuse_what_was_frozen_before(tmp_pa
     assert names_that_differ(main, before) == {"2.weight", "2.bias", "3.weight", "3.bias"}
     for name, value in alone.items():
         torch.testing.assert_close(main[name], value, msg=name)
-    assert "2 parameters that the schedule unfreezes were frozen when the model was wrapped" in message
-    assert "Leave the freezing to `GradualUnfreezingCallback`" in message
+    assert "2 parameters that `schedule` unfreezes were frozen when the model was wrapped" in message
+    assert "leave the freezing to `GradualUnfreezingCallback`" in message

@@ -1,19 +1,21 @@
-"""`CallbackHandler`: who gets which event, with what, and what happens if that fails."""
+"""`CallbackHandler`: which callbacks receive an event, with which arguments, and what happens if one fails."""
 
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
+import _support
 from _support import EventRecorder, Probe, make_dataset, make_trainer, raiser
 from pytorch_accelerated.callbacks import CallbackHandler, TrainerCallback
 from pytorch_accelerated.exceptions import StopTrainingError
 
 
 class Named(TrainerCallback):
-    """Writes its name into a log at the start of an epoch."""
+    """Appends its name to a log at the start of an epoch."""
 
     def __init__(self, name="default", log=None):
         self.name = name
@@ -34,8 +36,7 @@ class Counting(TrainerCallback):
         self.count = state_dict["count"]
 
 
-def train(trainer, **kwargs):
-    trainer.train(make_dataset(8), **{"num_epochs": 1, "per_device_batch_size": 4, **kwargs})
+train = partial(_support.train, dataset=8)  # two steps per epoch
 
 
 # --- the list ----------------------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def test_callbacks_get_an_event_in_list_order():
     assert log == ["first", "second", "third", "fourth", "fifth"]
 
 
-def test_classes_are_made_into_instances():
+def test_callback_classes_are_instantiated():
     handler = CallbackHandler([Named, Named("mine")])
     assert [callback.name for callback in handler.callbacks] == ["default", "mine"]
     assert handler.callback_list == "Named\nNamed"
@@ -65,7 +66,7 @@ def test_two_instances_of_a_class_are_two_callbacks():
 
 def test_the_same_object_twice_is_an_error():
     callback = Named()
-    with pytest.raises(ValueError, match=r"was added twice.*pass a second instance of its class"):
+    with pytest.raises(ValueError, match=r"was added twice.*pass a second instance"):
         CallbackHandler([callback, Counting(), callback])
     handler = CallbackHandler([callback])
     with pytest.raises(ValueError, match="was added twice"):
@@ -83,7 +84,7 @@ def test_equal_callbacks_are_not_the_same_object():
     assert len(CallbackHandler([Equal(), Equal()]).callbacks) == 2
 
 
-def test_callbacks_can_be_removed():
+def test_clear_callbacks_removes_all_callbacks():
     log = []
     handler = CallbackHandler([Named("gone", log)])
     handler.call_event("on_train_epoch_start", None)
@@ -102,7 +103,7 @@ def test_a_callback_added_later_gets_events_that_were_called_before():
     assert log == ["early", "early", "late"]
 
 
-def test_the_list_may_be_changed_by_hand_before_a_refresh():
+def test_refresh_picks_up_direct_changes_of_the_list():
     log = []
     handler = CallbackHandler([Named("old", log)])
     handler.call_event("on_train_epoch_start", None)
@@ -112,7 +113,7 @@ def test_the_list_may_be_changed_by_hand_before_a_refresh():
     assert log == ["old", "new", "newer"]
 
 
-def test_a_run_starts_with_the_list_as_it_is_then():
+def test_a_run_uses_the_callbacks_in_the_list_at_its_start():
     log = []
     trainer = make_trainer(callbacks=[Named("old", log)])
     train(trainer)
@@ -121,29 +122,29 @@ def test_a_run_starts_with_the_list_as_it_is_then():
     assert log == ["old", "old", "new"]
 
 
-# --- what is a callback ------------------------------------------------------------------------------------------
+# --- what counts as a callback -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "thing", [None, 3, "EarlyStopping", object(), lambda trainer: None, SimpleNamespace(x=1), dict]
 )
-def test_what_is_no_callback_is_refused(thing):
-    with pytest.raises(TypeError, match=r"is no callback\. Expected a `TrainerCallback`"):
+def test_an_object_that_is_not_a_callback_is_rejected(thing):
+    with pytest.raises(TypeError, match=r"is not a callback\. Expected a `TrainerCallback`"):
         CallbackHandler([thing])
 
 
-def test_a_class_that_needs_arguments_is_refused():
+def test_a_callback_class_that_needs_arguments_is_rejected():
     class Needy(TrainerCallback):
         def __init__(self, required):
             self.required = required
 
     with pytest.raises(
-        TypeError, match=r"`Needy` cannot be made without arguments.*required.*Pass an instance instead"
+        TypeError, match=r"`Needy` cannot be instantiated without arguments.*required.*Pass an instance instead"
     ):
         CallbackHandler([Needy])
 
 
-def test_an_object_with_an_event_is_a_callback_whatever_its_class():
+def test_any_object_with_an_event_method_is_a_callback():
     class Duck:
         epochs = 0
 
@@ -170,14 +171,14 @@ def make_callback_with(method):
         ("on_stop_training", "on_stop_training_error"),
     ],
 )
-def test_a_misspelt_event_warns_with_the_nearest_name(wrong, right):
-    with pytest.warns(UserWarning, match=f"`Own.{wrong}` resembles the event `{right}` but is none") as caught:
+def test_a_misspelled_event_warns_with_the_nearest_name(wrong, right):
+    with pytest.warns(UserWarning, match=f"`Own.{wrong}` resembles the event `{right}` but is not an event") as caught:
         CallbackHandler([make_callback_with(wrong)])
     assert len(caught) == 1
 
 
 @pytest.mark.parametrize("own", ["on_invoke_something", "on_batch_downloaded", "on_checkpoint", "train_epoch_ends"])
-def test_names_of_ones_own_do_not_warn(own):
+def test_unrelated_method_names_do_not_warn(own):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         CallbackHandler([make_callback_with(own), Named, EventRecorder])
@@ -186,7 +187,7 @@ def test_names_of_ones_own_do_not_warn(own):
 # --- events ------------------------------------------------------------------------------------------------------
 
 
-def test_an_event_of_ones_own_reaches_those_who_have_it():
+def test_a_custom_event_reaches_the_callbacks_that_define_it():
     class Listener(TrainerCallback):
         def __init__(self):
             self.heard = []
@@ -204,11 +205,11 @@ def test_an_event_of_ones_own_reaches_those_who_have_it():
     assert listener.heard == [11, 11]
 
 
-def test_an_event_that_nobody_has_is_passed_over():
+def test_an_event_that_no_callback_defines_is_skipped():
     CallbackHandler([Named()]).call_event("on_nothing_at_all", None, anything=1)
 
 
-def test_events_that_are_not_overridden_are_not_called():
+def test_callbacks_that_do_not_override_an_event_are_not_its_listeners():
     class Plain(TrainerCallback):
         pass
 
@@ -216,9 +217,12 @@ def test_events_that_are_not_overridden_are_not_called():
     handler.call_event("on_train_epoch_start", None)
     handler.call_event("on_train_epoch_end", None)
     assert [len(handler._listeners[event]) for event in ("on_train_epoch_start", "on_train_epoch_end")] == [1, 0]
+    assert handler.events_without_listeners == {"on_train_epoch_end"}
+    handler.add_callback(Probe(on_train_epoch_end=lambda trainer, **kwargs: None))
+    assert handler.events_without_listeners == set()
 
 
-def test_callbacks_without_kwargs_get_what_they_name():
+def test_callbacks_without_kwargs_receive_only_the_arguments_they_name():
     class Narrow(TrainerCallback):
         def __init__(self):
             self.seen = []
@@ -237,7 +241,7 @@ def test_callbacks_without_kwargs_get_what_they_name():
     assert narrow.seen == ["start", (2, 4), "start", (2, 4), 0, 1]
 
 
-def test_callbacks_with_kwargs_get_everything():
+def test_callbacks_with_kwargs_receive_all_arguments():
     seen = {}
 
     def on_train_step_end(trainer, **kwargs):
@@ -252,14 +256,14 @@ def test_callbacks_with_kwargs_get_everything():
 
 
 class Broken(TrainerCallback):
-    """Has a bug in its last method."""
+    """Has a bug that shows in the second epoch."""
 
     def on_train_step_end(self, trainer, step, **kwargs):
         if trainer.run_history.current_epoch == 2 and step == 1:
-            self.attribute_that_does_not_exist  # noqa: B018 - that it fails is the point
+            self.attribute_that_does_not_exist  # noqa: B018 - it is meant to fail
 
 
-def test_an_attribute_error_in_a_callback_is_raised_and_says_where():
+def test_an_attribute_error_in_a_callback_is_raised_with_a_note_of_callback_event_epoch_and_step():
     trainer = make_trainer(callbacks=[Named, Broken])
     with pytest.raises(AttributeError, match="attribute_that_does_not_exist") as caught:
         train(trainer, num_epochs=3)
@@ -267,7 +271,7 @@ def test_an_attribute_error_in_a_callback_is_raised_and_says_where():
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyError("mine"), NotImplementedError("mine")])
-def test_an_error_in_an_event_without_steps_says_where_too(error):
+def test_an_error_in_an_epoch_event_is_raised_with_a_note_of_callback_event_and_epoch(error):
     trainer = make_trainer(callbacks=[Probe(on_train_epoch_end=raiser(error))])
     with pytest.raises(type(error)) as caught:
         train(trainer)
@@ -275,14 +279,14 @@ def test_an_error_in_an_event_without_steps_says_where_too(error):
     assert error.__notes__ == ["raised by the callback `Probe` in `on_train_epoch_end`, epoch 1"]
 
 
-def test_an_error_outside_a_run_names_callback_and_event():
+def test_an_error_outside_a_run_is_raised_with_a_note_of_callback_and_event():
     error = ValueError("mine")
     with pytest.raises(ValueError, match="mine"):
         CallbackHandler([Probe(on_train_epoch_end=raiser(error))]).call_event("on_train_epoch_end", None)
     assert error.__notes__ == ["raised by the callback `Probe` in `on_train_epoch_end`"]
 
 
-def test_an_error_keeps_the_event_from_later_callbacks():
+def test_after_an_error_later_callbacks_do_not_receive_the_event():
     log = []
     handler = CallbackHandler([Probe(on_train_epoch_start=raiser(ValueError())), Named("later", log)])
     with pytest.raises(ValueError):  # noqa: PT011 - one without a message
@@ -290,7 +294,7 @@ def test_an_error_keeps_the_event_from_later_callbacks():
     assert log == []
 
 
-def test_after_a_stop_request_later_callbacks_get_the_event_and_the_first_request_is_raised():
+def test_after_a_stop_request_later_callbacks_receive_the_event_and_the_first_request_is_raised():
     log = []
     handler = CallbackHandler(
         [
@@ -306,15 +310,15 @@ def test_after_a_stop_request_later_callbacks_get_the_event_and_the_first_reques
     assert log == ["before", "between", "after"]
 
 
-def test_an_error_after_a_stop_request_is_raised_in_its_place():
+def test_an_error_after_a_stop_request_is_raised_instead_of_it():
     events = [raiser(StopTrainingError("stop")), raiser(ValueError("error"))]
     handler = CallbackHandler([Probe(on_train_epoch_start=event) for event in events])
     with pytest.raises(ValueError, match="error"):
         handler.call_event("on_train_epoch_start", None)
 
 
-def test_a_stop_request_ends_the_run_in_good_order():
-    """The later callback gets the event and the end of the run, the epoch counts, the caller sees no error."""
+def test_a_stop_request_ends_the_run_gracefully():
+    """Later callbacks receive the event and the end-of-run events, the epoch counts, and `train` returns normally."""
     recorder = EventRecorder()
     stop = Probe(on_training_run_epoch_end=raiser(StopTrainingError("enough")))
     trainer = make_trainer(callbacks=[stop, recorder])
@@ -328,7 +332,7 @@ def test_a_stop_request_ends_the_run_in_good_order():
 # --- states ------------------------------------------------------------------------------------------------------
 
 
-def test_each_instance_of_a_class_has_a_state_of_its_own():
+def test_each_instance_of_a_callback_class_has_its_own_state():
     handler = CallbackHandler([Counting(1), Named(), Counting(2)])
     states = handler.state_dict()
     assert len(states) == 2
@@ -337,7 +341,7 @@ def test_each_instance_of_a_class_has_a_state_of_its_own():
     assert [callback.count for callback in other.callbacks if isinstance(callback, Counting)] == [1, 2]
 
 
-def test_states_find_their_callbacks_when_others_come_and_go():
+def test_states_are_matched_to_callbacks_when_other_callbacks_are_added_or_removed():
     states = CallbackHandler([Counting(1), Counting(2)]).state_dict()
     fewer = CallbackHandler([Named(), Counting()])
     fewer.load_state_dict(states)
@@ -347,7 +351,7 @@ def test_states_find_their_callbacks_when_others_come_and_go():
     assert [callback.count for callback in more.callbacks] == [1, 2, 7]
 
 
-def test_callbacks_without_a_state_are_left_alone():
+def test_callbacks_without_state_dict_have_no_entry_in_the_state():
     handler = CallbackHandler([Named()])
     assert handler.state_dict() == {}
     handler.load_state_dict({})

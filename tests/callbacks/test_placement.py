@@ -1,4 +1,4 @@
-"""Callbacks that put modules where, and into the form in which, they are trained."""
+"""Callbacks that move modules to the device, or convert them for distributed training."""
 
 from __future__ import annotations
 
@@ -53,36 +53,36 @@ def test_modules_of_the_trainer_are_moved_before_evaluation(trainer):
     assert trainer.metric.moves == [(trainer.device,)]
 
 
-def test_the_model_is_left_to_accelerate():
+def test_the_model_itself_is_not_moved_by_the_callback():
     model = Movable()
-    stand_in = SimpleNamespace(model=model, loss_func=Movable(), device=torch.device("cpu"), optimizer=None)
-    MoveModulesToDeviceCallback().on_training_run_start(stand_in)
+    fake_trainer = SimpleNamespace(model=model, loss_func=Movable(), device=torch.device("cpu"), optimizer=None)
+    MoveModulesToDeviceCallback().on_training_run_start(fake_trainer)
     assert model.moves == []
-    assert stand_in.loss_func.moves == [(torch.device("cpu"),)]
+    assert fake_trainer.loss_func.moves == [(torch.device("cpu"),)]
 
 
 def make_model_with_batch_norms():
     return nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()), nn.BatchNorm1d(4))
 
 
-def test_batch_norms_are_converted_for_several_processes():
+def test_batch_norms_are_converted_in_a_distributed_run():
     model = make_model_with_batch_norms()
     weight = model[2].weight
-    stand_in = SimpleNamespace(model=model, run_config=SimpleNamespace(is_distributed=True))
-    ConvertSyncBatchNormCallback().on_training_run_start(stand_in)
-    norms = [module for module in stand_in.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    fake_trainer = SimpleNamespace(model=model, run_config=SimpleNamespace(is_distributed=True))
+    ConvertSyncBatchNormCallback().on_training_run_start(fake_trainer)
+    norms = [module for module in fake_trainer.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     assert [type(norm) for norm in norms] == [nn.SyncBatchNorm] * 2
-    assert norms[1].weight is weight, "the optimizer has to find it again"
+    assert norms[1].weight is weight, "the optimizer holds this parameter"
 
 
-def test_batch_norms_are_kept_for_a_single_process():
+def test_batch_norms_are_not_converted_with_a_single_process():
     model = make_model_with_batch_norms()
     model.append(nn.Linear(4, 1))
     make_trainer(model, callbacks=[ConvertSyncBatchNormCallback]).train(make_dataset(4), num_epochs=1)
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
 
 
-def test_nothing_is_moved_without_the_callback():
+def test_modules_of_the_trainer_are_not_moved_without_the_callback():
     trainer = make_trainer(make_model(), cls=WithModules, loss_func=Movable())
     trainer.train(make_dataset(4), num_epochs=1)
     assert trainer.loss_func.moves == trainer.metric.moves == []

@@ -1,13 +1,15 @@
-"""The callback that lets signals end a run in good order, and what such an end is."""
+"""The callback that ends a run gracefully on a signal, and how such a run ends."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+from functools import partial
 
 import pytest
 
+import _support
 from _support import EventRecorder, Probe, make_dataset, make_model, make_trainer, raiser, run_python
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import (
@@ -41,17 +43,16 @@ def sender(number, only_if=lambda trainer: True):
     return react
 
 
-def train(trainer, **kwargs):
-    """Two epochs of three updates, with two batches of evaluation."""
-    trainer.train(make_dataset(12), **{"num_epochs": 2, "per_device_batch_size": 4, **kwargs})
+train = partial(_support.train, dataset=12, num_epochs=2)  # three updates per epoch
 
 
 def evaluated():
+    """Two evaluation batches."""
     return {"eval_dataset": make_dataset(8, seed=5)}
 
 
 def end_of(trainer, **kwargs):
-    """Train, and return the exception by which it ended, if any."""
+    """Train, and return the exception that ended the run, if any."""
     try:
         train(trainer, **kwargs)
     except (KeyboardInterrupt, SystemExit) as end:
@@ -63,7 +64,7 @@ def end_of(trainer, **kwargs):
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_signal_finishes_the_step_and_ends_the_run_in_good_order(number):
+def test_a_signal_lets_the_step_finish_and_ends_the_run_gracefully(number):
     model = make_model()
     recorder = EventRecorder(reactions={"on_backward_start": sender(number)})
     trainer = make_trainer(model, callbacks=[PreemptionCallback(), recorder])
@@ -100,7 +101,7 @@ def test_a_signal_finishes_the_step_and_ends_the_run_in_good_order(number):
         ("on_training_run_epoch_end", 4),
     ],
 )
-def test_in_any_event_at_most_a_step_goes_by(event, num_updates):
+def test_a_signal_in_any_event_ends_the_run_after_at_most_one_more_step(event, num_updates):
     trainer = make_trainer(callbacks=[PreemptionCallback(), Probe(**{event: sender(signal.SIGTERM)})])
     assert end_of(trainer, **evaluated()).code == 128 + signal.SIGTERM
     assert trainer.progress.num_updates == num_updates
@@ -109,7 +110,7 @@ def test_in_any_event_at_most_a_step_goes_by(event, num_updates):
 
 
 @pytest.mark.parametrize("event", ["on_training_run_epoch_end", "on_training_run_end"])
-def test_a_signal_after_the_last_step_lets_the_run_end_and_has_its_consequence_then(event):
+def test_a_signal_after_the_last_step_takes_effect_when_the_run_has_ended(event):
     recorder = EventRecorder()
     trainer = make_trainer(callbacks=[PreemptionCallback(), Probe(**{event: sender(signal.SIGTERM)}), recorder])
     assert end_of(trainer, num_epochs=1).code == 128 + signal.SIGTERM
@@ -118,7 +119,7 @@ def test_a_signal_after_the_last_step_lets_the_run_end_and_has_its_consequence_t
     assert trainer.is_interrupted
 
 
-def test_the_last_step_of_the_last_epoch_is_interrupted_as_any_other():
+def test_a_signal_in_the_last_step_of_the_last_epoch_interrupts_the_run():
     last = sender(signal.SIGUSR1, only_if=lambda trainer: trainer.progress.num_updates == 6)
     recorder = EventRecorder(reactions={"on_train_step_end": last})
     trainer = make_trainer(callbacks=[PreemptionCallback(), recorder])
@@ -127,7 +128,7 @@ def test_the_last_step_of_the_last_epoch_is_interrupted_as_any_other():
     assert trainer.progress.num_batches_in_epoch == 3
 
 
-def test_a_stop_by_a_callback_goes_before_and_the_signal_has_its_consequence_then():
+def test_a_stop_by_a_callback_takes_precedence_and_the_signal_takes_effect_afterwards():
     reactions = [sender(signal.SIGTERM), raiser(StopTrainingError("enough"))]
     trainer = make_trainer(
         callbacks=[PreemptionCallback(), *(Probe(on_train_step_end=reaction) for reaction in reactions)]
@@ -136,7 +137,7 @@ def test_a_stop_by_a_callback_goes_before_and_the_signal_has_its_consequence_the
     assert trainer.stop_reason == "enough"
 
 
-def test_an_error_goes_before_a_signal():
+def test_an_error_takes_precedence_over_a_signal():
     trainer = make_trainer(
         callbacks=[
             PreemptionCallback(),
@@ -148,7 +149,7 @@ def test_an_error_goes_before_a_signal():
     assert not trainer.is_interrupted
 
 
-def test_a_second_sigterm_changes_nothing_not_even_at_the_end():
+def test_further_sigterms_have_no_effect_even_during_the_end_of_the_run():
     terminate = sender(signal.SIGTERM)
     events = ("on_train_step_start", "on_train_step_end", "on_stop_training_error", "on_training_run_end")
     recorder = EventRecorder(reactions=dict.fromkeys(events, terminate))
@@ -158,7 +159,7 @@ def test_a_second_sigterm_changes_nothing_not_even_at_the_end():
 
 
 @pytest.mark.parametrize("event", ["on_stop_training_error", "on_training_run_end"])
-def test_a_second_ctrl_c_interrupts_the_end_of_the_run_too(event):
+def test_a_second_ctrl_c_interrupts_even_the_end_of_the_run(event):
     press = sender(signal.SIGINT)
     recorder = EventRecorder(reactions={"on_train_step_start": press, event: press})
     trainer = make_trainer(callbacks=[recorder])
@@ -169,7 +170,7 @@ def test_a_second_ctrl_c_interrupts_the_end_of_the_run_too(event):
 # --- whether a run was interrupted -------------------------------------------------------------------------------
 
 
-def test_callbacks_know_that_a_signal_ends_the_run():
+def test_is_interrupted_tells_callbacks_that_a_signal_ends_the_run():
     known = {}
 
     def look(trainer, event):
@@ -191,13 +192,13 @@ def test_callbacks_know_that_a_signal_ends_the_run():
     assert known == {"step": False, "stop": True, "end": True}
 
 
-def test_no_other_end_counts_as_an_interruption():
+def test_a_run_stopped_by_a_callback_is_not_interrupted():
     trainer = make_trainer(callbacks=[Probe(on_train_step_end=raiser(StopTrainingError("enough")))])
     train(trainer)
     assert (trainer.stop_reason, trainer.is_interrupted) == ("enough", False)
 
 
-def test_an_evaluation_at_the_end_of_an_interrupted_run_does_not_make_it_another():
+def test_a_nested_evaluation_does_not_change_that_the_run_was_interrupted():
     known = []
 
     def evaluate(trainer, **kwargs):
@@ -214,7 +215,7 @@ def test_an_evaluation_at_the_end_of_an_interrupted_run_does_not_make_it_another
 
 
 @pytest.mark.parametrize("next_run", ["train", "evaluate"])
-def test_the_next_run_is_not_interrupted(next_run):
+def test_the_run_after_an_interrupted_one_is_not_interrupted(next_run):
     probe = Probe(on_train_step_start=sender(signal.SIGTERM))
     trainer = make_trainer(callbacks=[PreemptionCallback(), probe])
     assert end_of(trainer, **evaluated()) is not None
@@ -226,10 +227,10 @@ def test_the_next_run_is_not_interrupted(next_run):
     assert not trainer.is_interrupted
 
 
-# --- which signals, and until when -------------------------------------------------------------------------------
+# --- which signals are handled, and for how long -----------------------------------------------------------------
 
 
-def test_signals_are_left_alone_without_the_callback():
+def test_no_signal_handlers_are_installed_without_the_callback():
     seen = []
     before = [signal.getsignal(number) for number in SIGNALS[1:]]
     probe = Probe(on_train_step_end=lambda trainer, **kwargs: seen.append([signal.getsignal(n) for n in SIGNALS[1:]]))
@@ -237,7 +238,7 @@ def test_signals_are_left_alone_without_the_callback():
     assert seen == [before] * 3
 
 
-def test_only_the_signals_asked_for_are_listened_to():
+def test_handlers_are_installed_only_for_the_given_signals():
     before = signal.getsignal(signal.SIGTERM)
     seen = []
     look = Probe(on_train_step_end=lambda trainer, **kwargs: seen.append(signal.getsignal(signal.SIGTERM)))
@@ -247,8 +248,8 @@ def test_only_the_signals_asked_for_are_listened_to():
     assert seen == [before]
 
 
-def test_a_signal_that_the_system_does_not_have_is_left_out():
-    """Windows has no SIGUSR1; nor has the system that this program pretends to run on."""
+def test_a_signal_that_the_system_does_not_have_is_not_among_the_defaults():
+    """Windows has no SIGUSR1. This program pretends to run on a system without it."""
     printed = run_python(
         """
 import enum, signal
@@ -261,12 +262,12 @@ print([number.name for number in PreemptionCallback().signals])
     assert printed == "['SIGTERM']\n"
 
 
-def test_the_tool_needs_a_training_run():
+def test_end_run_on_signals_outside_a_training_run_is_an_error():
     trainer = make_trainer(callbacks=[PreemptionCallback()])
     with pytest.raises(RuntimeError, match="`end_run_on_signals` was called while no training run is under way"):
         trainer.end_run_on_signals(signal.SIGTERM)
     train(trainer)
-    with pytest.raises(RuntimeError, match="Call it in `on_training_run_start` of a callback"):
+    with pytest.raises(RuntimeError, match="Call it in a callback's `on_training_run_start`"):
         trainer.end_run_on_signals(signal.SIGTERM)
     trainer.callback_handler.add_callback(
         Probe(on_evaluation_run_start=lambda trainer, **kwargs: trainer.end_run_on_signals(signal.SIGTERM))
@@ -276,7 +277,7 @@ def test_the_tool_needs_a_training_run():
 
 
 @pytest.mark.parametrize("run", ["evaluate", "predict"])
-def test_other_runs_are_interrupted_at_once(run):
+def test_ctrl_c_interrupts_evaluate_and_predict_immediately(run):
     class Interrupted(Trainer):
         def eval_epoch_start(self):
             super().eval_epoch_start()
@@ -290,7 +291,7 @@ def test_other_runs_are_interrupted_at_once(run):
     assert reached == []
 
 
-def test_a_run_in_another_thread_works_without_handlers():
+def test_a_run_outside_the_main_thread_installs_no_handlers():
     before = [signal.getsignal(number) for number in SIGNALS]
     seen = []
     probe = Probe(on_train_step_end=lambda trainer, **kwargs: seen.append([signal.getsignal(n) for n in SIGNALS]))
@@ -302,10 +303,10 @@ def test_a_run_in_another_thread_works_without_handlers():
     assert trainer.stop_reason == "1 epochs are done"
 
 
-# --- evaluation within training ----------------------------------------------------------------------------------
+# --- evaluation during training ----------------------------------------------------------------------------------
 
 
-def test_an_evaluation_by_a_callback_keeps_the_handlers():
+def test_a_nested_evaluation_keeps_the_signal_handlers():
     seen = []
 
     def evaluate(trainer, **kwargs):
@@ -321,7 +322,7 @@ def test_an_evaluation_by_a_callback_keeps_the_handlers():
 
 @pytest.mark.parametrize("event", ["on_eval_step_start", "on_eval_step_end"])
 @pytest.mark.parametrize("how", ["evaluate", "hook", "intermediate", "ema"])
-def test_what_a_callback_or_hook_evaluates_is_finished_as_its_event_would_not_come_again(tmp_path, how, event):
+def test_an_evaluation_started_by_a_callback_or_hook_is_finished_before_the_run_ends(tmp_path, how, event):
     callbacks = [PreemptionCallback()]
     names = {"intermediate": "intermediate_eval_loss_epoch", "ema": "ema_model_eval_loss_epoch"}
     cls = Trainer
@@ -345,7 +346,7 @@ def test_what_a_callback_or_hook_evaluates_is_finished_as_its_event_would_not_co
     assert (tmp_path / "ema.pt").exists() == (how == "ema")
 
 
-def test_early_stopping_is_not_confused_by_an_interrupted_evaluation():
+def test_an_interrupted_evaluation_does_not_count_for_early_stopping():
     probe = Probe(on_eval_step_start=sender(signal.SIGTERM))
     stopping = EarlyStoppingCallback(early_stopping_patience=1)
     trainer = make_trainer(callbacks=[PreemptionCallback(), stopping, probe])

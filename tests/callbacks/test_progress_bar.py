@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from _support import Batches, Probe, make_dataset, make_trainer, raiser
+from _support import Batches, Probe, make_dataset, make_trainer, raiser, train
 from pytorch_accelerated import Trainer, _loss_monitor
 from pytorch_accelerated.callbacks import ProgressBarCallback, StepBasedEvaluationCallback
 from pytorch_accelerated.callbacks import progress_bar as module
@@ -15,7 +15,7 @@ from pytorch_accelerated.exceptions import StopTrainingError
 
 
 class RecordingBar:
-    """Stands in for tqdm's bar."""
+    """Replaces tqdm's bar."""
 
     def __init__(self, total=None, initial=0, disable=False, **kwargs):
         self.total, self.count, self.disable = total, initial, disable
@@ -37,7 +37,7 @@ class RecordingBar:
 
 @pytest.fixture
 def bars(monkeypatch):
-    """All bars that are opened."""
+    """All bars that were opened, in order."""
     opened = []
 
     def open_bar(**kwargs):
@@ -48,12 +48,7 @@ def bars(monkeypatch):
     return opened
 
 
-def train(trainer, dataset=None, **kwargs):
-    dataset = make_dataset(16) if dataset is None else dataset
-    trainer.train(dataset, **{"num_epochs": 1, "per_device_batch_size": 4, **kwargs})
-
-
-def test_each_epoch_has_a_bar_of_its_length(bars):
+def test_each_epoch_has_a_bar_with_its_number_of_batches(bars):
     trainer = make_trainer(callbacks=[ProgressBarCallback])
     train(trainer, num_epochs=2, eval_dataset=make_dataset(6))
     trainer.evaluate(make_dataset(9), per_device_batch_size=4)
@@ -61,7 +56,7 @@ def test_each_epoch_has_a_bar_of_its_length(bars):
     assert all(bar.is_closed for bar in bars)
 
 
-def test_the_last_loss_shown_is_that_of_the_epoch(bars):
+def test_the_last_loss_shown_is_the_mean_of_the_epoch(bars):
     trainer = make_trainer(callbacks=[ProgressBarCallback])
     train(trainer, eval_dataset=make_dataset(6))
     shown = [bar.losses[-1] for bar in bars]
@@ -70,35 +65,35 @@ def test_the_last_loss_shown_is_that_of_the_epoch(bars):
 
 
 def test_the_running_loss_is_shown_at_each_log_point(bars, monkeypatch):
-    """Time is told by a clock that moves 0.04 seconds with each look."""
+    """The clock is replaced by one that advances 0.04 seconds with each reading."""
     times = itertools.count()
     monkeypatch.setattr(_loss_monitor.time, "monotonic", lambda: next(times) / 25)
     losses = []
-    probe = Probe(on_train_step_end=lambda trainer, **_: losses.append(f"{trainer._loss_tracker.average:.4f}"))
-    train(make_trainer(callbacks=[probe, ProgressBarCallback]), make_dataset(32), per_device_batch_size=4)
+    probe = Probe(on_train_step_end=lambda trainer, **_: losses.append(f"{trainer.mean_loss:.4f}"))
+    train(make_trainer(callbacks=[probe, ProgressBarCallback]), 32)
     assert len(losses) == 8
     assert bars[0].losses == [losses[2], losses[5], losses[7]]
     assert bars[0].count == 8
 
 
-def test_a_bar_without_a_total_for_data_without_a_length(bars):
+def test_the_bar_has_no_total_if_the_data_have_no_length(bars):
     train(make_trainer(callbacks=[ProgressBarCallback]), Batches(make_dataset(12), 4))
     assert [(bar.total, bar.count) for bar in bars] == [(None, 3)]
 
 
-def test_an_intermediate_evaluation_leaves_the_bar_of_the_epoch(bars):
+def test_an_intermediate_evaluation_keeps_the_bar_of_the_training_epoch(bars):
     train(make_trainer(callbacks=[StepBasedEvaluationCallback(2), ProgressBarCallback]), eval_dataset=make_dataset(8))
     assert [(bar.total, bar.count) for bar in bars] == [(4, 4), (2, 2)]
 
 
-def test_each_evaluation_dataset_has_a_bar_of_its_length(bars):
+def test_each_evaluation_dataset_has_a_bar_with_its_number_of_batches(bars):
     train(
         make_trainer(callbacks=[ProgressBarCallback]), eval_dataset={"one": make_dataset(4), "three": make_dataset(12)}
     )
     assert [bar.total for bar in bars] == [4, 1, 3]
 
 
-def test_a_resumed_epoch_goes_on_where_it_was(bars, tmp_path):
+def test_the_bar_of_a_resumed_epoch_starts_at_the_resumed_batch(bars, tmp_path):
     def save(trainer, step, **_):
         if step == 2:
             trainer.save_training_state(tmp_path / "state")
@@ -108,14 +103,14 @@ def test_a_resumed_epoch_goes_on_where_it_was(bars, tmp_path):
     assert [(bar.total, bar.initial, bar.count) for bar in bars] == [(4, 3, 4)]
 
 
-def test_other_processes_of_the_node_show_no_bar(bars):
+def test_only_the_main_process_of_a_node_shows_a_bar(bars):
     class SecondProcess(Trainer):
         def _create_run_config(self, **kwargs):
             return replace(super()._create_run_config(**kwargs), is_local_process_zero=False)
 
     train(make_trainer(cls=SecondProcess, callbacks=[ProgressBarCallback]))
     assert [bar.disable for bar in bars] == [True]
-    assert bars[0].losses == [], "reading the loss would stall the device for nothing"
+    assert bars[0].losses == [], "reading the loss would synchronize the device for nothing"
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt("mine"), StopTrainingError("mine")])
@@ -140,14 +135,14 @@ def test_bars_are_closed_when_an_evaluation_fails(bars):
     assert [bar.is_closed for bar in bars] == [True]
 
 
-def test_bars_are_closed_when_another_callback_fails_in_cleaning_up(bars):
+def test_bars_are_closed_when_another_callback_fails_during_clean_up(bars):
     fail = Probe(on_train_step_end=raiser(ValueError("mine")), on_exception=raiser(RuntimeError("another")))
     with pytest.raises(ValueError, match="mine"):
         train(make_trainer(callbacks=[fail, ProgressBarCallback]))
     assert [bar.is_closed for bar in bars] == [True]
 
 
-def test_a_run_after_one_that_failed_has_bars_of_its_own(bars):
+def test_a_run_after_a_failed_one_opens_new_bars(bars):
     trainer = make_trainer(callbacks=[ProgressBarCallback, Probe(on_train_step_end=raiser(ValueError("mine")))])
     with pytest.raises(ValueError, match="mine"):
         train(trainer)
@@ -156,7 +151,7 @@ def test_a_run_after_one_that_failed_has_bars_of_its_own(bars):
     assert [(bar.total, bar.count, bar.is_closed) for bar in bars] == [(4, 0, True), (4, 4, True)]
 
 
-def test_the_real_bar_goes_to_standard_error(capsys):
+def test_the_real_bar_is_written_to_standard_error(capsys):
     train(make_trainer(callbacks=[ProgressBarCallback]))
     output = capsys.readouterr()
     assert output.out == ""

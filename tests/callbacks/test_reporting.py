@@ -1,11 +1,13 @@
-"""What a run prints."""
+"""Callbacks that print the progress and the metrics of a run."""
 
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import torch
 
+import _support
 from _support import Probe, make_dataset, make_trainer, raiser
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import (
@@ -16,13 +18,11 @@ from pytorch_accelerated.callbacks import (
 )
 from pytorch_accelerated.exceptions import StopTrainingError
 
-
-def train(trainer, **kwargs):
-    trainer.train(make_dataset(8), **{"num_epochs": 1, "per_device_batch_size": 4, **kwargs})
+train = partial(_support.train, dataset=8)  # two steps per epoch
 
 
 class CollectMetrics(LogMetricsCallback):
-    """Sends the metrics into a list; does not call ``super().__init__()``, as older subclasses do not."""
+    """Collects the metrics in a list. Like older subclasses, it does not call ``super().__init__()``."""
 
     def __init__(self):
         self.logged = []
@@ -36,7 +36,7 @@ class WithAccuracy(Trainer):
         return {**super().calculate_eval_batch_loss(batch), "metrics": {"accuracy": torch.tensor(0.5)}}
 
 
-def test_progress_is_printed_line_by_line(capsys):
+def test_the_start_and_end_of_runs_and_epochs_are_printed(capsys):
     trainer = make_trainer(callbacks=[PrintProgressCallback])
     train(trainer, num_epochs=2, eval_dataset=make_dataset(4))
     trainer.evaluate(make_dataset(4))
@@ -46,7 +46,7 @@ def test_progress_is_printed_line_by_line(capsys):
     )
 
 
-def test_the_reason_of_an_early_stop_is_printed(capsys):
+def test_the_reason_for_stopping_early_is_printed(capsys):
     stop = Probe(on_train_epoch_end=raiser(StopTrainingError("that will do")))
     train(make_trainer(callbacks=[stop, PrintProgressCallback]), num_epochs=3)
     assert capsys.readouterr().out.splitlines() == [
@@ -54,7 +54,7 @@ def test_the_reason_of_an_early_stop_is_printed(capsys):
     ]
 
 
-def test_metrics_are_printed_a_line_each(capsys):
+def test_each_metric_is_printed_on_its_own_line(capsys):
     trainer = make_trainer(cls=WithAccuracy, callbacks=[LogMetricsCallback])
     train(trainer, num_epochs=2, eval_dataset=make_dataset(4))
     trainer.evaluate(make_dataset(4))
@@ -65,7 +65,7 @@ def test_metrics_are_printed_a_line_each(capsys):
     assert [float(value) for name, value in lines if name == "train_loss_epoch"] == values
 
 
-def test_metrics_of_training_come_after_training_and_all_others_after_evaluation():
+def test_training_metrics_are_logged_after_training_and_all_others_after_evaluation():
     log = CollectMetrics()
     own = Probe(
         on_train_epoch_end=lambda trainer, **_: trainer.run_history.update_metric("train_norm", 3),
@@ -79,7 +79,7 @@ def test_metrics_of_training_come_after_training_and_all_others_after_evaluation
     ]
 
 
-def test_metrics_of_training_that_are_recorded_in_evaluation_wait_for_the_next_training_epoch():
+def test_training_metrics_recorded_during_evaluation_are_logged_after_the_next_training_epoch():
     log = CollectMetrics()
     late = Probe(on_eval_epoch_start=lambda trainer, **_: trainer.run_history.update_metric("train_late", 1))
     train(make_trainer(callbacks=[late, log]), num_epochs=2, eval_dataset=make_dataset(4))
@@ -91,8 +91,8 @@ def test_metrics_of_training_that_are_recorded_in_evaluation_wait_for_the_next_t
     ]
 
 
-def test_each_value_is_logged_once():
-    """What an earlier run recorded is not logged again, and what did not change is not repeated."""
+def test_each_recorded_value_is_logged_once():
+    """Metrics of an earlier run are not logged again, and unchanged metrics are not repeated."""
     log = CollectMetrics()
     once = Probe(on_training_run_start=lambda trainer, **_: trainer.run_history.update_metric("seed", 1))
     trainer = make_trainer(callbacks=[log, once])
@@ -109,7 +109,7 @@ def test_each_value_is_logged_once():
     ]
 
 
-def test_a_run_with_a_new_history_is_logged_from_its_beginning():
+def test_a_run_with_a_reset_history_is_logged_from_the_start():
     log = CollectMetrics()
     trainer = make_trainer(callbacks=[log])
     train(trainer)
@@ -118,7 +118,7 @@ def test_a_run_with_a_new_history_is_logged_from_its_beginning():
     assert log.logged[1]["train_loss_epoch"] == trainer.run_history.get_latest_metric("train_loss_epoch")
 
 
-def test_intermediate_metrics_are_logged_when_they_are_there():
+def test_intermediate_metrics_are_logged_when_they_are_recorded():
     log = CollectMetrics()
     train(make_trainer(callbacks=[StepBasedEvaluationCallback(1), log]), eval_dataset=make_dataset(4))
     intermediate = ["intermediate_eval_loss_epoch", "intermediate_update"]
@@ -140,7 +140,7 @@ def test_the_metrics_of_each_evaluation_dataset_are_logged():
     ]
 
 
-def test_a_resumed_run_does_not_log_what_it_has_restored(tmp_path):
+def test_a_resumed_run_does_not_log_restored_metrics(tmp_path):
     trainer = make_trainer()
     train(trainer)
     trainer.save_training_state(tmp_path / "state")
@@ -152,16 +152,16 @@ def test_a_resumed_run_does_not_log_what_it_has_restored(tmp_path):
     assert log.logged == [{"train_loss_epoch": values[1]}]
 
 
-def test_only_the_main_process_prints(capsys, monkeypatch):
+def test_callbacks_print_only_through_the_trainer(capsys, monkeypatch):
     trainer = make_trainer(callbacks=[PrintProgressCallback, LogMetricsCallback])
     printed = []
     monkeypatch.setattr(trainer, "print", lambda *args: printed.append(" ".join(args)))
     train(trainer)
-    assert capsys.readouterr().out == "", "callbacks print through `trainer.print` alone"
+    assert capsys.readouterr().out == "", "callbacks print only through `trainer.print`"
     assert re.fullmatch(r"train_loss_epoch: \d\.\d+", printed[2])
 
 
-def test_a_callback_behind_sees_the_metrics_of_one_in_front():
+def test_a_later_callback_sees_the_metrics_recorded_by_an_earlier_one():
     seen = []
 
     class Last(TrainerCallback):

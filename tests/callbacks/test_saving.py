@@ -1,4 +1,4 @@
-"""Callbacks that save: the best model, and training states to resume from."""
+"""Callbacks that save the best model, and training states to resume from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-from _support import EventRecorder, Probe, assert_same_weights, make_dataset, make_model, make_trainer, weights_of
+import _support
+from _support import (
+    IMPOSSIBLE_COUNTS,
+    EventRecorder,
+    Probe,
+    assert_same_weights,
+    make_dataset,
+    make_model,
+    make_trainer,
+    weights_of,
+)
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
@@ -35,8 +45,8 @@ NAN = float("nan")
 
 
 @pytest.mark.parametrize("callback", [SaveBestModelCallback, ModelEmaCallback])
-def test_a_path_that_cannot_be_written_is_an_error_before_the_training(tmp_path, callback):
-    """Not at its end, when there is something to lose."""
+def test_a_path_that_cannot_be_written_is_an_error_before_training(tmp_path, callback):
+    """Not at the end of training, when there is something to lose."""
     (tmp_path / "file").touch()
     recorder = EventRecorder()
     trainer = make_trainer(callbacks=[recorder, callback(save_path=tmp_path / "file" / "model.pt")])
@@ -91,12 +101,12 @@ def test_the_best_model_is_saved_and_loaded_at_the_end(scripted, path, losses, s
     assert [file.name for file in path.parent.iterdir()] == ["best.pt"]
 
 
-def test_what_is_loaded_is_announced(scripted, path, capsys):
+def test_loading_the_best_model_is_printed(scripted, path, capsys):
     scripted([3, 1, 2], [SaveBestModelCallback(path)]).run()
     assert capsys.readouterr().out == "Loading the best model: eval_loss_epoch 1.0 in epoch 2\n"
 
 
-def test_the_last_model_may_be_kept(scripted, path, capsys):
+def test_the_model_of_the_last_epoch_is_kept_if_load_saved_checkpoint_is_false(scripted, path, capsys):
     remember = RememberWeights()
     trainer = scripted([3, 1, 2], [SaveBestModelCallback(path, load_saved_checkpoint=False), remember])
     trainer.run()
@@ -107,8 +117,8 @@ def test_the_last_model_may_be_kept(scripted, path, capsys):
 
 @pytest.mark.parametrize("save_optimizer", [True, False])
 @pytest.mark.parametrize("save_scheduler", [True, False])
-def test_optimizer_and_scheduler_go_with_the_model_if_wanted(scripted, path, save_optimizer, save_scheduler):
-    """Two updates in each epoch, so that the rate falls by half in each; the first epoch is the best."""
+def test_optimizer_and_scheduler_are_saved_and_loaded_on_request(scripted, path, save_optimizer, save_scheduler):
+    """Each epoch has two updates, so the learning rate is halved in each. The first epoch is the best."""
     save = SaveBestModelCallback(path, save_optimizer=save_optimizer, save_scheduler=save_scheduler)
     trainer = scripted([1, 2, 3], [save])
     trainer.run(create_scheduler_fn=partial(StepLR, step_size=2, gamma=0.5))
@@ -119,8 +129,8 @@ def test_optimizer_and_scheduler_go_with_the_model_if_wanted(scripted, path, sav
     assert trainer.scheduler.last_epoch == (2 if save_scheduler else 6)
 
 
-def test_any_metric_may_be_watched(path):
-    """Also one that is a tensor."""
+def test_the_best_model_can_be_chosen_by_any_recorded_metric(path):
+    """Including one that is a tensor."""
     scores = iter([0.25, 0.75, 0.5])
     record = Probe(
         on_train_epoch_end=lambda trainer, **_: trainer.run_history.update_metric("f1", torch.tensor(next(scores)))
@@ -131,7 +141,7 @@ def test_any_metric_may_be_watched(path):
     assert torch.load(path, weights_only=True)["f1"] == 0.75
 
 
-def test_each_run_has_a_best_model_of_its_own(scripted, path):
+def test_each_run_forgets_the_best_value_of_earlier_runs(scripted, path):
     save = SaveBestModelCallback(path)
     trainer = scripted([1], [save])
     trainer.run()
@@ -140,8 +150,8 @@ def test_each_run_has_a_best_model_of_its_own(scripted, path):
     assert (save.best_metric, save.best_metric_epoch) == (4, 2)
 
 
-def test_runs_may_share_their_best_model(scripted, path):
-    """The second run is never better, saves nothing, and so keeps its last weights."""
+def test_the_best_value_is_kept_across_runs_if_reset_on_train_is_false(scripted, path):
+    """The second run is never better, so it saves nothing and keeps its last weights."""
     save = SaveBestModelCallback(path, reset_on_train=False)
     remember = RememberWeights()
     trainer = scripted([1], [save, remember])
@@ -154,7 +164,7 @@ def test_runs_may_share_their_best_model(scripted, path):
 
 
 @pytest.mark.parametrize("losses", [[NAN, NAN], [NAN]])
-def test_a_file_that_this_run_did_not_save_is_not_loaded(scripted, path, losses):
+def test_a_best_model_saved_by_another_run_is_not_loaded(scripted, path, losses):
     scripted([1], [SaveBestModelCallback(path)], model=make_model(seed=9)).run()
     before = path.read_bytes()
     remember = RememberWeights()
@@ -177,8 +187,8 @@ def test_the_best_model_is_loaded_after_an_early_stop(scripted, path):
 def test_a_resumed_run_remembers_the_best_model(scripted, path, tmp_path, num_epochs_before):
     losses = [3, 1, 2, 2]
     remember = RememberWeights()
-    whole = scripted(losses, [SaveBestModelCallback(path), remember])
-    whole.run()
+    uninterrupted = scripted(losses, [SaveBestModelCallback(path), remember])
+    uninterrupted.run()
 
     path.unlink()
     state = tmp_path / "state"
@@ -194,10 +204,10 @@ def test_a_resumed_run_remembers_the_best_model(scripted, path, tmp_path, num_ep
     resumed = scripted(losses, [save])
     resumed.run(resume_from=state)
     assert (save.best_metric, save.best_metric_epoch) == (1, 2)
-    assert_same_weights(weights_of(resumed.model), weights_of(whole.model))
+    assert_same_weights(weights_of(resumed.model), weights_of(uninterrupted.model))
 
 
-def test_nothing_is_loaded_after_an_error(scripted, path):
+def test_the_best_model_is_not_loaded_after_an_error(scripted, path):
     def fail(trainer, **_):
         if trainer.run_history.current_epoch == 3:
             raise ValueError("mine")
@@ -213,14 +223,12 @@ def test_nothing_is_loaded_after_an_error(scripted, path):
 
 
 def states_in(folder):
-    """The names of the folders there, that of the end of the run last."""
+    """The names of the state folders, ``final`` last."""
     names = (path.name for path in Path(folder).iterdir() if path.name != ".lock")
     return sorted(names, key=lambda name: (name == "final", name))
 
 
-def train(trainer, num_epochs=3, **kwargs):
-    """Three steps per epoch."""
-    trainer.train(make_dataset(12), num_epochs, **{"per_device_batch_size": 4, **kwargs})
+train = partial(_support.train, dataset=12, num_epochs=3)  # three steps per epoch
 
 
 @pytest.mark.parametrize(
@@ -236,12 +244,12 @@ def train(trainer, num_epochs=3, **kwargs):
         ),
     ],
 )
-def test_states_are_saved_as_asked(tmp_path, settings, expected):
+def test_states_are_saved_at_the_requested_epochs_and_steps(tmp_path, settings, expected):
     train(make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path / "states", **settings)]))
     assert states_in(tmp_path / "states") == expected
 
 
-def test_states_go_to_a_folder_here_by_default(tmp_path, monkeypatch):
+def test_states_are_saved_to_training_states_in_the_working_directory_by_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(make_trainer(callbacks=[SaveTrainingStateCallback()]))
     assert (tmp_path / "training_states" / "final" / "manifest.json").is_file()
@@ -257,8 +265,8 @@ def test_states_go_to_a_folder_here_by_default(tmp_path, monkeypatch):
     ],
     ids=["epochs", "steps", "both"],
 )
-def test_the_newest_states_are_kept_never_more_and_never_fewer(tmp_path, settings, names, max_checkpoints):
-    """Looked at after each save; what the end of the run saves does not count."""
+def test_exactly_the_newest_states_are_kept_at_any_time(tmp_path, settings, names, max_checkpoints):
+    """Checked after each save. The final state does not count."""
     seen = []
 
     class Watched(Trainer):
@@ -279,18 +287,18 @@ def test_the_newest_states_are_kept_never_more_and_never_fewer(tmp_path, setting
         newest = set(names[max(0, count - max_checkpoints) : count])
         assert after_deleting == newest
         oldest = {names[count - max_checkpoints - 1]} if count > max_checkpoints else set()
-        assert before_deleting == newest | oldest, f"{name}: the old one goes only when the new one is complete"
+        assert before_deleting == newest | oldest, f"{name}: the old state is deleted only once the new one is complete"
     assert seen[-1][2] == {*names[-max_checkpoints:], "final"}
 
 
-def test_other_folders_are_left_alone(tmp_path):
+def test_rotation_does_not_delete_other_folders(tmp_path):
     (tmp_path / "epoch_0").mkdir()
     (tmp_path / "notes").mkdir()
     train(make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1, max_checkpoints=1)]))
     assert states_in(tmp_path) == ["epoch_0", "epoch_3", "notes", "final"]
 
 
-def test_a_resumed_run_goes_on_rotating(tmp_path):
+def test_a_resumed_run_continues_the_rotation(tmp_path):
     settings = {"save_every_n_epochs": 1, "max_checkpoints": 2, "save_at_end": False}
     train(make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path, **settings)]))
     assert states_in(tmp_path) == ["epoch_2", "epoch_3"]
@@ -299,7 +307,7 @@ def test_a_resumed_run_goes_on_rotating(tmp_path):
     assert states_in(tmp_path) == ["epoch_3", "epoch_4"]
 
 
-def test_a_resumed_run_goes_on_counting_steps(tmp_path):
+def test_a_resumed_run_continues_the_step_count(tmp_path):
     callback = partial(SaveTrainingStateCallback, tmp_path, save_every_n_steps=4, save_at_end=False)
     train(make_trainer(callbacks=[callback()]), num_epochs=2)
     resumed = make_trainer(callbacks=[callback()])
@@ -307,30 +315,29 @@ def test_a_resumed_run_goes_on_counting_steps(tmp_path):
     assert states_in(tmp_path) == ["step_4", "step_8"]
 
 
-def test_each_run_counts_its_own_steps(tmp_path):
+def test_each_run_counts_its_steps_from_zero(tmp_path):
     trainer = make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path, save_every_n_steps=2, save_at_end=False)])
     train(trainer, num_epochs=1)
     train(trainer, num_epochs=1)
     assert states_in(tmp_path) == ["step_2"]
 
 
-def test_a_second_run_saves_over_the_states_of_the_first(tmp_path):
+def test_a_second_run_overwrites_states_of_the_same_name(tmp_path):
     save = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1, max_checkpoints=2)
     trainer = make_trainer(callbacks=[save])
     train(trainer)
     train(trainer, num_epochs=2)
     assert {"epoch_1", "epoch_2"} <= set(states_in(tmp_path))
-    resumed = make_trainer()
-    resumed.train(make_dataset(12), 2, per_device_batch_size=4, resume_from=tmp_path / "epoch_2")
+    resumed = train(make_trainer(), num_epochs=2, resume_from=tmp_path / "epoch_2")
     assert_same_weights(weights_of(resumed.model), weights_of(trainer.model))
 
 
 @pytest.mark.parametrize(
     "name", ["save_every_n_epochs", "save_every_n_steps", "save_every_n_updates", "max_checkpoints", "keep_best"]
 )
-@pytest.mark.parametrize("number", [0, -1])
-def test_impossible_numbers_are_refused(name, number):
-    with pytest.raises(ValueError, match=f"`{name}` is {number}. Expected at least 1, or None"):
+@pytest.mark.parametrize(("number", "error"), IMPOSSIBLE_COUNTS)
+def test_impossible_numbers_are_rejected(name, number, error):
+    with pytest.raises(error, match=f"`{name}` is {number}.* Expected a whole number of .*, at least 1"):
         SaveTrainingStateCallback(**{name: number})
 
 
@@ -352,7 +359,7 @@ def sender(number=signal.SIGTERM, which=1):
 
 
 def end_of(run, *arguments, **kwargs):
-    """Run, and return the exception by which it ended, if any."""
+    """Run, and return the exception that ended it, if any."""
     try:
         run(*arguments, **kwargs)
     except (KeyboardInterrupt, SystemExit) as end:
@@ -361,17 +368,17 @@ def end_of(run, *arguments, **kwargs):
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_signal_leaves_a_state_of_the_step_and_no_final_one(tmp_path, capsys, number):
+def test_a_signal_saves_a_state_of_the_current_step_and_no_final_one(tmp_path, capsys, number):
     probe = Probe(on_backward_start=sender(number, which=5))
     trainer = make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path), probe])
     end = end_of(train, trainer)
     assert end.code == 128 + number if number != signal.SIGINT else isinstance(end, KeyboardInterrupt)
     assert states_in(tmp_path) == ["step_5"]
     path = str(tmp_path / "step_5")
-    assert capsys.readouterr().out == f"The run is saved in {path!r}. To go on: train(..., resume_from={path!r})\n"
+    assert capsys.readouterr().out == f"Training state saved to {path!r}. To resume: train(..., resume_from={path!r})\n"
 
 
-def test_the_state_of_an_interrupted_run_is_rotated_as_the_others(tmp_path):
+def test_the_state_of_an_interrupted_run_is_rotated_like_the_others(tmp_path):
     save = SaveTrainingStateCallback(tmp_path, save_every_n_steps=2, max_checkpoints=2)
     assert end_of(train, make_trainer(callbacks=[save, Probe(on_train_step_end=sender(which=7))])) is not None
     assert states_in(tmp_path) == ["step_6", "step_7"]
@@ -381,7 +388,7 @@ def test_the_state_of_an_interrupted_run_is_rotated_as_the_others(tmp_path):
 
 
 @pytest.mark.parametrize(("which", "saved"), [(4, ["step_2", "step_4"]), (5, ["step_2", "step_4", "step_5"])])
-def test_a_state_is_not_saved_twice(tmp_path, capsys, which, saved):
+def test_a_signal_does_not_save_the_same_position_twice(tmp_path, capsys, which, saved):
     class Watched(Trainer):
         def save_training_state(self, output_dir, checkpoint_kwargs=None):
             super().save_training_state(output_dir, checkpoint_kwargs)
@@ -395,8 +402,8 @@ def test_a_state_is_not_saved_twice(tmp_path, capsys, which, saved):
     assert saved[-1] in capsys.readouterr().out
 
 
-def test_each_run_saves_its_own_state(tmp_path):
-    """A state of an earlier run at the same place is another state."""
+def test_an_interrupted_run_saves_its_state_even_if_an_earlier_run_saved_that_position(tmp_path):
+    """A state that an earlier run saved at the same position is another state."""
     save = SaveTrainingStateCallback(tmp_path)
     for _ in range(2):
         trainer = make_trainer(callbacks=[save, Probe(on_train_step_end=sender())])
@@ -405,14 +412,14 @@ def test_each_run_saves_its_own_state(tmp_path):
         (tmp_path / "step_1").rename(tmp_path.with_name(f"{tmp_path.name}-{id(trainer)}"))
 
 
-def test_a_run_that_came_to_its_end_is_saved_as_final_whatever_comes_then(tmp_path):
+def test_a_signal_after_the_last_step_still_saves_the_final_state(tmp_path):
     save = SaveTrainingStateCallback(tmp_path)
     trainer = make_trainer(callbacks=[save, Probe(on_training_run_end=sender())])
     assert end_of(train, trainer).code == 128 + signal.SIGTERM
     assert states_in(tmp_path) == ["final"]
 
 
-def test_a_run_that_a_callback_stops_is_saved_as_final(tmp_path):
+def test_a_run_stopped_by_a_callback_saves_the_final_state(tmp_path):
     def stop(trainer, **_):
         raise StopTrainingError("enough")
 
@@ -420,7 +427,7 @@ def test_a_run_that_a_callback_stops_is_saved_as_final(tmp_path):
     assert states_in(tmp_path) == ["final"]
 
 
-def test_signals_are_no_concern_of_a_callback_that_is_told_so(tmp_path):
+def test_no_signal_is_handled_and_no_state_saved_if_save_on_preemption_is_false(tmp_path):
     before = [signal.getsignal(number) for number in SIGNALS[1:]]
     seen = []
     look = Probe(on_train_step_start=lambda trainer, **kwargs: seen.append([signal.getsignal(n) for n in SIGNALS[1:]]))
@@ -431,7 +438,7 @@ def test_signals_are_no_concern_of_a_callback_that_is_told_so(tmp_path):
     assert states_in(tmp_path) == []
 
 
-def test_the_state_holds_what_all_callbacks_made_of_the_end(tmp_path):
+def test_the_state_of_an_interrupted_run_includes_what_other_callbacks_did_on_the_stop(tmp_path):
     class Counter(TrainerCallback):
         num_stops = 0
 
@@ -455,7 +462,7 @@ def test_the_state_holds_what_all_callbacks_made_of_the_end(tmp_path):
 
 
 class NoisyTrainer(Trainer):
-    """Draws random numbers in the step too, and returns a metric."""
+    """Also draws random numbers in the step, and returns a metric."""
 
     def calculate_train_batch_loss(self, batch):
         inputs, targets = batch
@@ -505,41 +512,45 @@ def results_of(trainer):
     }
 
 
+def assert_same_end(resumed, uninterrupted):
+    """Weights, optimizer state and history are bit-identical."""
+    assert results_of(resumed) == results_of(uninterrupted)
+    assert_same_weights(weights_of(resumed.model), weights_of(uninterrupted.model))
+    states = (trainer.optimizer.state_dict()["state"].values() for trainer in (resumed, uninterrupted))
+    for left, right in zip(*states, strict=True):
+        assert_same_weights(left, right)
+
+
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """A run that was never interrupted, and all states it saved."""
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted_run(tmp_path_factory):
+    """An uninterrupted run, and all states that it saved."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     trainer = make_noisy_trainer(folder)
     train_noisily(trainer)
     return trainer, folder
 
 
-# Updates come after steps 2, 4 and 5 of each epoch of five steps, so some states are from within a window.
+# Updates come after steps 2, 4 and 5 of each epoch, so some states are from the middle of an accumulation window.
 STATES = [*(f"step_{number}" for number in range(1, 16)), "epoch_1", "epoch_2", "epoch_3", "final"]
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_run_resumed_from_any_state_ends_as_if_never_interrupted(whole_run, tmp_path, state):
-    """Weights, optimizer and history are equal bit by bit: steps within and at the end of a window and an epoch."""
-    whole, folder = whole_run
-    for name in ("best.pt", "ema.pt"):  # what had been saved when the run was interrupted
+def test_a_run_resumed_from_any_state_ends_identical_to_an_uninterrupted_one(uninterrupted_run, tmp_path, state):
+    """Weights, optimizer and history are bit-identical, for states in and at the end of a window and of an epoch."""
+    uninterrupted, folder = uninterrupted_run
+    for name in ("best.pt", "ema.pt"):  # the files that the interrupted run had saved
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     resumed = make_noisy_trainer(tmp_path, saves=False)
     torch.manual_seed(1234)
     train_noisily(resumed, resume_from=folder / state)
-    assert results_of(resumed) == results_of(whole)
-    assert_same_weights(weights_of(resumed.model), weights_of(whole.model))
-    for left, right in zip(
-        resumed.optimizer.state_dict()["state"].values(), whole.optimizer.state_dict()["state"].values(), strict=True
-    ):
-        assert_same_weights(left, right)
+    assert_same_end(resumed, uninterrupted)
 
 
 # --- training states: resume after a signal ----------------------------------------------------------------------
 
 
 def make_busy_trainer(save_dir, callbacks=()):
-    """One whose state is of many parts; evaluated on two datasets, also within epochs, and with the average."""
+    """A trainer with many stateful parts: two evaluation datasets, intermediate evaluations, and an averaged model."""
     torch.manual_seed(7)
     model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
     return NoisyTrainer(
@@ -547,7 +558,7 @@ def make_busy_trainer(save_dir, callbacks=()):
         nn.functional.mse_loss,
         torch.optim.AdamW(model.parameters(), lr=0.05),
         callbacks=[
-            PreemptionCallback(),  # the one that saves comes last, also when the run starts
+            PreemptionCallback(),  # the saving callback is called last, at the start of the run too
             SaveTrainingStateCallback(save_dir),
             StepBasedEvaluationCallback(2),
             ModelEmaCallback(decay=0.8, save_path=save_dir / "ema.pt", watch_metric="b_ema_model_eval_loss_epoch"),
@@ -570,16 +581,18 @@ def train_busily(trainer, **kwargs):
     )
 
 
-@pytest.fixture(scope="module", params=[None, 8, 6], ids=["whole epochs", "cut short", "limit at an epoch's end"])
+@pytest.fixture(
+    scope="module", params=[None, 8, 6], ids=["complete epochs", "cut off mid-epoch", "limit at the end of an epoch"]
+)
 def busy_run(request, tmp_path_factory):
-    """A run that was never interrupted, how many updates it is limited to, and the number of its steps."""
+    """An uninterrupted run, its limit of updates, and the number of its steps."""
     trainer = make_busy_trainer(tmp_path_factory.mktemp("busy"))
     train_busily(trainer, max_num_train_steps=request.param)
     return trainer, request.param, {None: 15, 8: 14, 6: 10}[request.param]
 
 
-# By event, in which of its calls the signal comes. An epoch has five steps; each of its evaluations has two, first on
-# `a` and then on `b`, and after each of them the average is evaluated.
+# By event, the calls of it in which the signal arrives. An epoch has five steps. Its evaluations have two steps each,
+# first on `a`, then on `b`; after each of them the average is evaluated.
 INTERRUPTED_IN = {
     "on_training_run_start": [1],
     "on_train_epoch_start": [1, 2],
@@ -598,9 +611,11 @@ INTERRUPTED_IN = {
 @pytest.mark.parametrize(
     ("event", "which"), [(event, which) for event, calls in INTERRUPTED_IN.items() for which in calls]
 )
-def test_a_run_that_a_signal_interrupts_anywhere_ends_as_if_it_had_not(busy_run, tmp_path, event, which):
-    """Also within a window, between training and evaluation, between two evaluations, and in the last step."""
-    whole, max_num_train_steps, num_steps = busy_run
+def test_a_run_interrupted_anywhere_and_resumed_ends_identical_to_an_uninterrupted_one(
+    busy_run, tmp_path, event, which
+):
+    """Including mid-window, between training and evaluation, between two evaluations, and in the last step."""
+    uninterrupted, max_num_train_steps, num_steps = busy_run
     send = sender(which=num_steps if which == "last" else which)
     interrupted = make_busy_trainer(tmp_path, [Probe(**{event: send})])
     end = end_of(train_busily, interrupted, max_num_train_steps=max_num_train_steps)
@@ -609,18 +624,13 @@ def test_a_run_that_a_signal_interrupts_anywhere_ends_as_if_it_had_not(busy_run,
     resumed = make_busy_trainer(tmp_path)
     torch.manual_seed(1234)
     train_busily(resumed, resume_from=state, max_num_train_steps=max_num_train_steps)
-    assert results_of(resumed) == results_of(whole)
-    assert_same_weights(weights_of(resumed.model), weights_of(whole.model))
-    for left, right in zip(
-        resumed.optimizer.state_dict()["state"].values(), whole.optimizer.state_dict()["state"].values(), strict=True
-    ):
-        assert_same_weights(left, right)
-    averages = [trainer.callback_handler.callbacks[3].ema_model for trainer in (resumed, whole)]
+    assert_same_end(resumed, uninterrupted)
+    averages = [trainer.callback_handler.callbacks[3].ema_model for trainer in (resumed, uninterrupted)]
     assert_same_weights(*map(weights_of, averages))
 
 
-def test_a_finished_run_that_is_resumed_trains_no_further(whole_run, tmp_path):
-    _, folder = whole_run
+def test_resuming_a_finished_run_trains_no_further(uninterrupted_run, tmp_path):
+    _, folder = uninterrupted_run
     recorder = EventRecorder()
     resumed = make_noisy_trainer(tmp_path, saves=False)
     (tmp_path / "best.pt").write_bytes((folder / "best.pt").read_bytes())
@@ -630,7 +640,7 @@ def test_a_finished_run_that_is_resumed_trains_no_further(whole_run, tmp_path):
 
 
 @pytest.mark.parametrize("is_first", [False, True])
-def test_the_place_of_the_saving_callback_in_the_list_does_not_matter(scripted, tmp_path, is_first):
+def test_the_position_of_the_saving_callback_in_the_list_does_not_matter(scripted, tmp_path, is_first):
     losses = [1, 2, 3, 4, 5]
 
     def make_callbacks(save_dir):
@@ -638,26 +648,26 @@ def test_the_place_of_the_saving_callback_in_the_list_does_not_matter(scripted, 
         others = [SaveBestModelCallback(tmp_path / "best.pt"), EarlyStoppingCallback(early_stopping_patience=3)]
         return [save, *others] if is_first else [*others, save]
 
-    whole = scripted(losses, make_callbacks(tmp_path / "whole"))
-    whole.run()
+    uninterrupted = scripted(losses, make_callbacks(tmp_path / "uninterrupted"))
+    uninterrupted.run()
     resumed = scripted(losses, make_callbacks(tmp_path / "resumed"))
-    resumed.run(resume_from=tmp_path / "whole" / "epoch_1")
-    assert resumed.stop_reason == whole.stop_reason == "eval_loss_epoch has not improved on 1.0 for 3 epochs"
-    assert_same_weights(weights_of(resumed.model), weights_of(whole.model))
+    resumed.run(resume_from=tmp_path / "uninterrupted" / "epoch_1")
+    assert resumed.stop_reason == uninterrupted.stop_reason == "eval_loss_epoch has not improved on 1.0 for 3 epochs"
+    assert_same_weights(weights_of(resumed.model), weights_of(uninterrupted.model))
 
 
-def test_a_run_that_was_stopped_early_and_is_resumed_trains_no_further(scripted, tmp_path):
+def test_resuming_a_run_that_stopped_early_trains_no_further(scripted, tmp_path):
     def make_callbacks(save_dir):
         return [EarlyStoppingCallback(early_stopping_patience=2), SaveTrainingStateCallback(tmp_path / save_dir)]
 
     losses = [1, 2, 3, 4, 5]
-    scripted(losses, make_callbacks("whole")).run()
+    scripted(losses, make_callbacks("uninterrupted")).run()
     resumed = scripted(losses, make_callbacks("resumed"))
-    resumed.run(resume_from=tmp_path / "whole" / "final")
+    resumed.run(resume_from=tmp_path / "uninterrupted" / "final")
     assert resumed.run_history.current_epoch - 1 == 3
 
 
-def test_a_best_model_that_is_missing_is_noticed_when_a_run_is_resumed(scripted, path, tmp_path):
+def test_resuming_without_the_saved_best_model_is_an_error(scripted, path, tmp_path):
     save_state = SaveTrainingStateCallback(tmp_path / "states", save_every_n_epochs=1)
     scripted([1, 2, 3], [SaveBestModelCallback(path), save_state]).run()
     path.unlink()

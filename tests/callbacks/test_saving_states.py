@@ -1,15 +1,17 @@
-"""The folder of training states over runs: the newest, what is kept, when states are saved, and what goes wrong."""
+"""`SaveTrainingStateCallback` across runs: resuming from the newest state, retention, timing, and failures."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import _support
 from _saved import names_in, rewrite_manifest
 from _support import Probe, assert_same_weights, make_dataset, make_model, make_trainer, run_python, weights_of
 from pytorch_accelerated import Trainer
@@ -19,14 +21,11 @@ from pytorch_accelerated.callbacks import SaveTrainingStateCallback
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.states import list_states
 
-
-def train(trainer, num_epochs=3, **kwargs):
-    """Three steps per epoch."""
-    trainer.train(make_dataset(12), num_epochs, **{"per_device_batch_size": 4, **kwargs})
+train = partial(_support.train, dataset=12, num_epochs=3)  # three steps per epoch
 
 
 def make(folder, callbacks=(), **settings):
-    """A trainer that saves its states in a folder."""
+    """A trainer that saves its states to a folder."""
     save = SaveTrainingStateCallback(folder, **{"save_every_n_steps": 1, "save_at_end": False, **settings})
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
@@ -34,7 +33,7 @@ def make(folder, callbacks=(), **settings):
 
 
 def stopping_at(num_updates):
-    """A callback that ends the run as a crash would."""
+    """A callback that ends the run like a crash."""
 
     def crash(trainer, **_):
         if trainer.progress.num_updates == num_updates:
@@ -54,8 +53,8 @@ def damage(path):
 
 
 @pytest.fixture(scope="module")
-def whole_run():
-    """A run that was never interrupted."""
+def uninterrupted_run():
+    """An uninterrupted run."""
     model = make_model()
     trainer = Trainer(model, torch.nn.functional.mse_loss, torch.optim.Adam(model.parameters(), lr=0.1), callbacks=())
     torch.manual_seed(0)
@@ -67,7 +66,7 @@ def whole_run():
 
 
 @pytest.mark.parametrize("resume_from", ["latest", True])
-def test_the_newest_state_is_resumed_from(tmp_path, capsys, whole_run, resume_from):
+def test_latest_resumes_from_the_newest_state(tmp_path, capsys, uninterrupted_run, resume_from):
     crash(tmp_path, 5)
     resumed = make(tmp_path)
     torch.manual_seed(99)
@@ -75,12 +74,12 @@ def test_the_newest_state_is_resumed_from(tmp_path, capsys, whole_run, resume_fr
     assert resumed.is_resumed
     resuming, going_on = capsys.readouterr().out.splitlines()
     assert resuming == f"Resuming from '{tmp_path / 'step_5'}'."
-    assert going_on.endswith("The data go on exactly where they were.")
-    assert_same_weights(weights_of(resumed.model), weights_of(whole_run.model))
+    assert going_on.endswith("The data continue exactly where they stopped.")
+    assert_same_weights(weights_of(resumed.model), weights_of(uninterrupted_run.model))
 
 
 @pytest.mark.parametrize("resume_from", [None, False])
-def test_a_run_that_is_not_to_be_resumed_is_not(tmp_path, capsys, resume_from):
+def test_a_run_without_resume_from_starts_from_scratch(tmp_path, capsys, resume_from):
     crash(tmp_path, 5)
     trainer = make(tmp_path)
     train(trainer, resume_from=resume_from)
@@ -88,17 +87,19 @@ def test_a_run_that_is_not_to_be_resumed_is_not(tmp_path, capsys, resume_from):
     assert capsys.readouterr().out == ""
 
 
-def test_without_a_state_the_run_starts_afresh(tmp_path, capsys, whole_run):
+def test_latest_without_any_state_starts_from_scratch(tmp_path, capsys, uninterrupted_run):
     trainer = make(tmp_path / "new")
     torch.manual_seed(0)
     train(trainer, resume_from="latest")
     assert not trainer.is_resumed
     printed = capsys.readouterr().out
-    assert printed == f"There is no training state to resume from in '{tmp_path / 'new'}': the run starts afresh.\n"
-    assert_same_weights(weights_of(trainer.model), weights_of(whole_run.model))
+    assert (
+        printed == f"There is no training state to resume from in '{tmp_path / 'new'}': the run starts from scratch.\n"
+    )
+    assert_same_weights(weights_of(trainer.model), weights_of(uninterrupted_run.model))
 
 
-def test_damaged_states_are_passed_over_and_named(tmp_path, capsys, whole_run):
+def test_latest_skips_damaged_states_and_prints_why(tmp_path, capsys, uninterrupted_run):
     crash(tmp_path, 5)
     damage(tmp_path / "step_5")
     (tmp_path / "step_3" / "manifest.json").write_text("")
@@ -107,12 +108,12 @@ def test_damaged_states_are_passed_over_and_named(tmp_path, capsys, whole_run):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert "step_5' is damaged: model.pt is missing or altered" in lines[0]
-    assert lines[0].startswith("Passed over: ")
+    assert lines[0].startswith("Skipped: ")
     assert lines[1] == f"Resuming from '{tmp_path / 'step_4'}'."
-    assert_same_weights(weights_of(resumed.model), weights_of(whole_run.model))
+    assert_same_weights(weights_of(resumed.model), weights_of(uninterrupted_run.model))
 
 
-def test_if_all_states_are_damaged_the_run_starts_afresh_and_says_so(tmp_path, capsys):
+def test_if_all_states_are_damaged_the_run_starts_from_scratch_and_prints_why(tmp_path, capsys):
     crash(tmp_path, 2)
     for path in tmp_path.iterdir():
         if path.is_dir():
@@ -120,13 +121,13 @@ def test_if_all_states_are_damaged_the_run_starts_afresh_and_says_so(tmp_path, c
     trainer = make(tmp_path)
     train(trainer, resume_from=True)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines[:2]] == ["Passed over"] * 2
-    assert lines[2].endswith("the run starts afresh.")
+    assert [line.partition(":")[0] for line in lines[:2]] == ["Skipped"] * 2
+    assert lines[2].endswith("the run starts from scratch.")
     assert not trainer.is_resumed
 
 
-def test_the_newest_is_that_of_the_last_run_and_there_the_farthest(tmp_path):
-    """Whatever clocks and names say."""
+def test_the_newest_state_is_the_furthest_of_the_last_run_whatever_clocks_and_names_say(tmp_path):
+    """Modification times and names do not matter."""
     crash(tmp_path, 8, save_every_n_steps=4)
     crash(tmp_path, 3)
     crash(tmp_path, 2, save_every_n_epochs=1)
@@ -140,16 +141,16 @@ def test_the_newest_is_that_of_the_last_run_and_there_the_farthest(tmp_path):
     assert resumed.progress.num_updates == 9
 
 
-def test_the_end_of_a_run_is_newer_than_its_last_epoch(tmp_path, capsys):
-    """Their positions are alike."""
+def test_the_final_state_is_newer_than_that_of_the_last_epoch(tmp_path, capsys):
+    """Both have the same position."""
     train(make(tmp_path, save_every_n_epochs=1, save_at_end=True))
     capsys.readouterr()
     train(make(tmp_path), resume_from="latest")
     assert capsys.readouterr().out == f"Resuming from '{tmp_path / 'final'}'.\n"
 
 
-def test_a_run_that_goes_on_from_an_older_state_is_the_newest_from_then_on(tmp_path, capsys):
-    """What came after that state was given up, and must not come back, nor take the places of what is kept."""
+def test_a_run_resumed_from_an_older_state_supersedes_the_later_states(tmp_path, capsys):
+    """The states after it were given up: they must not be resumed from, nor count among those to keep."""
     crash(tmp_path, 8)
     with pytest.raises(LookupError):
         train(make(tmp_path, [stopping_at(5)], max_checkpoints=3), resume_from=tmp_path / "step_3")
@@ -158,7 +159,7 @@ def test_a_run_that_goes_on_from_an_older_state_is_the_newest_from_then_on(tmp_p
     assert "step_5'" in capsys.readouterr().out
 
 
-def test_a_replacement_that_was_cut_off_is_repaired_first(tmp_path, capsys):
+def test_an_interrupted_replacement_is_repaired_before_the_newest_state_is_chosen(tmp_path, capsys):
     crash(tmp_path, 3)
     (tmp_path / "step_3").rename(tmp_path / ".step_3.old")
     (tmp_path / ".step_4.tmp").mkdir()
@@ -167,7 +168,7 @@ def test_a_replacement_that_was_cut_off_is_repaired_first(tmp_path, capsys):
     assert all(not name.startswith(".") for name in names_in(tmp_path))
 
 
-def test_a_directory_of_that_name_is_a_path(tmp_path, monkeypatch):
+def test_a_path_object_named_latest_is_a_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer = make(tmp_path / "states")
     train(trainer, num_epochs=1)
@@ -179,20 +180,20 @@ def test_a_directory_of_that_name_is_a_path(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [0, 2])
-def test_the_newest_needs_one_folder_to_look_in(tmp_path, number):
+def test_latest_requires_exactly_one_folder_to_look_in(tmp_path, number):
     callbacks = [SaveTrainingStateCallback(tmp_path / str(index)) for index in range(number)]
-    with pytest.raises(ValueError, match=rf"there are {number} folders where it could be.*pass the path of a state"):
+    with pytest.raises(ValueError, match=rf"there are {number} folders to look in.*pass the path of a state"):
         train(make_trainer(callbacks=callbacks), resume_from="latest")
 
 
-def test_two_callbacks_may_share_the_folder(tmp_path, capsys):
+def test_two_saving_callbacks_can_share_a_folder(tmp_path, capsys):
     callbacks = [SaveTrainingStateCallback(tmp_path, save_at_end=is_last) for is_last in (False, True)]
     train(make_trainer(callbacks=callbacks), num_epochs=1)
     train(make_trainer(callbacks=callbacks), num_epochs=1, resume_from="latest")
     assert "final" in capsys.readouterr().out
 
 
-def test_a_state_of_a_newer_version_is_not_passed_over(tmp_path):
+def test_a_state_of_a_newer_format_version_is_an_error_not_skipped(tmp_path):
     crash(tmp_path, 3)
     manifest = tmp_path / "step_2" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 3'))
@@ -200,13 +201,13 @@ def test_a_state_of_a_newer_version_is_not_passed_over(tmp_path):
         train(make(tmp_path), resume_from="latest")
 
 
-def test_a_newest_state_that_does_not_fit_is_not_passed_over(tmp_path):
-    """To go on from an older one would not help, and hide the mistake."""
+def test_a_newest_state_of_another_number_of_processes_is_an_error_not_skipped(tmp_path):
+    """Resuming from an older one would not help, and would hide the mistake."""
     crash(tmp_path, 3)
     state = tmp_path / "step_3"
     shutil.copy(state / "process_0.pt", state / "process_1.pt")
     rewrite_manifest(state, num_processes=2)
-    with pytest.raises(CheckpointError, match="saved by 2 processes"):
+    with pytest.raises(CheckpointError, match="saved by a run with num_processes=2"):
         train(make(tmp_path), resume_from="latest")
     train(make(tmp_path), resume_from="latest", allow_other_num_processes=True)
 
@@ -214,7 +215,7 @@ def test_a_newest_state_that_does_not_fit_is_not_passed_over(tmp_path):
 # --- what is kept ------------------------------------------------------------------------------------------------
 
 
-def test_what_is_kept_is_what_is_on_the_disk_over_restarts(tmp_path):
+def test_rotation_counts_the_states_on_disk_across_restarts(tmp_path):
     for num_updates in (3, 5, 7):
         with pytest.raises(LookupError):
             train(make(tmp_path, [stopping_at(num_updates)], max_checkpoints=2), resume_from="latest")
@@ -223,22 +224,22 @@ def test_what_is_kept_is_what_is_on_the_disk_over_restarts(tmp_path):
     assert names_in(tmp_path) == ["step_8", "step_9"]
 
 
-def test_a_run_that_starts_afresh_deletes_the_states_of_the_run_before_one_by_one(tmp_path):
+def test_a_run_from_scratch_rotates_out_the_states_of_the_previous_run_one_by_one(tmp_path):
     crash(tmp_path, 8)
     crash(tmp_path, 3, max_checkpoints=4)
     assert names_in(tmp_path) == ["step_1", "step_2", "step_3", "step_8"]
 
 
-def test_a_state_that_could_not_be_saved_costs_no_other(tmp_path, monkeypatch):
+def test_a_failed_save_deletes_no_other_state(tmp_path, monkeypatch):
     crash(tmp_path, 3, max_checkpoints=2)
     monkeypatch.setattr(torch, "save", fail_to_write)
-    with pytest.warns(UserWarning, match=r"The run goes on without it\."):
+    with pytest.warns(UserWarning, match=r"Training continues without this state\."):
         train(make(tmp_path, max_checkpoints=2, on_save_error="warn"), resume_from="latest")
     assert names_in(tmp_path) == ["step_2", "step_3"]
 
 
-def test_the_best_are_kept_beside_the_newest(tmp_path, scripted):
-    """In a later run too, whose states are compared with those of the former."""
+def test_keep_best_keeps_the_best_states_in_addition_to_the_newest(tmp_path, scripted):
+    """In a later run too, which compares its states with those of the earlier one."""
     settings = {"save_every_n_epochs": 1, "max_checkpoints": 1, "keep_best": 2, "save_at_end": False}
     scripted([3, 1, float("nan"), 2, 4], [SaveTrainingStateCallback(tmp_path, **settings)]).run()
     assert names_in(tmp_path) == ["epoch_2", "epoch_4", "epoch_5"]
@@ -246,20 +247,20 @@ def test_the_best_are_kept_beside_the_newest(tmp_path, scripted):
     assert names_in(tmp_path) == ["epoch_1", "epoch_2", "epoch_4"]
 
 
-def test_the_greatest_may_be_the_best(tmp_path, scripted):
+def test_keep_best_keeps_the_greatest_if_greater_is_better(tmp_path, scripted):
     settings = {"save_every_n_epochs": 1, "max_checkpoints": 1, "keep_best": 1, "greater_is_better": True}
     scripted([1, 3, 2, 1], [SaveTrainingStateCallback(tmp_path, **settings)]).run()
     assert names_in(tmp_path) == ["epoch_2", "epoch_4", "final"]
 
 
-def test_a_metric_that_is_never_recorded_is_noticed_at_the_start(tmp_path):
+def test_keep_best_without_its_metric_is_an_error_at_the_start(tmp_path):
     save = SaveTrainingStateCallback(tmp_path, max_checkpoints=1, keep_best=1)
     with pytest.raises(ValueError, match="eval_loss_epoch"):
         train(make_trainer(callbacks=[save]))
 
 
-def test_to_keep_the_best_without_a_limit_is_a_contradiction():
-    with pytest.raises(ValueError, match=r"`keep_best` is given without `max_checkpoints`.*Give both"):
+def test_keep_best_without_max_checkpoints_is_rejected():
+    with pytest.raises(ValueError, match=r"`keep_best` is 1, but `max_checkpoints` is None.*Pass both"):
         SaveTrainingStateCallback(keep_best=1)
 
 
@@ -270,8 +271,8 @@ def test_to_keep_the_best_without_a_limit_is_a_contradiction():
     ("every", "accumulation", "expected"),
     [(1, 1, [1, 2, 3, 4, 5, 6]), (2, 1, [2, 4, 6]), (1, 2, [2, 3, 5, 6]), (3, 2, [5]), (9, 1, [])],
 )
-def test_states_are_saved_after_every_so_many_updates(tmp_path, every, accumulation, expected):
-    """With windows of two batches, updates come after steps 2, 3, 5 and 6."""
+def test_states_are_saved_every_n_updates(tmp_path, every, accumulation, expected):
+    """With accumulation windows of two batches, updates come after steps 2, 3, 5 and 6."""
     trainer = make(tmp_path, save_every_n_steps=None, save_every_n_updates=every)
     train(trainer, num_epochs=2, gradient_accumulation_steps=accumulation)
     assert names_in(tmp_path) == [f"step_{number}" for number in expected]
@@ -286,7 +287,7 @@ def test_a_resumed_run_saves_after_the_same_updates(tmp_path):
     assert names_in(tmp_path) == ["step_2", "step_4", "step_6", "step_8"]
 
 
-def test_two_reasons_to_save_make_one_state(tmp_path):
+def test_a_step_that_is_due_for_two_reasons_saves_one_state(tmp_path):
     count = []
 
     class Counting(Trainer):
@@ -301,7 +302,7 @@ def test_two_reasons_to_save_make_one_state(tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only goes when told to."""
+    """A clock that advances only on request."""
     clock = Clock()
     monkeypatch.setattr(time, "monotonic", lambda: clock.seconds)
     return clock
@@ -310,8 +311,8 @@ def clock(monkeypatch):
 class Clock:
     seconds = 1000.0
 
-    def goes(self, seconds_per_step):
-        """A callback that lets so many seconds go by in each step."""
+    def advancing(self, seconds_per_step):
+        """A callback that advances the clock in each step."""
 
         def wait(trainer, **_):
             self.seconds += seconds_per_step
@@ -329,17 +330,15 @@ class Clock:
         (40, {"save_every_n_epochs": 1}, [2, 5, 8]),
     ],
 )
-def test_states_are_saved_when_so_many_minutes_have_gone_by_since_the_last(
-    tmp_path, clock, seconds_per_step, settings, expected
-):
+def test_states_are_saved_every_n_minutes_after_the_last_one(tmp_path, clock, seconds_per_step, settings, expected):
     trainer = make(
-        tmp_path, [clock.goes(seconds_per_step)], save_every_n_steps=None, save_every_n_minutes=1, **settings
+        tmp_path, [clock.advancing(seconds_per_step)], save_every_n_steps=None, save_every_n_minutes=1, **settings
     )
     train(trainer)
     assert [name for name in names_in(tmp_path) if name.startswith("step")] == [f"step_{number}" for number in expected]
 
 
-def test_the_time_between_two_runs_does_not_count(tmp_path, clock):
+def test_the_time_between_two_runs_does_not_count_towards_save_every_n_minutes(tmp_path, clock):
     trainer = make(tmp_path, save_every_n_steps=None, save_every_n_minutes=1)
     train(trainer)
     clock.seconds += 1000
@@ -347,14 +346,14 @@ def test_the_time_between_two_runs_does_not_count(tmp_path, clock):
     assert names_in(tmp_path) == []
 
 
-def test_the_clock_of_the_wall_may_jump(tmp_path, monkeypatch):
+def test_a_jump_of_the_wall_clock_saves_no_state(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 1e12)
     train(make(tmp_path, save_every_n_steps=None, save_every_n_minutes=10))
     assert names_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("number", [0, -0.5])
-def test_impossible_times_are_refused(number):
+@pytest.mark.parametrize("number", [0, -0.5, float("nan")])
+def test_impossible_times_are_rejected(number):
     with pytest.raises(ValueError, match="`save_every_n_minutes` is"):
         SaveTrainingStateCallback(save_every_n_minutes=number)
 
@@ -366,7 +365,7 @@ def fail_to_write(*args, **kwargs):
     raise OSError(28, "No space left on device")
 
 
-def test_a_state_that_cannot_be_saved_ends_the_run(tmp_path, monkeypatch):
+def test_a_failed_save_ends_the_run_with_an_error_by_default(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", fail_to_write)
     with pytest.raises(CheckpointError, match=r"step_1' could not be written: .*No space left"):
         train(make(tmp_path))
@@ -376,8 +375,8 @@ def test_a_state_that_cannot_be_saved_ends_the_run(tmp_path, monkeypatch):
     assert names_in(tmp_path) == ["step_1", "step_2", "step_3"]
 
 
-def test_training_goes_on_if_that_is_wanted(tmp_path, monkeypatch, whole_run):
-    """With a warning for each state that could not be saved, that of the end included."""
+def test_training_continues_after_a_failed_save_if_on_save_error_is_warn(tmp_path, monkeypatch, uninterrupted_run):
+    """With a warning for each state that could not be saved, including the final one."""
     trainer = make(tmp_path, save_every_n_steps=4, save_at_end=True, on_save_error="warn")
     monkeypatch.setattr(torch, "save", fail_to_write)
     torch.manual_seed(0)
@@ -387,15 +386,15 @@ def test_training_goes_on_if_that_is_wanted(tmp_path, monkeypatch, whole_run):
     for warning, name in zip(caught, ("step_4", "step_8", "final"), strict=True):
         assert f"'{tmp_path / name}' could not be written: [Errno 28] No space left" in str(warning.message)
     assert names_in(tmp_path) == []
-    assert_same_weights(weights_of(trainer.model), weights_of(whole_run.model))
+    assert_same_weights(weights_of(trainer.model), weights_of(uninterrupted_run.model))
 
 
-def test_there_are_two_ways_to_take_a_failure():
+def test_an_unknown_on_save_error_is_rejected():
     with pytest.raises(ValueError, match=r"`on_save_error` is 'ignore'\. Expected 'raise' or 'warn'"):
         SaveTrainingStateCallback(on_save_error="ignore")
 
 
-def test_a_folder_that_cannot_be_used_is_refused_before_the_first_step(tmp_path):
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_first_step(tmp_path):
     (tmp_path / "file").touch()
     steps = []
     count = Probe(on_train_step_start=lambda trainer, **_: steps.append(1))
@@ -423,7 +422,7 @@ print(len(steps), "steps")
 
 @pytest.mark.skipif(folder_module.fcntl is None, reason="this system has no record locks")
 @pytest.mark.parametrize("resume_from", ["latest", "nothing"])
-def test_two_runs_cannot_save_in_one_folder(tmp_path, resume_from):
+def test_two_runs_cannot_save_to_one_folder_at_the_same_time(tmp_path, resume_from):
     answers = []
 
     def ask(trainer, **_):
@@ -431,13 +430,13 @@ def test_two_runs_cannot_save_in_one_folder(tmp_path, resume_from):
 
     train(make(tmp_path, [Probe(on_train_epoch_start=ask)]), num_epochs=1)
     ask(None)
-    assert f"Another run saves its training states in '{tmp_path}': process {os.getpid()}" in answers[0]
+    assert f"Another run is saving its training states in '{tmp_path}': process {os.getpid()}" in answers[0]
     assert answers[0].endswith("\n0 steps\n")
     assert "Another run" not in answers[1]
 
 
 @pytest.mark.parametrize("event", ["on_training_run_start", "on_train_step_end", "on_training_run_end"])
-def test_the_folder_is_given_back_however_the_run_ends(tmp_path, event):
+def test_the_folder_is_unlocked_however_the_run_ends(tmp_path, event):
     def fail(trainer, **_):
         raise LookupError("mine")
 
@@ -446,17 +445,17 @@ def test_the_folder_is_given_back_however_the_run_ends(tmp_path, event):
     assert folder_module._held_locks == {}
 
 
-def test_the_folder_is_given_back_if_the_state_is_refused(tmp_path):
+def test_the_folder_is_unlocked_if_the_state_to_resume_is_rejected(tmp_path):
     crash(tmp_path, 2)
     other = make(tmp_path)
     other.model = torch.nn.Sequential(other.model)
     other.optimizer = torch.optim.Adam(other.model.parameters())
-    with pytest.raises(CheckpointError, match="another model"):
+    with pytest.raises(CheckpointError, match="a different model"):
         train(other, resume_from="latest")
     assert folder_module._held_locks == {}
 
 
-def test_the_folder_is_kept_through_an_evaluation_within_the_run(tmp_path):
+def test_the_folder_stays_locked_through_a_nested_evaluation(tmp_path):
     held = []
 
     def evaluate(trainer, **_):
@@ -467,8 +466,8 @@ def test_the_folder_is_kept_through_an_evaluation_within_the_run(tmp_path):
     assert held == [1]
 
 
-def test_a_state_of_a_callback_of_today_without_what_it_remembered_before(tmp_path):
-    """The first format kept the names of the states."""
+def test_a_callback_state_of_the_first_format_can_be_loaded(tmp_path):
+    """The first format also stored the names of the states."""
     save = SaveTrainingStateCallback(tmp_path)
     save.load_state_dict({"num_steps": 7, "saved": ["step_7"]})
     assert save.state_dict() == {"num_steps": 7}

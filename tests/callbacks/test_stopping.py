@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from _support import EventRecorder, Probe, make_dataset, make_trainer
+from _support import IMPOSSIBLE_COUNTS, EventRecorder, Probe, make_dataset, make_trainer
 from pytorch_accelerated import _loss_monitor
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
@@ -31,9 +31,9 @@ def num_epochs_run(trainer):
     ("losses", "settings", "expected"),
     [
         pytest.param([5, 4, 4, 3, 3, 3, 1], {"early_stopping_patience": 1}, 3, id="one epoch without improvement"),
-        pytest.param([5, 4, 4, 3, 3, 3, 1], {"early_stopping_patience": 2}, 6, id="improvement starts the count anew"),
+        pytest.param([5, 4, 4, 3, 3, 3, 1], {"early_stopping_patience": 2}, 6, id="an improvement resets the count"),
         pytest.param([5, 4, 4, 3, 3, 3, 1], {"early_stopping_patience": 3}, 7, id="patience not used up"),
-        pytest.param([1, 2, 2, 2, 0.5], {"early_stopping_patience": 3}, 4, id="worse is no improvement"),
+        pytest.param([1, 2, 2, 2, 0.5], {"early_stopping_patience": 3}, 4, id="a worse value is no improvement"),
         pytest.param([1, 0.995, 0.98, 0.1], {}, 2, id="a change up to the threshold is none"),
         pytest.param([1, 0.98, 0.96, 0.1], {}, 4, id="a change above the threshold is one"),
         pytest.param(
@@ -45,14 +45,14 @@ def num_epochs_run(trainer):
         pytest.param([2, NAN, 1, NAN, NAN, 0.1], {"early_stopping_patience": 2}, 5, id="nan is never the best"),
     ],
 )
-def test_early_stopping_waits_for_an_improvement(scripted, losses, settings, expected):
+def test_early_stopping_stops_after_the_given_epochs_without_improvement(scripted, losses, settings, expected):
     trainer = scripted(losses, [EarlyStoppingCallback(**settings)])
     trainer.run()
     assert num_epochs_run(trainer) == expected
     assert ("has not improved" in trainer.stop_reason) == (expected < len(losses))
 
 
-def test_the_reason_names_the_metric_its_best_value_and_the_epochs(scripted):
+def test_the_stop_reason_names_the_metric_its_best_value_and_the_epochs(scripted):
     recorder = EventRecorder()
     trainer = scripted([2.5, 3, 3, 3], [EarlyStoppingCallback(early_stopping_patience=2), recorder])
     trainer.run()
@@ -60,7 +60,7 @@ def test_the_reason_names_the_metric_its_best_value_and_the_epochs(scripted):
     assert recorder.log[-3:] == ["on_training_run_epoch_end", "on_stop_training_error", "on_training_run_end"]
 
 
-def test_early_stopping_may_watch_any_metric_of_the_history():
+def test_early_stopping_can_watch_any_recorded_metric():
     record = Probe(on_train_epoch_end=lambda trainer, **_: trainer.run_history.update_metric("f1", torch.tensor(0.5)))
     stopping = EarlyStoppingCallback(watch_metric="f1", greater_is_better=True)
     trainer = make_trainer(callbacks=[record, stopping])
@@ -68,14 +68,14 @@ def test_early_stopping_may_watch_any_metric_of_the_history():
     assert num_epochs_run(trainer) == 2
 
 
-def test_each_run_counts_anew(scripted):
+def test_each_run_resets_the_patience(scripted):
     trainer = scripted([1, 2, 2], [EarlyStoppingCallback(early_stopping_patience=2)])
     trainer.run(num_epochs=2)
     trainer.run(num_epochs=2)
     assert trainer.stop_reason == "2 epochs are done"
 
 
-def test_runs_count_together_without_a_reset(scripted):
+def test_the_patience_is_counted_across_runs_if_reset_on_train_is_false(scripted):
     stopping = EarlyStoppingCallback(early_stopping_patience=2, reset_on_train=False)
     trainer = scripted([1, 2, 2], [stopping])
     trainer.run(num_epochs=2)
@@ -84,7 +84,7 @@ def test_runs_count_together_without_a_reset(scripted):
     assert num_epochs_run(trainer) == 1
 
 
-def test_a_resumed_run_goes_on_counting(scripted, tmp_path):
+def test_a_resumed_run_continues_the_patience_count(scripted, tmp_path):
     losses = [1, 2, 2, 2, 2]
     trainer = scripted(losses, [EarlyStoppingCallback(early_stopping_patience=3)])
     trainer.run(num_epochs=3)
@@ -99,7 +99,7 @@ def test_a_resumed_run_goes_on_counting(scripted, tmp_path):
 
 
 @pytest.mark.parametrize("callback_class", [EarlyStoppingCallback, SaveBestModelCallback])
-def test_watching_the_evaluation_without_one_is_an_error_before_training(callback_class, tmp_path, monkeypatch):
+def test_watching_the_evaluation_loss_without_eval_dataset_is_an_early_error(callback_class, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recorder = EventRecorder()
     trainer = make_trainer(callbacks=[recorder, callback_class])
@@ -111,7 +111,7 @@ def test_watching_the_evaluation_without_one_is_an_error_before_training(callbac
 
 
 @pytest.mark.parametrize("callback_class", [EarlyStoppingCallback, SaveBestModelCallback])
-def test_an_unknown_metric_is_an_error_that_lists_the_known_ones(callback_class, tmp_path, monkeypatch):
+def test_watching_an_unknown_metric_is_an_error_that_lists_the_known_ones(callback_class, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer = make_trainer(callbacks=[callback_class(watch_metric="eval_acuracy")])
     known = r"'eval_acuracy'\. Recorded so far: \['eval_loss_epoch', 'train_loss_epoch'\]"
@@ -121,13 +121,13 @@ def test_an_unknown_metric_is_an_error_that_lists_the_known_ones(callback_class,
 
 
 @pytest.mark.parametrize("callback_class", [EarlyStoppingCallback, SaveBestModelCallback])
-def test_a_metric_that_is_no_number_is_an_error(callback_class, tmp_path, monkeypatch):
+def test_watching_a_metric_that_is_not_a_number_is_an_error(callback_class, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     record = Probe(
         on_train_epoch_end=lambda trainer, **_: trainer.run_history.update_metric("matrix", [[1, 0], [0, 1]])
     )
     trainer = make_trainer(callbacks=[record, callback_class(watch_metric="matrix")])
-    with pytest.raises(ValueError, match="Expected a metric that is one number"):
+    with pytest.raises(ValueError, match="Expected a single number"):
         trainer.train(make_dataset(8), num_epochs=1)
 
 
@@ -136,7 +136,7 @@ def test_a_metric_that_is_no_number_is_an_error(callback_class, tmp_path, monkey
 
 @pytest.fixture
 def spoil():
-    """Spoil the loss of the fourth update."""
+    """Multiply the loss of the fourth update by a number."""
 
     def make(loss, event="on_backward_start"):
         def multiply(trainer, batch_output, **kwargs):
@@ -149,13 +149,13 @@ def spoil():
 
 
 @pytest.mark.parametrize("loss", [NAN, float("inf"), -float("inf")])
-def test_a_loss_that_is_not_finite_ends_the_run_and_the_first_bad_step_is_named(scripted, spoil, loss):
+def test_a_non_finite_training_loss_ends_the_run_with_an_error_that_names_the_first_bad_step(scripted, spoil, loss):
     trainer = scripted([1, 1, 1], [spoil(loss), TerminateOnNaNCallback])
     with pytest.raises(NonFiniteLossError, match=r"The loss is -?(nan|inf) in training, epoch 2, step 1, rank 0\. Try"):
         trainer.run()
 
 
-def test_it_is_found_within_the_epoch(scripted, spoil, monkeypatch):
+def test_a_non_finite_loss_is_found_at_the_next_log_point(scripted, spoil, monkeypatch):
     monkeypatch.setattr(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
     trainer = scripted([1, 1, 1], [spoil(NAN), TerminateOnNaNCallback])
     with pytest.raises(NonFiniteLossError, match="in training, epoch 2, step 1"):
@@ -163,7 +163,7 @@ def test_it_is_found_within_the_epoch(scripted, spoil, monkeypatch):
     assert trainer.progress.num_updates == 4
 
 
-def test_no_training_state_holds_what_it_has_spoilt(scripted, spoil, tmp_path):
+def test_no_training_state_is_saved_after_a_non_finite_loss(scripted, spoil, tmp_path):
     states = SaveTrainingStateCallback(tmp_path, save_every_n_steps=1)
     trainer = scripted([1, 1, 1], [states, spoil(NAN), TerminateOnNaNCallback])
     with pytest.raises(NonFiniteLossError, match="in training, epoch 2, step 1"):
@@ -171,28 +171,28 @@ def test_no_training_state_holds_what_it_has_spoilt(scripted, spoil, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["step_1", "step_2", "step_3"]
 
 
-def test_a_bad_loss_of_training_is_not_blamed_on_an_evaluation_within_the_epoch(scripted, spoil):
+def test_a_non_finite_training_loss_is_not_attributed_to_an_intermediate_evaluation(scripted, spoil):
     def evaluate(trainer, **kwargs):
-        trainer._run_eval_epochs(is_intermediate=True)
+        trainer.evaluate_now()
 
     trainer = scripted([1, 1, 1], [spoil(NAN), Probe(on_train_step_end=evaluate), TerminateOnNaNCallback])
     with pytest.raises(NonFiniteLossError, match="in training, epoch 2, step 1"):
         trainer.run()
 
 
-def test_a_loss_that_is_not_finite_in_evaluation_ends_the_run(scripted):
+def test_a_non_finite_evaluation_loss_ends_the_run(scripted):
     trainer = scripted([1, NAN, 1], [TerminateOnNaNCallback])
     with pytest.raises(NonFiniteLossError, match=r"The loss is nan in evaluation, epoch 2, step 0, rank 0"):
         trainer.run()
 
 
-def test_finite_losses_end_nothing(scripted):
+def test_finite_losses_do_not_end_the_run(scripted):
     trainer = scripted([1e30, -1e30, 0], [TerminateOnNaNCallback])
     trainer.run()
     assert num_epochs_run(trainer) == 3
 
 
-def test_a_batch_can_be_looked_at_by_hand():
+def test_check_for_nan_after_batch_raises_if_the_loss_is_not_finite():
     callback = TerminateOnNaNCallback()
     callback.check_for_nan_after_batch({"loss": torch.tensor(1.0)})
     callback.check_for_nan_after_batch({"loss": 1.0}, step="validation")
@@ -202,14 +202,14 @@ def test_a_batch_can_be_looked_at_by_hand():
         callback.check_for_nan_after_batch({"loss": math.inf})
 
 
-@pytest.mark.parametrize("patience", [0, -1])
-def test_an_impossible_patience_is_refused(patience):
-    with pytest.raises(ValueError, match=f"`early_stopping_patience` is {patience}"):
+@pytest.mark.parametrize(("patience", "error"), IMPOSSIBLE_COUNTS)
+def test_an_impossible_patience_is_rejected(patience, error):
+    with pytest.raises(error, match=f"`early_stopping_patience` is {patience}.* Expected a whole number of epochs"):
         EarlyStoppingCallback(early_stopping_patience=patience)
 
 
 @pytest.mark.parametrize("callback_class", [EarlyStoppingCallback, SaveBestModelCallback])
-def test_watching_a_name_that_several_evaluations_do_not_have_is_an_error_before_training(callback_class):
+def test_watching_the_unnamed_evaluation_loss_of_several_datasets_is_an_early_error(callback_class):
     recorder = EventRecorder()
     trainer = make_trainer(callbacks=[recorder, callback_class])
     with pytest.raises(ValueError, match="'near_eval_loss_epoch'"):

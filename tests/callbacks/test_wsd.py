@@ -1,3 +1,7 @@
+"""`WSDCheckpointCallback`: which checkpoints it saves and when, and how a run continues from one."""
+
+from __future__ import annotations
+
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +16,11 @@ from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
 NUM_UPDATES_PER_EPOCH = 5
 
 
-# --- the rule, driven update by update -----------------------------------------------------------------------------
+# --- which checkpoints are saved, update by update -----------------------------------------------------------------
 
 
-class StandIn:
-    """Offers what the callback asks of a trainer, and keeps what it is told to save and load."""
+class FakeTrainer:
+    """Has the attributes that the callback reads, and records what it saves and loads."""
 
     def __init__(self, scheduler, is_resumed=False):
         self.scheduler = scheduler
@@ -44,14 +48,14 @@ def make_scheduler(lr=0.1, **settings):
 
 
 def start_run(callback, is_resumed=False, **settings):
-    trainer = StandIn(make_scheduler(**settings), is_resumed)
+    trainer = FakeTrainer(make_scheduler(**settings), is_resumed)
     trainer.scheduler.step()
     callback.on_training_run_start(trainer)
     return trainer
 
 
 def update(callback, trainer, num_updates, skipped=()):
-    """Make updates in the order of the trainer's loop; those in `skipped` change nothing, as in mixed precision."""
+    """Make updates in the order of the training loop. Those in `skipped` change nothing, as in mixed precision."""
     for _ in range(num_updates):
         trainer.progress.num_updates += 1
         if trainer.progress.num_updates not in skipped:
@@ -63,7 +67,7 @@ def names(trainer):
     return [name for name, _, _ in trainer.saved]
 
 
-def test_each_decay_is_saved_at_the_stable_rate_before_it_and_at_the_minimum_after_it(tmp_path):
+def test_each_decay_is_saved_before_it_at_the_stable_rate_and_after_it_at_the_minimum(tmp_path):
     callback = WSDCheckpointCallback(tmp_path)
     trainer = start_run(callback, total_steps=40, num_checkpoints=3, num_warmup_steps=3, decay_phase_ratio=0.2)
     update(callback, trainer, 40)
@@ -78,13 +82,13 @@ def test_each_decay_is_saved_at_the_stable_rate_before_it_and_at_the_minimum_aft
     ]
 
 
-def test_a_decay_that_starts_with_the_run_is_saved_before_the_first_update(tmp_path):
+def test_a_decay_that_starts_with_the_run_saves_its_pre_decay_checkpoint_before_the_first_update(tmp_path):
     callback = WSDCheckpointCallback(tmp_path)
     trainer = start_run(callback, total_steps=4, decay_phase_ratio=1.0)
     assert trainer.saved == [("checkpoint_4_pre_decay.pt", 0, 0.1)]
 
 
-def test_a_checkpoint_at_which_the_next_decay_starts_saves_both(tmp_path):
+def test_a_checkpoint_at_which_the_next_decay_starts_saves_both_files(tmp_path):
     callback = WSDCheckpointCallback(tmp_path)
     trainer = start_run(callback, total_steps=4, num_checkpoints=2, decay_phase_ratio=1.0)
     update(callback, trainer, 4)
@@ -96,7 +100,7 @@ def test_a_checkpoint_at_which_the_next_decay_starts_saves_both(tmp_path):
     ]
 
 
-def test_a_continuation_saves_its_stable_state_too(tmp_path):
+def test_a_continuation_also_saves_its_pre_decay_checkpoint(tmp_path):
     callback = WSDCheckpointCallback(tmp_path, initial_checkpoint=tmp_path / "earlier.pt")
     trainer = start_run(callback, total_steps=10, is_continuation_from_checkpoint=True)
     update(callback, trainer, 10)
@@ -104,7 +108,7 @@ def test_a_continuation_saves_its_stable_state_too(tmp_path):
 
 
 @pytest.mark.parametrize("skipped", [{1, 2, 3}, {9, 10}, {16, 17, 18}, {20}, {19, 20}])
-def test_updates_that_mixed_precision_skips_neither_repeat_nor_lose_a_checkpoint(tmp_path, skipped):
+def test_updates_skipped_by_mixed_precision_neither_repeat_nor_lose_a_checkpoint(tmp_path, skipped):
     callback = WSDCheckpointCallback(tmp_path)
     trainer = start_run(callback, total_steps=20, num_checkpoints=2, decay_phase_ratio=0.3)
     update(callback, trainer, 20, skipped)
@@ -117,7 +121,7 @@ def test_updates_that_mixed_precision_skips_neither_repeat_nor_lose_a_checkpoint
     ]
 
 
-def test_a_run_that_is_stopped_within_a_decay_saves_no_decayed_model(tmp_path):
+def test_a_run_stopped_during_a_decay_saves_no_post_decay_checkpoint(tmp_path):
     callback = WSDCheckpointCallback(tmp_path)
     trainer = start_run(callback, total_steps=20)
     update(callback, trainer, 19)
@@ -126,7 +130,7 @@ def test_a_run_that_is_stopped_within_a_decay_saves_no_decayed_model(tmp_path):
 
 
 @pytest.mark.parametrize("position", range(21))
-def test_a_resumed_run_saves_what_the_interrupted_one_did_not_and_nothing_twice(tmp_path, position):
+def test_a_resumed_run_saves_the_missing_checkpoints_and_none_twice(tmp_path, position):
     settings = {"total_steps": 20, "num_checkpoints": 2, "decay_phase_ratio": 0.3}
     callback = WSDCheckpointCallback(tmp_path)
     first = start_run(callback, **settings)
@@ -134,7 +138,7 @@ def test_a_resumed_run_saves_what_the_interrupted_one_did_not_and_nothing_twice(
 
     resumed_callback = WSDCheckpointCallback(tmp_path)
     resumed_callback.load_state_dict(callback.state_dict())
-    second = StandIn(make_scheduler(**settings), is_resumed=True)
+    second = FakeTrainer(make_scheduler(**settings), is_resumed=True)
     second.scheduler.load_state_dict(first.scheduler.state_dict())
     second.progress.num_updates = position
     resumed_callback.on_training_run_start(second)
@@ -159,7 +163,7 @@ def test_a_second_run_with_the_same_callback_saves_its_own_checkpoints(tmp_path)
 
 @pytest.mark.parametrize("save_optimizer", [True, False])
 @pytest.mark.parametrize("save_scheduler", [True, False])
-def test_what_is_saved_and_loaded_is_for_the_user_to_choose(tmp_path, save_optimizer, save_scheduler):
+def test_optimizer_and_scheduler_are_saved_and_loaded_as_requested(tmp_path, save_optimizer, save_scheduler):
     initial = tmp_path / "earlier.pt"
     callback = WSDCheckpointCallback(str(tmp_path), save_optimizer, save_scheduler, str(initial))
     trainer = start_run(callback, total_steps=10)
@@ -185,23 +189,23 @@ def test_a_resumed_run_does_not_load_the_initial_checkpoint_again(tmp_path):
     assert start_run(callback, is_resumed=True, total_steps=10).loaded == []
 
 
-def test_the_folder_is_made_at_the_start_of_the_run(tmp_path):
+def test_the_folder_is_created_at_the_start_of_the_run(tmp_path):
     start_run(WSDCheckpointCallback(tmp_path / "new" / "folder"), total_steps=10)
     assert (tmp_path / "new" / "folder").is_dir()
 
 
 @pytest.mark.parametrize("name", ["checkpoint_10_pre_decay.pt", "checkpoint_20_post_decay.pt"])
-def test_a_run_that_would_overwrite_its_initial_checkpoint_is_refused(tmp_path, name):
+def test_a_run_that_would_overwrite_its_initial_checkpoint_is_rejected(tmp_path, name):
     callback = WSDCheckpointCallback(tmp_path, initial_checkpoint=tmp_path / "x" / ".." / name)
-    with pytest.raises(ValueError, match=r"a file that this run would overwrite .* another `save_dir`"):
+    with pytest.raises(ValueError, match=r"which this run would overwrite .* a different `save_dir`"):
         start_run(callback, total_steps=20, num_checkpoints=2)
 
 
 @pytest.mark.parametrize("make", [lambda optimizer: None, lambda optimizer: CosineLrScheduler(optimizer, 2, 5)])
-def test_a_run_with_another_scheduler_is_refused(tmp_path, make):
+def test_a_run_without_a_wsd_scheduler_is_rejected(tmp_path, make):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    with pytest.raises(SchedulerSettingsError, match="follows the checkpoints of a `WSDLrScheduler`") as caught:
-        WSDCheckpointCallback(tmp_path).on_training_run_start(StandIn(make(optimizer)))
+    with pytest.raises(SchedulerSettingsError, match="saves at the checkpoints of a `WSDLrScheduler`") as caught:
+        WSDCheckpointCallback(tmp_path).on_training_run_start(FakeTrainer(make(optimizer)))
     assert isinstance(caught.value, ValueError)
 
 
@@ -209,7 +213,7 @@ def test_a_run_with_another_scheduler_is_refused(tmp_path, make):
 
 
 class Recorder(TrainerCallback):
-    """Keeps the learning rate and the weights with which each update trains."""
+    """Keeps the learning rate and the weights at the start of each update."""
 
     def __init__(self):
         self.lrs = []
@@ -225,7 +229,7 @@ class StopAfter(TrainerCallback):
         self.num_updates = num_updates
         self.error = error
 
-    is_called_last = True  # after the state of the step was saved
+    is_called_last = True  # after the state of the step has been saved
 
     def on_train_step_end(self, trainer, **kwargs):
         if trainer.progress.num_updates == self.num_updates:
@@ -250,7 +254,7 @@ def train(*callbacks, num_epochs=4, seed=0, resume_from=None, **scheduler_settin
     return trainer
 
 
-def test_a_run_writes_the_states_before_and_after_each_decay(tmp_path):
+def test_a_run_writes_checkpoints_before_and_after_each_decay(tmp_path):
     recorder = Recorder()
     trainer = train(recorder, WSDCheckpointCallback(tmp_path), num_checkpoints=2, num_warmup_epochs=0.4)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -275,7 +279,7 @@ def test_a_run_writes_the_states_before_and_after_each_decay(tmp_path):
     assert recorder.lrs[10] == last["optimizer_state_dict"]["param_groups"][0]["lr"] == 1e-6
 
 
-def test_a_continuation_starts_from_the_stable_state_at_the_stable_rate_with_a_schedule_of_its_own(tmp_path):
+def test_a_continuation_starts_from_the_pre_decay_weights_at_the_stable_rate_with_a_new_schedule(tmp_path):
     train(WSDCheckpointCallback(tmp_path / "first"), num_warmup_epochs=0.4)
     initial = tmp_path / "first" / "checkpoint_20_pre_decay.pt"
     earlier = torch.load(initial, weights_only=True)
@@ -302,7 +306,7 @@ def test_a_continuation_starts_from_the_stable_state_at_the_stable_rate_with_a_s
 
 @pytest.mark.parametrize("position", [3, 14, 16])
 def test_a_resumed_run_ends_with_the_files_of_an_uninterrupted_one(tmp_path, position):
-    train(WSDCheckpointCallback(tmp_path / "whole"), num_checkpoints=2)
+    train(WSDCheckpointCallback(tmp_path / "uninterrupted"), num_checkpoints=2)
 
     states = SaveTrainingStateCallback(tmp_path / "states", save_every_n_steps=1)
     with pytest.raises(InterruptedError):
@@ -320,9 +324,9 @@ def test_a_resumed_run_ends_with_the_files_of_an_uninterrupted_one(tmp_path, pos
         seed=1,
         resume_from=tmp_path / "states" / f"step_{position}",
     )
-    for path in (tmp_path / "whole").iterdir():
-        whole = torch.load(path, weights_only=True)
+    for path in (tmp_path / "uninterrupted").iterdir():
+        uninterrupted = torch.load(path, weights_only=True)
         parts = torch.load(tmp_path / "parts" / path.name, weights_only=True)
-        assert parts.pop("phase") == whole.pop("phase")
-        torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+        assert parts.pop("phase") == uninterrupted.pop("phase")
+        torch.testing.assert_close(parts, uninterrupted, rtol=0, atol=0)
     assert {name: (tmp_path / "parts" / name).stat().st_mtime_ns for name in written} == written

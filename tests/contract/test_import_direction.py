@@ -1,4 +1,4 @@
-"""Who may import whom (design, section 2), and that importing the package changes nothing."""
+"""Who may import whom: the floors of the package, from the ground up; and that importing it changes nothing."""
 
 from __future__ import annotations
 
@@ -14,44 +14,48 @@ from _support import SOURCE, run_python
 PACKAGE = "pytorch_accelerated"
 FILES = sorted(SOURCE.rglob("*.py"))
 OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "torchmetrics", "timm", "transformers", "wandb", "torchvision"}
+
+FLOORS = [
+    {"exceptions"},
+    {"progress", "tracking", "run_config", "_proxy", "_nested", "_metrics", "_signals", "_ema", "finetuning"},
+    {"_accumulation", "_loss_monitor", "_data"},
+    {"_distributed"},
+    {"_checkpoint"},
+    {"_step", "_validation", "states", "utils"},
+    {"schedulers"},
+    {"callbacks"},
+    {"_run"},
+    {"_loop"},
+    {"trainer"},
+    {"verification"},
+    {"__init__"},
+]
+"""The modules and rooms (folders) of each floor. A module imports from its own floor and those below."""
+
 MAY_IMPORT_ACCELERATE = {
     "__init__.py",
     "trainer.py",
-    "_direct.py",
-    "_distributed.py",
-    "_states.py",
-    "_state_writing.py",
-    "callbacks/trackers.py",
+    "_distributed/accelerator.py",
+    "_distributed/collectives.py",
+    "_distributed/decorators.py",
+    "_distributed/fast_path.py",
+    "_distributed/registry.py",
 }
-MAY_NAME_ACCELERATE_IN_TYPES = {*MAY_IMPORT_ACCELERATE, "_loop.py", "_checkpointing.py", "callbacks/saving.py"}
-
-LAYERS = [
-    {
-        "exceptions",
-        "progress",
-        "tracking",
-        "run_config",
-        "finetuning",
-        "states",
-        "utils",
-    },  # and all `_*`, but for the loop
-    {"schedulers", "callbacks"},
-    {"_loop"},  # the first half of `trainer`
-    {"trainer"},
-    {"tuning", "inspection", "verification", "plotting"},
-    {"__init__"},
-]
+MAY_NAME_ACCELERATE_IN_TYPES = {
+    *MAY_IMPORT_ACCELERATE,
+    "_loop.py",
+    "_checkpoint/portable.py",
+    "_checkpoint/state.py",
+}
 
 
-def layer_of(module: str) -> int:
-    """Return the number of the layer of a module, given as path below the package: ``callbacks.saving``."""
+def floor_of(module: str) -> int:
+    """Return the floor of a module, given as path below the package: ``callbacks.saving``."""
     top = module.partition(".")[0] or "__init__"
-    for number, layer in enumerate(LAYERS):
-        if top in layer:
+    for number, floor in enumerate(FLOORS):
+        if top in floor:
             return number
-    if top.startswith("_"):
-        return 0
-    pytest.fail(f"{module} is in no layer: add it to `LAYERS`, where the design says it belongs")
+    pytest.fail(f"{module} is on no floor: add it to `FLOORS`, where it belongs")
 
 
 def module_of(path: Path) -> str:
@@ -99,11 +103,33 @@ def ids(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
-def test_a_module_imports_only_its_own_layer_and_those_below(path):
-    own_layer = layer_of(module_of(path))
+def test_a_module_imports_only_from_its_own_floor_and_those_below(path):
+    own_floor = floor_of(module_of(path))
     for name, is_typing, _ in imports_in(path):
         if name.partition(".")[0] == PACKAGE and not is_typing:
-            assert layer_of(name.partition(".")[2]) <= own_layer, f"{ids(path)} imports {name}"
+            assert floor_of(name.partition(".")[2]) <= own_floor, f"{ids(path)} imports {name}"
+
+
+def test_every_module_that_the_floors_and_the_exceptions_name_exists():
+    modules = {module_of(path).partition(".")[0] or "__init__" for path in FILES}
+    assert set().union(*FLOORS) == modules
+    assert sum(map(len, FLOORS)) == len(modules)
+    files = {ids(path) for path in FILES}
+    assert MAY_NAME_ACCELERATE_IN_TYPES <= files
+
+
+def test_every_exception_for_accelerate_is_needed():
+    importing = {ids(path) for path in FILES for name, *_ in imports_in(path) if name.partition(".")[0] == "accelerate"}
+    assert importing == MAY_NAME_ACCELERATE_IN_TYPES
+
+
+@pytest.mark.parametrize("room", ["_data", "_distributed", "_checkpoint"])
+def test_a_room_has_an_empty_init_and_a_readme_with_a_line_for_each_file(room):
+    folder = SOURCE / room
+    assert (folder / "__init__.py").read_text() == ""
+    text = (folder / "README.md").read_text()
+    files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert [name for name in files if f"`{name}`" not in text] == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
@@ -132,7 +158,7 @@ def test_no_module_imports_itself_through_others():
         path: {path_of(name) for name, is_typing, is_local in imports_in(path) if not (is_typing or is_local)} - {None}
         for path in FILES
     }
-    # A module of a sub-package loads the package's `__init__` first, which is not an import of its own.
+    # A module in a folder loads the `__init__` of the folder first, which is not an import of its own.
     done: set[Path] = set()
 
     def visit(path: Path, trail: list[Path]) -> None:
@@ -149,9 +175,9 @@ def test_no_module_imports_itself_through_others():
 def test_the_rules_see_an_import_in_every_place():
     found = list(imports_in(SOURCE / "_loop.py"))
     assert ("accelerate", True, False) in found
-    assert (f"{PACKAGE}._data", False, False) in found
+    assert (f"{PACKAGE}._data.rng", False, False) in found
     assert (f"{PACKAGE}.callbacks", True, False) in found
-    assert ("safetensors", False, True) in list(imports_in(SOURCE / "_states.py"))
+    assert ("safetensors", False, True) in list(imports_in(SOURCE / "_checkpoint" / "state.py"))
 
 
 def test_importing_the_package_changes_no_random_state_no_logging_and_imports_nothing_optional():

@@ -1,10 +1,12 @@
-"""What each of two processes does for the tests beside it; run as a script, once per process.
+"""The part of `test_two_processes.py` that runs on each of two processes, as a script.
 
-Every function `case_<name>` returns plain values and tensors, which are stored for the test of that name.
+Each function `case_<name>` returns plain values and tensors, which are stored for `test_<name>`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,24 @@ from torch import nn
 from torch.utils.data import Sampler
 
 from _processes import run_cases
-from _support import Batches, Probe, Samples, make_dataset, make_indexed_dataset, make_model, make_trainer, weights_of
+from _support import (
+    Batches,
+    Probe,
+    Samples,
+    make_dataset,
+    make_indexed_dataset,
+    make_model,
+    make_trainer,
+    mse,
+    train,
+    weights_of,
+)
 from pytorch_accelerated import Trainer
 from pytorch_accelerated._checkpoint import portable
 from pytorch_accelerated._distributed import collectives
 from pytorch_accelerated.callbacks import EarlyStoppingCallback, StepBasedEvaluationCallback
 from pytorch_accelerated.schedulers import CosineLrScheduler
 from pytorch_accelerated.utils import local_process_zero_first, local_process_zero_only, world_process_zero_only
-
-mse = torch.nn.functional.mse_loss
-
-
-def train(trainer: Any, dataset: Any, **kwargs: Any) -> None:
-    trainer.train(dataset, **{"num_epochs": 1, "per_device_batch_size": 4, **kwargs})
 
 
 def metrics_of(trainer: Any) -> dict[str, list[float]]:
@@ -39,7 +46,7 @@ def metrics_of(trainer: Any) -> dict[str, list[float]]:
 
 
 class ByRank(Trainer):
-    """Loss, weight and metric are those of the rank."""
+    """Its losses, weights and metrics are functions of the rank."""
 
     def calculate_train_batch_loss(self, batch: Any) -> Any:
         rank = self.process_index
@@ -51,15 +58,15 @@ class ByRank(Trainer):
         return self.calculate_train_batch_loss(batch)
 
 
-def case_means(rank: int, directory: Path) -> Any:
+def case_losses_and_metrics_are_weighted_means_over_processes(rank: int, directory: Path) -> Any:
     trainer = make_trainer(cls=ByRank, lr=0.0)
     train(trainer, make_dataset(16), eval_dataset=make_dataset(16))
     trainer.evaluate({"a": make_dataset(8)}, per_device_batch_size=4)
     return metrics_of(trainer)
 
 
-def case_weights(rank: int, directory: Path) -> Any:
-    """Training over processes, with accumulation, is training with the big batch; twice."""
+def case_training_matches_the_combined_batch_of_one_process(rank: int, directory: Path) -> Any:
+    """Train twice with two processes and accumulation, and by hand with the combined batch."""
     model = make_model()
     trainer = make_trainer(model)
     dataset = make_dataset(32)
@@ -97,8 +104,7 @@ def case_weights(rank: int, directory: Path) -> Any:
     }
 
 
-def case_updates(rank: int, directory: Path) -> Any:
-    """All processes together make one update."""
+def case_all_processes_together_make_one_update(rank: int, directory: Path) -> Any:
     rates = []
     probe = Probe(on_optimizer_step_start=lambda trainer, **k: rates.append(trainer.optimizer.param_groups[0]["lr"]))
     trainer = make_trainer(callbacks=[probe])
@@ -119,7 +125,7 @@ def case_updates(rank: int, directory: Path) -> Any:
     }
 
 
-def case_evaluation(rank: int, directory: Path) -> Any:
+def case_evaluation_losses_are_means_over_processes(rank: int, directory: Path) -> Any:
     trainer = make_trainer(lr=0.0, callbacks=[StepBasedEvaluationCallback(1)])
     train(trainer, make_dataset(16), eval_dataset={"a": make_dataset(16, seed=4), "b": make_dataset(8, seed=5)})
     expected = {
@@ -129,17 +135,17 @@ def case_evaluation(rank: int, directory: Path) -> Any:
     return {"metrics": metrics_of(trainer), "expected": expected}
 
 
-def case_early_stopping(rank: int, directory: Path) -> Any:
-    """What is watched is alike on all processes, so they stop together."""
+def case_early_stopping_ends_all_processes_in_the_same_epoch(rank: int, directory: Path) -> Any:
+    """The watched metric is identical on every rank."""
     trainer = make_trainer(lr=0.0, callbacks=[EarlyStoppingCallback(early_stopping_patience=1)])
     train(trainer, make_dataset(16), num_epochs=9, eval_dataset=make_dataset(16))
     return {"epoch": trainer.run_history.current_epoch, "reason": trainer.stop_reason}
 
 
-# --- exchange ----------------------------------------------------------------------------------------------------
+# --- collectives -------------------------------------------------------------------------------------------------
 
 
-def case_gather(rank: int, directory: Path) -> Any:
+def case_gather_concatenates_uneven_rows_without_padding(rank: int, directory: Path) -> Any:
     trainer = make_trainer()
     rows = torch.tensor([[1.0, -1.0], [-1.0, -1.0]]) if rank == 0 else torch.tensor([[-1.0, 2.0]])
     wide = torch.ones(1, 2 + rank) * (rank + 1)
@@ -155,7 +161,7 @@ def case_gather(rank: int, directory: Path) -> Any:
     return {**uneven, "even": trainer.gather(torch.tensor([rank]))}
 
 
-def case_decorators(rank: int, directory: Path) -> Any:
+def case_decorators_choose_the_processes_that_call(rank: int, directory: Path) -> Any:
     path = directory / "made_first"
 
     @local_process_zero_first
@@ -171,19 +177,16 @@ def case_decorators(rank: int, directory: Path) -> Any:
     }
 
 
-def case_broadcast(rank: int, directory: Path) -> Any:
-    own = {f"of {rank}": (7.0, 1), "both": (rank, torch.tensor(2.0))}
-    sums = collectives.sum_over_processes(Accelerator(), own)
+def case_broadcasts_and_sums_cover_all_processes(rank: int, directory: Path) -> Any:
+    pairs = {f"of {rank}": (7.0, 1), "both": (rank, torch.tensor(2.0))}
+    sums = collectives.sum_over_processes(pairs, Accelerator().device)
     return {
         "value": collectives.broadcast_from_main({"rank": rank}, 2),
         "sums": {name: [float(number) for number in pair] for name, pair in sums.items()},
     }
 
 
-def case_print(rank: int, directory: Path) -> Any:
-    import contextlib
-    import io
-
+def case_print_writes_on_the_main_process_only(rank: int, directory: Path) -> Any:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         make_trainer().print("hello")
     return printed.getvalue()
@@ -193,7 +196,7 @@ def case_print(rank: int, directory: Path) -> Any:
 
 
 class GlobalSampler(Sampler):
-    """Draws its order from the global generator of numpy, as many samplers of users do."""
+    """Draws its order from NumPy's global generator, as many users' samplers do."""
 
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
@@ -206,7 +209,7 @@ class GlobalSampler(Sampler):
 
 
 def order_of(dataset: Any, seed: int | None = None, **kwargs: Any) -> list[list[int]]:
-    """Return which samples this process saw, by epoch."""
+    """Return the samples that this process saw in each epoch."""
     seen: list[list[int]] = []
     probe = Probe(
         on_train_epoch_start=lambda trainer, **k: seen.append([]),
@@ -217,7 +220,7 @@ def order_of(dataset: Any, seed: int | None = None, **kwargs: Any) -> list[list[
     return seen
 
 
-def case_order(rank: int, directory: Path) -> Any:
+def case_each_sample_is_seen_once_per_epoch_in_a_seeded_order(rank: int, directory: Path) -> Any:
     dataset = make_indexed_dataset(16)
     torch.manual_seed(1)
     np.random.seed(rank)
@@ -227,20 +230,20 @@ def case_order(rank: int, directory: Path) -> Any:
         "whole batches": first,
         "again": order_of(dataset),
         "samples": order_of(Samples(dataset), num_workers=0),
-        "own sampler": order_of(Samples(dataset), num_workers=0, sampler=GlobalSampler(16)),
+        "custom sampler": order_of(Samples(dataset), num_workers=0, sampler=GlobalSampler(16)),
         "seeded": order_of(dataset, seed=3),
         "other seed": order_of(dataset, seed=4),
     }
 
 
-def case_seeds(rank: int, directory: Path) -> Any:
+def case_random_numbers_differ_by_rank_but_the_data_order_does_not(rank: int, directory: Path) -> Any:
     drawn = {}
-    for name, seed in (("own", None), ("given", 7)):
+    for name, seed in (("program", None), ("trainer", 7)):
         torch.manual_seed(5)
         trainer = make_trainer(seed=seed)
         train(trainer, make_dataset(8))
         drawn[name] = (torch.rand(1).item(), np.random.rand(), trainer.run_config.seed)
-    torch.manual_seed(5 + rank)  # seeded differently by the user: left alone
+    torch.manual_seed(5 + rank)  # the user has seeded the ranks differently: their generators are left alone
     trainer = make_trainer()
     torch.manual_seed(5 + rank)
     train(trainer, make_dataset(8))
@@ -250,8 +253,8 @@ def case_seeds(rank: int, directory: Path) -> Any:
     return drawn
 
 
-def case_batches(rank: int, directory: Path) -> Any:
-    """A plain iterable of batches is each process's own."""
+def case_each_process_trains_on_its_local_iterable_of_batches(rank: int, directory: Path) -> Any:
+    """A plain iterable of batches is not sharded: each process reads its local one."""
     trainer = make_trainer()
     train(trainer, Batches(make_dataset(8, seed=rank), 4))
     return {"weights": weights_of(trainer.model), "samples": trainer.progress.num_samples}
@@ -260,7 +263,7 @@ def case_batches(rank: int, directory: Path) -> Any:
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def case_checkpoint(rank: int, directory: Path) -> Any:
+def case_only_the_main_process_writes_checkpoints(rank: int, directory: Path) -> Any:
     written = []
     save_file = portable.save_file
     portable.save_file = lambda contents, path: (written.append(str(path)), save_file(contents, path))
@@ -289,7 +292,7 @@ def dropout_trainer(callbacks: Any = ()) -> Any:
     return Trainer(model, mse, torch.optim.Adam(model.parameters(), lr=0.01), callbacks=callbacks)
 
 
-def case_resume(rank: int, directory: Path) -> Any:
+def case_a_resumed_run_ends_with_the_same_weights_and_history(rank: int, directory: Path) -> Any:
     dataset = Samples(make_dataset(32))
     kwargs = {"num_epochs": 2, "eval_dataset": make_dataset(16), "train_dataloader_kwargs": {"num_workers": 0}}
 
@@ -311,11 +314,11 @@ def case_resume(rank: int, directory: Path) -> Any:
     return {"whole": whole_result, "resumed": resumed, "files": files, "left": left}
 
 
-# --- what may leave the processes out of step: last ---------------------------------------------------------------
+# --- last, because a failure may leave the processes out of step --------------------------------------------------
 
 
-def case_exception(rank: int, directory: Path) -> Any:
-    """An error on all processes leaves the session usable."""
+def case_the_trainer_trains_again_after_an_exception(rank: int, directory: Path) -> Any:
+    """The error happens on both processes."""
     model = make_model()
 
     def fail(trainer: Any, **_: Any) -> None:
@@ -331,7 +334,7 @@ def case_exception(rank: int, directory: Path) -> Any:
     return {"is_plain": is_plain, "num_losses": len(metrics_of(trainer)["train_loss_epoch"])}
 
 
-def case_metric_of_one_process(rank: int, directory: Path) -> Any:
+def case_a_metric_of_one_process_is_averaged_over_its_batches(rank: int, directory: Path) -> Any:
     class OnlyMain(Trainer):
         def calculate_train_batch_loss(self, batch: Any) -> Any:
             metrics = {"rare": 3.0} if self.process_index == 0 else {}

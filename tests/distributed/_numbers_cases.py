@@ -1,11 +1,12 @@
-"""What each of two or three processes does for `test_numbers.py`; run as a script, once per process.
+"""The part of `test_numbers.py` that runs on each of two or three processes, as a script.
 
-Every function `case_<name>` returns plain values and tensors, which are stored for the test of that name. Called with
-an argument, such as ``killed``, the script loses the process of rank 1 in the midst of a run instead, in that way.
+Each function `case_<name>` returns plain values and tensors, which are stored for `test_<name>`. With an argument, such
+as ``killed``, the script instead starts a run and loses the process of rank 1 in this way.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import signal
@@ -23,9 +24,18 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 import _numbers
 from _numbers import IN_ORDER, Pair, TextTrainer, gradients_of, make_net, make_texts
 from _processes import NUM_REPEATS, WAIT_SECONDS, run_cases
-from _support import EventRecorder, Probe, Samples, Stream, make_dataset, make_indexed_dataset, make_trainer, weights_of
+from _support import (
+    EventRecorder,
+    Probe,
+    Samples,
+    Stream,
+    make_dataset,
+    make_indexed_dataset,
+    make_trainer,
+    weights_of,
+)
+from _support import train as train_for_one_epoch
 from pytorch_accelerated import Trainer
-from pytorch_accelerated import trainer as trainer_module
 from pytorch_accelerated._distributed.consensus import StopConsensus
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
@@ -35,27 +45,25 @@ from pytorch_accelerated.callbacks import (
 )
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
+train = functools.partial(train_for_one_epoch, num_epochs=2, per_device_batch_size=2)
+
 
 def num_processes() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-def train(trainer: Any, dataset: Any, **kwargs: Any) -> None:
-    trainer.train(dataset, **{"num_epochs": 2, "per_device_batch_size": 2, **kwargs})
-
-
 # --- numbers -----------------------------------------------------------------------------------------------------
 
 
-def case_grid(rank: int, directory: Path) -> Any:
+def case_gradients_and_losses_match_those_of_big_batches(rank: int, directory: Path) -> Any:
     return _numbers.grid_differences(num_processes())
 
 
-def case_both_ways(rank: int, directory: Path) -> Any:
-    return _numbers.points_where_the_ways_differ()
+def case_the_fast_path_gives_the_same_bits(rank: int, directory: Path) -> Any:
+    return _numbers.points_where_the_paths_differ()
 
 
-def case_whole_runs(rank: int, directory: Path) -> Any:
+def case_runs_match_those_of_one_process(rank: int, directory: Path) -> Any:
     return {
         (scheduler, accumulation): _numbers.whole_run(4, accumulation, scheduler)
         for scheduler in ("cosine", "one cycle")
@@ -63,8 +71,8 @@ def case_whole_runs(rank: int, directory: Path) -> Any:
     }
 
 
-def case_weights_by_rank(rank: int, directory: Path) -> Any:
-    """Each rank has another number of items in its batches, in one update none at all."""
+def case_batches_of_different_weight_by_rank_are_averaged(rank: int, directory: Path) -> Any:
+    """The number of items in a batch differs by rank. In one of the updates no rank has any."""
 
     class ByRank(TextTrainer):
         def calculate_train_batch_loss(self, batch: Any) -> Any:
@@ -77,19 +85,19 @@ def case_weights_by_rank(rank: int, directory: Path) -> Any:
         trainer = ByRank(net, None, torch.optim.SGD(net.parameters(), lr=0.0), callbacks=[probe])
         dataset = make_texts(4 * num_processes())
         train(trainer, dataset, num_epochs=1, per_device_batch_size=4, train_dataloader_kwargs=IN_ORDER)
-        own = _numbers.big_batch_gradients(dataset, 4, is_weighted=False)
+        gradients_by_rank = _numbers.big_batch_gradients(dataset, 4, is_weighted=False)
         total = max(1, sum(items[: num_processes()]))
         weighted = [
             [gradient * weight / total for gradient in gradients_of_rank]
-            for gradients_of_rank, weight in zip(own, items, strict=False)
+            for gradients_of_rank, weight in zip(gradients_by_rank, items, strict=False)
         ]
         expected = [sum(parts) for parts in zip(*weighted, strict=True)]
         differences.append(_numbers.largest_difference(gradients, [expected]))
     return differences
 
 
-def case_clipping(rank: int, directory: Path) -> Any:
-    """Against a loop by hand over the big batches; gradients are seen before and after they are clipped."""
+def case_gradients_are_clipped_once_per_update(rank: int, directory: Path) -> Any:
+    """Compare with a hand-written loop over the big batches, before and after clipping."""
     results = {}
     for accumulation in (1, 3):
         for kind, limit in (("norm", 0.3), ("norm", 100.0), ("value", 0.05)):
@@ -151,7 +159,7 @@ def clipped_by_hand(batches: Any, kind: str, limit: float) -> dict[str, Any]:
 # --- evaluation --------------------------------------------------------------------------------------------------
 
 
-def case_evaluations(rank: int, directory: Path) -> Any:
+def case_evaluation_and_prediction_use_each_sample_once(rank: int, directory: Path) -> Any:
     return {
         (length, is_in_memory): _numbers.evaluations(length, is_in_memory)
         for length in _numbers.EVALUATED_LENGTHS
@@ -159,8 +167,8 @@ def case_evaluations(rank: int, directory: Path) -> Any:
     }
 
 
-def case_evaluation_while_training(rank: int, directory: Path) -> Any:
-    """Several datasets, one of them smaller than the number of processes."""
+def case_several_datasets_are_evaluated_during_training(rank: int, directory: Path) -> Any:
+    """One of the datasets is smaller than the number of processes."""
     trainer = _numbers.Classifier()
     eval_dataset = {"long": _numbers.make_classes(65), "short": _numbers.make_classes(1)}
     train(trainer, _numbers.make_classes(7), eval_dataset=eval_dataset, per_device_batch_size=8)
@@ -168,7 +176,7 @@ def case_evaluation_while_training(rank: int, directory: Path) -> Any:
     return {name: history.get_metric_values(name) for name in sorted(history.get_metric_names())}
 
 
-def case_predictions_of_the_main_process(rank: int, directory: Path) -> Any:
+def case_predictions_are_returned_on_the_requested_processes(rank: int, directory: Path) -> Any:
     trainer = make_trainer()
     dataset = make_dataset(13)
     outputs = {
@@ -181,8 +189,8 @@ def case_predictions_of_the_main_process(rank: int, directory: Path) -> Any:
     return {"outputs": outputs, "expected": trainer.model(dataset.tensors[0]).detach()}
 
 
-def case_streams(rank: int, directory: Path) -> Any:
-    """Datasets without length and indices, which the main process reads for all."""
+def case_each_sample_of_a_stream_is_used_once(rank: int, directory: Path) -> Any:
+    """The main process reads such datasets, without length and indices, for all ranks."""
     results = {}
     for length in (1, 2, 13, 16):
         seen: list[Any] = []
@@ -203,7 +211,7 @@ def case_streams(rank: int, directory: Path) -> Any:
     return results
 
 
-def case_gather(rank: int, directory: Path) -> Any:
+def case_gather_keeps_rows_and_structure(rank: int, directory: Path) -> Any:
     trainer = make_trainer()
     return {
         "uneven": trainer.gather(torch.full((rank, 2), float(rank))),
@@ -221,7 +229,7 @@ def case_gather(rank: int, directory: Path) -> Any:
     }
 
 
-def case_gather_refuses(rank: int, directory: Path) -> Any:
+def case_gather_refuses_different_shapes_on_every_process(rank: int, directory: Path) -> Any:
     trainer = make_trainer()
     messages = []
     for value in (torch.ones(2, 1 + rank), {"a": torch.ones(rank), "b": [torch.ones(rank, 2, 1 + rank)]}):
@@ -236,7 +244,7 @@ def case_gather_refuses(rank: int, directory: Path) -> Any:
 
 
 class BadLoss(Trainer):
-    """The loss is not finite on rank 1, in the batch which the attributes tell."""
+    """The loss is not finite on rank 1, in the batch that the attributes select."""
 
     stage, bad_epoch, bad_step, bad_loss = "training", 1, 0, float("nan")
     step = -1
@@ -263,8 +271,8 @@ class BadLoss(Trainer):
         return batch_output
 
 
-def case_not_finite(rank: int, directory: Path) -> Any:
-    """On rank 1 only, in all kinds of batches of windows of two, and in evaluation."""
+def case_a_non_finite_loss_of_one_rank_stops_all_at_the_same_update(rank: int, directory: Path) -> Any:
+    """In the first and second batch of an accumulation window, in a short last one, and in evaluation."""
     places = [("training", 1, 0), ("training", 1, 3), ("training", 2, 4), ("training", 1, 5)]
     places += [("evaluation", 1, 1), ("evaluation", 2, 0)]
     results = []
@@ -309,10 +317,10 @@ STOPPED_IN = {
     "on_eval_epoch_end": 1,
     "on_training_run_epoch_end": 1,
 }
-"""By event, in which call of it rank 1 asks for the end."""
+"""The call of each event in which rank 1 requests to stop."""
 
 
-def case_stop(rank: int, directory: Path) -> Any:
+def case_a_stop_of_one_rank_stops_all_at_the_same_update(rank: int, directory: Path) -> Any:
     results = []
     for _ in range(NUM_REPEATS):
         for event, which in STOPPED_IN.items():
@@ -337,8 +345,8 @@ def case_stop(rank: int, directory: Path) -> Any:
     return results
 
 
-def case_stop_in_evaluation(rank: int, directory: Path) -> Any:
-    """`evaluate` ends for all, and what comes next is in step."""
+def case_a_stop_of_one_rank_ends_an_evaluation_on_all(rank: int, directory: Path) -> Any:
+    """After `evaluate` has ended on all ranks, they can train."""
 
     def stop(trainer: Any, **_: Any) -> None:
         if rank == 1:
@@ -356,7 +364,7 @@ class MyStopError(StopTrainingError):
     pass
 
 
-def case_stop_of_the_users_own_kind(rank: int, directory: Path) -> Any:
+def case_a_subclass_of_the_stop_error_stops_all_ranks(rank: int, directory: Path) -> Any:
     def stop(trainer: Any, **_: Any) -> None:
         if rank == 1:
             raise MyStopError("mine")
@@ -367,7 +375,7 @@ def case_stop_of_the_users_own_kind(rank: int, directory: Path) -> Any:
 
 
 def by_rank(values: Any) -> Probe:
-    """Record a metric that differs between the processes, after each evaluation."""
+    """Record a metric that differs by rank after each evaluation."""
 
     def record(trainer: Any, **_: Any) -> None:
         epoch = trainer.run_history.current_epoch - 1
@@ -377,10 +385,10 @@ def by_rank(values: Any) -> Probe:
 
 
 METRIC_BY_RANK = [[5.0, 4.0, 3.0, 3.5, 3.6, 2.0], [1.0, 2.0, 3.0, 0.5, 5.0, 6.0], [9.0, 8.0, 7.0, 6.0, 5.0, 4.0]]
-"""The main process's has no improvement in epochs 4 and 5; those of the others tell otherwise."""
+"""Only the main process's values do not improve in epochs 4 and 5."""
 
 
-def case_decisions_by_metric(rank: int, directory: Path) -> Any:
+def case_callbacks_decide_by_the_metric_of_the_main_process(rank: int, directory: Path) -> Any:
     results = []
     for repeat in range(NUM_REPEATS):
         stopping = EarlyStoppingCallback(2, watch_metric="mine")
@@ -400,8 +408,8 @@ def case_decisions_by_metric(rank: int, directory: Path) -> Any:
     return results
 
 
-def case_metrics_of_some_processes(rank: int, directory: Path) -> Any:
-    """One that only the last process has, and one that each process has in other batches."""
+def case_metrics_of_some_ranks_are_averaged_over_their_batches(rank: int, directory: Path) -> Any:
+    """One metric exists on the last rank only, the other in one batch only."""
 
     class OfSome(Trainer):
         def calculate_train_batch_loss(self, batch: Any) -> Any:
@@ -417,8 +425,8 @@ def case_metrics_of_some_processes(rank: int, directory: Path) -> Any:
     return {name: history.get_latest_metric(name) for name in ("train_last", "train_first")}
 
 
-def case_ctrl_c(rank: int, directory: Path) -> Any:
-    """Rank 1 alone gets the signal; in training, also in the midst of a window, and in evaluation."""
+def case_ctrl_c_on_one_rank_interrupts_all(rank: int, directory: Path) -> Any:
+    """Rank 1 alone gets the signal: at the end of a step, in evaluation, or in the middle of an accumulation window."""
     results = []
     for repeat in range(NUM_REPEATS):
         event, which = [("on_train_step_end", 3), ("on_eval_step_start", 1), ("on_backward_start", 2)][repeat % 3]
@@ -446,7 +454,7 @@ def case_ctrl_c(rank: int, directory: Path) -> Any:
     return results
 
 
-def case_limits(rank: int, directory: Path) -> Any:
+def case_the_limit_of_updates_ends_all_ranks(rank: int, directory: Path) -> Any:
     results = {}
     for limit in (1, 3, 4, 7, 99):
         trainer = make_trainer()
@@ -456,39 +464,48 @@ def case_limits(rank: int, directory: Path) -> Any:
     return results
 
 
-# --- exchanges that are left out ---------------------------------------------------------------------------------
+# --- skipped exchanges -------------------------------------------------------------------------------------------
 
 
 def counted_run(num_samples: int, accumulation: int, callbacks: Any = ()) -> dict[str, Any]:
-    """Train with the library's own step; return the result and how many updates, and exchanges for them, were made."""
-    num_exchanges = 0
-    start_exchange = StopConsensus.start_exchange
+    """Train with the library's own step; return the result, the number of updates, and that of their exchanges."""
+    num_exchanges, is_update = 0, True
+    start_exchange, sync = StopConsensus.start_exchange, StopConsensus.sync
 
-    def start_and_count(self: Any, *of_update: Any, **of_settling: Any) -> None:
+    def start_and_count(self: Any, *arguments: Any, **kwargs: Any) -> None:
         nonlocal num_exchanges
-        start_exchange(self, *of_update, **of_settling)
-        num_exchanges += bool(of_update) and self._left_out is None
+        start_exchange(self, *arguments, **kwargs)
+        num_exchanges += is_update and self._skipped is None
+
+    def sync_uncounted(self: Any) -> None:
+        nonlocal is_update
+        is_update = False
+        sync(self)
+        is_update = True
 
     trainer = make_trainer(callbacks=callbacks, seed=3)
-    with mock.patch.object(StopConsensus, "start_exchange", start_and_count):
+    with (
+        mock.patch.object(StopConsensus, "start_exchange", start_and_count),
+        mock.patch.object(StopConsensus, "sync", sync_uncounted),
+    ):
         train(trainer, Samples(make_dataset(num_samples)), gradient_accumulation_steps=accumulation)
     result = weights_of(trainer.model), trainer.run_history.state_dict(), trainer.progress.state_dict()
     return {"result": result, "num_updates": trainer.progress.num_updates, "num_exchanges": num_exchanges}
 
 
-def case_exchanges_left_out(rank: int, directory: Path) -> Any:
+def case_skipped_exchanges_change_no_bit(rank: int, directory: Path) -> Any:
     results = []
     for num_samples in (120, 121, 119, 7, 1):
         for accumulation in (1, 3):
-            seldom = counted_run(num_samples, accumulation)
-            with mock.patch.object(trainer_module, "can_skip_exchange", return_value=False):
-                always = counted_run(num_samples, accumulation)
-            results.append((seldom, always))
+            skipping = counted_run(num_samples, accumulation)
+            listener = Probe(on_train_step_end=lambda trainer, **_: None)  # it could request a stop in any step
+            always = counted_run(num_samples, accumulation, [listener])
+            results.append((skipping, always))
     return results
 
 
-def case_a_stop_where_one_process_has_a_callback(rank: int, directory: Path) -> Any:
-    """The others learn that it has one, and stop at the same update as it does."""
+def case_a_stop_by_a_callback_of_one_rank_stops_all_at_the_same_update(rank: int, directory: Path) -> Any:
+    """Rank 1 has it. The others learn this in an exchange, so none is skipped."""
 
     def stop(trainer: Any, step: int, **_: Any) -> None:
         if step == 13:
@@ -499,22 +516,22 @@ def case_a_stop_where_one_process_has_a_callback(rank: int, directory: Path) -> 
     return {"reason": trainer.stop_reason, "num_updates": trainer.progress.num_updates}
 
 
-class Spoilt(Samples):
-    """Does something when a sample is loaded, here or in a worker."""
+class Altered(Samples):
+    """Calls a function with the inputs of one sample when it is loaded."""
 
-    def __init__(self, dataset: Any, index: int, spoil: Any) -> None:
+    def __init__(self, dataset: Any, index: int, alter: Any) -> None:
         super().__init__(dataset)
-        self.index, self.spoil = index, spoil
+        self.index, self.alter = index, alter
 
     def __getitem__(self, index: int) -> Any:
         inputs, targets = super().__getitem__(index)
-        return (self.spoil(inputs) if index == self.index else inputs), targets
+        return (self.alter(inputs) if index == self.index else inputs), targets
 
 
-def case_a_bad_loss_between_exchanges(rank: int, directory: Path) -> Any:
+def case_a_bad_loss_between_exchanges_is_named_on_all_ranks(rank: int, directory: Path) -> Any:
     messages = []
     for _ in range(NUM_REPEATS):
-        dataset = Spoilt(make_dataset(2 * num_processes() * 50), 2 * (5 * num_processes() + 1), lambda x: x * math.nan)
+        dataset = Altered(make_dataset(2 * num_processes() * 50), 2 * (5 * num_processes() + 1), lambda x: x * math.nan)
         trainer = make_trainer(callbacks=[TerminateOnNaNCallback])
         try:
             train(trainer, dataset, train_dataloader_kwargs=IN_ORDER)
@@ -523,14 +540,14 @@ def case_a_bad_loss_between_exchanges(rank: int, directory: Path) -> Any:
     return messages
 
 
-def case_a_signal_between_exchanges(rank: int, directory: Path) -> Any:
+def case_a_signal_between_exchanges_interrupts_all_ranks(rank: int, directory: Path) -> Any:
     def interrupt(inputs: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
         return inputs
 
     results = []
     for _ in range(NUM_REPEATS):
-        dataset = Spoilt(make_dataset(2 * num_processes() * 500), 2 * (40 * num_processes() + 1), interrupt)
+        dataset = Altered(make_dataset(2 * num_processes() * 500), 2 * (40 * num_processes() + 1), interrupt)
         trainer, is_interrupted = make_trainer(), False
         try:
             train(trainer, dataset, train_dataloader_kwargs=IN_ORDER)
@@ -540,11 +557,11 @@ def case_a_signal_between_exchanges(rank: int, directory: Path) -> Any:
     return results
 
 
-# --- what may leave the processes out of step: last ----------------------------------------------------------------
+# --- last, because a failure may leave the processes out of step ----------------------------------------------------
 
 
-def case_decisions_by_a_metric_of_the_main_process(rank: int, directory: Path) -> Any:
-    """Such as one that is computed from a file, and recorded by `world_process_zero_only`."""
+def case_callbacks_decide_by_a_metric_that_only_the_main_process_records(rank: int, directory: Path) -> Any:
+    """Such as a metric that is computed in a function with `world_process_zero_only`."""
 
     def record(trainer: Any, **_: Any) -> None:
         if trainer.process_index == 0:

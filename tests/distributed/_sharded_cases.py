@@ -1,8 +1,8 @@
-"""What each of several processes does with a model that FSDP has sharded; run as a script, once per process.
+"""The part of `test_sharded.py` that runs on each of several processes, as a script: training with FSDP.
 
-Accelerate shards on GPUs only. PyTorch can do it on CPUs too, over gloo, so Accelerate is told that these were GPUs,
-unless ``SHARDED_ON=gpu`` says that they are.
-The argument after the folder is the case.
+Accelerate shards on GPUs only. PyTorch can shard on CPUs too, over gloo. The script therefore makes Accelerate believe
+that the processes have GPUs, unless ``SHARDED_ON=gpu`` is set because they do. The argument after the folder is the
+case.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def train(trainer: Trainer, **kwargs: Any) -> dict[str, Any]:
 
 
 def run_whole(folder: Path, kind: str, accumulation: int) -> dict[str, Any]:
-    """A run that is not interrupted, a state and a checkpoint of it, and the run that goes on from the state.
+    """Train, save a state and a checkpoint, and resume from the state.
 
-    With accumulation the ninth step is within a window, so that its state is saved after the tenth.
+    With accumulation, the ninth step is in the middle of a window. A sharded state is then saved after the tenth.
     """
     save = SaveTrainingStateCallback(folder / "states", save_every_n_steps=9, save_at_end=False)
     refused: list[str] = []
@@ -86,9 +86,9 @@ def main() -> None:
     if case == "whole":
         for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
             for accumulation in (1, 2):
-                own = folder / f"{kind}_{accumulation}"
-                own.mkdir(exist_ok=True)
-                results[f"{kind}_{accumulation}"] = run_whole(own, kind, accumulation)
+                subfolder = folder / f"{kind}_{accumulation}"
+                subfolder.mkdir(exist_ok=True)
+                results[subfolder.name] = run_whole(subfolder, kind, accumulation)
     else:
         trainer = make_trainer("SHARDED_STATE_DICT", 9)
         results["other number"] = train(

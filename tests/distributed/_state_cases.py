@@ -1,10 +1,11 @@
-"""What each of two processes does with training states; run as a script, once per process.
+"""The part of `test_states.py` that runs on each of two processes, as a script.
 
-Every function `case_<name>` returns plain values and tensors, which are stored for the test of that name.
+Each function `case_<name>` returns plain values and tensors, which are stored for `test_<name>`.
 """
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import _runs
 from _processes import run_cases
 from _saved import bytes_in, make_state_trainer, names_in, rewrite_manifest
 from _support import Probe, make_dataset, make_indexed_dataset, make_model, make_trainer, weights_of
+from _support import train as train_for_one_epoch
 from pytorch_accelerated._checkpoint.manifest import read_manifest
 from pytorch_accelerated._distributed import collectives
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback
@@ -27,11 +29,11 @@ from pytorch_accelerated.exceptions import CheckpointError
 
 NUM_SAMPLES = 44
 STATES_OF_ONE = "states_of_one"
-"""Where the test has put states that one process saved, before these processes were started."""
+"""The folder with states that one process saved before these processes were started."""
 
 
 def message_of(act: Any, kind: type[Exception] = Exception) -> str:
-    """What it raises on this process, with the name of the class."""
+    """Return class and message of the exception that a function raises on this process."""
     try:
         act()
     except kind as error:
@@ -39,10 +41,10 @@ def message_of(act: Any, kind: type[Exception] = Exception) -> str:
     return "nothing was raised"
 
 
-# --- deciding and doing as one -----------------------------------------------------------------------------------
+# --- functions that run on one process or on all -----------------------------------------------------------------
 
 
-def case_together(rank: int, directory: Path) -> Any:
+def case_run_on_main_and_run_on_all_have_the_same_outcome_everywhere(rank: int, directory: Path) -> Any:
     def fail(error: Exception) -> None:
         raise error
 
@@ -53,11 +55,11 @@ def case_together(rank: int, directory: Path) -> Any:
 
     is_main = rank == 0
     return {
-        "decided": collectives.run_on_main(lambda: {"by": rank}, is_main, 2),
-        "not decided": message_of(lambda: collectives.run_on_main(lambda: fail(KeyError("mine")), is_main, 2)),
-        "done": collectives.run_on_all(lambda: rank, 2),
-        "not done": message_of(lambda: collectives.run_on_all(lambda: fail_on_one(CheckpointError("full")), 2)),
-        "wrong": message_of(lambda: collectives.run_on_all(lambda: fail_on_one(LookupError("mine")), 2)),
+        "main": collectives.run_on_main(lambda: {"by": rank}, is_main, 2),
+        "main fails": message_of(lambda: collectives.run_on_main(lambda: fail(KeyError("mine")), is_main, 2)),
+        "all": collectives.run_on_all(lambda: rank, 2),
+        "one cannot save": message_of(lambda: collectives.run_on_all(lambda: fail_on_one(CheckpointError("full")), 2)),
+        "one fails": message_of(lambda: collectives.run_on_all(lambda: fail_on_one(LookupError("mine")), 2)),
     }
 
 
@@ -70,7 +72,7 @@ def train_in_order(trainer: Any, **kwargs: Any) -> None:
 
 
 def make_order_trainer(seen: list[int], save_at: Any = (), folder: Path | None = None) -> Any:
-    """Remembers the samples of the second epoch, each its own index, and saves states at steps of it."""
+    """Records the samples of the second epoch, which are their own indices, and saves states after steps of it."""
 
     def look(trainer: Any, batch: Any, **_: Any) -> None:
         if trainer.run_history.current_epoch == 2:
@@ -96,15 +98,15 @@ def resume_in_order(path: Path, **kwargs: Any) -> dict[str, Any]:
     return {"seen": seen, "drawn": drawn, "losses": losses, "progress": trainer.progress.state_dict()}
 
 
-def case_fewer_processes(rank: int, directory: Path) -> Any:
-    """The test resumes the states with one process."""
+def case_fewer_processes_resume_at_the_same_sample(rank: int, directory: Path) -> Any:
+    """Save states. The test resumes them with one process."""
     seen: list[int] = []
     trainer = make_order_trainer(seen, save_at=range(6), folder=directory)
     train_in_order(trainer)
     return {"seen": seen, "losses": trainer.run_history.get_metric_values("train_loss_epoch")}
 
 
-def case_more_processes(rank: int, directory: Path) -> Any:
+def case_more_processes_resume_at_the_last_complete_step(rank: int, directory: Path) -> Any:
     folder = directory.parent / STATES_OF_ONE
     trainer = make_order_trainer([])
     before = weights_of(trainer.model)
@@ -122,18 +124,17 @@ def case_more_processes(rank: int, directory: Path) -> Any:
 # --- the folder --------------------------------------------------------------------------------------------------
 
 
-def train(trainer: Any, **kwargs: Any) -> None:
-    trainer.train(make_dataset(24), **{"num_epochs": 2, "per_device_batch_size": 4, **kwargs})
+train = functools.partial(train_for_one_epoch, dataset=make_dataset(24), num_epochs=2)
 
 
 def make_saving_trainer(folder: Path, callbacks: Any = (), **settings: Any) -> Any:
-    """Three steps in an epoch."""
+    """Its runs have three steps in an epoch."""
     save = SaveTrainingStateCallback(folder, **{"save_every_n_steps": 1, "save_at_end": False, **settings})
     return make_state_trainer([save, *callbacks])
 
 
-def case_rotation(rank: int, directory: Path) -> Any:
-    """What is there after each step, as each process sees it."""
+def case_all_processes_see_the_same_states_after_each_step(rank: int, directory: Path) -> Any:
+    """Record the folder after each step, as each process sees it."""
     seen = []
     look = Probe(on_train_step_start=lambda trainer, **_: seen.append(names_in(directory)))
     trainer = make_saving_trainer(directory, [look], max_checkpoints=2)
@@ -141,8 +142,8 @@ def case_rotation(rank: int, directory: Path) -> Any:
     return {"seen": seen, "left": names_in(directory), "weights": weights_of(trainer.model)}
 
 
-def case_latest(rank: int, directory: Path) -> Any:
-    """The newest is damaged; the one before leads to the same end."""
+def case_resuming_the_latest_state_skips_a_damaged_one(rank: int, directory: Path) -> Any:
+    """The newest state is damaged. The run resumed from the one before ends with the same weights."""
     whole = make_saving_trainer(directory)
     train(whole)
     Accelerator().wait_for_everyone()
@@ -162,14 +163,14 @@ def case_latest(rank: int, directory: Path) -> Any:
     }
 
 
-def case_nothing_to_resume(rank: int, directory: Path) -> Any:
+def case_resuming_without_a_state_starts_a_new_run(rank: int, directory: Path) -> Any:
     trainer = make_saving_trainer(directory / "new")
     train(trainer, resume_from=True)
     return {"is_resumed": trainer.is_resumed, "names": names_in(directory / "new")}
 
 
-def case_lock(rank: int, directory: Path) -> Any:
-    """The folder belongs to a process that is none of these two."""
+def case_a_folder_in_use_by_another_run_is_refused(rank: int, directory: Path) -> Any:
+    """A third process holds the lock of the folder."""
     holder = None
     if rank == 0:
         code = (
@@ -195,15 +196,15 @@ def case_lock(rank: int, directory: Path) -> Any:
     return {"refused": refused, "steps": steps, "names": names_in(directory)}
 
 
-def case_impossible_folder(rank: int, directory: Path) -> Any:
+def case_a_folder_that_cannot_be_created_is_refused(rank: int, directory: Path) -> Any:
     if rank == 0:
         (directory / "file").touch()
     Accelerator().wait_for_everyone()
     return message_of(lambda: train(make_saving_trainer(directory / "file" / "states")))
 
 
-def case_minutes(rank: int, directory: Path) -> Any:
-    """Only the main process's clock counts, and it is asked now and then only."""
+def case_states_are_saved_by_the_clock_of_the_main_process(rank: int, directory: Path) -> Any:
+    """The clocks differ by rank. That of the main process decides, and is read only now and then."""
     seconds = [0.0]
     exchanges = []
     monotonic, run_on_main = time.monotonic, collectives.run_on_main
@@ -228,7 +229,7 @@ def case_minutes(rank: int, directory: Path) -> Any:
 # --- failures ----------------------------------------------------------------------------------------------------
 
 
-def case_save_error(rank: int, directory: Path) -> Any:
+def case_a_failed_save_of_one_process_fails_on_all(rank: int, directory: Path) -> Any:
     """The second process cannot write its file."""
     trainer = make_saving_trainer(directory / "states")
     train(trainer, num_epochs=1)
@@ -247,8 +248,8 @@ def case_save_error(rank: int, directory: Path) -> Any:
         failing["raise"] = message_of(lambda: train(make_saving_trainer(directory / "states")))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            going_on = make_saving_trainer(directory / "states", on_save_error="warn")
-            train(going_on)
+            continuing = make_saving_trainer(directory / "states", on_save_error="warn")
+            train(continuing)
     finally:
         torch.save = save
     Accelerator().wait_for_everyone()
@@ -257,15 +258,15 @@ def case_save_error(rank: int, directory: Path) -> Any:
     return {
         **failing,
         "warnings": [str(warning.message) for warning in caught],
-        "weights": weights_of(going_on.model),
+        "weights": weights_of(continuing.model),
         "expected": weights_of(unsaved.model),
         "names": names_in(directory / "states"),
         "is intact": bytes_in(directory / "states" / "step_3") == before,
     }
 
 
-def case_background(rank: int, directory: Path) -> Any:
-    """States that are written while the run goes on resume exactly; then the second process cannot write its file."""
+def case_states_saved_in_the_background_resume_exactly(rank: int, directory: Path) -> Any:
+    """Resume states that were written during the run; then let the second process fail to write its file."""
     run = _runs.make_trainer(directory / "states", in_background=True, max_checkpoints=9)
     whole = _runs.train(run, gradient_accumulation_steps=2)
     found = {}
@@ -290,8 +291,8 @@ def case_background(rank: int, directory: Path) -> Any:
     return {"differences": found, "refused": refused, "update": failing.progress.num_updates}
 
 
-def case_unsaveable_callback(rank: int, directory: Path) -> Any:
-    """What the second process's callback would save could not be read back."""
+def case_a_callback_that_cannot_be_saved_on_one_process_fails_on_all(rank: int, directory: Path) -> Any:
+    """The state of the second process's callback contains an object that cannot be loaded safely."""
     callback = Probe()
     callback.state_dict = lambda: {"mine": object()} if rank == 1 else {}
     callback.load_state_dict = lambda state: None
@@ -299,8 +300,8 @@ def case_unsaveable_callback(rank: int, directory: Path) -> Any:
     return message_of(lambda: trainer.save_training_state(directory / "state")), names_in(directory)
 
 
-def case_unreadable_on_one(rank: int, directory: Path) -> Any:
-    """What only the second process reads does not hold what it should; neither loads anything."""
+def case_a_state_that_one_process_cannot_read_is_loaded_by_none(rank: int, directory: Path) -> Any:
+    """A file that only the second process reads has unexpected contents."""
     trainer = make_state_trainer(seed=4)
     trainer.save_training_state(directory / "state")
     if rank == 0:
@@ -314,8 +315,8 @@ def case_unreadable_on_one(rank: int, directory: Path) -> Any:
     return {"refused": refused, "is unchanged": is_unchanged}
 
 
-def case_checkpoint_error(rank: int, directory: Path) -> Any:
-    """A file that the main process cannot write is an error on both."""
+def case_a_checkpoint_that_cannot_be_written_fails_on_all(rank: int, directory: Path) -> Any:
+    """The main process cannot write the file."""
     if rank == 0:
         (directory / "file").touch()
     Accelerator().wait_for_everyone()

@@ -1,7 +1,7 @@
-"""Two and three true processes on gloo: the numbers are those of one process, and all end together.
+"""Two and three real processes on gloo: their numbers are those of one process, and they all stop together.
 
-Each number of processes is started once; a test looks at what one case of `_numbers_cases.py` left behind. With
-``REPEAT=20`` in the environment the cases in which one process ends the run of all happen so often.
+Each number of processes is started once. A test checks the results of the case of its name in `_numbers_cases.py`. With
+``REPEAT=20`` in the environment, the cases in which one process stops all of them run 20 times.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ pytestmark = pytest.mark.distributed
 
 CASES = Path(__file__).with_name("_numbers_cases.py")
 TIMEOUT_SECONDS = 120 + 10 * NUM_REPEATS
-"""Far more than the cases need; what takes longer hangs."""
+"""Far more than the cases need. A run that takes longer is stuck."""
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids="{} processes".format)
 def finished(request, tmp_path_factory):
-    """Run all cases and return how many processes there were, and the folder with their results."""
+    """Run all cases, and return the number of processes and the folder with the results."""
     folder = tmp_path_factory.mktemp("results")
     launch(CASES, folder, request.param, timeout=TIMEOUT_SECONDS)
     return request.param, folder
@@ -39,19 +39,19 @@ def num_processes(finished):
 
 @pytest.fixture
 def results(request, finished):
-    """What the case of this test returned on each rank."""
+    """The return values of this test's case, by rank."""
     num_processes, folder = finished
     return read_results(folder, request.node.originalname.removeprefix("test_"), num_processes)
 
 
-def assert_alike(results):
-    """On all processes the same, bit by bit."""
+def assert_identical(results):
+    """Assert that all ranks returned the same, bit by bit."""
     for result in results[1:]:
         assert plain(result) == plain(results[0])
 
 
 def plain(value):
-    """What `==` understands, also of NaN."""
+    """Return a form of the value that `==` can compare, even with NaN."""
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -66,7 +66,7 @@ def assert_close(left, right, tolerance):
 # --- numbers -----------------------------------------------------------------------------------------------------
 
 
-def test_grid(results, num_processes, record_property):
+def test_gradients_and_losses_match_those_of_big_batches(results, num_processes, record_property):
     for differences in results:
         assert list(differences) == _numbers.GRID
         worst = max(gradients for gradients, _ in differences.values())
@@ -76,8 +76,8 @@ def test_grid(results, num_processes, record_property):
     print(_numbers.table_of(results[0], num_processes))
 
 
-def test_both_ways(results):
-    """The short way of a step gives the bits of Accelerate's, over the whole grid."""
+def test_the_fast_path_gives_the_same_bits(results):
+    """As on Accelerate's own path, over the whole grid."""
     for different in results:
         assert different == []
 
@@ -88,9 +88,9 @@ def whole_run_of_one_process(batch_size, accumulation, scheduler):
 
 
 @pytest.mark.parametrize("scheduler", ["cosine", "one cycle"])
-def test_whole_runs(results, num_processes, scheduler):
-    """(8 x 1 process), (4 x 2 accumulated), (4 x 2 processes), and so on, with an order that is shuffled anew."""
-    assert_alike(results)
+def test_runs_match_those_of_one_process(results, num_processes, scheduler):
+    """Total batches of the same size, split over processes and accumulation steps, with an order that is shuffled."""
+    assert_identical(results)
     for accumulation in (1, 2):
         run = results[0][scheduler, accumulation]
         total = 4 * accumulation * num_processes
@@ -103,9 +103,9 @@ def test_whole_runs(results, num_processes, scheduler):
         assert [len(values) for values in run["history"].values()] == [3, 3]
 
 
-def test_whole_runs_end_their_schedule_exactly(finished):
+def test_a_schedule_ends_with_the_last_update_of_a_run(finished):
     num_processes, folder = finished
-    for result in read_results(folder, "whole_runs", num_processes):
+    for result in read_results(folder, "runs_match_those_of_one_process", num_processes):
         for accumulation in (1, 2):
             run = result["one cycle", accumulation]
             assert run["num_scheduler_steps"] == run["num_updates"] == len(run["rates"])
@@ -113,13 +113,13 @@ def test_whole_runs_end_their_schedule_exactly(finished):
             assert run["rates"][-1] == pytest.approx(0.1 / 25 / 1e4, rel=1e-9)
 
 
-def test_weights_by_rank(results):
-    assert_alike(results)
+def test_batches_of_different_weight_by_rank_are_averaged(results):
+    assert_identical(results)
     assert max(results[0]) <= 1e-6, results[0]
 
 
-def test_clipping(results):
-    assert_alike(results)
+def test_gradients_are_clipped_once_per_update(results):
+    assert_identical(results)
     for (kind, limit, accumulation), result in results[0].items():
         place = f"{kind} {limit}, accumulation {accumulation}"
         assert max(result["before"], result["after"], result["weights"]) <= 1e-6, place
@@ -129,22 +129,22 @@ def test_clipping(results):
             assert result["norms"] == pytest.approx(result["expected norms"], rel=1e-5), place
         else:
             assert result["norms"] == [None] * num_updates, place
-        assert (result["num_clipped"] > 0) == (limit < 1), place  # the bound matters, or it does not
+        assert (result["num_clipped"] > 0) == (limit < 1), place  # a low bound takes effect, a high one does not
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------
 
 
-def test_evaluations(results):
-    """Every sample once, in order, in the loss, the metrics, the callback's gathering and the predictions."""
-    assert_alike(results)
+def test_evaluation_and_prediction_use_each_sample_once(results):
+    """In the loss, the metrics, the predictions and what a callback gathers, where also the order is right."""
+    assert_identical(results)
     for (length, _), result in results[0].items():
         assert_close(result, _numbers.expected_evaluations(length), 1e-6)
 
 
-def test_streams(results):
-    """Every sample of an iterable dataset once, in training, evaluation and prediction."""
-    assert_alike(results)
+def test_each_sample_of_a_stream_is_used_once(results):
+    """In training, evaluation and prediction."""
+    assert_identical(results)
     for length, result in results[0].items():
         assert result.pop("seen in training") == list(range(length))
         assert result.pop("num_samples") == length
@@ -152,15 +152,15 @@ def test_streams(results):
         assert_close(result, _numbers.expected_evaluations(length), 1e-6)
 
 
-def test_evaluation_while_training(results):
-    assert_alike(results)
+def test_several_datasets_are_evaluated_during_training(results):
+    assert_identical(results)
     for name, length in (("long_eval", 65), ("short_eval", 1), ("train", 7)):
         expected = _numbers.expected_evaluations(length)
         assert results[0][f"{name}_loss_epoch"] == pytest.approx([expected["loss"]] * 2, abs=1e-6)
         assert results[0][f"{name}_accuracy"] == pytest.approx([expected["accuracy"]] * 2, abs=1e-6)
 
 
-def test_predictions_of_the_main_process(results):
+def test_predictions_are_returned_on_the_requested_processes(results):
     for rank, result in enumerate(results):
         for (on_every_process, _), outputs in result["outputs"].items():
             if on_every_process or rank == 0:
@@ -169,8 +169,8 @@ def test_predictions_of_the_main_process(results):
                 assert outputs is None
 
 
-def test_gather(results, num_processes):
-    assert_alike(results)
+def test_gather_keeps_rows_and_structure(results, num_processes):
+    assert_identical(results)
     ranks = range(num_processes)
     result = results[0]
     by_rank = torch.tensor([rank for rank in ranks for _ in range(rank)])
@@ -191,9 +191,9 @@ def test_gather(results, num_processes):
     assert_close(padded, torch.where(torch.arange(num_processes) < widths[:, None], 1.0, 9.0), 0)
 
 
-def test_gather_refuses(results, num_processes):
-    """What differs in more than the rows, on all processes and with the shapes, and they stay in step."""
-    assert_alike(results)
+def test_gather_refuses_different_shapes_on_every_process(results, num_processes):
+    """The message lists the shapes, and the processes can continue."""
+    assert_identical(results)
     first, second = results[0]["messages"]
     assert str([[2, 1 + rank] for rank in range(num_processes)]) in first
     assert "`padding_value`" in first
@@ -204,9 +204,9 @@ def test_gather_refuses(results, num_processes):
 # --- decisions ---------------------------------------------------------------------------------------------------
 
 
-def test_not_finite(results):
-    """All raise the error of rank 1, whose loss went bad first, at the same update, with the same parameters."""
-    assert_alike([[{**run, "weights": None} for run in result] for result in results])
+def test_a_non_finite_loss_of_one_rank_stops_all_at_the_same_update(results):
+    """All raise the error of rank 1, whose loss was the first to be NaN or infinite."""
+    assert_identical([[{**run, "weights": None} for run in result] for result in results])
     for result in results:
         assert len(result) == 6 * NUM_REPEATS
         for run in result:
@@ -219,7 +219,7 @@ def test_not_finite(results):
             assert run["stop_reason"].startswith("NonFiniteLossError: ")
 
 
-STOPPED_AFTER = {  # updates, with the one that was under way; an epoch has two, of two batches each
+STOPPED_AFTER = {  # updates, including the current one; an epoch has two updates of two batches each
     "on_training_run_start": 0,
     "on_train_epoch_start": 3,
     "on_train_step_start": 1,
@@ -236,33 +236,32 @@ STOPPED_AFTER = {  # updates, with the one that was under way; an epoch has two,
 }
 
 
-def test_stop(results):
-    """Rank 1 alone asks; all stop at the same update, for its reason, with the same events at the end."""
+def test_a_stop_of_one_rank_stops_all_at_the_same_update(results):
+    """Rank 1 alone requests it. All stop for its reason and fire the same events."""
     runs_of_all = list(zip(*results, strict=True))
     assert len(runs_of_all) == len(STOPPED_AFTER) * NUM_REPEATS
     for runs in runs_of_all:
         event = runs[0]["event"]
-        assert_alike(runs)
+        assert_identical(runs)
         assert runs[0]["stop_reason"] == f"rank 1 in {event}"
         assert runs[0]["progress"]["num_updates"] == STOPPED_AFTER[event], event
         assert runs[0]["log"][-2:] == ["on_stop_training_error", "on_training_run_end"], event
 
 
-def test_stop_in_evaluation(results):
-    assert_alike(results)
+def test_a_stop_of_one_rank_ends_an_evaluation_on_all(results):
+    assert_identical(results)
     assert results[0]["reason"] == "seen enough"
     assert results[0]["afterwards"] == "2 epochs are done"
 
 
-def test_stop_of_the_users_own_kind(results):
-    assert_alike(results)
+def test_a_subclass_of_the_stop_error_stops_all_ranks(results):
+    assert_identical(results)
     assert results[0] == {"reason": "mine", "num_updates": 2}
 
 
-def test_decisions_by_metric(results):
-    """All decide by the main process's numbers."""
+def test_callbacks_decide_by_the_metric_of_the_main_process(results):
     for runs in zip(*results, strict=True):
-        assert_alike(runs)
+        assert_identical(runs)
         assert runs[0]["reason"] == "mine has not improved on 3.0 for 2 epochs"
         assert runs[0]["best"] == (3.0, 3)
         assert len(runs[0]["after_epoch"]) == 5
@@ -270,8 +269,8 @@ def test_decisions_by_metric(results):
             assert torch.equal(weight, runs[0]["after_epoch"][2][name])
 
 
-def test_decisions_by_a_metric_of_the_main_process(results):
-    assert_alike(results)
+def test_callbacks_decide_by_a_metric_that_only_the_main_process_records(results):
+    assert_identical(results)
     assert results[0] == {
         "reason": "mine has not improved on 1.0 for 1 epochs",
         "epochs": 2,
@@ -279,14 +278,14 @@ def test_decisions_by_a_metric_of_the_main_process(results):
     }
 
 
-def test_metrics_of_some_processes(results):
-    """Means over the batches that have them: the first is of the samples 0 and 1."""
+def test_metrics_of_some_ranks_are_averaged_over_their_batches(results):
+    """The mean over the batches that have the metric; the first batch consists of samples 0 and 1."""
     assert results == [{"train_last": 3.0, "train_first": 0.5}] * len(results)
 
 
-def test_ctrl_c(results):
-    """Rank 1 alone got the signal, but all ended their run, so all raise `KeyboardInterrupt` after it."""
-    assert_alike(results)
+def test_ctrl_c_on_one_rank_interrupts_all(results):
+    """Rank 1 alone gets the signal. All end their run and then raise `KeyboardInterrupt`."""
+    assert_identical(results)
     assert len(results[0]) == NUM_REPEATS
     for run in results[0]:
         assert run["reason"] == "interrupted by Ctrl-C"
@@ -294,42 +293,42 @@ def test_ctrl_c(results):
         assert run["is_interrupted"]
 
 
-def test_exchanges_left_out(results):
-    """Where all is foreseeable the numbers are those of exchanges at each update, uneven ends included."""
-    assert_alike(results)
-    for seldom, always in results[0]:
-        assert plain(seldom["result"]) == plain(always["result"])
-        assert seldom["num_updates"] == always["num_updates"] == always["num_exchanges"]
-        assert seldom["num_exchanges"] <= always["num_exchanges"]
-    seldom, always = results[0][0]
-    assert seldom["num_exchanges"] <= always["num_exchanges"] / 2
+def test_skipped_exchanges_change_no_bit(results):
+    """The results are those with an exchange at each update, even if the last batches are short."""
+    assert_identical(results)
+    for skipping, always in results[0]:
+        assert plain(skipping["result"]) == plain(always["result"])
+        assert skipping["num_updates"] == always["num_updates"] == always["num_exchanges"]
+        assert skipping["num_exchanges"] <= always["num_exchanges"]
+    skipping, always = results[0][0]
+    assert skipping["num_exchanges"] <= always["num_exchanges"] / 2
 
 
-def test_a_stop_where_one_process_has_a_callback(results):
-    assert_alike(results)
+def test_a_stop_by_a_callback_of_one_rank_stops_all_at_the_same_update(results):
+    assert_identical(results)
     assert results[0]["reason"] == "enough"
-    assert results[0]["num_updates"] == 15  # the request of step 13 was heard in the next update
+    assert results[0]["num_updates"] == 15  # the request of step 13 takes effect in the next update
 
 
-def test_a_bad_loss_between_exchanges(results):
-    assert_alike(results)
+def test_a_bad_loss_between_exchanges_is_named_on_all_ranks(results):
+    assert_identical(results)
     assert len(results[0]) == NUM_REPEATS
     for message in results[0]:
         assert "nan" in message
         assert "epoch 1, step 5, rank 1" in message
 
 
-def test_a_signal_between_exchanges(results):
-    """It ends the run of all after the same update, long before the epoch is over."""
-    assert_alike(results)
+def test_a_signal_between_exchanges_interrupts_all_ranks(results):
+    """All stop after the same update, long before the end of the epoch."""
+    assert_identical(results)
     for is_interrupted, progress, _ in results[0]:
         assert is_interrupted
         assert progress["num_epochs_completed"] == 0
         assert 40 <= progress["num_updates"] < 500
 
 
-def test_limits(results):
-    assert_alike(results)
+def test_the_limit_of_updates_ends_all_ranks(results):
+    assert_identical(results)
     assert {limit: num_updates for limit, (num_updates, *_) in results[0].items()} == {1: 1, 3: 3, 4: 4, 7: 7, 99: 8}
     assert results[0][3][1] == "3 updates are done (`max_num_train_steps`)"
     assert results[0][99][1] == "2 epochs are done"
@@ -342,8 +341,8 @@ def test_limits(results):
 @pytest.mark.parametrize(
     ("how", "num_processes"), [("dying", 3), ("out of memory", 2), ("killed", 2), ("terminated", 2)]
 )
-def test_when_a_process_is_lost_the_others_end_with_an_error(how, num_processes, repeat, tmp_path):
-    """Rank 1 raises something that nobody expects, or gets a signal from outside."""
+def test_when_a_process_is_lost_the_others_exit_with_an_error(how, num_processes, repeat, tmp_path):
+    """Rank 1 raises an unexpected error, or gets a signal from outside."""
     start = time.monotonic()
     ended = launch(CASES, tmp_path, num_processes, how, timeout=60)
     outputs = [(tmp_path / f"output-{rank}.txt").read_text() for rank in range(num_processes)]
@@ -351,7 +350,7 @@ def test_when_a_process_is_lost_the_others_end_with_an_error(how, num_processes,
     for rank, process in enumerate(ended):
         assert process.returncode != 0, outputs[rank]
         assert process.time - ended[1].time < 30, outputs[rank]
-    assert ended[1].time - start < 45, outputs[1]  # not killed by the limit of this test
+    assert ended[1].time - start < 45, outputs[1]  # not killed by the timeout of this test
     if how in ("dying", "out of memory"):
         assert "Error: of rank 1 alone" in outputs[1]
         for rank in {*range(num_processes)} - {1}:

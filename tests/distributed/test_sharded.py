@@ -1,4 +1,4 @@
-"""Training states of a model that FSDP has sharded, on true processes."""
+"""Training states of a model that FSDP has sharded over several real processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(
         "fsdp_version" not in inspect.signature(FullyShardedDataParallelPlugin).parameters,
-        reason="the second FSDP came to Accelerate after its lowest version that is supported",
+        reason="the oldest supported version of Accelerate has no FSDP2",
     ),
 ]
 
@@ -26,7 +26,7 @@ TIMEOUT_SECONDS = 150
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where two processes have saved states, and three have resumed one."""
+    """Two processes save states in this folder, and three resume one of them."""
     path = tmp_path_factory.mktemp("sharded")
     for case, num_processes in (("whole", 2), ("other", 3)):
         ended = launch(CASES, path, num_processes, case, timeout=TIMEOUT_SECONDS)
@@ -48,7 +48,7 @@ def test_a_sharded_model_resumes_exactly(folder, kind, accumulation):
         assert len(result["refused"]) == (0 if accumulation == 1 else 6)
 
 
-def test_a_checkpoint_of_a_sharded_model_is_whole(folder):
+def test_a_checkpoint_of_a_sharded_model_holds_the_full_weights(folder):
     expected = torch.load(folder / "whole-0.pt", weights_only=True)["SHARDED_STATE_DICT_1"]["whole"]["weights"]
     checkpoint = torch.load(folder / "SHARDED_STATE_DICT_1" / "model.pt", weights_only=True)
     model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.1), nn.ReLU(), nn.Linear(8, 1))
@@ -57,8 +57,8 @@ def test_a_checkpoint_of_a_sharded_model_is_whole(folder):
         assert torch.equal(value, expected[name]), name
 
 
-def test_shards_are_divided_anew_among_another_number_of_processes(folder):
-    """The losses of the epoch are nearly those of two processes; the weights come from the shards of both."""
+def test_another_number_of_processes_reshards_a_state(folder):
+    """The loss of the epoch is close to that of two processes, because the weights come from the shards of both."""
     expected = torch.load(folder / "whole-0.pt", weights_only=True)["SHARDED_STATE_DICT_1"]["whole"]
     for rank in range(3):
         result = torch.load(folder / f"other-{rank}.pt", weights_only=True)["other number"]

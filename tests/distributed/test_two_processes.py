@@ -1,4 +1,4 @@
-"""Two true processes on gloo, started once; each test looks at what one case of `_cases.py` left behind."""
+"""Two real processes on gloo, started once. Each test checks the results of the case of its name in `_cases.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.distributed
 
 CASES = Path(__file__).with_name("_cases.py")
 TIMEOUT_SECONDS = 150
-"""Far more than the cases need; what takes longer hangs."""
+"""Far more than the cases need. A run that takes longer is stuck."""
 
 
 @pytest.fixture(scope="module")
@@ -26,39 +26,39 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def results(request, directory):
-    """What the case of this test returned on each rank."""
+    """The return values of this test's case, by rank."""
     return read_results(directory, request.node.originalname.removeprefix("test_"), num_processes=2)
 
 
-def assert_alike(left, right, **tolerance):
-    torch.testing.assert_close(left, right, **(tolerance or {"rtol": 0, "atol": 0}))
+def assert_equal(left, right):
+    torch.testing.assert_close(left, right, rtol=0, atol=0)
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------
 
 
-def test_means(results):
-    """Losses 1 and 2 of weights 1 and 3, metrics 0 and 1: weighted means over the processes, alike on both."""
+def test_losses_and_metrics_are_weighted_means_over_processes(results):
+    """The losses are 1 and 2, with weights 1 and 3; the metrics are 0 and 1. Both ranks report the same means."""
     expected = {"train_loss_epoch": 1.75, "eval_loss_epoch": 1.75, "a_evaluation_loss": 1.75}
     expected |= {"train_rank": 0.75, "eval_rank": 0.75, "a_evaluation_rank": 0.75}
     for metrics in results:
         assert metrics == {name: [value] for name, value in expected.items()}
 
 
-def test_weights(results):
-    """The gradient is the mean over all processes; the model is the plain one afterwards, and can train again."""
+def test_training_matches_the_combined_batch_of_one_process(results):
+    """The gradient is the mean over both processes. Afterwards the model is unwrapped and can train again."""
     for result in results:
-        assert_alike(result["runs"], result["expected"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(result["runs"], result["expected"], rtol=0, atol=1e-6)
         assert result["wrapped"] == ["DistributedDataParallel"] * 2
         assert result["synced"] == [False, True] * 4  # gradients travel once per update
         assert result["is_plain"]
         assert result["attributes"] == []
         assert result["registries"] == [0, 0]
-    assert_alike(results[0]["runs"], results[1]["runs"])
-    assert_alike(results[0]["output"], results[1]["output"])
+    assert_equal(results[0]["runs"], results[1]["runs"])
+    assert_equal(results[0]["output"], results[1]["output"])
 
 
-def test_updates(results):
+def test_all_processes_together_make_one_update(results):
     for rank, result in enumerate(results):
         assert result["config"] == {
             "num_update_steps_per_epoch": 3,  # 40 samples in 5 batches per process, two of them per update
@@ -77,7 +77,7 @@ def test_updates(results):
         assert result["rates"] == pytest.approx(cosine.tolist())
 
 
-def test_evaluation(results):
+def test_evaluation_losses_are_means_over_processes(results):
     for result in results:
         for name, loss in result["expected"].items():
             assert result["metrics"][f"{name}_eval_loss_epoch"] == [pytest.approx(loss, rel=1e-6)]
@@ -85,53 +85,53 @@ def test_evaluation(results):
     assert results[0] == results[1]
 
 
-def test_early_stopping(results):
+def test_early_stopping_ends_all_processes_in_the_same_epoch(results):
     assert results[0] == results[1]
     assert results[0]["epoch"] == 3
 
 
-# --- exchange ----------------------------------------------------------------------------------------------------
+# --- collectives -------------------------------------------------------------------------------------------------
 
 
-def test_gather(results):
-    """Rows are never padding; values that equal it stay; structures are kept."""
+def test_gather_concatenates_uneven_rows_without_padding(results):
+    """No padding rows remain, values that equal the padding are kept, and so is the structure."""
     rows = torch.tensor([[1.0, -1.0], [-1.0, -1.0], [-1.0, 2.0]])
     for result in results:
-        assert_alike(result["rows"], rows)
-        assert_alike(result["vector"], torch.tensor([0, 0, 1]))
-        assert_alike(result["none"], torch.ones(2, 3))
-        assert_alike(result["wide"], torch.tensor([[1.0, 1.0, -5.0], [2.0, 2.0, 2.0]]))
-        assert_alike(result["scalar"], torch.tensor([0.0, 1.0]))
-        assert_alike(result["mask"], torch.tensor([True] * 3))
-        assert_alike(result["even"], torch.tensor([0, 1]))
+        assert_equal(result["rows"], rows)
+        assert_equal(result["vector"], torch.tensor([0, 0, 1]))
+        assert_equal(result["none"], torch.ones(2, 3))
+        assert_equal(result["wide"], torch.tensor([[1.0, 1.0, -5.0], [2.0, 2.0, 2.0]]))
+        assert_equal(result["scalar"], torch.tensor([0.0, 1.0]))
+        assert_equal(result["mask"], torch.tensor([True] * 3))
+        assert_equal(result["even"], torch.tensor([0, 1]))
         nested = result["nested"]
         assert type(nested["a"]) is list
         assert type(nested["a"][1]) is tuple
-        assert_alike(nested["a"][0], rows)
-        assert_alike(nested["a"][1][0], torch.tensor([0, 1, 1]))
+        assert_equal(nested["a"][0], rows)
+        assert_equal(nested["a"][1][0], torch.tensor([0, 1, 1]))
 
 
-def test_decorators(results):
+def test_decorators_choose_the_processes_that_call(results):
     assert [result["world"] for result in results] == [0, None]
     assert [result["local"] for result in results] == [0, None]
     assert [result["was_there"] for result in results] == [False, True]
 
 
-def test_broadcast(results):
-    """What a process does not have, it adds nothing to."""
+def test_broadcasts_and_sums_cover_all_processes(results):
+    """A pair that a process does not have counts as zero there."""
     sums = {"both": [1.0, 4.0], "of 0": [7.0, 1.0], "of 1": [7.0, 1.0]}
     assert results == [{"value": {"rank": 0}, "sums": sums}] * 2
 
 
-def test_print(results):
+def test_print_writes_on_the_main_process_only(results):
     assert results == ["hello\n", ""]
 
 
 # --- randomness and data -----------------------------------------------------------------------------------------
 
 
-def test_order(results):
-    """Together the processes see each sample once per epoch, in an order that follows the seed and the epoch."""
+def test_each_sample_is_seen_once_per_epoch_in_a_seeded_order(results):
+    """The order depends on the seed and the epoch, and the same seed gives the same order again."""
     for name in results[0]:
         for epoch in range(2):
             together = [*results[0][name][epoch], *results[1][name][epoch]]
@@ -139,54 +139,53 @@ def test_order(results):
     for result in results:
         assert result["whole batches"] == result["again"] == result["samples"]
         assert result["whole batches"][0] != result["whole batches"][1]
-        assert result["own sampler"][0] != result["own sampler"][1]
+        assert result["custom sampler"][0] != result["custom sampler"][1]
         assert result["seeded"] != result["other seed"]
 
 
-def test_seeds(results):
-    """Dropout and augmentation differ between the processes, the order of the data does not."""
-    for name in ("own", "given"):
+def test_random_numbers_differ_by_rank_but_the_data_order_does_not(results):
+    """Dropout and augmentation should differ between ranks; the order of the data must not."""
+    for name in ("program", "trainer"):
         assert results[0][name][0] != results[1][name][0]
         assert results[0][name][2] == results[1][name][2]
-    assert results[0]["given"][1] != results[1]["given"][1]
-    assert (results[0]["own"][2], results[0]["given"][2]) == (5, 7)
+    assert results[0]["trainer"][1] != results[1]["trainer"][1]
+    assert (results[0]["program"][2], results[0]["trainer"][2]) == (5, 7)
     for result in results:
         assert result["different"] == result["expected"]
 
 
-def test_batches(results):
-    assert_alike(results[0]["weights"], results[1]["weights"])
+def test_each_process_trains_on_its_local_iterable_of_batches(results):
+    assert_equal(results[0]["weights"], results[1]["weights"])
     assert [result["samples"] for result in results] == [16, 16]
 
 
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def test_checkpoint(results):
-    """Written by the main process alone, under the names of the plain model."""
+def test_only_the_main_process_writes_checkpoints(results):
+    """The file holds the parameter names of the unwrapped model."""
     assert [Path(path).name for path in results[0]["written"]] == ["during.pt", "after.pt"]
     assert results[1]["written"] == []
     for result in results:
         assert result["names"] == ["bias", "weight"]
-        assert_alike(result["weights"], result["loaded"])
+        assert_equal(result["weights"], result["loaded"])
 
 
-def test_resume(results):
-    """In the midst of an epoch and after one, with dropout, to the very weights and history on both processes."""
+def test_a_resumed_run_ends_with_the_same_weights_and_history(results):
+    """From a state in the middle of an epoch and one at its end, with dropout; bit-identical on both processes."""
     for result in results:
         for resumed in result["resumed"].values():
-            assert_alike(resumed["weights"], result["whole"]["weights"])
+            assert_equal(resumed["weights"], result["whole"]["weights"])
             assert resumed["metrics"] == result["whole"]["metrics"]
         assert {"manifest.json", "model.pt", "process_0.pt", "process_1.pt"} <= set(result["files"])
         assert result["left"] == []
 
 
-def test_exception(results):
+def test_the_trainer_trains_again_after_an_exception(results):
     assert results == [{"is_plain": True, "num_losses": 1}] * 2
 
 
-def test_metric_of_one_process(results):
-    """A metric that only one process has is the mean over that process's batches."""
+def test_a_metric_of_one_process_is_averaged_over_its_batches(results):
     for metrics in results:
         assert metrics["train_rare"] == [3.0]
     assert results[0] == results[1]

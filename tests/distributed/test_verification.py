@@ -1,4 +1,4 @@
-"""Both verifications on two true processes, which divide each batch; this file is also the script they run."""
+"""Both verifications on two real processes, which split each batch. They run this file as a script."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 
 
 class RankTrainer(Trainer):
-    """Its loss depends on the process, as when one of them has other data."""
+    """Its loss depends on the rank, as if one rank had other data."""
 
     def calculate_train_batch_loss(self, batch: Any) -> Any:
         output = super().calculate_train_batch_loss(batch)
@@ -73,8 +73,8 @@ def case_resume(rank: int, directory: Path) -> Any:
     return verify(_runs.NoisySamples())
 
 
-class OddOne(_runs.NoisySamples):
-    """Its samples depend on when they are loaded, on rank 1 only."""
+class UnreproducibleOnRank1(_runs.NoisySamples):
+    """On rank 1, its samples depend on how many were loaded before."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -86,8 +86,8 @@ class OddOne(_runs.NoisySamples):
         return inputs + self.rank * self.count, targets
 
 
-def case_resume_odd_one(rank: int, directory: Path) -> Any:
-    return verify(OddOne(rank))
+def case_resume_unreproducible(rank: int, directory: Path) -> Any:
+    return verify(UnreproducibleOnRank1(rank))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_two_processes_agree_with_the_whole_batch_on_one(folder):
+def test_splits_over_two_processes_match_the_full_batch_on_one(folder):
     reports = read_results(folder, "mean", 2)
     assert reports[0] == reports[1]
     assert reports[0].is_invariant
@@ -111,28 +111,28 @@ def test_two_processes_agree_with_the_whole_batch_on_one(folder):
     ]
 
 
-def test_resumed_runs_end_the_same_on_two_processes(folder):
-    """With augmentation, statistics, dropout, and stops within an accumulation window."""
+def test_resumed_runs_on_two_processes_are_exact(folder):
+    """With augmentation, batch statistics, dropout, and stops in the middle of an accumulation window."""
     reports = read_results(folder, "resume", 2)
     assert reports[0] == reports[1]
     assert reports[0].is_exact, str(reports[0])
     assert (reports[0].num_steps, reports[0].stops) == (6, (1, 3, 4))
 
 
-def test_a_difference_on_one_process_is_named_on_both(folder):
-    reports = read_results(folder, "resume_odd_one", 2)
+def test_a_resume_that_differs_on_one_rank_is_reported_on_both(folder):
+    reports = read_results(folder, "resume_unreproducible", 2)
     assert reports[0] == reports[1]
     assert "rank 1: the batch" in str(reports[0])
 
 
-def test_a_sum_is_named_on_both_processes(folder):
+def test_a_loss_that_is_a_sum_is_reported_on_both_ranks(folder):
     reports = read_results(folder, "sum", 2)
     assert reports[0] == reports[1]
     assert "returns a sum as its loss" in reports[0].likely_cause
-    assert reports[0].splits[0].factor == pytest.approx(0.5, abs=0.01)  # though nothing is accumulated
+    assert reports[0].splits[0].factor == pytest.approx(0.5, abs=0.01)  # although there is no accumulation
 
 
-def test_what_only_one_process_does_is_found_by_both(folder):
+def test_a_loss_that_depends_on_the_rank_is_reported_on_both_ranks(folder):
     reports = read_results(folder, "rank", 2)
     assert reports[0] == reports[1]
     assert not reports[0].splits[0].largest <= reports[0].tolerance

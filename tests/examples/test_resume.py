@@ -24,7 +24,7 @@ def run_example(folder: Path) -> CompletedProcess[str]:
 def test_a_run_that_was_killed_ends_with_the_weights_of_one_that_was_not(tmp_path):
     killed = run_example(tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert "the run starts afresh" in killed.stdout
+    assert "the run starts from scratch" in killed.stdout
     assert "Update 65, in epoch 3: killed." in killed.stdout
     resumed = run_example(tmp_path)
     assert resumed.returncode == 0, resumed.stderr

@@ -1,4 +1,4 @@
-"""Processes that die at a chosen operation on files."""
+"""Processes that die at a chosen file operation."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _DIED = 77
 
 
 def dies_at(point: int, act: Callable[[], Any], folder: Path) -> bool:
-    """Fork a process that does something and dies, as if by SIGKILL, before its n-th operation on files in a folder.
+    """Fork a process that calls a function, and dies as if by SIGKILL before its n-th file operation in a folder.
 
     Returns:
-        Whether it came to that; otherwise it has done all.
+        Whether it died. Otherwise the function returned.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, which do nothing here
+        warnings.simplefilter("ignore", DeprecationWarning)  # about forking with threads, which are idle here
         child = os.fork()
     if child == 0:
         code = 1
@@ -36,7 +36,7 @@ def dies_at(point: int, act: Callable[[], Any], folder: Path) -> bool:
         finally:
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, _DIED), "the process failed by itself"
+    assert code in (0, _DIED), "the process failed on its own"
     return code == _DIED
 
 
@@ -49,18 +49,18 @@ def _die_at(point: int, folder: Path) -> None:
             os._exit(_DIED)
         num_seen += 1
 
-    def hear(event: str, arguments: tuple[Any, ...]) -> None:
-        # What is deleted as part of a folder is named relatively to it.
-        is_there = event in ("os.remove", "os.rmdir") or any(
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        # Files that are deleted as part of a folder are named relative to it.
+        is_inside = event in ("os.remove", "os.rmdir") or any(
             isinstance(argument, (str, os.PathLike)) and os.fspath(argument).startswith(str(folder))
             for argument in arguments
         )
         is_reading = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) == 0
-        if event in _EVENTS and is_there and not is_reading:
+        if event in _EVENTS and is_inside and not is_reading:
             count()
 
-    def half_written(save: Callable[..., Any]) -> Callable[..., Any]:
-        # These writers are not Python. They may die before, within, and after a file.
+    def with_partial_writes(save: Callable[..., Any]) -> Callable[..., Any]:
+        # This writer is not Python, so no event is audited. It may die before, during and after a file.
         def write(contents: Any, path: Any, *args: Any, **kwargs: Any) -> None:
             count()
             save(contents, path, *args, **kwargs)
@@ -73,7 +73,7 @@ def _die_at(point: int, folder: Path) -> None:
 
     fsync = os.fsync
     os.fsync = lambda descriptor: (count(), fsync(descriptor))[1]
-    torch.save = half_written(torch.save)
+    torch.save = with_partial_writes(torch.save)
     with Path(os.devnull).open("w") as nothing:
         os.dup2(nothing.fileno(), sys.stdout.fileno())
-    sys.addaudithook(hear)
+    sys.addaudithook(audit)

@@ -1,9 +1,9 @@
-"""Kills training runs at random moments, and starts them again until they end; run as a script.
+"""Kills training runs at random moments, and restarts them until they finish; run as a script.
 
     python tests/faults/_kills.py --kills 200 --seed 7
 
-Each run is a process that is forked from this one, so that starting it again takes no time. After each kill all states
-that can be seen must be whole; a run that has ended must be the same, bit by bit, as one that was never killed.
+Each run is a process forked from this one, so that a restart takes no time. After each kill, every visible state must
+be valid. A run that finishes must end with the same bits as one that was never killed.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 TRAIN_ARGUMENTS = ("gradient_accumulation_steps", "num_workers")
 NUM_LITTER = 3
-"""At most so many temporary folders and locks may lie beside the states while a run has been killed."""
+"""The maximum number of temporary folders and locks next to the states after a kill."""
 
 
 def run(folder: Path, kind: str) -> None:
-    """Train, from the newest state if there is one, and store the outcome."""
+    """Train, from the newest state if there is one, and save the outcome."""
     settings = {**KINDS[kind], "max_checkpoints": MAX_CHECKPOINTS}
     train_settings = {name: settings.pop(name) for name in TRAIN_ARGUMENTS if name in settings}
     trainer = _runs.make_trainer(folder / "states", **settings)
@@ -50,7 +50,7 @@ def run(folder: Path, kind: str) -> None:
 
 
 def start(folder: Path, kind: str) -> int:
-    """Fork a process that trains, in a group of its own with its workers, and return its number."""
+    """Fork a process that trains, with its workers in a separate process group, and return its pid."""
     child = os.fork()
     if child:
         return child
@@ -71,7 +71,7 @@ def start(folder: Path, kind: str) -> int:
 
 
 def wait(child: int, seconds: float) -> int | None:
-    """Return how a process ended, or ``None`` if it has not after so many seconds."""
+    """Return the exit status of a process; ``None`` if it is still running after a number of seconds."""
     deadline = time.monotonic() + seconds
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -83,7 +83,7 @@ def wait(child: int, seconds: float) -> int | None:
 
 
 def problems_of(folder: Path) -> list[str]:
-    """What is wrong with the states of a run that has been killed."""
+    """Return what is wrong with the states of a run that was killed."""
     states = folder / "states"
     if not states.exists():
         return []
@@ -103,7 +103,7 @@ def problems_of(folder: Path) -> list[str]:
 
 
 def problems_at_end(folder: Path, expected: dict[str, Any]) -> list[str]:
-    """What is wrong with a run that has ended."""
+    """Return what is wrong with a run that has finished."""
     outcome = torch.load(folder / "outcome.pt", weights_only=True)
     problems = _runs.differences(expected, outcome)[:3]
     left = sorted(path.name for path in (folder / "states").iterdir() if path.name.startswith("."))
@@ -111,16 +111,16 @@ def problems_at_end(folder: Path, expected: dict[str, Any]) -> list[str]:
 
 
 class Failures(list[str]):
-    """What went wrong, with what the run had printed."""
+    """What went wrong, with the output of the run."""
 
-    def note(self, folder: Path, problems: list[str]) -> None:
+    def record(self, folder: Path, problems: list[str]) -> None:
         if problems:
             output = (folder / "output.txt").read_text()[-2000:]
             self.append(f"{folder.name}: {problems}\n{output}")
 
 
-def whole_run(folder: Path, kind: str) -> tuple[dict[str, Any], float]:
-    """Return the outcome of a run that is not killed, and how many seconds it took."""
+def uninterrupted_run(folder: Path, kind: str) -> tuple[dict[str, Any], float]:
+    """Return the outcome of a run that is not killed, and the seconds it took."""
     folder.mkdir()
     begin = time.monotonic()
     status = wait(start(folder, kind), 120)
@@ -130,9 +130,9 @@ def whole_run(folder: Path, kind: str) -> tuple[dict[str, Any], float]:
 
 
 def kill_runs(root: Path, kind: str, num_kills: int, generator: random.Random) -> tuple[int, int, Failures]:
-    """Kill runs of a kind so many times, let the last one end, and return how many kills and ended runs there were."""
+    """Kill runs of a kind, let the last one finish, and return the numbers of kills and finished runs, and failures."""
     failures = Failures()
-    expected, seconds = whole_run(root / f"{kind} whole", kind)
+    expected, seconds = uninterrupted_run(root / f"{kind} uninterrupted", kind)
     kills = ends = 0
     folder = root / kind
     while (kills < num_kills or folder.exists()) and not failures:
@@ -143,10 +143,10 @@ def kill_runs(root: Path, kind: str, num_kills: int, generator: random.Random) -
             os.killpg(child, signal.SIGKILL) if kills % 2 else os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             kills += 1
-            failures.note(folder, problems_of(folder))
+            failures.record(folder, problems_of(folder))
         else:
             problems = [f"ended with status {status}"] if status else problems_at_end(folder, expected)
-            failures.note(folder, problems)
+            failures.record(folder, problems)
             shutil.rmtree(folder)
             ends += 1
     return kills, ends, failures
@@ -155,7 +155,7 @@ def kill_runs(root: Path, kind: str, num_kills: int, generator: random.Random) -
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=None, help="when the kills come (default: another one each time)")
+    parser.add_argument("--seed", type=int, default=None, help="decides when the kills happen (default: the time)")
     arguments = parser.parse_args()
     seed = int(time.time()) if arguments.seed is None else arguments.seed
     print(f"seed {seed}", flush=True)
@@ -165,9 +165,9 @@ def main() -> int:
     begin = time.monotonic()
     num_failed = 0
     for number, kind in enumerate(KINDS):
-        share = arguments.kills // len(KINDS) + (number < arguments.kills % len(KINDS))
-        kills, ends, failures = kill_runs(root, kind, share, generator)
-        print(f"{kind}: {kills} kills, {ends} runs ended, {len(failures)} failures", flush=True)
+        num_kills = arguments.kills // len(KINDS) + (number < arguments.kills % len(KINDS))
+        kills, ends, failures = kill_runs(root, kind, num_kills, generator)
+        print(f"{kind}: {kills} kills, {ends} runs finished, {len(failures)} failures", flush=True)
         for failure in failures:
             print(failure)
         num_failed += len(failures)

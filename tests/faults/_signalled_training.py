@@ -1,6 +1,6 @@
-"""A training that gets signals; run as a script, on one process or several, for the tests beside it.
+"""A training run that receives signals; run as a script, on one process or several, for `test_signals.py`.
 
-The arguments are a folder and settings in JSON. Without ``tell_at`` and ``signal_at`` nothing interrupts the training.
+The arguments are a folder and settings in JSON. Without ``tell_at`` and ``signal_at``, nothing interrupts the run.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 def train(
     folder: Path, saves: bool = True, callbacks: Any = (), resume_from: str | None = None, num_workers: int = 0
 ) -> Trainer:
-    """Three epochs of five steps and three updates on each process; two steps of evaluation on each of two datasets."""
+    """Train for three epochs of five steps and three updates per process; each of two evaluations has two steps."""
     torch.manual_seed(7 if resume_from is None else 1234)
     model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
-    own = [StepBasedEvaluationCallback(2), average(folder / "ema.pt")]
+    others = [StepBasedEvaluationCallback(2), average(folder / "ema.pt")]
     save = [SaveTrainingStateCallback(folder / "states")] if saves else []
     torch.manual_seed(7)
     trainer = Trainer(
-        model, nn.functional.mse_loss, torch.optim.AdamW(model.parameters(), lr=0.05), [*save, *own, *callbacks]
+        model, nn.functional.mse_loss, torch.optim.AdamW(model.parameters(), lr=0.05), [*save, *others, *callbacks]
     )
     if resume_from is not None:
-        torch.manual_seed(1234)  # what is drawn must come from the state
+        torch.manual_seed(1234)  # random numbers must come from the state
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     trainer.train(
         Samples(make_dataset(18 * num_processes)),
@@ -74,7 +74,7 @@ def results_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def teller(which: int) -> Probe:
-    """At the n-th step, tell the parent, and go on when it has answered."""
+    """At the n-th step, notify the parent, and continue when it answers."""
     steps = []
 
     def tell(trainer: Any, **_: Any) -> None:
@@ -87,7 +87,7 @@ def teller(which: int) -> Probe:
 
 
 def sender(event: str, which: int, number: int, rank: int) -> Probe:
-    """In the n-th call of an event, send a signal to this process, if it has the rank."""
+    """In the n-th call of an event, send a signal to this process if it has the given rank."""
     calls = []
 
     def send(trainer: Any, **_: Any) -> None:
@@ -99,7 +99,7 @@ def sender(event: str, which: int, number: int, rank: int) -> Probe:
 
 
 def late_stop() -> Probe:
-    """A callback that asks for the end when the run has ended."""
+    """A callback that requests a stop when the run has already ended."""
 
     def stop(trainer: Any, **_: Any) -> None:
         raise StopTrainingError("too late")
@@ -108,14 +108,15 @@ def late_stop() -> Probe:
 
 
 def slow_step() -> Probe:
-    """A step of a minute, that tells when the first signal has come."""
+    """A step of one minute that prints when the first signal has arrived."""
 
     def wait(trainer: Any, **_: Any) -> None:
         print("a slow step", flush=True)
+        flag = signal.getsignal(signal.SIGINT).__self__  # the run's `InterruptFlag`, whose method is the handler
         is_told = False
         for _ in range(1200):
             time.sleep(0.05)
-            if trainer._interrupt.signal_number is not None and not is_told:
+            if flag.signal_number is not None and not is_told:
                 print("a signal has come", flush=True)
                 is_told = True
 

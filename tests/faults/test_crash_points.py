@@ -1,4 +1,4 @@
-"""A run may die at any operation on files: the newest state is whole, and the run that goes on ends as it should."""
+"""A run may die at any file operation: the newest state is valid, and a resumed run ends with the same bits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system can
 
 
 def run(folder, stop_after=None, resume_from=None):
-    """Train for two epochs of three steps, or until an error after so many; return the trainer."""
+    """Train for two epochs of three steps, or until an error after ``stop_after`` updates; return the trainer."""
 
     def stop(trainer, **_):
         if trainer.progress.num_updates == stop_after:
@@ -43,28 +43,28 @@ def run(folder, stop_after=None, resume_from=None):
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("whole"))
+def uninterrupted_run(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("uninterrupted"))
 
 
-def assert_well_after_crash(folder, whole_run):
-    """What is seen is whole, and the run that goes on from the newest ends as the one that was never interrupted."""
+def assert_recovers(folder, uninterrupted_run):
+    """Assert that every visible state is valid, and that a run resumed from the newest ends with the same bits."""
     for state in list_states(folder):
         verify_state(state.path)
     resumed = run(folder, resume_from="latest")
     assert resumed.is_resumed
-    assert_equal(everything_in(resumed), everything_in(whole_run))
-    assert names_in(folder) == ["final", "step_5", "step_6"], "neither litter nor a state too few or too many"
+    assert_equal(everything_in(resumed), everything_in(uninterrupted_run))
+    assert names_in(folder) == ["final", "step_5", "step_6"], "no leftovers, and no state too few or too many"
 
 
 def crash_everywhere(before, folder, act):
-    """Yield after the death at each point, with the folder as it is then."""
+    """Die at each file operation of a function in turn, and yield with the folder as it is then."""
     for point in count():
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(before, folder)
         if not dies_at(point, act, folder):
             print(f"died at each of {point} operations")
-            assert point >= 8, "the operations were seen"
+            assert point >= 8, "the operations must have been seen"
             return
         yield
 
@@ -79,20 +79,20 @@ def before(tmp_path):
 
 @pytest.fixture
 def only_one(before):
-    """The newest of them alone, under a name that is used again."""
+    """Only the newest of these states, under a name that is used again."""
     shutil.rmtree(before / "step_2")
     (before / "step_3").rename(before / "final")
     return before
 
 
-def test_dying_at_any_point_of_saving_and_rotating(tmp_path, before, whole_run):
+def test_dying_at_any_point_while_a_state_is_saved_and_old_ones_are_deleted(tmp_path, before, uninterrupted_run):
     folder = tmp_path / "states"
     for _ in crash_everywhere(before, folder, lambda: run(folder, stop_after=4, resume_from="latest")):
         assert len([state for state in list_states(folder) if state.problem is None]) >= 2
-        assert_well_after_crash(folder, whole_run)
+        assert_recovers(folder, uninterrupted_run)
 
 
-def test_dying_at_any_point_of_replacing_the_only_state(tmp_path, only_one, whole_run):
+def test_dying_at_any_point_while_the_only_state_is_replaced(tmp_path, only_one, uninterrupted_run):
     folder = tmp_path / "states"
 
     def save_again():
@@ -101,21 +101,21 @@ def test_dying_at_any_point_of_replacing_the_only_state(tmp_path, only_one, whol
         trainer.save_training_state(folder / "final")
 
     for _ in crash_everywhere(only_one, folder, save_again):
-        assert_well_after_crash(folder, whole_run)
+        assert_recovers(folder, uninterrupted_run)
 
 
-@pytest.mark.parametrize("stage", ["old aside", "new there"])
-def test_dying_again_in_the_repair(tmp_path, only_one, whole_run, stage):
+@pytest.mark.parametrize("stage", ["old renamed", "new in place"])
+def test_dying_again_at_any_point_of_the_repair(tmp_path, only_one, uninterrupted_run, stage):
     folder = tmp_path / "states"
     shutil.copytree(only_one / "final", only_one / ".final.old")
-    if stage == "old aside":
+    if stage == "old renamed":
         (only_one / "final").rename(only_one / ".final.tmp")
     for _ in crash_everywhere(only_one, folder, lambda: claim_folder(folder)):
-        assert_well_after_crash(folder, whole_run)
+        assert_recovers(folder, uninterrupted_run)
 
 
-def test_dying_at_any_point_of_saving_one_file(tmp_path):
-    """Such as the best model."""
+def test_dying_at_any_point_while_a_checkpoint_is_saved(tmp_path):
+    """The file has either its old or its new contents."""
     path = tmp_path / "best.pt"
     seen = set()
     for point in count():

@@ -1,8 +1,8 @@
-"""A loader's worker that is killed, as by a system out of memory, ends the run with an error that names it.
+"""A dataloader worker that is killed, as by a system out of memory, ends the run with an error that names the worker.
 
-PyTorch raises that error from its handler of SIGCHLD, so at any place of the program. These tests let it strike at
-chosen places, and assert what holds for any: the error names the worker, the states are whole, nothing is left behind,
-and a run that goes on ends with the same bits.
+PyTorch raises that error from its SIGCHLD handler, so anywhere in the program. These tests raise it at chosen places,
+and assert what holds everywhere: the error names the worker, the states are valid, nothing is left behind, and a
+resumed run ends with the same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import signal
 import threading
 import time
 import traceback
-from pathlib import Path
 
 import coverage
 import numpy as np
@@ -34,20 +33,20 @@ from pytorch_accelerated.states import list_states, verify_state
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="this system does not tell of the end of a process"),
+    pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="this system has no SIGCHLD"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-    # The error may strike in a destructor, where Python only reports it; the loader then raises it at the next batch.
+    # If the error is raised in a destructor, Python only reports it. The loader then raises it at the next batch.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 SECONDS_TO_END = 15
 STEP = 9
-"""At which step of 18 the worker is killed, within the second epoch."""
+"""The step, of 18, at which the worker is killed: mid-epoch in the second epoch."""
 
 
 @pytest.fixture(autouse=True)
 def _not_measured():
-    """The error would strike within coverage's own lock too, which is then held for ever."""
+    """Pause coverage: the error could be raised while coverage holds its own lock, which it would never release."""
     measurement = coverage.Coverage.current()
     if measurement is not None:
         measurement.stop()
@@ -57,9 +56,9 @@ def _not_measured():
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """How a run ends that nothing happens to."""
-    outcome = _runs.train(_runs.make_trainer(tmp_path_factory.mktemp("whole")), num_workers=2)
+def uninterrupted_run(tmp_path_factory):
+    """The outcome of a run in which no worker is killed."""
+    outcome = _runs.train(_runs.make_trainer(tmp_path_factory.mktemp("uninterrupted")), num_workers=2)
     assert_workers_end()
     return outcome
 
@@ -72,7 +71,7 @@ def assert_workers_end():
 
 
 class Killer:
-    """Kills a worker, once, and by default waits until it is known; PyTorch raises meanwhile, on the main thread."""
+    """Kills a worker once, and by default waits until PyTorch has raised the error on the main thread."""
 
     def __init__(self, waits=True):
         self.waits = waits
@@ -87,7 +86,7 @@ class Killer:
             time.sleep(SECONDS_TO_END)
 
     def before(self, function):
-        """Return the function, before which the worker is killed."""
+        """Return a function that kills the worker, and then calls the given one."""
 
         def kill_and_call(*args, **kwargs):
             self()
@@ -96,7 +95,7 @@ class Killer:
         return kill_and_call
 
     def after(self, function):
-        """Return the function, after which the worker is killed."""
+        """Return a function that calls the given one, and then kills the worker."""
 
         def call_and_kill(*args, **kwargs):
             result = function(*args, **kwargs)
@@ -111,8 +110,8 @@ def is_now(trainer):
     return position.num_epochs_completed * _runs.NUM_STEPS_PER_EPOCH + position.num_batches_in_epoch >= STEP
 
 
-def assert_ends_well(trainer, killer, whole_run, litter=()):
-    """Train, and assert what holds wherever the error came up."""
+def assert_fails_cleanly(trainer, killer, uninterrupted_run, leftovers=()):
+    """Train, and assert what holds wherever the error was raised."""
     folder = next(c.save_dir for c in trainer.callback_handler.callbacks if isinstance(c, SaveTrainingStateCallback))
     model, handlers = trainer.model, [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     generator = np.random.get_bit_generator()
@@ -122,14 +121,14 @@ def assert_ends_well(trainer, killer, whole_run, litter=()):
     assert time.monotonic() - begin < SECONDS_TO_END
     said = " ".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
     assert re.search(rf"DataLoader worker \(pid(\(s\))? {killer.pid}\)", said)
-    assert type(caught.value) is RuntimeError, "it is no error of the state that was being saved"
+    assert type(caught.value) is RuntimeError, "it must not become an error about the state that was being saved"
 
-    # What it leaves.
+    # What the run leaves behind.
     assert [state.problem for state in list_states(folder)] == [None] * len(list_states(folder))
     for state in list_states(folder):
         verify_state(state.path)
     assert len(list_states(folder)) >= STEP - 2
-    assert [name for name in names_in(folder) if name.startswith(".")] == [*litter]
+    assert [name for name in names_in(folder) if name.startswith(".")] == [*leftovers]
     assert folder_module._held_locks == {}
     assert "training state writer" not in [thread.name for thread in threading.enumerate()]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -137,9 +136,9 @@ def assert_ends_well(trainer, killer, whole_run, litter=()):
     assert np.random.get_bit_generator() is generator
     del caught
 
-    # What can be done afterwards.
+    # What is possible afterwards.
     resumed = _runs.make_trainer(folder)
-    assert _runs.differences(whole_run, _runs.train(resumed, num_workers=2, resume_from="latest")) == []
+    assert _runs.differences(uninterrupted_run, _runs.train(resumed, num_workers=2, resume_from="latest")) == []
     assert resumed.is_resumed
     assert [name for name in names_in(folder) if name.startswith(".")] == []
     _runs.train(trainer, num_epochs=1)
@@ -151,17 +150,17 @@ def assert_ends_well(trainer, killer, whole_run, litter=()):
     "event",
     ["on_train_step_start", "on_backward_start", "on_optimizer_step_end", "on_train_step_end", "on_eval_step_end"],
 )
-def test_in_a_step(tmp_path, whole_run, event):
+def test_a_worker_killed_in_an_event_of_a_step_ends_the_run_cleanly(tmp_path, uninterrupted_run, event):
     killer = Killer()
     kill = Probe(**{event: lambda trainer, **_: killer() if is_now(trainer) else None})
-    assert_ends_well(_runs.make_trainer(tmp_path, callbacks=[kill]), killer, whole_run)
+    assert_fails_cleanly(_runs.make_trainer(tmp_path, callbacks=[kill]), killer, uninterrupted_run)
 
 
-def test_while_the_next_batch_is_waited_for(tmp_path, whole_run):
-    """The connection to the worker is lost before the system tells that it has died."""
+def test_a_worker_killed_while_the_next_batch_is_loaded_ends_the_run_cleanly(tmp_path, uninterrupted_run):
+    """The connection to the worker is lost before the system reports its death."""
     killer = Killer(waits=False)
     kill = Probe(on_train_step_start=lambda trainer, **_: killer() if is_now(trainer) else None)
-    assert_ends_well(_runs.make_trainer(tmp_path, callbacks=[kill]), killer, whole_run)
+    assert_fails_cleanly(_runs.make_trainer(tmp_path, callbacks=[kill]), killer, uninterrupted_run)
 
 
 @pytest.mark.parametrize("on_save_error", ["raise", "warn"])
@@ -174,7 +173,9 @@ def test_while_the_next_batch_is_waited_for(tmp_path, whole_run):
         (writer_module, "replace_folder", "after"),
     ],
 )
-def test_while_a_state_is_saved(tmp_path, whole_run, monkeypatch, module, name, when, on_save_error):
+def test_a_worker_killed_while_a_state_is_saved_ends_the_run_cleanly(
+    tmp_path, uninterrupted_run, monkeypatch, module, name, when, on_save_error
+):
     killer = Killer()
 
     def kill_from_now_on(trainer, **_):
@@ -183,10 +184,10 @@ def test_while_a_state_is_saved(tmp_path, whole_run, monkeypatch, module, name, 
 
     callbacks = [Probe(on_train_step_start=kill_from_now_on)]
     trainer = _runs.make_trainer(tmp_path, callbacks=callbacks, on_save_error=on_save_error)
-    assert_ends_well(trainer, killer, whole_run)
+    assert_fails_cleanly(trainer, killer, uninterrupted_run)
 
 
-def test_while_a_checkpoint_is_saved(tmp_path, whole_run, monkeypatch):
+def test_a_worker_killed_while_a_checkpoint_is_saved_ends_the_run_cleanly(tmp_path, uninterrupted_run, monkeypatch):
     killer = Killer()
 
     def kill_from_now_on(trainer, **_):
@@ -194,11 +195,11 @@ def test_while_a_checkpoint_is_saved(tmp_path, whole_run, monkeypatch):
             monkeypatch.setattr(files_module, "flush_to_disk", killer.before(files_module.flush_to_disk))
 
     trainer = _runs.make_trainer(tmp_path, callbacks=[Probe(on_eval_epoch_start=kill_from_now_on)])
-    assert_ends_well(trainer, killer, whole_run)
+    assert_fails_cleanly(trainer, killer, uninterrupted_run)
 
 
-def test_while_an_old_state_is_deleted(tmp_path, whole_run, monkeypatch):
-    """What is left of it has another name, and goes when the next run begins."""
+def test_a_worker_killed_while_an_old_state_is_deleted_ends_the_run_cleanly(tmp_path, uninterrupted_run, monkeypatch):
+    """The rest of that state has been renamed, and is removed when the next run starts."""
     killer = Killer()
     rmtree = shutil.rmtree
 
@@ -213,58 +214,64 @@ def test_while_an_old_state_is_deleted(tmp_path, whole_run, monkeypatch):
 
     callbacks = [Probe(on_train_step_start=kill_from_now_on)]
     trainer = _runs.make_trainer(tmp_path, callbacks=callbacks, max_checkpoints=STEP - 2)
-    assert_ends_well(trainer, killer, whole_run, litter=[".step_3.tmp"])
+    assert_fails_cleanly(trainer, killer, uninterrupted_run, leftovers=[".step_3.tmp"])
 
 
-@pytest.mark.parametrize("strikes", ["at once", "in the waiting"])
-def test_while_a_state_is_written_in_the_background(tmp_path, whole_run, monkeypatch, strikes):
-    """The run does not end before the state is complete, wherever the main thread is."""
+@pytest.mark.parametrize("moment", ["immediately", "during the wait"])
+def test_a_worker_killed_while_a_state_is_written_in_the_background_ends_the_run_cleanly(
+    tmp_path, uninterrupted_run, monkeypatch, moment
+):
+    """The run does not end before the state is complete, whatever the main thread is doing."""
     killer = Killer(waits=False)
     write, wait = writer_module.write_state, threading.Event.wait
     is_waited_for = threading.Event()
 
     def kill_and_write(*args, **kwargs):
         if killer.pid is None and len(names_in(tmp_path)) >= STEP:
-            if strikes == "in the waiting":
+            if moment == "during the wait":
                 assert wait(is_waited_for, SECONDS_TO_END)
             killer()
             time.sleep(0.5)
         return write(*args, **kwargs)
 
-    class Told(threading.Event):
+    class NotifyingEvent(threading.Event):
         def wait(self, timeout=None):
             is_waited_for.set()
             return super().wait(timeout)
 
     monkeypatch.setattr(writer_module, "write_state", kill_and_write)
-    monkeypatch.setattr(writer_module.threading, "Event", Told)
-    assert_ends_well(_runs.make_trainer(tmp_path, in_background=True), killer, whole_run)
+    monkeypatch.setattr(writer_module.threading, "Event", NotifyingEvent)
+    assert_fails_cleanly(_runs.make_trainer(tmp_path, in_background=True), killer, uninterrupted_run)
+
+
+def is_called_by_writer():
+    return writer_module.__file__ in {frame.filename for frame in traceback.extract_stack(limit=9)}
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_while_a_lock_is_held_that_another_thread_waits_for(tmp_path, whole_run, monkeypatch, in_background):
-    """The lock would never be given back, and the run never end."""
+def test_a_worker_killed_while_a_lock_is_held_causes_no_deadlock(
+    tmp_path, uninterrupted_run, monkeypatch, in_background
+):
+    """An error right after a lock was acquired would leave it locked, and another thread would wait for it forever."""
     killer = Killer(waits=False)
     enter, armed = threading.Condition.__enter__, threading.Event()
 
     def enter_and_kill(condition):
         result = enter(condition)
         is_main = threading.get_ident() == threading.main_thread().ident
-        if armed.is_set() and is_main and killer.pid is None:
-            files = {Path(frame.filename).name for frame in traceback.extract_stack(limit=8)}
-            if files & {"_background.py", "_state_writing.py"}:
-                killer()
-                time.sleep(0.3)  # until it is known
+        if armed.is_set() and is_main and killer.pid is None and is_called_by_writer():
+            killer()
+            time.sleep(0.3)  # until PyTorch knows
         return result
 
     monkeypatch.setattr(threading.Condition, "__enter__", enter_and_kill)
     kill = Probe(on_train_step_start=lambda trainer, **_: armed.set() if is_now(trainer) else None)
     trainer = _runs.make_trainer(tmp_path, callbacks=[kill], in_background=in_background)
-    assert_ends_well(trainer, killer, whole_run)
+    assert_fails_cleanly(trainer, killer, uninterrupted_run)
 
 
-def test_while_a_run_that_has_failed_ends(tmp_path, monkeypatch):
-    """The run keeps its own error, and nothing of its end is left out."""
+def test_a_worker_killed_during_the_teardown_of_a_failed_run_changes_nothing(tmp_path, monkeypatch):
+    """The run raises its own error, and its teardown is completed."""
     killer = Killer(waits=False)
 
     def release(folder):
@@ -285,8 +292,8 @@ def test_while_a_run_that_has_failed_ends(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_at_a_random_moment(tmp_path, whole_run, number):
-    """In the second epoch; half of them while states are written in the background."""
+def test_a_worker_killed_at_a_random_moment_ends_the_run_cleanly(tmp_path, uninterrupted_run, number):
+    """In the second epoch; half of the cases write states in the background."""
     generator = random.Random(number)
     killer = Killer(waits=False)
     timers = []
@@ -296,9 +303,9 @@ def test_at_a_random_moment(tmp_path, whole_run, number):
             timers.append(threading.Timer(generator.uniform(0, 0.05), killer))
             timers[0].start()
         if timers and trainer.progress.num_batches_in_epoch == _runs.NUM_STEPS_PER_EPOCH - 1:
-            timers[0].join()  # the last epoch needs the worker
+            timers[0].join()  # the worker does not survive the last epoch
 
     trainer = _runs.make_trainer(
         tmp_path, callbacks=[Probe(on_train_step_start=kill_soon)], in_background=bool(number % 2)
     )
-    assert_ends_well(trainer, killer, whole_run)
+    assert_fails_cleanly(trainer, killer, uninterrupted_run)

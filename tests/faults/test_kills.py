@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments end as if they had not been; `make soak` does it 200 times."""
+"""Runs killed at random moments end with the same bits as uninterrupted ones; `make soak` kills 200 times."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUM_KILLS = 6
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forked")
-def test_killed_runs_end_the_same():
+def test_killed_runs_end_with_the_same_bits():
     result = run(SCRIPT, "--kills", str(NUM_KILLS), timeout=300, is_measured=False)
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr

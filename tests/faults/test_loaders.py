@@ -1,4 +1,4 @@
-"""What goes wrong while data is loaded ends the run with the cause, soon, and leaves nothing behind."""
+"""Errors while data is loaded end the run soon, name the cause, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ SECONDS_TO_END = 15
 
 
 class Faulty(Dataset):
-    """Its sixth sample makes trouble."""
+    """Calls a function when its sample 6 is loaded."""
 
-    def __init__(self, trouble):
+    def __init__(self, on_sample_6):
         self.samples = Samples(make_dataset(16))
-        self.trouble = trouble
+        self.on_sample_6 = on_sample_6
 
     def __len__(self):
         return 16
 
     def __getitem__(self, index):
         if index == 6:
-            self.trouble()
+            self.on_sample_6()
         return self.samples[index]
 
 
@@ -44,20 +44,22 @@ def hang():
 
 
 @pytest.mark.parametrize(
-    ("trouble", "message", "settings"),
+    ("on_sample_6", "message", "settings"),
     [
         (fail, "sample 6 is not there", {}),
         (hang, "timed out after 2 seconds", {"timeout": 2}),
     ],
 )
 @pytest.mark.parametrize("is_persistent", [False, True])
-def test_the_error_names_the_cause_and_the_trainer_stays_usable(trouble, message, settings, is_persistent):
+def test_an_error_in_a_worker_names_the_cause_and_the_trainer_stays_usable(
+    on_sample_6, message, settings, is_persistent
+):
     trainer = make_trainer(callbacks=[recorder := EventRecorder()])
     model = trainer.model
     workers = {"num_workers": 1, "persistent_workers": is_persistent, "shuffle": False, **settings}
     start = time.monotonic()
     with pytest.raises((RuntimeError, LookupError), match=message):
-        trainer.train(Faulty(trouble), 1, per_device_batch_size=2, train_dataloader_kwargs=workers)
+        trainer.train(Faulty(on_sample_6), 1, per_device_batch_size=2, train_dataloader_kwargs=workers)
     assert time.monotonic() - start < SECONDS_TO_END
     assert recorder.log[-1] == "on_exception"
     assert re.search(message, trainer.stop_reason)
@@ -66,8 +68,8 @@ def test_the_error_names_the_cause_and_the_trainer_stays_usable(trouble, message
     assert trainer.progress.num_updates == 4
 
 
-def test_two_runs_with_default_settings_are_the_same_bit_by_bit():
-    """Workers and augmentation included."""
+def test_two_runs_with_default_settings_end_with_the_same_bits():
+    """Including workers and random augmentation."""
 
     class Noisy(Dataset):
         def __len__(self):

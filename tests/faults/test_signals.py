@@ -1,4 +1,4 @@
-"""Real signals to real processes: each ends in good order, and another process goes on as if nothing had been."""
+"""Real signals to real processes: each run ends gracefully, and a resumed run ends with the same bits."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from _starting import Started, start
 SCRIPT = Path(__file__).with_name("_signalled_training.py")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 STEPS = {signal.SIGINT: 5, signal.SIGTERM: 7, signal.SIGUSR1: 15}
-"""At which step of 15 each signal comes: at the end of an epoch, within a window, in the last."""
+"""The step, of 15, at which each signal arrives: at the end of an epoch, mid-window, in the last step."""
 
 SECONDS_TO_END = 10
 TIMEOUT_SECONDS = 120
 
 
 def exit_code_of(number):
-    """Python itself ends by SIGINT after a `KeyboardInterrupt`, so that shells know of it."""
+    """After a `KeyboardInterrupt`, Python ends itself by SIGINT, so that shells notice."""
     return -number if number == signal.SIGINT else 128 + number
 
 
 @dataclass
 class Running:
-    """A process, what it is told, and what it says."""
+    """A process with its stdin and stdout."""
 
     process: Started
     stdin: IO[str]
@@ -44,13 +44,13 @@ class Running:
 
 @contextmanager
 def running(folder, **settings):
-    """Start the training in a process of its own, which is killed if it is still there at the end of the block."""
-    (its_input, told), (said, its_output) = os.pipe(), os.pipe()
-    with os.fdopen(told, "w") as stdin, os.fdopen(said) as stdout:
+    """Start the run in a separate process, which is killed if it is still running at the end of the block."""
+    (child_stdin, stdin_end), (stdout_end, child_stdout) = os.pipe(), os.pipe()
+    with os.fdopen(stdin_end, "w") as stdin, os.fdopen(stdout_end) as stdout:
         arguments = (str(folder), json.dumps(settings))
-        process = start(SCRIPT, *arguments, stdin=its_input, stdout=its_output, has_own_group=True)
-        os.close(its_input)
-        os.close(its_output)
+        process = start(SCRIPT, *arguments, stdin=child_stdin, stdout=child_stdout, has_own_group=True)
+        os.close(child_stdin)
+        os.close(child_stdout)
         try:
             yield Running(process, stdin, stdout)
         finally:
@@ -64,11 +64,11 @@ def wait_for_line(running, line):
         output.append(printed)
         if printed.strip() == line:
             return
-    pytest.fail(f"the process ended without saying {line!r}:\n{''.join(output)}")
+    pytest.fail(f"the process ended without printing {line!r}:\n{''.join(output)}")
 
 
 def end(running):
-    """Let it go on, and return its output and how many seconds it took to end."""
+    """Let the process continue, and return its output and the seconds it took to end."""
     begin = time.monotonic()
     with suppress(BrokenPipeError):
         running.stdin.write("go on\n")
@@ -82,7 +82,7 @@ def end(running):
 
 
 def same(left, right):
-    """Bit by bit, in nested dictionaries and lists too."""
+    """Compare nested dictionaries and lists bit by bit."""
     if isinstance(left, torch.Tensor):
         return torch.equal(left, right)
     if isinstance(left, dict):
@@ -100,9 +100,9 @@ def read(folder, name, rank=0):
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """What a run leaves that was never interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted_run(tmp_path_factory):
+    """The results of a run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     with running(folder) as training:
         output, _ = end(training)
     assert training.process.returncode == 0, output
@@ -111,7 +111,7 @@ def whole_run(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_process_that_gets_a_signal_saves_and_ends_and_another_goes_on(tmp_path, whole_run, number):
+def test_a_signal_ends_the_run_with_a_state_that_resumes_with_the_same_bits(tmp_path, uninterrupted_run, number):
     with running(tmp_path, tell_at=STEPS[number]) as training:
         wait_for_line(training, f"at step {STEPS[number]}")
         training.process.send_signal(number)
@@ -125,13 +125,13 @@ def test_a_process_that_gets_a_signal_saves_and_ends_and_another_goes_on(tmp_pat
     with running(tmp_path, runs={"resumed": str(states / f"step_{STEPS[number]}")}) as training:
         output, _ = end(training)
     assert training.process.returncode == 0, output
-    assert same(read(tmp_path, "resumed"), whole_run)
+    assert same(read(tmp_path, "resumed"), uninterrupted_run)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_signal_to_the_whole_group_does_not_take_the_workers_away(tmp_path, whole_run, number):
-    """As a terminal or a scheduler sends it; on the resume the workers are others, and as many as before."""
+def test_a_signal_to_the_process_group_does_not_kill_the_workers(tmp_path, uninterrupted_run, number):
+    """Terminals and schedulers signal the whole group. The resumed run starts as many workers again."""
     with running(tmp_path, tell_at=STEPS[number], num_workers=2) as training:
         wait_for_line(training, f"at step {STEPS[number]}")
         os.killpg(training.process.pid, number)
@@ -142,11 +142,11 @@ def test_a_signal_to_the_whole_group_does_not_take_the_workers_away(tmp_path, wh
     with running(tmp_path, runs={"resumed": str(state)}, num_workers=2) as training:
         output, _ = end(training)
     assert training.process.returncode == 0, output
-    assert same(read(tmp_path, "resumed"), whole_run)
+    assert same(read(tmp_path, "resumed"), uninterrupted_run)
 
 
 @pytest.mark.slow
-def test_sigterm_ends_a_process_at_once_if_no_callback_listens_to_it(tmp_path):
+def test_sigterm_ends_the_process_immediately_if_no_callback_handles_it(tmp_path):
     with running(tmp_path, tell_at=3, saves=False) as training:
         wait_for_line(training, "at step 3")
         training.process.terminate()
@@ -156,29 +156,29 @@ def test_sigterm_ends_a_process_at_once_if_no_callback_listens_to_it(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_begun", [False, True])
-def test_sigterm_before_the_run_listens_loses_nothing(tmp_path, whole_run, is_begun):
-    """The process ends at once: nothing was trained since the state that the run goes on from, if there is one."""
-    if is_begun:
+@pytest.mark.parametrize("has_state", [False, True])
+def test_sigterm_before_the_run_handles_it_loses_nothing(tmp_path, uninterrupted_run, has_state):
+    """The process ends immediately. Nothing was trained since the state that the run resumes from, if there is one."""
+    if has_state:
         with running(tmp_path, signal_at=["on_train_step_end", 7, signal.SIGTERM, 0]) as training:
             output, _ = end(training)
         assert training.process.returncode == 128 + signal.SIGTERM, output
     states = tmp_path / "run" / "states"
-    before = bytes_in(states) if is_begun else {}
-    settings = {"runs": {"run": "latest" if is_begun else None}, "num_workers": 2}
+    before = bytes_in(states) if has_state else {}
+    settings = {"runs": {"run": "latest" if has_state else None}, "num_workers": 2}
     with running(tmp_path, signal_at=["on_training_run_start", 1, signal.SIGTERM, 0], **settings) as training:
-        output, _ = end(training)  # which also tells that nobody else is left to write to its pipe, such as a worker
+        output, _ = end(training)  # the end of its output also proves that no worker is left
     assert training.process.returncode == -signal.SIGTERM, output
     assert {**bytes_in(states), ".lock": b""} == {**before, ".lock": b""}
     with running(tmp_path, **settings) as training:
         output, _ = end(training)
     assert training.process.returncode == 0, output
-    assert ("Resuming from" in output) == is_begun
-    assert same(read(tmp_path, "run"), whole_run)
+    assert ("Resuming from" in output) == has_state
+    assert same(read(tmp_path, "run"), uninterrupted_run)
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_ends_a_slow_step_at_once(tmp_path):
+def test_a_second_ctrl_c_interrupts_a_slow_step_immediately(tmp_path):
     with running(tmp_path, is_slow=True) as training:
         wait_for_line(training, "a slow step")
         training.process.send_signal(signal.SIGINT)
@@ -197,15 +197,15 @@ def test_a_second_ctrl_c_ends_a_slow_step_at_once(tmp_path):
 
 SIGNALLED_AT = {
     "training": ["on_backward_start", 6, signal.SIGTERM, 1],
-    "evaluation": ["on_eval_step_start", 5, signal.SIGUSR1, 1],  # four were within the epoch
+    "evaluation": ["on_eval_step_start", 5, signal.SIGUSR1, 1],  # the first four were mid-epoch
     "end": ["on_training_run_end", 1, signal.SIGTERM, 1],
 }
-"""By place: event, in which call of it, signal, rank."""
+"""By phase: event, number of the call, signal, rank."""
 
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
-    """Runs on two processes of which rank 1 alone got a signal; then a whole run, and those that are resumed."""
+    """Runs on two processes of which only rank 1 received a signal, an uninterrupted run, and the resumed runs."""
     folder = tmp_path_factory.mktemp("interrupted")
     codes, states = {}, {}
     for place, signal_at in SIGNALLED_AT.items():
@@ -215,21 +215,21 @@ def interrupted(tmp_path_factory):
         codes[place] = [process.returncode for process in ended]
         states[place] = names_in(folder / place / "run" / "states")
     resumed = {place: str(folder / place / "run" / "states" / names[0]) for place, names in states.items()}
-    launch(SCRIPT, folder, 2, json.dumps({"runs": {"whole": None, **resumed}}), timeout=TIMEOUT_SECONDS)
+    launch(SCRIPT, folder, 2, json.dumps({"runs": {"uninterrupted": None, **resumed}}), timeout=TIMEOUT_SECONDS)
     return folder, codes, states
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("place", SIGNALLED_AT)
-def test_a_signal_to_one_process_ends_all_alike_and_others_go_on(interrupted, place):
+def test_a_signal_to_one_process_ends_all_of_them_and_a_resumed_run_ends_with_the_same_bits(interrupted, place):
     folder, codes, states = interrupted
     outputs = "".join((folder / place / f"output-{rank}.txt").read_text() for rank in range(2))
     number = SIGNALLED_AT[place][2]
     assert codes[place] == [128 + number] * 2, outputs
-    # Within a window the other process hears of it at the next update, and an evaluation is finished.
+    # Mid-window, the other process learns of the signal at the next update. An evaluation is finished first.
     assert states[place] == [{"training": "step_7", "evaluation": "step_5", "end": "final"}[place]], outputs
-    assert outputs.count("The run is saved in ") == (0 if place == "end" else 1)
+    assert outputs.count("Training state saved to ") == (0 if place == "end" else 1)
     assert outputs.count("handlers are as before") == 2
     for rank in range(2):
-        assert same(read(folder, place, rank), read(folder, "whole", rank))
+        assert same(read(folder, place, rank), read(folder, "uninterrupted", rank))

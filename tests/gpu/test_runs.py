@@ -93,7 +93,7 @@ class Watch:
             self.places.append(" < ".join(reversed(names)))
 
 
-LOG_POINTS = ("progress_bar.py", "reporting.py", "_monitor.py", "_add_epoch_loss_to_run_history")
+LOG_POINTS = ("progress_bar.py", "reporting.py", "_loss_monitor.py", "_add_epoch_loss_to_run_history")
 """Where numbers are read at the end of an epoch, which somebody has to wait for."""
 
 

@@ -1,32 +1,23 @@
+"""`cosine_lr` and `CosineLrScheduler`, compared with an independent formula over whole runs."""
+
+from __future__ import annotations
+
 import itertools
 import re
 
 import numpy as np
 import pytest
-import torch
 
+from _support import make_optimizer, step_through
 from pytorch_accelerated.exceptions import SchedulerSettingsError
 from pytorch_accelerated.schedulers import CosineLrScheduler, cosine_lr
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, resolve_placeholders
 
 
-def make_optimizer(*lrs):
-    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs], lr=1.0)
-
-
-def step_through(scheduler, num_steps):
-    """The learning rates that each of `num_steps` steps sets, (num_steps, num_groups)."""
-    rates = []
-    for _ in range(num_steps):
-        scheduler.step()
-        rates.append([group["lr"] for group in scheduler.optimizer.param_groups])
-    return np.array(rates)
-
-
 def expected_curve(updates, total, warmup, cooldown, base, minimum, start, k):
-    """The curve over all updates at once: sin^2 in place of the cosine, clipping in place of cases."""
+    """The curve over all updates at once, with sin^2 instead of the cosine, and clipping instead of cases."""
     ramp = np.interp(updates, [0, max(warmup, 1e-12)], [start, base])
-    length = max(total - cooldown - warmup, 1e-12)  # A cosine without length jumps to its end at once.
+    length = max(total - cooldown - warmup, 1e-12)  # a cosine of length 0 jumps to its end
     progress = np.where(updates >= total - cooldown, 1, np.clip((updates - warmup) / length, 0, 1))
     falling = base - (base - minimum) * np.sin(np.pi / 2 * progress**k) ** 2
     return np.where(updates < warmup, ramp, falling)
@@ -42,7 +33,9 @@ def expected_curve(updates, total, warmup, cooldown, base, minimum, start, k):
         (5, 10, 1.37, 2.21, 1.5, 1e-3),
     ],
 )
-def test_the_whole_curve_is_that_of_the_formula(num_epochs, updates_per_epoch, warmup, cooldown, k, minimum):
+def test_the_learning_rates_of_a_whole_run_follow_the_formula(
+    num_epochs, updates_per_epoch, warmup, cooldown, k, minimum
+):
     total = num_epochs * updates_per_epoch
     scheduler = CosineLrScheduler(
         make_optimizer(0.1, 0.7),
@@ -82,14 +75,14 @@ def test_warm_up_cosine_and_cooldown_meet_exactly_at_their_boundaries():
     assert np.abs(np.diff(rates)).max() <= largest_step
 
 
-def test_the_first_update_trains_at_the_full_rate_without_warm_up_and_the_rate_ends_at_the_minimum():
+def test_without_warm_up_the_rate_starts_at_the_full_value_and_ends_at_the_minimum():
     rates = step_through(CosineLrScheduler(make_optimizer(0.1), 3, 5), 16)[:, 0]
     assert rates[0] == 0.1
     assert rates[14] > 1e-6
     assert rates[15] == 1e-6
 
 
-def test_a_ratio_takes_the_place_of_the_rate_and_follows_each_group():
+def test_a_ratio_replaces_the_rate_and_applies_to_each_group():
     scheduler = CosineLrScheduler(
         make_optimizer(0.1, 0.4),
         2,
@@ -104,7 +97,7 @@ def test_a_ratio_takes_the_place_of_the_rate_and_follows_each_group():
     np.testing.assert_allclose(rates[[0, 10, 20]], [[0.05, 0.2], [0.1, 0.4], [0.025, 0.1]])
 
 
-def test_a_ratio_of_zero_is_a_ratio():
+def test_a_ratio_of_zero_replaces_the_rate_too():
     scheduler = CosineLrScheduler(
         make_optimizer(0.1), 2, 10, min_lr_ratio=0.0, num_warmup_epochs=1, warmup_starting_lr_ratio=0.0
     )
@@ -112,7 +105,7 @@ def test_a_ratio_of_zero_is_a_ratio():
     assert rates[0] == rates[20] == 0.0
 
 
-def test_a_group_that_starts_below_the_minimum_never_rises():
+def test_a_group_with_a_base_value_below_the_minimum_never_exceeds_it():
     scheduler = CosineLrScheduler(
         make_optimizer(0.1, 1e-8, 0.0), 2, 10, lr_min=1e-3, num_warmup_epochs=1, warmup_starting_lr=1e-2
     )
@@ -122,26 +115,26 @@ def test_a_group_that_starts_below_the_minimum_never_rises():
     assert (rates[:, 2] == 0).all()
 
 
-def test_a_resumed_schedule_goes_on_as_if_nothing_had_happened():
+def test_a_restored_schedule_continues_like_an_uninterrupted_one():
     settings = {"num_warmup_epochs": 1, "num_cooldown_epochs": 0.5, "k_decay": 1.5}
-    whole = step_through(CosineLrScheduler(make_optimizer(0.1, 0.2), 4, 6, **settings), 25)
+    uninterrupted = step_through(CosineLrScheduler(make_optimizer(0.1, 0.2), 4, 6, **settings), 25)
     first = CosineLrScheduler(make_optimizer(0.1, 0.2), 4, 6, **settings)
     step_through(first, 11)
     second = CosineLrScheduler(make_optimizer(9.0, 9.0), 4, 6, **settings)
     second.load_state_dict(first.state_dict())
-    np.testing.assert_array_equal(step_through(second, 14), whole[11:])
+    np.testing.assert_array_equal(step_through(second, 14), uninterrupted[11:])
 
 
-def test_a_resumed_run_may_be_longer_than_planned():
+def test_a_resumed_run_can_be_longer_than_originally_planned():
     first = CosineLrScheduler(make_optimizer(0.1), 2, 6)
     step_through(first, 9)
     longer = CosineLrScheduler(make_optimizer(0.1), 4, 6)
     longer.load_state_dict(state_dict=first.state_dict())
-    whole = step_through(CosineLrScheduler(make_optimizer(0.1), 4, 6), 25)
-    np.testing.assert_array_equal(step_through(longer, 16), whole[9:])
+    uninterrupted = step_through(CosineLrScheduler(make_optimizer(0.1), 4, 6), 25)
+    np.testing.assert_array_equal(step_through(longer, 16), uninterrupted[9:])
 
 
-def test_create_scheduler_fn_takes_the_length_of_the_run_from_the_trainer():
+def test_create_scheduler_fn_uses_the_length_of_the_run():
     create = CosineLrScheduler.create_scheduler_fn(num_warmup_epochs=TrainerPlaceholderValues.NUM_EPOCHS / 4)
     values = {
         TrainerPlaceholderValues.NUM_EPOCHS: 2,
@@ -152,7 +145,7 @@ def test_create_scheduler_fn_takes_the_length_of_the_run_from_the_trainer():
     np.testing.assert_array_equal(step_through(scheduler, 17), step_through(same, 17))
 
 
-def test_create_scheduler_fn_passes_every_argument_on_and_makes_the_subclass():
+def test_create_scheduler_fn_passes_every_argument_and_creates_the_subclass():
     class Own(CosineLrScheduler):
         pass
 
@@ -175,43 +168,46 @@ def test_create_scheduler_fn_passes_every_argument_on_and_makes_the_subclass():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"total_num_epochs": 0}, "is 0, but the length of the run has to be a finite number above 0."),
+        ({"total_num_epochs": 0}, "is 0, but the length of the run must be a finite number above 0."),
         ({"total_num_epochs": float("inf")}, "`total_num_epochs` is inf"),
         ({"num_update_steps_per_epoch": 0}, "`num_update_steps_per_epoch` is 0, but the length of an epoch"),
         (
             {"k_decay": 0.0},
-            "`k_decay` is 0.0, but the exponent of the decay has to be a finite number above 0.",
+            "`k_decay` is 0.0, but the exponent of the decay must be a finite number above 0.",
         ),
         ({"k_decay": -1.0}, "`k_decay` is -1.0"),
-        ({"lr_min": -0.1}, "`lr_min` is -0.1, but a learning rate has to be a finite number of at least 0."),
+        ({"lr_min": -0.1}, "`lr_min` is -0.1, but a learning rate must be a finite number of at least 0."),
         ({"lr_min": float("nan")}, "`lr_min` is nan"),
-        ({"lr_min": 0.2}, "`lr_min` is 0.2, but the schedule runs between it and the initial learning rate"),
-        ({"min_lr_ratio": 1.5}, "`min_lr_ratio` is 1.5, but a share of the initial learning rate has to be"),
+        (
+            {"lr_min": 0.2},
+            "`lr_min` is 0.2, but the initial learning rate of the optimizer, the upper end of the schedule, is lower",
+        ),
+        ({"min_lr_ratio": 1.5}, "`min_lr_ratio` is 1.5, but a fraction of the initial learning rate must be"),
         ({"min_lr_ratio": -0.5}, "`min_lr_ratio` is -0.5"),
         ({"num_warmup_epochs": -1}, "`num_warmup_epochs` is -1, but the length of the warm-up"),
         ({"warmup_starting_lr": -1.0}, "`warmup_starting_lr` is -1.0"),
-        ({"warmup_starting_lr": 0.2}, "`warmup_starting_lr` is 0.2, but the schedule runs between it"),
+        ({"warmup_starting_lr": 0.2}, "`warmup_starting_lr` is 0.2, but the initial learning rate of the optimizer"),
         ({"warmup_starting_lr_ratio": 2}, "and at most 1. Change `warmup_starting_lr_ratio` where"),
         ({"num_cooldown_epochs": -0.5}, "`num_cooldown_epochs` is -0.5, but the length of the cooldown"),
         (
             {"num_warmup_epochs": 2, "num_cooldown_epochs": 1.5},
-            "but both are parts of the run, which has only 3 epochs.",
+            "but both are part of the run, which has only 3 epochs.",
         ),
     ],
 )
-def test_a_setting_out_of_range_is_refused(settings, message):
+def test_a_setting_out_of_range_is_rejected(settings, message):
     settings = {"total_num_epochs": 3, "num_update_steps_per_epoch": 5, **settings}
     with pytest.raises(SchedulerSettingsError, match=re.escape(message)) as caught:
         CosineLrScheduler(make_optimizer(0.1), **settings)
     assert isinstance(caught.value, ValueError)
 
 
-def test_a_placeholder_that_nobody_replaced_is_named():
+def test_an_unresolved_placeholder_is_an_error_that_names_it():
     with pytest.raises(TypeError, match=r"`total_num_epochs` is TrainerPlaceholderValues.NUM_EPOCHS, but"):
         CosineLrScheduler.create_scheduler_fn()(make_optimizer(0.1))
 
 
-def test_the_curve_is_a_plain_function():
+def test_cosine_lr_computes_the_same_curve():
     updates = np.arange(31)
     curve = [
         cosine_lr(

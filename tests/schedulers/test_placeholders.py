@@ -1,3 +1,7 @@
+"""Placeholders: arithmetic with them, and their replacement by the numbers of a run."""
+
+from __future__ import annotations
+
 import functools
 import operator
 import pickle
@@ -46,11 +50,11 @@ def test_the_five_placeholders_are_distinct_members():
     ]
 
 
-def test_a_placeholder_reads_as_it_is_written():
+def test_the_repr_of_a_placeholder_is_its_qualified_name():
     assert repr(P.NUM_EPOCHS) == str(P.NUM_EPOCHS) == "TrainerPlaceholderValues.NUM_EPOCHS"
 
 
-def test_a_placeholder_becomes_its_number():
+def test_a_placeholder_resolves_to_its_number():
     assert resolve(P.NUM_EPOCHS) == 7
     assert resolve(P.TRAIN_DATALOADER_LEN) == 100
 
@@ -84,7 +88,7 @@ def test_every_operator_combines_two_placeholders(apply):
     ],
     ids=repr,
 )
-def test_a_chain_keeps_the_order_of_python(expression, expected):
+def test_a_chain_of_operators_keeps_the_precedence_of_python(expression, expected):
     assert resolve(expression) == expected
 
 
@@ -93,12 +97,12 @@ def test_integer_arithmetic_stays_integer():
     assert type(resolve(P.NUM_EPOCHS / 7)) is float
 
 
-def test_an_expression_reads_as_it_is_calculated():
+def test_the_repr_of_an_expression_shows_the_order_of_evaluation():
     assert repr(2 * P.NUM_EPOCHS // 3) == "(2 * TrainerPlaceholderValues.NUM_EPOCHS) // 3"
 
 
 @pytest.mark.parametrize("other", ["3", None, [1], {}, np.ones(2)], ids=repr)
-def test_a_placeholder_does_not_combine_with_what_is_no_number(other):
+def test_combining_a_placeholder_with_a_non_number_is_a_type_error(other):
     with pytest.raises(TypeError):
         P.NUM_EPOCHS + other
     with pytest.raises(TypeError):
@@ -124,7 +128,7 @@ def test_the_arguments_of_a_partial_are_resolved_in_a_new_partial():
     assert inner.keywords == {"length": P.NUM_UPDATE_STEPS_PER_EPOCH}
 
 
-def test_containers_are_resolved_at_any_depth_and_keep_their_kind():
+def test_containers_are_resolved_at_any_depth_and_keep_their_type():
     pair = namedtuple("pair", "left right")
     value = {
         "list": [P.NUM_EPOCHS, {"deep": (1, [P.NUM_EPOCHS + 1])}],
@@ -147,22 +151,22 @@ def test_containers_are_resolved_at_any_depth_and_keep_their_kind():
     [3, 2.5, None, "NUM_EPOCHS", object(), print, [1, (2, {"a": 3})], functools.partial(print, 1, end="")],
     ids=repr,
 )
-def test_what_holds_no_placeholder_is_returned_as_it_is(value):
+def test_a_value_without_placeholders_is_returned_as_the_same_object(value):
     assert resolve(value) is value
 
 
 @pytest.mark.parametrize("values", [VALUES, {}])
-def test_a_placeholder_without_a_number_is_an_error_that_names_it(values):
+def test_a_placeholder_without_a_known_number_is_an_error_that_names_it(values):
     expected = re.escape("`TrainerPlaceholderValues.EVAL_DATALOADER_LEN` has no value in this run.")
-    with pytest.raises(ValueError, match=expected + r".*Give that to `train`, or write a number"):
+    with pytest.raises(ValueError, match=expected + r".*Pass that to `train`, or replace the placeholder"):
         resolve_placeholders(functools.partial(print, [2 * P.EVAL_DATALOADER_LEN]), values)
 
 
-def test_zero_is_a_number_that_is_known():
+def test_zero_counts_as_a_known_number():
     assert resolve_placeholders(P.EVAL_DATALOADER_LEN, {P.EVAL_DATALOADER_LEN: 0}) == 0
 
 
-def test_a_division_by_zero_says_what_was_divided():
-    expected = re.escape("`5 // TrainerPlaceholderValues.NUM_EPOCHS` is 5 // 0 in this run.")
+def test_a_division_by_zero_is_an_error_that_shows_the_operands():
+    expected = re.escape("`5 // TrainerPlaceholderValues.NUM_EPOCHS` is 5 // 0 in this run, a division by zero.")
     with pytest.raises(ValueError, match=expected):
         resolve_placeholders(5 // P.NUM_EPOCHS, {P.NUM_EPOCHS: 0})

@@ -1,14 +1,15 @@
+"""The base classes of schedulers: base values, counting of updates, and state."""
+
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch
 
+from _support import make_optimizer
 from pytorch_accelerated.exceptions import SchedulerSettingsError
 from pytorch_accelerated.schedulers import SchedulerBase, StatefulSchedulerBase
 from pytorch_accelerated.schedulers.scheduler_base import interpolate
-
-
-def make_optimizer(*lrs):
-    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs], lr=1.0)
 
 
 def get_lrs(optimizer):
@@ -21,7 +22,7 @@ class Halving(StatefulSchedulerBase):
 
 
 class Returning(SchedulerBase):
-    """Returns whatever it is told to."""
+    """Returns the given values."""
 
     def __init__(self, optimizer, values, param_group_field="lr"):
         super().__init__(optimizer, param_group_field)
@@ -31,12 +32,12 @@ class Returning(SchedulerBase):
         return self.values
 
 
-def test_a_scheduler_has_to_say_its_values():
+def test_a_scheduler_without_get_updated_values_cannot_be_instantiated():
     with pytest.raises(TypeError, match="get_updated_values"):
         SchedulerBase(make_optimizer(1.0))
 
 
-def test_making_a_scheduler_changes_no_value():
+def test_creating_a_scheduler_does_not_change_the_learning_rates():
     optimizer = make_optimizer(0.5, 0.25)
     Halving(optimizer)
     assert get_lrs(optimizer) == [0.5, 0.25]
@@ -60,14 +61,14 @@ def test_step_update_sets_the_values_of_that_update():
         (np.float32(0.5), [0.5, 0.5]),
     ],
 )
-def test_values_are_one_per_group_or_one_for_all(values, expected):
+def test_values_can_be_one_per_group_or_one_for_all_groups(values, expected):
     optimizer = make_optimizer(1.0, 1.0)
     Returning(optimizer, values).step_update(0)
     assert get_lrs(optimizer) == expected
     assert all(type(lr) is float for lr in get_lrs(optimizer))
 
 
-def test_a_wrong_number_of_values_is_an_error_and_changes_nothing():
+def test_a_wrong_number_of_values_is_an_error_and_changes_no_learning_rate():
     optimizer = make_optimizer(1.0, 1.0)
     with pytest.raises(ValueError, match=r"returned 3 values for 2 parameter groups.*`self.base_values`"):
         Returning(optimizer, [0.1, 0.2, 0.3]).step_update(0)
@@ -84,13 +85,13 @@ def test_any_field_of_the_groups_can_be_scheduled():
     assert scheduler.base_values == [0.8]
 
 
-def test_a_field_that_the_groups_do_not_have_is_an_error_that_lists_those_they_have():
+def test_a_missing_param_group_field_is_an_error_that_lists_the_existing_fields():
     expected = r"'beta'.*parameter group 0.*'lr', 'maximize', 'momentum'"
     with pytest.raises(SchedulerSettingsError, match=expected):
         Returning(make_optimizer(1.0), 0.5, param_group_field="beta")
 
 
-def test_anything_with_parameter_groups_will_do():
+def test_any_object_with_param_groups_can_be_scheduled():
     class Wrapper:
         def __init__(self, optimizer):
             self._optimizer = optimizer
@@ -104,7 +105,7 @@ def test_anything_with_parameter_groups_will_do():
     assert get_lrs(optimizer) == [0.25]
 
 
-def test_a_learning_rate_held_in_a_tensor_is_written_into_that_tensor():
+def test_a_learning_rate_stored_in_a_tensor_is_updated_in_place():
     lr = torch.tensor(0.5)
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=lr, capturable=False, foreach=False)
     held = optimizer.param_groups[0]["lr"]
@@ -120,7 +121,7 @@ def test_a_second_scheduler_starts_from_the_base_values_of_the_first():
     assert Halving(optimizer).base_values == [0.5]
 
 
-def test_a_group_added_later_is_taken_up_at_the_next_update():
+def test_a_group_added_later_is_included_from_the_next_update():
     optimizer = make_optimizer(0.5)
     scheduler = Halving(optimizer)
     scheduler.step()
@@ -175,19 +176,19 @@ def test_a_state_from_before_the_first_step_sets_no_learning_rate():
     assert get_lrs(optimizer) == [1.0]
 
 
-def test_a_state_without_base_values_keeps_those_of_the_optimizer():
+def test_loading_a_state_without_base_values_keeps_those_of_the_optimizer():
     optimizer = make_optimizer(8.0)
     Halving(optimizer).load_state_dict({"num_updates": 1})
     assert get_lrs(optimizer) == [4.0]
 
 
-def test_a_state_of_fewer_groups_leaves_the_others_their_own_base_value():
+def test_loading_a_state_with_fewer_groups_keeps_the_base_values_of_the_others():
     optimizer = make_optimizer(8.0, 4.0)
     Halving(optimizer).load_state_dict({"num_updates": 1, "base_values": [1.0]})
     assert get_lrs(optimizer) == [0.5, 2.0]
 
 
-def test_a_state_of_more_groups_waits_for_them():
+def test_base_values_of_groups_that_are_added_later_are_kept_for_them():
     optimizer = make_optimizer(8.0)
     scheduler = Halving(optimizer)
     scheduler.load_state_dict({"num_updates": 1, "base_values": [1.0, 0.5]})
@@ -198,7 +199,7 @@ def test_a_state_of_more_groups_waits_for_them():
     assert get_lrs(optimizer) == [0.25, 0.125]
 
 
-def test_a_state_of_another_kind_is_refused_and_changes_nothing():
+def test_a_state_without_position_is_rejected_and_changes_nothing():
     optimizer = make_optimizer(8.0)
     scheduler = Halving(optimizer)
     with pytest.raises(ValueError, match=r"no entry 'num_updates', only \['base_lrs', 'last_epoch'\]"):

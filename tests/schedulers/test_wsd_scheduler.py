@@ -1,3 +1,7 @@
+"""`wsd_lr` and `WSDLrScheduler`, compared with an independent formula over whole runs."""
+
+from __future__ import annotations
+
 import itertools
 import re
 
@@ -5,33 +9,21 @@ import numpy as np
 import pytest
 import torch
 
+from _support import make_optimizer, step_through
 from pytorch_accelerated.exceptions import SchedulerSettingsError
 from pytorch_accelerated.schedulers import WSDLrScheduler, estimate_checkpoint_steps, plan_decays, wsd_lr
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, resolve_placeholders
-
-
-def make_optimizer(*lrs):
-    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs], lr=1.0)
 
 
 def make_scheduler(*lrs, **settings):
     return WSDLrScheduler(make_optimizer(*(lrs or (0.1,))), **settings)
 
 
-def step_through(scheduler, num_steps):
-    """The learning rates that each of `num_steps` steps sets, (num_steps, num_groups)."""
-    rates = []
-    for _ in range(num_steps):
-        scheduler.step()
-        rates.append([group["lr"] for group in scheduler.optimizer.param_groups])
-    return np.array(rates)
-
-
 def expected_curve(num_updates, checkpoints, ratio, warmup, base, minimum, start, is_sqrt):
-    """The curve painted onto a stable line: the end, then each decay over it, then the warm-up."""
+    """A constant curve, onto which the end, then each decay, then the warm-up are written."""
     curve = np.full(num_updates, float(base))
     curve[checkpoints[-1] :] = minimum
-    for checkpoint in reversed(checkpoints):  # An earlier decay owns the update at which a later one starts.
+    for checkpoint in reversed(checkpoints):  # an earlier decay overwrites the update at which a later one starts
         earlier = [other for other in checkpoints if other < checkpoint]
         first = max([checkpoint - max(1, round(ratio * checkpoint)), warmup, *earlier])
         weights = np.linspace(0, 1, checkpoint - first + 1)
@@ -54,7 +46,7 @@ def expected_curve(num_updates, checkpoints, ratio, warmup, base, minimum, start
         (2, 1, 0.1, 1, 0.0, False),
     ],
 )
-def test_the_whole_curve_is_that_of_the_formula(total, num_checkpoints, ratio, warmup, minimum, is_sqrt):
+def test_the_learning_rates_of_a_whole_run_follow_the_formula(total, num_checkpoints, ratio, warmup, minimum, is_sqrt):
     scheduler = make_scheduler(
         0.1,
         0.7,
@@ -100,25 +92,25 @@ def test_the_rate_falls_to_the_minimum_at_a_checkpoint_and_is_stable_again_one_u
         (100.0, 2, [50, 100]),
     ],
 )
-def test_checkpoints_double_and_the_last_is_at_the_end(total, num_checkpoints, expected):
+def test_each_checkpoint_is_twice_as_far_as_the_previous_and_the_last_is_at_the_end(total, num_checkpoints, expected):
     assert estimate_checkpoint_steps(total, num_checkpoints) == expected
 
 
-def test_three_checkpoints_are_the_default():
+def test_estimate_checkpoint_steps_places_three_checkpoints_by_default():
     assert estimate_checkpoint_steps(80) == [20, 40, 80]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 1), "`total_steps` is 0, but a count has to be a finite number above 0."),
-        ((10.5, 1), "`total_steps` is 10.5, but a count has to be a whole number."),
+        ((0, 1), "`total_steps` is 0, but a count must be a finite number above 0."),
+        ((10.5, 1), "`total_steps` is 10.5, but a count must be a whole number."),
         ((10, 0), "`num_checkpoints` is 0"),
-        ((10, 1.5), "`num_checkpoints` is 1.5, but a count has to be a whole number."),
+        ((10, 1.5), "`num_checkpoints` is 1.5, but a count must be a whole number."),
         ((7, 4), "`num_checkpoints` is 4, but a run of 7 updates is too short for that"),
     ],
 )
-def test_checkpoints_that_cannot_be_placed_are_refused(arguments, message):
+def test_checkpoints_that_cannot_be_placed_are_rejected(arguments, message):
     with pytest.raises(SchedulerSettingsError, match=re.escape(message)):
         estimate_checkpoint_steps(*arguments)
 
@@ -135,7 +127,7 @@ def test_checkpoints_that_cannot_be_placed_are_refused(arguments, message):
         ([3], 0.9, 2, [2]),
     ],
 )
-def test_a_decay_takes_its_share_at_least_one_update_and_stays_clear_of_what_is_before(
+def test_a_decay_takes_its_fraction_of_updates_but_starts_after_the_warm_up_and_the_previous_checkpoint(
     checkpoints, ratio, warmup, starts
 ):
     decays = plan_decays(checkpoints, ratio, warmup)
@@ -144,14 +136,14 @@ def test_a_decay_takes_its_share_at_least_one_update_and_stays_clear_of_what_is_
     assert [decay["num_decay_steps"] for decay in decays] == list(np.subtract(checkpoints, starts))
 
 
-def test_a_group_that_starts_below_the_minimum_never_rises():
+def test_a_group_with_a_base_value_below_the_minimum_never_exceeds_it():
     scheduler = make_scheduler(0.1, 1e-8, total_steps=20, lr_min=1e-3, num_warmup_steps=5, warmup_starting_lr=1e-2)
     rates = step_through(scheduler, 21)
     assert rates[-1, 0] == 1e-3
     np.testing.assert_allclose(rates[:, 1], 1e-8)
 
 
-def test_the_length_may_be_given_in_epochs():
+def test_the_length_of_the_run_can_be_given_in_epochs():
     assert make_scheduler(num_epochs=3, num_update_steps_per_epoch=7).total_steps == 21
     assert make_scheduler(num_epochs=1.5, num_update_steps_per_epoch=7).total_steps == 10
     assert make_scheduler(num_epochs=3, num_update_steps_per_epoch=7, total_steps=21).total_steps == 21
@@ -165,14 +157,14 @@ def test_a_fraction_of_a_warm_up_step_is_rounded():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"total_steps": None}, "`total_steps` is None, but the length of the run has to be known."),
+        ({"total_steps": None}, "`total_steps` is None, but the scheduler needs the length of the run."),
         ({"total_steps": None, "num_epochs": 3}, "is 3, `num_update_steps_per_epoch` is None and"),
         ({"total_steps": 0}, "`total_steps` is 0"),
         ({"total_steps": -5}, "`total_steps` is -5"),
-        ({"total_steps": 5.5}, "`total_steps` is 5.5, but a count has to be a whole number."),
+        ({"total_steps": 5.5}, "`total_steps` is 5.5, but a count must be a whole number."),
         (
             {"num_epochs": 3, "num_update_steps_per_epoch": 7},
-            "`total_steps` is 100, but `num_epochs` times `num_update_steps_per_epoch` is 21, and both are",
+            "`total_steps` is 100, but `num_epochs` times `num_update_steps_per_epoch` is 21. Both are",
         ),
         ({"total_steps": None, "num_epochs": 0, "num_update_steps_per_epoch": 7}, "`num_epochs` is 0"),
         (
@@ -182,23 +174,26 @@ def test_a_fraction_of_a_warm_up_step_is_rounded():
         ({"num_warmup_steps": -1}, "`num_warmup_steps` is -1, but the length of the warm-up"),
         (
             {"num_warmup_steps": 100},
-            "The warm-up takes 100 updates, but the first checkpoint is after 100 of 100, and the decay",
+            "The warm-up takes 100 updates, but the first checkpoint is after 100 of 100 updates, and its decay",
         ),
         ({"num_warmup_steps": 30, "num_checkpoints": 3}, "the first checkpoint is after 25 of 100"),
-        ({"decay_phase_ratio": 0.0}, "`decay_phase_ratio` is 0.0, but a share of the run has to be a finite"),
+        ({"decay_phase_ratio": 0.0}, "`decay_phase_ratio` is 0.0, but a fraction of the run must be a finite"),
         ({"decay_phase_ratio": -0.1}, "`decay_phase_ratio` is -0.1"),
         ({"decay_phase_ratio": 1.1}, "above 0 and at most 1. Change `decay_phase_ratio` where"),
         (
             {"lr_min": -1e-6},
-            "`lr_min` is -1e-06, but a learning rate has to be a finite number of at least 0",
+            "`lr_min` is -1e-06, but a learning rate must be a finite number of at least 0",
         ),
-        ({"lr_min": 0.2}, "`lr_min` is 0.2, but the schedule runs between it and the initial learning rate"),
+        (
+            {"lr_min": 0.2},
+            "`lr_min` is 0.2, but the initial learning rate of the optimizer, the upper end of the schedule, is lower",
+        ),
         ({"warmup_starting_lr": float("nan")}, "`warmup_starting_lr` is nan"),
         ({"num_checkpoints": 0}, "`num_checkpoints` is 0"),
         ({"num_checkpoints": 8}, "`num_checkpoints` is 8, but a run of 100 updates is too short"),
     ],
 )
-def test_bad_settings_raise_an_error_that_is_a_value_error_and_an_assertion_error(settings, message):
+def test_a_setting_out_of_range_is_a_value_error_and_an_assertion_error(settings, message):
     with pytest.raises(SchedulerSettingsError, match=re.escape(message)) as caught:
         make_scheduler(**{"total_steps": 100, **settings})
     assert isinstance(caught.value, ValueError)
@@ -212,18 +207,18 @@ def test_a_continuation_has_no_warm_up():
     assert rates[20] == 1e-6
 
 
-def test_a_resumed_schedule_goes_on_as_if_nothing_had_happened():
+def test_a_restored_schedule_continues_like_an_uninterrupted_one():
     settings = {"total_steps": 50, "num_checkpoints": 2, "num_warmup_steps": 5}
-    whole = step_through(make_scheduler(0.1, 0.2, **settings), 52)
+    uninterrupted = step_through(make_scheduler(0.1, 0.2, **settings), 52)
     for position in (1, 4, 24, 26, 48):
         first = make_scheduler(0.1, 0.2, **settings)
         step_through(first, position)
         second = make_scheduler(9.0, 9.0, **settings)
         second.load_state_dict(first.state_dict())
-        np.testing.assert_array_equal(step_through(second, 52 - position), whole[position:])
+        np.testing.assert_array_equal(step_through(second, 52 - position), uninterrupted[position:])
 
 
-def test_a_continuation_keeps_its_own_kind_and_length_when_it_loads_the_state_of_an_earlier_run():
+def test_a_continuation_that_loads_an_earlier_state_stays_a_continuation_of_its_own_length():
     earlier = make_scheduler(0.3, total_steps=50, num_warmup_steps=5)
     step_through(earlier, 46)
     continuation = make_scheduler(0.1, total_steps=200, is_continuation_from_checkpoint=True)
@@ -240,7 +235,7 @@ def test_a_continuation_keeps_its_own_kind_and_length_when_it_loads_the_state_of
     }
 
 
-def test_an_ordinary_run_does_not_become_a_continuation_by_loading_one():
+def test_a_run_does_not_become_a_continuation_by_loading_the_state_of_one():
     scheduler = make_scheduler(total_steps=20)
     scheduler.load_state_dict(make_scheduler(total_steps=30, is_continuation_from_checkpoint=True).state_dict())
     assert not scheduler.is_continuation_from_checkpoint
@@ -254,7 +249,7 @@ def test_the_state_can_be_loaded_without_running_code(tmp_path):
     assert torch.load(tmp_path / "state.pt", weights_only=True) == scheduler.state_dict()
 
 
-def test_decay_info_tells_start_end_and_length_and_cannot_change_the_schedule():
+def test_decay_info_returns_copies_of_start_end_and_length():
     scheduler = make_scheduler(total_steps=100, num_checkpoints=2)
     expected = [
         {"start_step": 45, "end_step": 50, "num_decay_steps": 5},
@@ -283,7 +278,9 @@ def test_decay_info_tells_start_end_and_length_and_cannot_change_the_schedule():
         (999, "decay", 90, 100, 1.0, 100, True),
     ],
 )
-def test_phase_info_tells_where_a_run_is(num_updates, phase, start, end, progress, checkpoint, is_checkpoint):
+def test_phase_info_describes_the_position_in_the_schedule(
+    num_updates, phase, start, end, progress, checkpoint, is_checkpoint
+):
     scheduler = make_scheduler(total_steps=100, num_checkpoints=2, num_warmup_steps=10)
     assert scheduler.get_phase_info(num_updates) == {
         "phase": phase,
@@ -295,7 +292,7 @@ def test_phase_info_tells_where_a_run_is(num_updates, phase, start, end, progres
     }
 
 
-def test_the_current_phase_follows_the_steps():
+def test_the_current_phase_advances_with_the_steps():
     scheduler = make_scheduler(total_steps=10, num_warmup_steps=2, decay_phase_ratio=0.3)
     assert scheduler.get_current_step() == -1
     phases = []
@@ -308,9 +305,7 @@ def test_the_current_phase_follows_the_steps():
 
 
 @pytest.mark.parametrize(("num_warmup_epochs", "num_warmup_steps"), [(None, 0), (0, 0), (1, 8), (0.3, 2)])
-def test_create_scheduler_fn_takes_the_length_from_the_trainer_and_the_warm_up_in_epochs(
-    num_warmup_epochs, num_warmup_steps
-):
+def test_create_scheduler_fn_uses_the_length_of_the_run_and_a_warm_up_in_epochs(num_warmup_epochs, num_warmup_steps):
     create = WSDLrScheduler.create_scheduler_fn(num_warmup_epochs=num_warmup_epochs, num_checkpoints=2)
     values = {
         TrainerPlaceholderValues.NUM_EPOCHS: 4,
@@ -321,7 +316,7 @@ def test_create_scheduler_fn_takes_the_length_from_the_trainer_and_the_warm_up_i
     assert scheduler.num_warmup_steps == num_warmup_steps
 
 
-def test_the_warm_up_may_be_a_share_of_the_run():
+def test_the_warm_up_can_be_a_fraction_of_the_run():
     create = WSDLrScheduler.create_scheduler_fn(num_warmup_epochs=0.25 * TrainerPlaceholderValues.NUM_EPOCHS)
     values = {
         TrainerPlaceholderValues.NUM_EPOCHS: 4,
@@ -330,7 +325,7 @@ def test_the_warm_up_may_be_a_share_of_the_run():
     assert resolve_placeholders(create, values)(make_optimizer(0.1)).num_warmup_steps == 8
 
 
-def test_create_scheduler_fn_passes_every_argument_on_and_makes_the_subclass():
+def test_create_scheduler_fn_passes_every_argument_and_creates_the_subclass():
     class Own(WSDLrScheduler):
         pass
 
@@ -349,12 +344,12 @@ def test_create_scheduler_fn_passes_every_argument_on_and_makes_the_subclass():
     assert {name: getattr(scheduler, name) for name in arguments} == arguments
 
 
-def test_a_placeholder_that_nobody_replaced_is_named():
+def test_an_unresolved_placeholder_is_an_error_that_names_it():
     with pytest.raises(TypeError, match=r"`num_epochs` is TrainerPlaceholderValues.NUM_EPOCHS, but"):
         WSDLrScheduler.create_scheduler_fn(num_update_steps_per_epoch=3)(make_optimizer(0.1))
 
 
-def test_the_curve_is_a_plain_function():
+def test_wsd_lr_computes_the_same_curve():
     decays = plan_decays([20, 40], 0.25, 6)
     curve = [
         wsd_lr(

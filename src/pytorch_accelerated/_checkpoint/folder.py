@@ -1,4 +1,4 @@
-"""A folder of training states: which there are, which is the newest, which may go, and whose it is."""
+"""A folder of training states: which states it contains, which is the newest, which are kept, and which run owns it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from pytorch_accelerated._checkpoint.files import delete_folder, make_folder, repair_folder
+from pytorch_accelerated._checkpoint.files import create_folder, delete_folder, repair_folder
 from pytorch_accelerated._checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -29,27 +29,23 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-
-_ROTATED = re.compile(r"(epoch|step)_\d+")
-
-
-_OWN_NAME = re.compile(rf"{_ROTATED.pattern}|final")
-
-
-_LEFT_BEHIND = re.compile(rf"\.({_OWN_NAME.pattern})\.(tmp|old)")
-
-
+_ROTATED_NAME = re.compile(r"(epoch|step)_\d+")
+_STATE_NAME = re.compile(rf"{_ROTATED_NAME.pattern}|final")
+_LEFTOVER_NAME = re.compile(rf"\.({_STATE_NAME.pattern})\.(tmp|old)")
 _LOCK = ".lock"
 
-
 _held_locks: dict[Path, IO[str]] = {}
+"""The open lock files of this process, by folder."""
+
+
+# --- what is in it -----------------------------------------------------------------------------------------------
 
 
 def list_states(folder: str | os.PathLike[str]) -> list[SavedState]:
-    """Return the training states in a folder, the oldest first, those that cannot be used too.
+    """Return the training states in a folder, oldest first, including unusable ones.
 
-    They are sorted by how far their run had come, later runs after earlier ones. What is wrong with one, as far as
-    manifests and sizes of files tell, is its ``problem``.
+    They are sorted by how far their run had come; later runs come after earlier ones. If a state is unusable, its
+    ``problem`` says why, judging by manifest and file sizes only.
 
     Args:
         folder: The folder.
@@ -57,36 +53,37 @@ def list_states(folder: str | os.PathLike[str]) -> list[SavedState]:
     Raises:
         FileNotFoundError: There is no such folder.
     """
-    seen = (_look_at(path) for path in sorted(Path(folder).iterdir()))
-    return sorted((state for state in seen if state is not None), key=lambda state: state.order)
+    found = (_inspect(path) for path in sorted(Path(folder).iterdir()))
+    return sorted((state for state in found if state is not None), key=lambda state: state.order)
 
 
-def _look_at(path: Path) -> SavedState | None:
-    is_own = _OWN_NAME.fullmatch(path.name) is not None
+def _inspect(path: Path) -> SavedState | None:
+    """Return the training state at a path; ``None`` if there is something else."""
+    has_state_name = _STATE_NAME.fullmatch(path.name) is not None
     try:
-        if path.name.startswith(".") or not path.is_dir() or not (is_own or (path / MANIFEST).exists()):
+        if path.name.startswith(".") or not path.is_dir() or not (has_state_name or (path / MANIFEST).exists()):
             return None
         saved = read_manifest(path)
-        return replace(saved, problem=find_damage(saved, compares_checksums=False))
+        return replace(saved, problem=find_damage(saved, compare_checksums=False))
     except NewerFormatError as error:
         return SavedState(path, format_version=FORMAT_VERSION + 1, problem=str(error))
     except CheckpointError as error:
         return SavedState(path, problem=str(error))
-    except OSError as error:  # somebody else's folder, perhaps
-        return SavedState(path, problem=f"{str(path)!r} cannot be read: {error}.") if is_own else None
+    except OSError as error:  # without a state's name it may belong to someone else
+        return SavedState(path, problem=f"{str(path)!r} cannot be read: {error}.") if has_state_name else None
 
 
 def find_newest_state(
-    folder: str | os.PathLike[str], report: Callable[[str], Any] = lambda message: None
+    folder: str | os.PathLike[str], on_skip: Callable[[str], Any] = lambda message: None
 ) -> SavedState | None:
-    """Return the newest training state in a folder that is whole; ``None`` if there is none.
+    """Return the newest valid training state in a folder; ``None`` if there is none.
 
     Args:
         folder: The folder.
-        report: Called with a sentence about each state that is passed over.
+        on_skip: Called for each newer state that is skipped, with a sentence that says why.
 
     Raises:
-        CheckpointError: A newer version of this library wrote one of them.
+        CheckpointError: A newer version of this library wrote one of the states.
     """
     for state in reversed(list_states(folder)):
         try:
@@ -94,18 +91,19 @@ def find_newest_state(
         except NewerFormatError:
             raise
         except (OSError, CheckpointError) as error:
-            report(str(error))
+            on_skip(str(error))
     return None
 
 
 class Lineage:
-    """Numbers the states of a run, so that those of later runs in a folder come after those of earlier ones.
+    """Numbers the states of a run, so that those of later runs in a folder sort after those of earlier runs.
 
-    A run that was resumed belongs to the generation of the state it goes on from; any other begins a new one. So does a
-    run that was resumed from a state which is not the newest in the folder: what comes after it is given up.
+    A resumed run belongs to the generation of the state that it was resumed from; any other run starts a new one. A run
+    that was resumed from a state other than the newest in the folder also starts a new one, because it abandons the
+    states after that one.
 
     Args:
-        origin: The state that the run was resumed from, if it was.
+        origin: The state that the run was resumed from; ``None`` if it was not resumed.
     """
 
     def __init__(self, origin: SavedState | None = None) -> None:
@@ -113,10 +111,10 @@ class Lineage:
         self._next: dict[Path, tuple[int, int]] = {}
 
     def take_number(self, folder: Path) -> tuple[int, int]:
-        """Return the generation of the next state in a folder, and how many it has there already."""
-        place = folder.resolve()
-        generation, number = self._next.get(place) or self._first_in(folder)
-        self._next[place] = (generation, number + 1)
+        """Return the generation of the next state in a folder, and its number within that generation, from 0."""
+        resolved = folder.resolve()
+        generation, number = self._next.get(resolved) or self._first_in(folder)
+        self._next[resolved] = (generation, number + 1)
         return generation, number
 
     def _first_in(self, folder: Path) -> tuple[int, int]:
@@ -129,14 +127,17 @@ class Lineage:
         return newest.generation + 1, 0
 
 
+# --- what is kept ------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Retention:
     """Which states of epochs and steps are kept in a folder.
 
     Args:
-        num_newest: How many of the newest; ``None`` for all.
-        num_best: How many of the best beside them.
-        metric: What "best" means: a name in the run history.
+        num_newest: Number of newest states to keep; ``None`` for all.
+        num_best: Number of best states to keep in addition.
+        metric: The metric that decides which are best: a name in the run history.
         greater_is_better: Whether larger values are better.
     """
 
@@ -146,7 +147,11 @@ class Retention:
     greater_is_better: bool = False
 
     def choose(self, states: Sequence[SavedState]) -> list[SavedState]:
-        """Return the states that are kept, out of those that can be used, the oldest first."""
+        """Return the states to keep.
+
+        Args:
+            states: The valid states, oldest first.
+        """
         if self.num_newest is None:
             return list(states)
         return [*states[-self.num_newest :], *self._best_of(states)]
@@ -156,7 +161,7 @@ class Retention:
         for state in states:
             value = state.metrics.get(self.metric)
             if isinstance(value, (int, float)) and state.position is not None:
-                # Until the next evaluation, later states still carry the value of the first.
+                # Until the next evaluation, later states carry the same value. The first one was evaluated.
                 key = (state.generation, state.position.num_epochs_completed, value)
                 first_with_value.setdefault(key, state)
         by_value = sorted(first_with_value.items(), key=lambda item: item[0][-1], reverse=self.greater_is_better)
@@ -164,60 +169,68 @@ class Retention:
 
 
 def rotate(folder: Path, retention: Retention, written: Sequence[Path] = ()) -> None:
-    """Delete the states of epochs and steps that are not kept; what cannot be deleted is a warning.
+    """Delete the states of epochs and steps that are not kept. If that fails, warn.
 
     Args:
         folder: The folder.
         retention: What is kept.
-        written: What this run has saved there, the oldest first. Of these, superseded ones go even if they can no
-            longer be read; of others, what cannot be read is left to the user.
+        written: The states that this run has saved there, oldest first. Of these, superseded ones are deleted even if
+            they cannot be read. Unreadable states of other runs are left to the user.
     """
     try:
-        states = [state for state in list_states(folder) if _ROTATED.fullmatch(state.path.name)]
+        states = [state for state in list_states(folder) if _ROTATED_NAME.fullmatch(state.path.name)]
         kept = {state.path for state in retention.choose([state for state in states if state.problem is None])}
         unreadable = {state.path for state in states if state.position is None}
-        own_unreadable = [path for path in written if path in unreadable]
+        written_unreadable = [path for path in written if path in unreadable]
         superseded = [state.path for state in states if state.path not in kept | unreadable]
-        for path in [*superseded, *own_unreadable[: -(retention.num_newest or len(own_unreadable))]]:
+        num_newest = retention.num_newest or len(written_unreadable)
+        for path in [*superseded, *written_unreadable[:-num_newest]]:
             delete_folder(path)
     except OSError as error:
-        warnings.warn(f"A training state that is no longer needed could not be deleted: {error}.", stacklevel=2)
+        warnings.warn(
+            f"A training state that is no longer needed could not be deleted: {error}. The run continues; delete the "
+            "state yourself if you need the space.",
+            stacklevel=2,
+        )
+
+
+# --- who owns it -------------------------------------------------------------------------------------------------
 
 
 def claim_folder(folder: Path) -> None:
-    """Make a folder of training states ready for a run, which has it for itself until `release_folder`.
+    """Prepare a folder of training states for a run, and lock it for that run until `release_folder`.
 
-    What an earlier run left half done is repaired. Nothing is touched that does not have a name of ours.
+    What an earlier run left incomplete is repaired. Only names that this library uses are touched.
 
     Raises:
-        CheckpointError: The folder cannot be written to, or another run has it.
+        CheckpointError: The folder cannot be written to, or another run has locked it.
     """
     try:
-        make_folder(folder)
+        create_folder(folder)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
         _lock(folder)
         for path in sorted(folder.iterdir()):
-            if match := _LEFT_BEHIND.fullmatch(path.name):
+            if match := _LEFTOVER_NAME.fullmatch(path.name):
                 repair_folder(folder / match[1])
     except OSError as error:
         release_folder(folder)
         raise CheckpointError(
-            f"Training states cannot be saved in {str(folder)!r}: {error}. Give a `save_dir` that can be written to."
+            f"Training states cannot be saved in {str(folder)!r}: {error}. Pass a `save_dir` that is writable."
         ) from error
 
 
 def release_folder(folder: Path) -> None:
-    """Let other runs have the folder."""
+    """Unlock a folder for other runs."""
     file = _held_locks.pop(folder.resolve(), None)
     if file is not None:
         file.close()
 
 
 def _lock(folder: Path) -> None:
-    """Take the lock of a folder, which the system gives back if the process dies, whatever it dies of."""
-    place = folder.resolve()
-    if place in _held_locks:
+    """Lock a folder. The operating system releases the lock when the process ends, whatever the cause."""
+    resolved = folder.resolve()
+    if resolved in _held_locks:
         return
     file = (folder / _LOCK).open("a+")
     try:
@@ -229,11 +242,12 @@ def _lock(folder: Path) -> None:
         file.close()
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise CheckpointError(
-                f"Another run saves its training states in {str(folder)!r}: {owner or 'owner unknown'}. Two runs would "
-                "delete each other's. Wait for it, end it, or give this run another `save_dir`."
+                f"Another run is saving its training states in {str(folder)!r}: {owner or 'owner unknown'}. Two runs "
+                "in one folder would delete each other's states. Wait for that run, stop it, or pass another "
+                "`save_dir`."
             ) from error
         return  # a file system without locks
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
-    _held_locks[place] = file
+    _held_locks[resolved] = file

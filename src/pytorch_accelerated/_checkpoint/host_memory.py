@@ -1,4 +1,4 @@
-"""Host memory for a copy of nested tensors."""
+"""Reusable host memory for a copy of nested tensors."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 
 from pytorch_accelerated._nested import rebuild
 
-_ALIGNMENT = 64  # bytes, as PyTorch aligns its own
+_ALIGNMENT = 64  # bytes, the same as PyTorch's own allocator
 
 
 class HostMemory:
-    """Memory of the host for a copy of nested tensors, which serves again for the next copy."""
+    """Host memory for a copy of nested tensors, reused for the next copy if the tensors still match."""
 
     def __init__(self) -> None:
         self._blocks: list[torch.Tensor] = []
 
-    def copy_of(self, value: Any) -> Any:
-        """Return a copy of a nested structure; it is good until the next one is made.
+    def copy(self, value: Any) -> Any:
+        """Return a copy of a nested structure; it is valid until the next call.
 
         Example:
             >>> weights = torch.ones(2)
-            >>> copied = HostMemory().copy_of({"weights": [weights]})
+            >>> copied = HostMemory().copy({"weights": [weights]})
             >>> weights.zero_()
             tensor([0., 0.])
             >>> copied
@@ -34,50 +34,50 @@ class HostMemory:
         """
         tensors: list[torch.Tensor] = []
 
-        def note(tensor: torch.Tensor) -> torch.Tensor:
+        def collect(tensor: torch.Tensor) -> torch.Tensor:
             tensors.append(tensor)
             return tensor
 
-        _replace_tensors(value, note)
-        if not _are_alike(self._blocks, tensors):
-            self._blocks = []  # what there was is free before there is more
-            self._blocks = _make_blocks(tensors)
-        if tensors:
-            with torch.no_grad():
-                torch._foreach_copy_(self._blocks, tensors)
+        _map_tensors(value, collect)
+        if not _match(self._blocks, tensors):
+            self._blocks = []  # free the old memory before allocating more
+            self._blocks = _allocate_like(tensors)
+        with torch.no_grad():
+            for block, tensor in zip(self._blocks, tensors, strict=True):
+                block.copy_(tensor)
         blocks = iter(self._blocks)
-        return _replace_tensors(value, lambda _: next(blocks))
+        return _map_tensors(value, lambda _: next(blocks))
 
 
-def _replace_tensors(value: Any, replace: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Return a nested structure with something else in the place of each tensor."""
+def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return a nested structure with each tensor replaced by the result of a function."""
     if isinstance(value, torch.Tensor):
-        return replace(value)
-    if value is None or isinstance(value, (str, float, int)):  # most of what there is
+        return function(value)
+    if value is None or isinstance(value, (str, float, int)):  # the most common leaves first
         return value
-    return rebuild(value, lambda item: _replace_tensors(item, replace))
+    return rebuild(value, lambda item: _map_tensors(item, function))
 
 
-def _are_alike(blocks: list[torch.Tensor], tensors: list[torch.Tensor]) -> bool:
+def _match(blocks: list[torch.Tensor], tensors: list[torch.Tensor]) -> bool:
     return len(blocks) == len(tensors) and all(
         block.shape == tensor.shape and block.dtype == tensor.dtype and block.layout == tensor.layout
         for block, tensor in zip(blocks, tensors, strict=True)
     )
 
 
-def _make_blocks(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return tensors of the host like others, the large ones in memory that is fast to use for the first time."""
+def _allocate_like(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Allocate a host tensor for each tensor; the large ones share memory that is fast to touch for the first time."""
     sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT if _is_large(tensor) else 0 for tensor in tensors]
     memory = _map_memory(sum(sizes))
     starts = itertools.accumulate([0, *sizes[:-1]])
     return [
-        _block_in(memory, start, tensor) if size else torch.empty_like(tensor, device="cpu")
+        _view_at(memory, start, tensor) if size else torch.empty_like(tensor, device="cpu")
         for tensor, size, start in zip(tensors, sizes, starts, strict=True)
     ]
 
 
 def _is_large(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor is worth a place in such memory, and has its numbers side by side."""
+    """Tell whether a tensor is large enough for the shared memory, and dense and contiguous, so that it fits in."""
     is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
     if not is_plain or tensor.is_quantized or tensor.nbytes < mmap.PAGESIZE:
         return False
@@ -85,16 +85,16 @@ def _is_large(tensor: torch.Tensor) -> bool:
 
 
 def _map_memory(num_bytes: int) -> memoryview:
-    # The system makes a page when it is first written to, and for pages of the usual size that takes six times as long
-    # as the copy itself.
+    # The system allocates a page when it is first written to. With pages of the default size, that takes six times as
+    # long as the copy itself.
     if num_bytes == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
-        return torch.empty(num_bytes, dtype=torch.uint8).numpy().data  # aligned, as all of PyTorch's
+        return torch.empty(num_bytes, dtype=torch.uint8).numpy().data  # aligned by PyTorch
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a system without large pages
+    with suppress(OSError):  # a system without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)
 
 
-def _block_in(memory: memoryview, start: int, like: torch.Tensor) -> torch.Tensor:
+def _view_at(memory: memoryview, start: int, like: torch.Tensor) -> torch.Tensor:
     block = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=start)
     return block.as_strided(like.shape, like.stride())

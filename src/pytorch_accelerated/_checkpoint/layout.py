@@ -1,4 +1,4 @@
-"""How a run goes on whose samples are grouped otherwise than before: by another number of processes or batch size."""
+"""How a run resumes if its samples are now batched differently: other numbers of processes, or another batch size."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pytorch_accelerated.tracking import EpochMeans, LossTracker
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How many samples the processes take together.
+    """How the samples of an epoch are divided into batches, steps and updates.
 
     Args:
-        num_processes: How many there are.
+        num_processes: The world size.
         per_device_batch_size: Samples in a batch of one process; ``None`` if it varies.
-        gradient_accumulation_steps: Batches per process that make one update.
+        gradient_accumulation_steps: Batches per process in one update.
     """
 
     num_processes: int
@@ -27,12 +27,12 @@ class BatchLayout:
 
     @property
     def step(self) -> tuple[int, int | None]:
-        """What makes a step: which samples of an epoch it has depends on nothing else."""
+        """What decides which samples of an epoch a step contains: number of processes and batch size."""
         return self.num_processes, self.per_device_batch_size
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], num_processes: int) -> BatchLayout:
-        """Take it out of the settings of a run."""
+    def from_settings(cls, settings: Mapping[str, Any], num_processes: int) -> BatchLayout:
+        """Build the layout from the settings of a run; see `run_settings`."""
         names = ("per_device_batch_size", "gradient_accumulation_steps")
         return cls(num_processes, **{name: settings[name] for name in names if name in settings})
 
@@ -40,22 +40,20 @@ class BatchLayout:
 def translate_position(
     position: TrainingProgress, then: BatchLayout, now: BatchLayout, dataset_length: int | None
 ) -> TrainingProgress:
-    """Return where in its epoch a run goes on.
+    """Return where in its epoch a run resumes under a different layout.
 
-    That is before the first update with a sample that was in no update yet. Samples of an accumulation window that was
-    open, and of an update that is now a larger one, come again.
+    That is before the first update that contains a sample which no update has used yet. Samples of an open accumulation
+    window are repeated. So are those of an update that is part of a larger update now.
 
     Args:
         position: Where the run was.
-        then: How the samples were grouped.
-        now: How they are grouped.
-        dataset_length: How many there are in an epoch; ``None`` if that is not known.
+        then: The layout of the run that saved the state.
+        now: The layout of the resumed run.
+        dataset_length: Samples in an epoch; ``None`` if unknown.
 
     Example:
-        >>> at = TrainingProgress(num_batches_in_epoch=5)
-        >>> translate_position(
-        ...     at, BatchLayout(2, 8), BatchLayout(4, 8), None
-        ... ).num_batches_in_epoch  # 80 samples, not 64
+        >>> at = TrainingProgress(num_batches_in_epoch=5)  # 80 samples
+        >>> translate_position(at, BatchLayout(2, 8), BatchLayout(4, 8), None).num_batches_in_epoch  # 64 samples
         2
     """
     if position.phase != "training":
@@ -73,7 +71,14 @@ def translate_position(
 
 
 def sum_epoch_means(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Put the sums that several processes had over an epoch into one, as `EpochMeans.state_dict` has them."""
+    """Sum the epoch means of several processes.
+
+    Args:
+        states: One ``EpochMeans.state_dict()`` per process.
+
+    Returns:
+        The sums in the same form.
+    """
     total = EpochMeans().state_dict()
     for state in states:
         total["loss"] = _sum(total["loss"], state["loss"])

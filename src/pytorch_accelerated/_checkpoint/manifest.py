@@ -1,4 +1,4 @@
-"""What is in the directory of a training state, and whether it is all there, as its manifest tells."""
+"""The manifest of a training state: what the directory contains, and whether all of it is intact."""
 
 from __future__ import annotations
 
@@ -21,46 +21,39 @@ from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.tracking import as_number
 
 FORMAT_VERSION = 2
-
-
 MANIFEST = "manifest.json"
-
-
 TRAINER_STATE = "trainer_state.pt"
 
-
-_LONGEST_TEXT = 80
-
-
+_MAX_TEXT_LENGTH = 80
 _PHASES = ("training", "evaluation", "end")
-
 
 _READ_BY_ACCELERATE = re.compile(
     r"(model|pytorch_model|optimizer|scheduler|sampler|scaler|dl_state_dict|random_states|custom_checkpoint)(_\d+)?"
     r"\.(safetensors|bin|pt|pkl)"
 )
+"""Names of files that `Accelerator.load_state` looks for."""
 
 
 class NewerFormatError(CheckpointError):
-    """A training state was written by a newer version of the library, so that this one cannot know what it means."""
+    """A training state was written by a newer version of the library, so this version cannot interpret it."""
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """A training state on disk, as its manifest describes it.
+    """A training state on disk, as described by its manifest.
 
     Args:
         path: Its directory.
-        position: Where a run goes on from it; ``None`` if the manifest cannot be read.
-        metrics: The newest value of each metric; as text if it is no finite number.
-        settings: What the run was started with, as far as a resumed run ought to have the same.
-        versions: Of the packages that wrote it.
-        num_processes: How many processes wrote it.
-        generation: Which of the runs in its folder wrote it, from 0; a resumed run is the same run.
+        position: Where a run resumes from it; ``None`` if the manifest cannot be read.
+        metrics: The latest value of each metric; as text if it is not a finite number.
+        settings: The settings of the run that a resumed run should share.
+        versions: The versions of the packages that wrote it.
+        num_processes: The number of processes that wrote it.
+        generation: Which of the runs in its folder wrote it, from 0; a resumed run counts as the same run.
         number: How many states that run had saved in the folder before.
         files: Size in bytes and checksum of every file, by its path in the directory.
-        format_version: Of the manifest and the files.
-        problem: Why it cannot be used, as far as that is known; ``None`` if it can.
+        format_version: The format of the manifest and the files.
+        problem: Why the state is unusable, if that is known; ``None`` if it is usable.
     """
 
     path: Path
@@ -77,12 +70,12 @@ class SavedState:
 
     @property
     def size(self) -> int:
-        """Bytes in its files, without the manifest."""
-        return sum(facts["size"] for facts in self.files.values())
+        """Total bytes of its files, without the manifest."""
+        return sum(file["size"] for file in self.files.values())
 
     @property
     def order(self) -> tuple[float, ...]:
-        """What states are sorted by: the newest has the greatest, and no clock has a say in it."""
+        """The sort key of states: the newest has the greatest. It does not depend on any clock."""
         if self.position is None:
             return (math.inf,) if self.format_version > FORMAT_VERSION else (-1,)
         at = self.position
@@ -90,18 +83,23 @@ class SavedState:
         return (self.generation, at.num_epochs_completed, *within_epoch, at.num_updates, self.number)
 
 
+def name_state(path: Path) -> str:
+    """Return how error messages refer to a training state."""
+    return f"The training state {str(path)!r}"
+
+
 def process_file(process_index: int) -> str:
-    """Return the name of the file with what a process has for itself."""
+    """Return the name of the file with the local part of one process."""
     return f"process_{process_index}.pt"
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Return the versions of what a run's results depend on; ``None`` for what is not installed as a package."""
+    """Return the versions that the results of a run depend on; ``None`` for what is not installed as a package."""
     packages = {name: _version_of(name) for name in ("pytorch-accelerated", "torch", "accelerate")}
     return {**packages, "python": platform.python_version()}
 
 
-@cache  # to look it up takes a millisecond, and what is loaded stays
+@cache  # a look-up takes a millisecond, and the version of a loaded package does not change
 def _version_of(package: str) -> str | None:
     try:
         return version(package)
@@ -109,13 +107,16 @@ def _version_of(package: str) -> str | None:
         return None
 
 
-def as_json_number(value: Any) -> float | str:
+def as_json_scalar(value: Any) -> float | str:
     """Return a finite number as it is, anything else as a short text."""
     try:
         number = as_number(value)
     except ValueError:
-        return str(value)[:_LONGEST_TEXT]
+        return str(value)[:_MAX_TEXT_LENGTH]
     return number if math.isfinite(number) else str(number)
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
 
 
 def file_metadata(path: Path) -> dict[str, Any]:
@@ -123,44 +124,47 @@ def file_metadata(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "crc32": crc32_of(path)}
 
 
-def write_manifest(directory: Path, facts: Mapping[str, Any], flushed: Mapping[str, Any] | None = None) -> None:
-    """Complete a directory by a list of its files, all readable for whom the umask says, and flush it to disk.
+def write_manifest(directory: Path, metadata: Mapping[str, Any], checksums: Mapping[str, Any] | None = None) -> None:
+    """Complete a directory: list its files in a manifest, apply the umask to all of them, and flush them to disk.
 
     Args:
-        directory: Where they are.
-        facts: What the manifest tells beside them.
-        flushed: What `file_metadata` returned for those that are on the disk already.
+        directory: The directory.
+        metadata: The other entries of the manifest.
+        checksums: What `file_metadata` returned, by name, for the files that have been flushed already.
     """
     paths = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
-    flushed = flushed or {}
-    files = {name: flushed.get(name) or file_metadata(path) for name, path in sorted(paths.items())}
+    checksums = checksums or {}
+    files = {name: checksums.get(name) or file_metadata(path) for name, path in sorted(paths.items())}
     manifest = {
         "format_version": FORMAT_VERSION,
         "versions": installed_versions(),
-        **facts,
+        **metadata,
         "size": sum(file["size"] for file in files.values()),
         "files": files,
     }
     path = directory / MANIFEST
-    path.write_text(_seal(manifest), encoding="utf-8")
+    path.write_text(_serialize(manifest), encoding="utf-8")
     mode = path.stat().st_mode
     for other in paths.values():
-        if other.stat().st_mode != mode:  # safetensors lets nobody but the owner read its files
+        if other.stat().st_mode != mode:  # safetensors makes its files readable by their owner only
             other.chmod(mode)
-    others = [other for name, other in paths.items() if name not in flushed]
+    not_flushed = [other for name, other in paths.items() if name not in checksums]
     folders = [folder for folder in directory.rglob("*") if folder.is_dir()]
-    for written in (*others, path, *folders, directory):
+    for written in (*not_flushed, path, *folders, directory):
         flush_to_disk(written)
 
 
-def _seal(manifest: Mapping[str, Any]) -> str:
-    """Write a manifest out, with a checksum of its own."""
+def _serialize(manifest: Mapping[str, Any]) -> str:
+    """Return a manifest as text, with a checksum of itself."""
     checksum = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     return json.dumps({**manifest, "checksum": checksum}, indent=1, allow_nan=False)
 
 
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
 def read_manifest(directory: Path) -> SavedState:
-    """Return what the manifest of a training state says; its files are not looked at.
+    """Return the contents of a training state's manifest; the other files are not read.
 
     Raises:
         FileNotFoundError: There is no such directory.
@@ -168,7 +172,8 @@ def read_manifest(directory: Path) -> SavedState:
     """
     if not directory.is_dir():
         raise FileNotFoundError(
-            f"There is no training state {str(directory)!r}. Expected a directory that `save_training_state` wrote."
+            f"There is no training state {str(directory)!r}. Expected a directory written by `save_training_state`. "
+            "Check the path."
         )
     try:
         text = (directory / MANIFEST).read_text(encoding="utf-8")
@@ -178,39 +183,39 @@ def read_manifest(directory: Path) -> SavedState:
             return _READERS[format_version](directory, manifest, text)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{str(directory)!r} is no complete training state: it has no readable {MANIFEST}. Use an older one."
+            f"{str(directory)!r} is not a complete training state: it has no readable {MANIFEST}. Use an older state."
         ) from error
     raise NewerFormatError(
-        f"The training state {str(directory)!r} was written by a newer version of this library: it has the format "
-        f"{format_version}, and this version reads those up to {FORMAT_VERSION}. Update pytorch-accelerated."
+        f"{name_state(directory)} was written by a newer version of this library: it has format {format_version}, and "
+        f"this version reads formats up to {FORMAT_VERSION}. Upgrade pytorch-accelerated."
     )
 
 
 def _read_format_2(directory: Path, manifest: dict[str, Any], text: str) -> SavedState:
     del manifest["checksum"]
-    if _seal(manifest) != text:
+    if _serialize(manifest) != text:
         raise ValueError("it was altered")
     return SavedState(
         path=directory,
-        position=_position_from(manifest["position"]),
+        position=_parse_position(manifest["position"]),
         metrics=dict(manifest["metrics"]),
         settings=dict(manifest["settings"]),
         versions=dict(manifest["versions"]),
         num_processes=int(manifest["num_processes"]),
         generation=int(manifest["generation"]),
         number=int(manifest["number"]),
-        files=_files_in(manifest, "crc32"),
+        files=_parse_files(manifest, "crc32"),
     )
 
 
 def _read_format_1(directory: Path, manifest: dict[str, Any], _: str) -> SavedState:
-    """Read what the first format had in its files only."""
+    """Read the first format, which has position and metrics only in its files."""
     position, metrics, problem = None, {}, None
     try:
         state = load_file(directory / TRAINER_STATE)["trainer"]
-        position = _position_from(state["progress"])
+        position = _parse_position(state["progress"])
         history = state.get("run_history", {}).get("metrics", {})
-        metrics = {name: as_json_number(values[-1]) for name, values in history.items() if values}
+        metrics = {name: as_json_scalar(values[-1]) for name, values in history.items() if values}
     except (CheckpointError, FileNotFoundError, KeyError, TypeError, ValueError, AttributeError):
         problem = f"{TRAINER_STATE} is missing or altered"
     return SavedState(
@@ -219,7 +224,7 @@ def _read_format_1(directory: Path, manifest: dict[str, Any], _: str) -> SavedSt
         metrics=metrics,
         versions=dict(manifest["versions"]),
         num_processes=int(manifest["num_processes"]),
-        files=_files_in(manifest, "sha256"),
+        files=_parse_files(manifest, "sha256"),
         format_version=1,
         problem=problem,
     )
@@ -228,27 +233,30 @@ def _read_format_1(directory: Path, manifest: dict[str, Any], _: str) -> SavedSt
 _READERS = {1: _read_format_1, 2: _read_format_2}
 
 
-def _position_from(facts: Mapping[str, Any]) -> TrainingProgress:
-    position = TrainingProgress(**facts)
+def _parse_position(entries: Mapping[str, Any]) -> TrainingProgress:
+    position = TrainingProgress(**entries)
     if position.phase not in _PHASES:
         raise ValueError(f"there is no phase {position.phase!r}")
     return position
 
 
-def _files_in(manifest: Mapping[str, Any], checksum: str) -> dict[str, dict[str, Any]]:
+def _parse_files(manifest: Mapping[str, Any], checksum: str) -> dict[str, dict[str, Any]]:
     listed = manifest["files"].items()
-    files = {str(name): {"size": int(facts["size"]), checksum: str(facts[checksum])} for name, facts in listed}
+    files = {str(name): {"size": int(file["size"]), checksum: str(file[checksum])} for name, file in listed}
     outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
         raise ValueError(f"{outside} are not in the directory")
     return files
 
 
+# --- verifying ---------------------------------------------------------------------------------------------------
+
+
 def verify_state(directory: Path) -> SavedState:
-    """Compare a training state with its manifest, checksum by checksum.
+    """Compare all files of a training state with the checksums in its manifest.
 
     Returns:
-        What the manifest says.
+        The contents of the manifest.
 
     Raises:
         FileNotFoundError: There is no such directory.
@@ -257,29 +265,29 @@ def verify_state(directory: Path) -> SavedState:
     saved = read_manifest(directory)
     problem = find_damage(saved)
     if problem is not None:
-        raise CheckpointError(f"The training state {str(directory)!r} is damaged: {problem}. Use an older one.")
+        raise CheckpointError(f"{name_state(directory)} is damaged: {problem}. Use an older state.")
     return saved
 
 
-def find_damage(saved: SavedState, compares_checksums: bool = True) -> str | None:
+def find_damage(saved: SavedState, compare_checksums: bool = True) -> str | None:
     """Return what is wrong with the files of a training state; ``None`` if nothing is.
 
     Args:
         saved: The state.
-        compares_checksums: Whether the files are read, or only their sizes looked at.
+        compare_checksums: Whether to read the files. Otherwise only their sizes are compared.
     """
     names = dict.fromkeys((TRAINER_STATE, *map(process_file, range(saved.num_processes)), *saved.files))
     damaged = next((name for name in names if not _has_size(saved, name)), None)
-    if damaged is None and compares_checksums:
+    if damaged is None and compare_checksums:
         with ThreadPoolExecutor() as readers:
             are_intact = readers.map(partial(_has_checksum, saved), names)
             damaged = next((name for name, is_intact in zip(names, are_intact, strict=True) if not is_intact), None)
     if damaged is not None:
         return f"{damaged} is missing or altered"
-    # A file that is not listed cannot be vouched for. Users may put files of their own beside ours.
+    # An unlisted file could not be verified. Users may add files of their own, unless Accelerate would read them.
     unlisted = [path.name for path in saved.path.iterdir() if path.name not in saved.files]
     unexpected = [name for name in sorted(unlisted) if _READ_BY_ACCELERATE.fullmatch(name)]
-    return f"{unexpected[0]} does not belong to it" if unexpected else saved.problem
+    return f"{unexpected[0]} is not part of the state" if unexpected else saved.problem
 
 
 def _has_size(saved: SavedState, name: str) -> bool:
@@ -291,8 +299,8 @@ def _has_size(saved: SavedState, name: str) -> bool:
 
 
 def _has_checksum(saved: SavedState, name: str) -> bool:
-    path, facts = saved.path / name, saved.files[name]
+    path, file = saved.path / name, saved.files[name]
     try:
-        return crc32_of(path) == str(facts["crc32"]) if "crc32" in facts else sha256_of(path) == str(facts["sha256"])
+        return crc32_of(path) == str(file["crc32"]) if "crc32" in file else sha256_of(path) == str(file["sha256"])
     except OSError:  # not readable
         return False

@@ -1,4 +1,4 @@
-"""Checkpoints: portable files with a model, and what belongs to it, in them."""
+"""Checkpoints: portable files that contain a model and, optionally, its optimizer and scheduler."""
 
 from __future__ import annotations
 
@@ -18,15 +18,22 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-
 _COMPILED_PREFIX = "_orig_mod."
+"""What `torch.compile` puts before the names of a model's parameters."""
+
+
+# --- saving ------------------------------------------------------------------------------------------------------
+
+
+def unwrap_model(model: Any, accelerator: Accelerator) -> Any:
+    """Return the user's model, without what Accelerate and `torch.compile` have wrapped around it."""
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
 
 
 def model_state_of(model: Any, accelerator: Accelerator) -> Mapping[str, Any]:
-    """Return the whole state of a model, however it is wrapped. Must be called on every process."""
-    is_whole = not is_sharded(accelerator)
+    """Return the complete state of a model, however it is wrapped. Must be called on every process."""
     state: Mapping[str, Any] = (
-        accelerator.unwrap_model(model).state_dict() if is_whole else accelerator.get_state_dict(model)
+        accelerator.get_state_dict(model) if is_sharded(accelerator) else unwrap_model(model, accelerator).state_dict()
     )
     return state
 
@@ -34,56 +41,74 @@ def model_state_of(model: Any, accelerator: Accelerator) -> Mapping[str, Any]:
 def build_checkpoint(
     model_state: Mapping[str, Any], optimizer: Any, scheduler: Any, extras: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Put a checkpoint together: one flat dictionary, the user's entries beside ours."""
+    """Build a checkpoint: one flat dictionary with our entries and the user's."""
     checkpoint: dict[str, Any] = {"model_state_dict": portable_state_dict(model_state)}
     for name, part in (("optimizer_state_dict", optimizer), ("scheduler_state_dict", scheduler)):
         if part is not None:
-            checkpoint[name] = with_whole_tensors(part.state_dict())
+            checkpoint[name] = with_full_tensors(part.state_dict())
     return {**checkpoint, **(extras or {})}
 
 
 def save_checkpoint(
-    checkpoint: Mapping[str, Any], path: str | os.PathLike[str], accelerator: Accelerator, is_per_node: bool
+    checkpoint: Mapping[str, Any], path: str | os.PathLike[str], is_writer: bool, num_processes: int
 ) -> None:
-    """Write a checkpoint to a file, on the main process. Must be called on every process.
+    """Write a checkpoint to a file. Must be called on every process.
 
     Args:
         checkpoint: What `build_checkpoint` returned.
         path: The file.
-        accelerator: The accelerator.
-        is_per_node: Whether the main process of every node writes, or the main process of all alone.
+        is_writer: Whether this process writes the file.
+        num_processes: The world size.
 
     Raises:
-        CheckpointError: It could not be written, on this process or another.
+        CheckpointError: The file could not be written, on this process or another.
     """
-    is_writer = accelerator.is_local_main_process if is_per_node else accelerator.is_main_process
-    run_on_all(lambda: save_file(checkpoint, path) if is_writer else None, accelerator.num_processes)
+    run_on_all(lambda: save_file(checkpoint, path) if is_writer else None, num_processes)
 
 
-def check_save_path(path: str | os.PathLike[str], accelerator: Accelerator) -> None:
+def check_save_path(path: str | os.PathLike[str], is_writer: bool, num_processes: int) -> None:
     """Raise at the start of a run if a checkpoint could not be saved later. Must be called on every process.
 
+    Args:
+        path: The file.
+        is_writer: Whether this process will write the file.
+        num_processes: The world size.
+
     Raises:
-        CheckpointError: It could not be written, on this process or another.
+        CheckpointError: The file could not be written, on this process or another.
     """
-    is_writer = accelerator.is_local_main_process
-    run_on_all(lambda: check_can_write(path) if is_writer else None, accelerator.num_processes)
+    run_on_all(lambda: check_can_write(path) if is_writer else None, num_processes)
+
+
+def with_full_tensors(state: Any) -> Any:
+    """Gather the sharded tensors in a state. Must be called on every process if there are any."""
+    if isinstance(state, torch.Tensor):
+        return state.full_tensor() if hasattr(state, "full_tensor") else state
+    return rebuild(state, with_full_tensors)
+
+
+def portable_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's state with the parameter names that it has without `torch.compile`."""
+    return {name.replace(_COMPILED_PREFIX, ""): value for name, value in state_dict.items()}
+
+
+# --- loading -----------------------------------------------------------------------------------------------------
 
 
 def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Load a checkpoint's model, and its optimizer if there is one in it, or refuse before anything has changed.
+    """Load a checkpoint's model, and its optimizer state if there is one, or reject it before anything changes.
 
     Args:
         path: The file.
         model: The model.
-        optimizer: The optimizer; ``None`` to leave its state out.
+        optimizer: The optimizer; ``None`` to skip its state.
 
     Returns:
         The other entries of the file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: It is damaged, or belongs to another model or optimizer.
+        CheckpointError: It is damaged, or belongs to a different model or optimizer.
     """
     checkpoint = load_file(path)
     source = f"The checkpoint {os.fspath(path)!r}"
@@ -98,80 +123,87 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: A
     return checkpoint
 
 
-def with_whole_tensors(state: Any) -> Any:
-    """Return a state whose sharded tensors are put together. Must be called on every process, if it has any."""
-    if isinstance(state, torch.Tensor):
-        return state.full_tensor() if hasattr(state, "full_tensor") else state
-    return rebuild(state, with_whole_tensors)
-
-
 def take_model_state(checkpoint: dict[str, Any], source: str) -> Mapping[str, Any]:
-    """Take the model's state out of a checkpoint.
+    """Remove the model's state from a checkpoint, and return it.
+
+    Args:
+        checkpoint: The entries of the file.
+        source: How error messages refer to the file.
 
     Raises:
-        CheckpointError: There is none in it.
+        CheckpointError: There is none.
     """
     if "model_state_dict" not in checkpoint:
         raise CheckpointError(
-            f"{source} holds no `model_state_dict`, only {sorted(map(str, checkpoint))}. Expected a file that "
-            "`save_checkpoint` wrote; a bare state dictionary is loaded with `model.load_state_dict`."
+            f"{source} has no `model_state_dict`, only the entries {sorted(map(str, checkpoint))}. Expected a file "
+            "written by `save_checkpoint`. A bare state dict can be loaded with `model.load_state_dict`."
         )
     state: Mapping[str, Any] = checkpoint.pop("model_state_dict")
     return state
 
 
-def portable_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's state under the names it has without `torch.compile`."""
-    return {name.replace(_COMPILED_PREFIX, ""): value for name, value in state_dict.items()}
-
-
 def load_model_state(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> None:
-    """Load a model's state, or refuse before anything has changed.
+    """Load a model's state, or reject it before anything changes.
+
+    Args:
+        model: The model.
+        state_dict: The state, with or without the names of `torch.compile`.
+        source: How error messages refer to where the state comes from.
 
     Raises:
-        CheckpointError: It is the state of another model; names the parameters that differ.
+        CheckpointError: It is the state of a different model; the message names the parameters that differ.
     """
     state_dict = portable_state_dict(state_dict)
-    own_state = model.state_dict()
-    check_same_model(portable_state_dict(own_state), state_dict, source)
-    model.load_state_dict({name: state_dict[name.replace(_COMPILED_PREFIX, "")] for name in own_state})
+    current = model.state_dict()
+    check_same_model(portable_state_dict(current), state_dict, source)
+    model.load_state_dict({name: state_dict[name.replace(_COMPILED_PREFIX, "")] for name in current})
 
 
-def check_same_model(own: Mapping[str, Any], saved: Mapping[str, Any], source: str) -> None:
+def check_same_model(current: Mapping[str, Any], saved: Mapping[str, Any], source: str) -> None:
     """Raise unless both states have the same names and shapes.
 
+    Args:
+        current: The state of the model, as `portable_state_dict` returns it.
+        saved: The state to load.
+        source: How error messages refer to where the state comes from.
+
     Raises:
-        CheckpointError: They differ; lists what is missing, unexpected, or of another shape.
+        CheckpointError: They differ; the message lists missing and unexpected parameters, and different shapes.
     """
     differences = {
-        "missing in it": sorted(own.keys() - saved.keys()),
-        "unexpected in it": sorted(saved.keys() - own.keys()),
-        "of another shape": [
-            f"{name} {_shape(saved[name])} instead of {_shape(own[name])}"
-            for name in sorted(own.keys() & saved.keys())
-            if _shape(own[name]) != _shape(saved[name])
+        "missing from it": sorted(current.keys() - saved.keys()),
+        "unexpected in it": sorted(saved.keys() - current.keys()),
+        "with a different shape": [
+            f"{name} {_shape(saved[name])} instead of {_shape(current[name])}"
+            for name in sorted(current.keys() & saved.keys())
+            if _shape(current[name]) != _shape(saved[name])
         ],
     }
     described = [f"{kind}: {', '.join(names)}" for kind, names in differences.items() if names]
     if described:
         raise CheckpointError(
-            f"{source} belongs to another model. Parameters {'; '.join(described)}. "
-            "Nothing was loaded. Make the model with the settings it was saved with."
+            f"{source} belongs to a different model. Parameters {'; '.join(described)}. "
+            "Nothing was loaded. Create the model with the settings it was saved with."
         )
 
 
 def check_same_optimizer(optimizer: Any, state_dict: Mapping[str, Any], source: str) -> None:
-    """Raise unless a saved optimizer has the same parameter groups.
+    """Raise unless a saved optimizer has parameter groups of the same sizes.
+
+    Args:
+        optimizer: The optimizer.
+        state_dict: The state to load.
+        source: How error messages refer to where the state comes from.
 
     Raises:
-        CheckpointError: It has others.
+        CheckpointError: Its groups differ.
     """
-    own = [len(group["params"]) for group in optimizer.param_groups]
+    current = [len(group["params"]) for group in optimizer.param_groups]
     saved = [len(group["params"]) for group in state_dict["param_groups"]]
-    if own != saved:
+    if current != saved:
         raise CheckpointError(
-            f"{source} belongs to another optimizer, with {saved} parameters in its groups instead of {own}. Nothing "
-            "was loaded. Make the optimizer as it was; a checkpoint may also be loaded with `load_optimizer=False`."
+            f"{source} belongs to a different optimizer: its groups have {saved} parameters instead of {current}. "
+            "Nothing was loaded. Create the optimizer as it was, or load a checkpoint with `load_optimizer=False`."
         )
 
 

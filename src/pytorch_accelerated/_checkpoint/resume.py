@@ -1,60 +1,161 @@
-"""What a run was started with, and what it means that a run resumed from its state is started otherwise."""
+"""The start of a resumed run: the state that it is resumed from, and what differs from the run that saved the state."""
 
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated._checkpoint.manifest import SavedState, installed_versions
+from pytorch_accelerated._checkpoint.files import restore_backup
+from pytorch_accelerated._checkpoint.folder import claim_folder, find_newest_state, list_states
+from pytorch_accelerated._checkpoint.manifest import (
+    MANIFEST,
+    SavedState,
+    installed_versions,
+    name_state,
+    verify_state,
+)
 from pytorch_accelerated._data.loaders import num_batches_of, reliable_num_batches_of
+from pytorch_accelerated._distributed.collectives import run_on_main
+from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
     from pytorch_accelerated.run_config import TrainerRunConfig
 
 
-_NOT_COMPARED = ("num_processes", "num_batches_per_epoch")
-"""The first is never a mere difference, and the second follows from others."""
+# --- the state to resume from ------------------------------------------------------------------------------------
 
+
+def find_state_to_resume(
+    resume_from: str | os.PathLike[str] | bool | None,
+    find_folder: Callable[[], Path],
+    *,
+    is_main: bool,
+    num_processes: int,
+    allow_other_num_processes: bool,
+    print_fn: Callable[[str], Any],
+) -> SavedState | None:
+    """Return the verified state that a run is resumed from; ``None`` if it starts from scratch.
+
+    Must be called on every process.
+
+    Args:
+        resume_from: A directory, ``"latest"`` or ``True`` for the newest state, ``None`` or ``False`` for none.
+        find_folder: Returns the folder in which to look for the newest state. Called only if that is requested.
+        is_main: Whether this is the main process.
+        num_processes: The world size.
+        allow_other_num_processes: Whether a different number of processes may have saved the state.
+        print_fn: Prints which state is used, and which are skipped.
+
+    Raises:
+        FileNotFoundError: There is no such directory.
+        CheckpointError: The state is damaged, a different number of processes saved it, or another run has locked the
+            folder.
+    """
+    if resume_from is None or resume_from is False:
+        return None
+    if resume_from is not True and resume_from != "latest":  # `Path("latest")` is not equal to it: a directory
+        return open_state(resume_from, is_main, num_processes, allow_other_num_processes)
+    folder = find_folder()
+    saved, skipped = run_on_main(lambda: _claim_and_find_newest(folder), is_main, num_processes)
+    for reason in skipped:
+        print_fn(f"Skipped: {reason}")
+    if saved is None:
+        print_fn(f"There is no training state to resume from in {str(folder)!r}: the run starts from scratch.")
+        return None
+    _check_num_processes(saved, num_processes, allow_other_num_processes)
+    print_fn(f"Resuming from {str(saved.path)!r}.")
+    return saved
+
+
+def _claim_and_find_newest(folder: Path) -> tuple[SavedState | None, list[str]]:
+    claim_folder(folder)
+    skipped: list[str] = []
+    return find_newest_state(folder, skipped.append), skipped
+
+
+def open_state(
+    directory: str | os.PathLike[str], is_main: bool, num_processes: int, allow_other_num_processes: bool
+) -> SavedState:
+    """Verify a training state. Must be called on every process.
+
+    Args:
+        directory: The directory of the state.
+        is_main: Whether this is the main process, which verifies the state for all.
+        num_processes: The world size.
+        allow_other_num_processes: Whether a different number of processes may have saved the state.
+
+    Raises:
+        FileNotFoundError: There is no such directory.
+        CheckpointError: It is damaged or not a training state, or a different number of processes saved it.
+    """
+    saved = run_on_main(lambda: _repair_and_verify(Path(directory)), is_main, num_processes)
+    _check_num_processes(saved, num_processes, allow_other_num_processes)
+    return saved
+
+
+def _repair_and_verify(path: Path) -> SavedState:
+    restore_backup(path)
+    try:
+        return verify_state(path)
+    except CheckpointError as error:
+        has_manifest = (path / MANIFEST).exists()
+        states = [] if has_manifest else [state for state in list_states(path) if state.problem is None]
+        if not states:
+            raise
+        raise CheckpointError(
+            f"{str(path)!r} is a folder of training states, not a training state. Pass one of them, such as "
+            f'{str(states[-1].path)!r}, or `resume_from="latest"` for the newest state in the `save_dir` of the '
+            "trainer's `SaveTrainingStateCallback`."
+        ) from error
+
+
+def _check_num_processes(saved: SavedState, num_processes: int, allow_other_num_processes: bool) -> None:
+    if saved.num_processes != num_processes and not allow_other_num_processes:
+        raise CheckpointError(
+            f"{name_state(saved.path)} was saved by a run with num_processes={saved.num_processes}, but this run has "
+            f"num_processes={num_processes} and could not resume exactly. Start {saved.num_processes} processes, or "
+            "pass `allow_other_num_processes=True` to continue at the same place in the data with other random numbers."
+        )
+
+
+# --- configuration mismatch --------------------------------------------------------------------------------------
+
+
+_NOT_COMPARED = ("num_processes", "num_batches_per_epoch")
+"""The first one is handled by `open_state`, and the second one follows from other settings."""
 
 _MAX_NESTING = 5
-
-
 _OPTIMIZER_SETTING = "optimizer."
 
-
-_OTHER_ORDER = "the order of the samples is another one, so in this epoch some may come twice and some not at all"
-
-
+_DIFFERENT_ORDER = "the samples come in a different order, so this epoch may repeat some samples and miss others"
 _CONSEQUENCES = {
-    "per_device_batch_size": "the batches are others; the epoch goes on at the same sample, as far as that starts one",
-    "dataset_length": _OTHER_ORDER,
-    "sampler": _OTHER_ORDER,
-    "dataset": "the samples may be others",
-    "optimizer": "it takes over the state of the other, which may not fit",
-    "scheduler": "the learning rates from here on are others",
-    "seed": "the run goes on with the saved one",
+    "per_device_batch_size": (
+        "the batches differ; the epoch continues at the same sample, rounded down to the start of an update"
+    ),
+    "dataset_length": _DIFFERENT_ORDER,
+    "sampler": _DIFFERENT_ORDER,
+    "dataset": "the samples may differ",
+    "optimizer": "the new optimizer loads the state of the old one, which may not fit",
+    "scheduler": "the learning rates differ from here on",
+    "seed": "the run continues with the saved seed",
 }
-
-
-_OF_UPDATES = "the updates from here on are others"
-
-
+_OF_UPDATES = "the updates differ from here on"
 _OF_OPTIMIZER_SETTINGS = (
-    "the run goes on with the saved value; set `optimizer.param_groups` in `on_training_run_start` to change it"
+    "the run continues with the saved value; to change it, set `optimizer.param_groups` in `on_training_run_start`"
 )
-
-
 _OF_VERSIONS = "results may differ in their last bits"
 
 
 def run_settings(
     run_config: TrainerRunConfig, dataset: Any, loader: Any, optimizer: Any, loss_func: Any, seed: int | None
 ) -> dict[str, Any]:
-    """Return what a resumed run ought to have in common with the one that saved the state, as JSON can store it.
+    """Return the settings that a resumed run should share with the run that saved its state, as JSON can store them.
 
-    Must be called before a scheduler or a state has changed the optimizer's settings.
+    Must be called before a scheduler or a loaded state changes the settings of the optimizer.
 
     Args:
         run_config: The configuration of the run.
@@ -62,9 +163,9 @@ def run_settings(
         loader: The training loader, prepared or not.
         optimizer: The optimizer, prepared or not.
         loss_func: The loss function.
-        seed: The seed that the user gave; ``None`` if none was given.
+        seed: The seed that the user gave; ``None`` if there was none.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # without what Accelerate puts around it
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # without the wrapper of Accelerate
     return {
         "per_device_batch_size": run_config.train_per_device_batch_size,
         "gradient_accumulation_steps": run_config.gradient_accumulation_steps,
@@ -84,27 +185,27 @@ def run_settings(
 
 
 def name_of(value: Any) -> str | None:
-    """Return the name of a function, or of the class of an object; ``None`` for ``None``."""
+    """Return the name of a function or of the class of an object; ``None`` for ``None``."""
     return None if value is None else getattr(value, "__name__", type(value).__name__)
 
 
 def warn_about_mismatch(saved: SavedState, settings: Mapping[str, Any]) -> None:
-    """Warn the caller of `Trainer.train` of what is different now, if anything is."""
-    drift = describe_mismatch(saved, settings)
-    if drift is not None:
-        warnings.warn(drift, stacklevel=5)
+    """Warn the caller of `Trainer.train` if the configuration differs from that of the run that saved the state."""
+    mismatch = describe_mismatch(saved, settings)
+    if mismatch is not None:
+        warnings.warn(mismatch, stacklevel=5)
 
 
 def describe_mismatch(saved: SavedState, settings: Mapping[str, Any]) -> str | None:
-    """Say what is different now, and what follows from it; ``None`` if nothing is.
+    """Return what differs between two runs, and the consequence of each difference; ``None`` if nothing differs.
 
     Args:
         saved: The state that a run was resumed from.
-        settings: Those of that run.
+        settings: The settings of the resumed run.
     """
     compared = {name: value for name, value in settings.items() if name not in _NOT_COMPARED}
     if settings.get("seed") is None:
-        compared.pop("seed", None)  # the user wants none in particular
+        compared.pop("seed", None)  # any seed will do
     versions_then = {name: version for name, version in saved.versions.items() if version is not None}
     versions_now = {name: version for name, version in installed_versions().items() if version is not None}
     lines = [
@@ -114,7 +215,10 @@ def describe_mismatch(saved: SavedState, settings: Mapping[str, Any]) -> str | N
     if not lines:
         return None
     listed = "".join(f"\n  {line}" for line in lines)
-    return f"The run that goes on from {str(saved.path)!r} is not quite the one that was saved:{listed}"
+    return (
+        f"The run resumed from {str(saved.path)!r} is configured differently from the run that saved it. "
+        f"Restore what you did not mean to change:{listed}"
+    )
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any], consequence_of: Callable[[str], str]) -> list[str]:
@@ -132,7 +236,7 @@ def _consequence_of(name: str) -> str:
 
 
 def _name_of_sampler(loader: Any) -> str | None:
-    """Return what chooses the samples, inside all that groups and shares them."""
+    """Return the name of the innermost sampler, inside everything that batches and shards its indices."""
     source = loader
     for _ in range(_MAX_NESTING):
         inner = (getattr(source, name, None) for name in ("batch_sampler", "sampler"))
@@ -142,18 +246,18 @@ def _name_of_sampler(loader: Any) -> str | None:
 
 def _hyperparameters_of(optimizer: Any) -> dict[str, Any]:
     groups = getattr(optimizer, "param_groups", None) or [{}]
-    plain = {name: _plain(value) for name, value in groups[0].items() if name != "params" and "lr" not in name}
-    return {name: value for name, value in plain.items() if value is not _NOT_PLAIN}
+    plain = {name: _as_json(value) for name, value in groups[0].items() if name != "params" and "lr" not in name}
+    return {name: value for name, value in plain.items() if value is not _NOT_JSON}
 
 
-_NOT_PLAIN = object()
+_NOT_JSON = object()
 
 
-def _plain(value: Any) -> Any:
-    """Return a number, text or sequence of them as JSON gives it back."""
+def _as_json(value: Any) -> Any:
+    """Return a number, text or sequence of these in the form in which JSON returns it."""
     if isinstance(value, (tuple, list)):
-        items = [_plain(item) for item in value]
-        return _NOT_PLAIN if any(item is _NOT_PLAIN for item in items) else items
+        items = [_as_json(item) for item in value]
+        return _NOT_JSON if any(item is _NOT_JSON for item in items) else items
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return value if value is None or isinstance(value, (bool, int, float, str)) else _NOT_PLAIN
+    return value if value is None or isinstance(value, (bool, int, float, str)) else _NOT_JSON

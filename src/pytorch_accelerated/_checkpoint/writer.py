@@ -1,4 +1,4 @@
-"""Writing in the background: a copy of what is to be written, and the one thread that writes it."""
+"""Writing training states: to a temporary folder first, and in a background thread if that is requested."""
 
 from __future__ import annotations
 
@@ -11,65 +11,88 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import distributed
 
 from pytorch_accelerated._checkpoint.files import (
-    begins_as_archive,
-    check_is_complete,
+    check_zip_is_complete,
+    create_folder,
     flush_to_disk,
-    make_folder,
     repair_folder,
     replace_folder,
+    starts_like_zip,
     temporary_path,
 )
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._checkpoint.host_memory import HostMemory
-from pytorch_accelerated._checkpoint.manifest import file_metadata, write_manifest
+from pytorch_accelerated._checkpoint.manifest import file_metadata, name_state, write_manifest
 from pytorch_accelerated._data.workers import defer_worker_errors, is_worker_failure
 from pytorch_accelerated._distributed.collectives import PROCESS_TIMEOUT, run_on_all
 from pytorch_accelerated.exceptions import CheckpointError, add_note
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+_POLL_SECONDS = 0.1
+_SUFFIXES_OF_TORCH_SAVE = (".pt", ".bin", ".pkl")
+_checksum_option_lock = threading.Lock()
 
 
-_SECONDS_BETWEEN_LOOKS = 0.1
+@dataclass(frozen=True)
+class CollectedState:
+    """The contents of a training state that is not on disk yet.
+
+    Args:
+        files: The contents of the files that the main process writes, by file name.
+        local_files: The contents of the files that this process writes.
+        metadata: The entries of the manifest that are known by now.
+        save_shards: Writes sharded objects to a directory; ``None`` if nothing is sharded.
+    """
+
+    files: Mapping[str, Any]
+    local_files: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+    save_shards: Callable[[Path], None] | None = field(default=None, repr=False)
+
+    def copied_to(self, memory: HostMemory) -> CollectedState:
+        """Return a copy whose tensors do not change while training continues."""
+        files, local_files = memory.copy((dict(self.files), dict(self.local_files)))
+        return replace(self, files=files, local_files=local_files)
+
+
+# --- in the background -------------------------------------------------------------------------------------------
 
 
 class BackgroundWriter:
-    """Writes in a thread, one thing at a time; what goes wrong there is raised where somebody waits for it."""
+    """Runs one write at a time in a thread. An error there is raised by `wait`."""
 
     def __init__(self) -> None:
-        self._is_under_way = False
+        self._is_active = False
         self._is_done = threading.Event()
         self._error: Exception | None = None
 
     def start(self, write: Callable[[], Any]) -> None:
-        """Call a function in the background; nothing else may be under way."""
+        """Call a function in the background. The previous call must have been waited for."""
         with defer_worker_errors():
             self._is_done.clear()
-            self._is_under_way = True
+            self._is_active = True
             threading.Thread(target=self._run, args=(write,), name="training state writer").start()
 
     @property
-    def is_under_way(self) -> bool:
-        """Whether something was started that nobody has waited for."""
-        return self._is_under_way
+    def is_active(self) -> bool:
+        """Whether a write was started and has not been waited for."""
+        return self._is_active
 
     def wait(self) -> None:
-        """Wait until nothing is under way.
+        """Wait until the current write has ended.
 
         Raises:
-            Exception: What went wrong since the last time.
+            Exception: The error of a write since the last call.
         """
-        # `Thread.join` would take a thread for ended when a handler of signals interrupts it.
-        while self._is_under_way and not self._is_done.is_set():
+        # `Thread.join` would consider the thread ended if a signal handler interrupted it.
+        while self._is_active and not self._is_done.is_set():
             with defer_worker_errors():
-                self._is_done.wait(_SECONDS_BETWEEN_LOOKS)
-        self._is_under_way = False
+                self._is_done.wait(_POLL_SECONDS)
+        self._is_active = False
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -83,75 +106,56 @@ class BackgroundWriter:
             self._is_done.set()
 
 
-_SUFFIXES_OF_TORCH_SAVE = (".pt", ".bin", ".pkl")
-
-
-_checksum_option = threading.Lock()
-
-
-@dataclass(frozen=True)
-class CollectedState:
-    """What is to be saved, and nothing of it on the disk yet.
-
-    Args:
-        files: What the main process writes, by the name of the file.
-        own_files: What this process writes.
-        facts: What the manifest tells about it.
-        save_shards: Writes what the processes hold in shards, and what belongs to it, into a directory.
-    """
-
-    files: Mapping[str, Any]
-    own_files: Mapping[str, Any]
-    facts: Mapping[str, Any]
-    save_shards: Callable[[Path], None] | None = field(default=None, repr=False)
-
-    def copied_to(self, memory: HostMemory) -> CollectedState:
-        """Return the same from tensors of its own, which training does not change."""
-        files, own_files = memory.copy_of((dict(self.files), dict(self.own_files)))
-        return replace(self, files=files, own_files=own_files)
-
-
 class StateWriter:
-    """Writes the training states of a trainer, at once or in the background, where one at a time is under way."""
+    """Writes the training states of a trainer, immediately or in the background, one at a time."""
 
     def __init__(self) -> None:
         self._background = BackgroundWriter()
         self._memory = HostMemory()
-        self._group: Any = None
+        self._group: distributed.ProcessGroup | None = None
 
     def write(
         self,
         target: str | os.PathLike[str],
         state: CollectedState,
         lineage: Lineage,
-        accelerator: Accelerator,
+        *,
+        is_main: bool,
+        num_processes: int,
         in_background: bool,
-        and_then: Callable[[], Any] | None,
+        on_complete: Callable[[], Any] | None,
     ) -> None:
-        """Write a state; in the background what can be copied. Must be called on every process.
+        """Write a state. Must be called on every process.
 
         Args:
             target: The directory.
             state: What was collected.
             lineage: Numbers the states of the run.
-            accelerator: The accelerator.
-            in_background: Whether to go on meanwhile.
-            and_then: What the main process does when the state is complete.
+            is_main: Whether this is the main process.
+            num_processes: The world size.
+            in_background: Whether to return as soon as the state has been copied, unless it is sharded.
+            on_complete: Called on the main process when the state is complete.
 
         Raises:
-            CheckpointError: It, or the one before, could not be written, on this process or another.
+            CheckpointError: This state, or the previous one, could not be written, on this process or another.
         """
         self.wait()
-        is_main, num_processes = accelerator.is_main_process, int(accelerator.num_processes)
-        task = partial(write_state, Path(target), lineage=lineage, is_main=is_main, num_processes=num_processes)
+        task = partial(
+            write_state,
+            Path(target),
+            lineage=lineage,
+            is_main=is_main,
+            num_processes=num_processes,
+            on_complete=on_complete,
+        )
         if in_background and state.save_shards is None:
             copied = run_on_all(lambda: state.copied_to(self._memory), num_processes)
-            self._background.start(partial(task, copied, and_then=and_then, group=self._own_group(num_processes)))
+            self._background.start(partial(task, copied, group=self._separate_group(num_processes)))
         else:
-            task(state, and_then=and_then)
+            task(state)
 
     def wait(self) -> None:
-        """Wait until the state under way is complete.
+        """Wait until the state that is being written is complete.
 
         Raises:
             CheckpointError: It could not be written, on this process or another.
@@ -159,27 +163,31 @@ class StateWriter:
         self._background.wait()
 
     def finish(self, error: BaseException) -> None:
-        """Wait for the state under way when a run has failed; what goes wrong becomes a note on the error."""
+        """Wait for the state that is being written when a run has failed. Another error becomes a note on this one."""
         while True:
             try:
                 self.wait()
             except Exception as failure:  # such as the loss of another process
                 add_note(error, str(failure))
-            if not self._background.is_under_way:  # a signal may interrupt the waiting
+            if not self._background.is_active:  # a signal may have interrupted the wait
                 return
 
     def release(self) -> None:
-        """Let go of what is only needed while a run lasts; nothing may be under way."""
+        """Free what is only needed during a run. No write may be active."""
         self._memory = HostMemory()
         if self._group is not None:
             distributed.destroy_process_group(self._group)
             self._group = None
 
-    def _own_group(self, num_processes: int) -> Any:
-        # The run goes on meanwhile and uses the default group, whose exchanges have to come in the same order.
+    def _separate_group(self, num_processes: int) -> distributed.ProcessGroup | None:
+        # The run continues meanwhile in the default group, whose collectives must be called in the same order on all
+        # processes.
         if num_processes > 1 and self._group is None:
             self._group = distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
         return self._group
+
+
+# --- one state ---------------------------------------------------------------------------------------------------
 
 
 def write_state(
@@ -189,99 +197,99 @@ def write_state(
     lineage: Lineage,
     is_main: bool,
     num_processes: int,
-    and_then: Callable[[], Any] | None = None,
-    group: Any = None,
+    on_complete: Callable[[], Any] | None = None,
+    group: distributed.ProcessGroup | None = None,
 ) -> None:
-    """Write what was collected. Must be called on every process.
+    """Write a state. Must be called on every process.
 
-    Everything goes into a temporary folder beside the target, a manifest of all files last; then the folder gets its
-    name. No process goes on to the next of these steps before all have finished the one before.
+    All files are written to a temporary folder next to the target, the manifest last. Then the folder is renamed to its
+    final name. No process starts one of these steps before all have finished the previous one.
 
     Args:
         target: The directory.
         state: What was collected.
         lineage: Numbers the states of the run.
         is_main: Whether this is the main process.
-        num_processes: How many write the state together.
-        and_then: What the main process does when the state is complete.
-        group: How the processes tell each other; ``None`` for the default group.
+        num_processes: The world size.
+        on_complete: Called on the main process when the state is complete.
+        group: The process group in which the processes report errors; ``None`` for the default group.
 
     Raises:
-        CheckpointError: It could not be written, on this process or another.
+        CheckpointError: The state could not be written, on this process or another.
     """
     temporary = temporary_path(target)
-    sealed: dict[str, Any] = {}
+    checksums: dict[str, Any] = {}
 
     def begin() -> None:
         if is_main:
-            make_folder(target.parent)
+            create_folder(target.parent)
             repair_folder(target)
             temporary.mkdir()
 
     def write() -> None:
         if state.save_shards is not None:
             state.save_shards(temporary)
-        files = {**state.own_files, **state.files} if is_main else state.own_files
-        sealed.update(_write_files(temporary, files))
+        files = {**state.local_files, **state.files} if is_main else state.local_files
+        checksums.update(_write_files(temporary, files))
 
     def commit() -> None:
         if is_main:
-            _check_files_of_others(temporary, sealed)
+            _check_files_of_others(temporary, checksums)
             generation, number = lineage.take_number(target.parent)
-            write_manifest(temporary, {**state.facts, "generation": generation, "number": number}, sealed)
+            write_manifest(temporary, {**state.metadata, "generation": generation, "number": number}, checksums)
             replace_folder(target)
-            if and_then is not None:
-                and_then()
+            if on_complete is not None:
+                on_complete()
 
     try:
         for step in (begin, write, commit):
-            run_on_all(_explaining(step, target), num_processes, group)
+            run_on_all(_with_explained_errors(step, target), num_processes, group)
     except BaseException:
         if is_main:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _check_files_of_others(directory: Path, own_files: Iterable[str]) -> None:
-    """Raise if the end of a file is missing that Accelerate, or what it calls, wrote by `torch.save`.
+def _check_files_of_others(directory: Path, checked: Iterable[str]) -> None:
+    """Raise if the end of a file is missing that Accelerate, or what it calls, wrote with `torch.save`.
 
-    Files in the format from before PyTorch 1.6 do not show it.
+    The file format from before PyTorch 1.6 cannot be checked.
     """
     for path in directory.rglob("*"):
-        if path.suffix in _SUFFIXES_OF_TORCH_SAVE and path.name not in own_files and begins_as_archive(path):
-            check_is_complete(path)
+        if path.suffix in _SUFFIXES_OF_TORCH_SAVE and path.name not in checked and starts_like_zip(path):
+            check_zip_is_complete(path)
 
 
 def _write_files(directory: Path, files: Mapping[str, Any]) -> dict[str, Any]:
-    """Write files, flush them to the disk, and return size and checksum of each.
+    """Write files, flush them to disk, and return size and checksum of each.
 
-    While one is written, those before are flushed, and read again for their checksums.
+    While one file is written, threads flush the previous ones and read them again for their checksums.
     """
-    flushed: list[Future[None]] = []
-    sealed: dict[str, Future[dict[str, Any]]] = {}
-    others = ThreadPoolExecutor(max_workers=2)
+    flushes: list[Future[None]] = []
+    checksums: dict[str, Future[dict[str, Any]]] = {}
+    threads = ThreadPoolExecutor(max_workers=2)
     try:
         for name, contents in files.items():
             _write_file(directory / name, contents)
             with defer_worker_errors():
-                flushed.append(others.submit(flush_to_disk, directory / name))
-                sealed[name] = others.submit(file_metadata, directory / name)
+                flushes.append(threads.submit(flush_to_disk, directory / name))
+                checksums[name] = threads.submit(file_metadata, directory / name)
     finally:
         with defer_worker_errors():
-            others.shutdown()
+            threads.shutdown()
     with defer_worker_errors():
-        for flush in flushed:
+        for flush in flushes:
             flush.result()
-        return {name: facts.result() for name, facts in sealed.items()}
+        return {name: checksum.result() for name, checksum in checksums.items()}
 
 
 def _write_file(path: Path, contents: Any) -> None:
     try:
         with _without_checksums_of_pytorch():
-            torch.save(contents, str(path))  # given a file object, it would hold up the other threads
-        check_is_complete(path)
+            torch.save(contents, str(path))  # with a file object, it would block the other threads
+        check_zip_is_complete(path)
     except RuntimeError:
-        # PyTorch does not say why the system refused; Python does.
+        # PyTorch does not say why the operating system refused to write. Python does.
         with path.open("ab", buffering=0) as file:
             file.write(bytes(2**16))
             os.fsync(file.fileno())
@@ -290,8 +298,8 @@ def _write_file(path: Path, contents: Any) -> None:
 
 @contextmanager
 def _without_checksums_of_pytorch() -> Iterator[None]:
-    # They take as long as the writing, and `torch.load` does not look at them; the manifest has those that count.
-    with _checksum_option:  # which older versions of PyTorch have once for all threads
+    # They take as long as the writing itself, and `torch.load` ignores them. The manifest has the ones that count.
+    with _checksum_option_lock:  # in older versions of PyTorch, the option is global to all threads
         is_on = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)
         try:
@@ -300,8 +308,8 @@ def _without_checksums_of_pytorch() -> Iterator[None]:
             torch.serialization.set_crc32_options(is_on)
 
 
-def _explaining(step: Callable[[], None], target: Path) -> Callable[[], None]:
-    from safetensors import SafetensorError  # a requirement of accelerate
+def _with_explained_errors(step: Callable[[], None], target: Path) -> Callable[[], None]:
+    from safetensors import SafetensorError  # a dependency of accelerate
 
     def explained() -> None:
         try:
@@ -312,8 +320,8 @@ def _explaining(step: Callable[[], None], target: Path) -> Callable[[], None]:
             if is_worker_failure(error):
                 raise
             raise CheckpointError(
-                f"The training state {str(target)!r} could not be written: {error}. States saved before are untouched. "
-                "Check that the folder is writable, on every machine, and that the disk has room."
+                f"{name_state(target)} could not be written: {error}. Earlier states are unchanged. Check that the "
+                "folder is writable on every node and that the disk has free space."
             ) from error
 
     return explained

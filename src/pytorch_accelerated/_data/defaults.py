@@ -1,4 +1,4 @@
-"""Keyword arguments of the loaders that the trainer builds."""
+"""The arguments with which the trainer creates a `DataLoader`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch.utils.data import (
-    IterableDataset,
-)
+from torch.utils.data import IterableDataset
 
 from pytorch_accelerated._data.in_memory import WholeBatchDataset, sliceable_tensors, unchanged
 
@@ -18,28 +16,45 @@ _MAX_DEFAULT_WORKERS = 8
 def default_num_workers(dataset: Any, num_local_processes: int) -> int:
     """Return how many worker processes suit a dataset on this machine.
 
-    None for data that is in memory already, where starting workers costs more than they save, and for iterable
-    datasets, of which every worker would give all samples again. Otherwise the processors this process may use, shared
-    among the training processes of the node, less one for the training itself, and at most 8.
+    The CPU cores that this process may use are divided among the training processes of the node. One core per process
+    is left for the training itself. The result is at most 8. It is 0 for data in memory, where starting workers costs
+    more than it saves, and for iterable datasets, where each worker would yield all samples again.
+
+    Args:
+        dataset: The dataset.
+        num_local_processes: Number of training processes on this node.
     """
     if isinstance(dataset, (IterableDataset, Sequence)) or sliceable_tensors(dataset) is not None:
         return 0
-    can_ask = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
-    num_processors = len(os.sched_getaffinity(0)) if can_ask else os.cpu_count() or 1
-    return max(0, min(num_processors // max(num_local_processes, 1) - 1, _MAX_DEFAULT_WORKERS))
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(0, min(num_cores // max(num_local_processes, 1) - 1, _MAX_DEFAULT_WORKERS))
 
 
 def default_dl_kwargs(dataset: Any, batch_size: int, num_local_processes: int, pin_memory: bool) -> dict[str, Any]:
-    """Return the keyword arguments that suit the loader of a dataset on this machine, but for the order."""
+    """Return the keyword arguments that suit the loader of a dataset on this machine, except for the order.
+
+    Args:
+        dataset: The dataset.
+        batch_size: Samples in a batch of one process.
+        num_local_processes: Number of training processes on this node.
+        pin_memory: Whether batches are copied to a device that benefits from pinned memory.
+    """
     num_workers = default_num_workers(dataset, num_local_processes)
     workers = {"num_workers": num_workers, **({"persistent_workers": True} if num_workers else {})}
     tensors = sliceable_tensors(dataset) or ()
-    is_on_host = all(tensor.device.type == "cpu" for tensor in tensors)  # only that memory can be pinned
+    is_on_host = all(tensor.device.type == "cpu" for tensor in tensors)  # other memory cannot be pinned
     return {"batch_size": batch_size, "pin_memory": pin_memory and is_on_host, **workers}
 
 
 def merge_dl_kwargs(defaults: Mapping[str, Any], given: Mapping[str, Any] | None, dataset: Any) -> dict[str, Any]:
-    """Let the user's keyword arguments for the loader win, and drop the defaults that contradict them."""
+    """Return the defaults, overridden by the user's arguments, without the defaults that contradict them.
+
+    Args:
+        defaults: The default keyword arguments of the loader.
+        given: The user's keyword arguments. A ``sampler`` or ``batch_sampler`` of ``None`` counts as not given.
+        dataset: The dataset.
+    """
     given = {
         name: value
         for name, value in (given or {}).items()
@@ -58,10 +73,16 @@ def merge_dl_kwargs(defaults: Mapping[str, Any], given: Mapping[str, Any] | None
 def loader_arguments(
     dataset: Any, collate_fn: Callable[..., Any] | None, dl_kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the arguments to make a `DataLoader` with; whole batches are fetched where that changes nothing else."""
+    """Return all arguments for a `DataLoader`. In-memory data is fetched in whole batches if the result is the same.
+
+    Args:
+        dataset: The dataset.
+        collate_fn: Collates samples to a batch, unless ``dl_kwargs`` has one.
+        dl_kwargs: The merged keyword arguments.
+    """
     arguments = {"dataset": dataset, "collate_fn": collate_fn, **dl_kwargs}
-    has_own_batches = any(arguments.get(name) is not None for name in ("collate_fn", "sampler", "batch_sampler"))
-    has_own_batches |= arguments.get("batch_size", 1) is None
-    if not has_own_batches and sliceable_tensors(dataset) is not None:
+    is_customized = any(arguments.get(name) is not None for name in ("collate_fn", "sampler", "batch_sampler"))
+    is_customized |= arguments.get("batch_size", 1) is None
+    if not is_customized and sliceable_tensors(dataset) is not None:
         arguments |= {"dataset": WholeBatchDataset(dataset), "collate_fn": unchanged}
     return arguments

@@ -1,4 +1,4 @@
-"""Whole batches, sliced out of tensors in memory."""
+"""Whole batches, indexed from tensors in memory instead of collated from samples."""
 
 from __future__ import annotations
 
@@ -6,22 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    Dataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-    TensorDataset,
-)
+from torch.utils.data import BatchSampler, Dataset, RandomSampler, SequentialSampler, Subset, TensorDataset
 
-_BATCHES_IN_PART = 1024
+_BATCHES_PER_PART = 1024
 
 
 def sliceable_tensors(dataset: Any) -> tuple[torch.Tensor, ...] | None:
     """Return the tensors of a plain in-memory `TensorDataset`, or of a `Subset` of one; ``None`` for anything else.
 
-    Only where a batch taken by one indexing operation is the very same as one collated from single samples.
+    A dataset is plain if a batch taken with one indexing operation is identical to one collated from single samples.
     """
     while type(dataset) is Subset:
         dataset = dataset.dataset
@@ -35,12 +28,12 @@ def sliceable_tensors(dataset: Any) -> tuple[torch.Tensor, ...] | None:
 
 
 class WholeBatchDataset(Dataset[list[torch.Tensor]]):
-    """A view of an in-memory dataset which gives a `DataLoader` whole batches instead of single samples.
+    """A view of an in-memory dataset that gives a `DataLoader` whole batches instead of single samples.
 
     Use it with `unchanged` as ``collate_fn``. The batches and their order are those of the plain dataset.
 
     Args:
-        dataset: A dataset for which `sliceable_tensors` finds the tensors.
+        dataset: A dataset for which `sliceable_tensors` returns tensors.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -54,7 +47,7 @@ class WholeBatchDataset(Dataset[list[torch.Tensor]]):
         return self.dataset[index]
 
     def __getitems__(self, indices: Sequence[int]) -> list[torch.Tensor]:
-        """Return the batch of the samples at ``indices``, as the default collation would."""
+        """Return the batch of the samples at ``indices``, as default collation would."""
         dataset: Any = self.dataset
         while isinstance(dataset, Subset):
             indices = [dataset.indices[index] for index in indices]
@@ -63,7 +56,7 @@ class WholeBatchDataset(Dataset[list[torch.Tensor]]):
         return [tensor[rows] for tensor in self.tensors]
 
     def batches(self, order: torch.Tensor, batch_size: int) -> Iterator[list[torch.Tensor]]:
-        """Yield samples in batches, the last with what is left.
+        """Yield samples in batches. The last batch has the remaining samples.
 
         Args:
             order: The indices of the samples, shape ``(samples,)``.
@@ -74,22 +67,22 @@ class WholeBatchDataset(Dataset[list[torch.Tensor]]):
             order = torch.as_tensor(dataset.indices)[order]
             dataset = dataset.dataset
         order = order.to(self.tensors[0].device)
-        # In parts: an epoch with millions of batches does not wait for the last of them to be laid out.
-        for part in torch.split(order, _BATCHES_IN_PART * batch_size) if len(order) else ():
+        # Part by part, so that the first of millions of batches does not wait until all are split.
+        for part in torch.split(order, _BATCHES_PER_PART * batch_size) if len(order) else ():
             part_rows = part.where(part >= 0, part + len(dataset))
             for rows in torch.split(part_rows, batch_size):
                 yield [tensor.index_select(0, rows) for tensor in self.tensors]
 
 
 def unchanged(batch: Any) -> Any:
-    """Return a batch as it is: the ``collate_fn`` for batches that are whole already."""
+    """Return a batch as it is: the ``collate_fn`` of a dataset that returns batches."""
     return batch
 
 
 def whole_batches_of(loader: Any) -> Iterator[list[torch.Tensor]] | None:
-    """Return the batches of an epoch without what a `DataLoader` does beside fetching them; ``None`` if it cannot be.
+    """Return the batches of an epoch without the overhead of a `DataLoader`; ``None`` if the loader needs it.
 
-    They are the loader's own, in the order that the generator of its sampler gives.
+    The batches are identical to the loader's, in the order that the generator of its sampler determines.
 
     Args:
         loader: Any loader.
@@ -97,7 +90,7 @@ def whole_batches_of(loader: Any) -> Iterator[list[torch.Tensor]] | None:
     dataset, batch_sampler = loader.dataset, loader.batch_sampler
     is_plain = type(dataset) is WholeBatchDataset and loader.num_workers == 0 and not loader.pin_memory
     is_plain = is_plain and type(batch_sampler) is BatchSampler
-    # The sampler of the loader itself is another one if it was made with a batch sampler.
+    # `loader.sampler` is another sampler if the loader was created with a batch sampler.
     order = _order_of(batch_sampler.sampler, len(dataset)) if is_plain else None
     if order is None:
         return None
@@ -109,7 +102,7 @@ def whole_batches_of(loader: Any) -> Iterator[list[torch.Tensor]] | None:
 
 
 def _order_of(sampler: Any, num_samples: int) -> torch.Tensor | None:
-    """Return the indices that a sampler of PyTorch gives in an epoch, all at once; ``None`` for other samplers."""
+    """Return all indices that one of PyTorch's samplers yields in an epoch; ``None`` for other samplers."""
     if type(sampler) is SequentialSampler:
         return torch.arange(num_samples)
     is_permutation = (

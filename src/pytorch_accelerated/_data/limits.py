@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from pytorch_accelerated._data.loaders import num_batches_of
-from pytorch_accelerated._proxy import Proxy
+from pytorch_accelerated._proxy import lookup_in_wrapped
 
 LIMIT_BATCHES_ENV_VAR = "PT_ACC_LIMIT_BATCHES"
-"""Environment variable: when set to a number, every epoch uses at most so many batches."""
+"""Environment variable that limits every epoch to this number of batches."""
 
 
-class DataLoaderSlice(Proxy, wraps="dl"):
-    """The first batches of a loader; everything else is the loader's.
+class DataLoaderSlice:
+    """The first batches of a loader. All other attributes are those of the loader.
 
     Args:
         dl: Any loader.
-        slice_size: How many batches an epoch has at the most.
+        slice_size: The maximum number of batches per epoch.
 
     Example:
         >>> list(DataLoaderSlice([10, 20, 30], 2))
@@ -37,35 +37,38 @@ class DataLoaderSlice(Proxy, wraps="dl"):
         num_batches = num_batches_of(self.dl)
         return self.slice_size if num_batches is None else min(num_batches, self.slice_size)
 
+    def __getattr__(self, name: str) -> Any:  # not a `Proxy`: a private base class would be part of the public surface
+        return lookup_in_wrapped(self, "dl", name)
+
 
 def limit_from_environment() -> int | None:
-    """Return the number of batches that the environment limits epochs to; ``None`` if it does not.
+    """Return the number of batches to which the environment limits epochs; ``None`` without a limit.
 
     Raises:
-        ValueError: The variable holds something else than a whole number of at least 1.
+        ValueError: The variable is not a whole number of at least 1.
     """
     text = os.environ.get(LIMIT_BATCHES_ENV_VAR)
     if not text:
         return None
     if not text.strip().isdigit() or int(text) < 1:
         raise ValueError(
-            f"The environment variable {LIMIT_BATCHES_ENV_VAR} is {text!r}. Expected a whole number of batches, at "
-            "least 1, or no such variable."
+            f"The environment variable {LIMIT_BATCHES_ENV_VAR} is {text!r}. Expected a whole number of batches per "
+            "epoch, at least 1. Set it to such a number, or unset it to use all batches."
         )
     return int(text)
 
 
 class LimitBatches:
-    """Limits every epoch to a number of batches: of one loader, or of all trainers made in a ``with`` block.
+    """Limits every epoch to a number of batches: of one loader, or of all trainers created in a ``with`` block.
 
     Args:
-        num_batches: How many batches an epoch has at the most.
+        num_batches: The maximum number of batches per epoch.
 
     Example:
         >>> len(list(LimitBatches(2)(range(10))))
         2
         >>> with LimitBatches(2):
-        ...     pass  # a Trainer made here uses two batches per epoch
+        ...     pass  # a Trainer created here uses two batches per epoch
     """
 
     def __init__(self, num_batches: int) -> None:

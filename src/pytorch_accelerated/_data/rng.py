@@ -1,4 +1,4 @@
-"""Random number generators: derived seeds, and states that can be kept, stored and restored."""
+"""Random number generators: derived seeds, and states that can be stored and restored."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def derive_seed(seed: int, *keys: int | str) -> int:
-    """Make an independent seed for a purpose, the same one each time.
+    """Derive an independent seed for a purpose. The same arguments give the same seed.
 
     Args:
         seed: The seed to derive from.
-        *keys: What the new seed is for, such as ``"order", epoch``.
+        *keys: The purpose, such as ``"order", epoch``.
 
     Returns:
-        An integer of 63 bits, so that it fits every generator of PyTorch.
+        An integer of 63 bits, which fits every generator of PyTorch.
 
     Example:
         >>> derive_seed(7, "order", 0) == derive_seed(7, "order", 0)
@@ -43,7 +43,7 @@ def seed_generators(seed: int) -> None:
 
 
 def seed_host_generators(seed: int) -> None:
-    """Seed the generators of the host only: what loading data draws from, and much faster than all of them."""
+    """Seed only the generators of the host, from which data loading draws. Much faster than `seed_generators`."""
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -52,43 +52,44 @@ def seed_host_generators(seed: int) -> None:
 _SPARE_NUMPY_GENERATOR = np.random.MT19937(0)
 
 
-_put_aside: list[tuple[torch.Tensor, Any, Any]] = []
-"""The global generators that the open ``with`` blocks of this module will put back, outermost first."""
+_saved: list[tuple[torch.Tensor, Any, Any]] = []
+"""The global generators that the open ``with`` blocks of this module will restore, outermost first."""
 
 
 @contextmanager
 def restore_generators() -> Iterator[None]:
-    """At the end of the body put back what is still aside.
+    """At the end of the body, restore generators that a block inside it could not restore.
 
-    An error that comes from a signal, such as ``KeyboardInterrupt``, or the one of a worker that was killed, may
-    strike in the first or last steps of a block that had put the generators aside, and so keep it from its work.
+    An error raised by a signal handler, such as ``KeyboardInterrupt`` or that of a killed worker, may interrupt the
+    first or last statements of such a block.
     """
-    depth = len(_put_aside)
+    depth = len(_saved)
     try:
         yield
     finally:
-        _put_back(depth)
+        _restore(depth)
 
 
 @contextmanager
 def seeded_host_generators(seed: int) -> Iterator[None]:
-    """Seed the generators of the host for the body, and leave them as they were."""
-    depth = len(_put_aside)
+    """Seed the generators of the host for the body, and restore their state afterwards."""
+    depth = len(_saved)
     try:
-        _put_generators_aside(_SPARE_NUMPY_GENERATOR)
+        _save_and_replace(_SPARE_NUMPY_GENERATOR)
         seed_host_generators(seed)
         yield
     finally:
-        _put_back(depth)
+        _restore(depth)
 
 
 class RandomStream:
-    """The global generators of the host as a stream of their own.
+    """A separate stream of random numbers, drawn from the global generators of the host.
 
-    Within a ``with`` block they go on where the last block stopped; outside they are as if there had been none.
+    Inside a ``with`` block the global generators continue where the previous block stopped. Outside, their state is as
+    if there had been no block.
 
     Args:
-        seed: Where the stream starts.
+        seed: The seed of the stream.
 
     Example:
         >>> stream = RandomStream(7)
@@ -105,41 +106,41 @@ class RandomStream:
         self._numpy = np.random.MT19937(0)
         self._depth = 0
         with seeded_host_generators(seed):
-            self._own = torch.default_generator.get_state(), random.getstate()
+            self._states = torch.default_generator.get_state(), random.getstate()
         with self:
             np.random.seed(seed % 2**32)
 
     def __enter__(self) -> None:
-        self._depth = len(_put_aside)
-        _put_generators_aside(self._numpy)
-        torch_state, python_state = self._own
+        self._depth = len(_saved)
+        _save_and_replace(self._numpy)
+        torch_state, python_state = self._states
         torch.default_generator.set_state(torch_state)
         random.setstate(python_state)
 
     def __exit__(self, *exception: object) -> None:
-        self._own = torch.default_generator.get_state(), random.getstate()
-        _put_back(self._depth)
+        self._states = torch.default_generator.get_state(), random.getstate()
+        _restore(self._depth)
 
 
-def _put_generators_aside(numpy_generator: Any) -> None:
-    # NumPy's state takes long to copy, so its generator is changed for another.
-    # `get_bit_generator` and `set_bit_generator` are documented, but not in NumPy's stubs.
+def _save_and_replace(numpy_generator: Any) -> None:
+    # Copying NumPy's state is slow, so its generator is exchanged.
+    # `get_bit_generator` and `set_bit_generator` are documented, but missing from NumPy's stubs.
     outer = torch.default_generator.get_state(), random.getstate(), np.random.get_bit_generator()  # type: ignore[attr-defined]
-    _put_aside.append(outer)  # first, so that whatever comes between, it is not lost
+    _saved.append(outer)  # first, so that an interruption from here on loses nothing
     np.random.set_bit_generator(numpy_generator)  # type: ignore[attr-defined]
 
 
-def _put_back(depth: int) -> None:
-    if len(_put_aside) > depth:
-        torch_state, python_state, numpy_generator = _put_aside[depth]
+def _restore(depth: int) -> None:
+    if len(_saved) > depth:
+        torch_state, python_state, numpy_generator = _saved[depth]
         np.random.set_bit_generator(numpy_generator)  # type: ignore[attr-defined]
         torch.default_generator.set_state(torch_state)
         random.setstate(python_state)
-        del _put_aside[depth:]  # last, so that it can be begun anew
+        del _saved[depth:]  # last, so that an interrupted call can be repeated
 
 
 def get_rng_state() -> dict[str, Any]:
-    """Return the state of all global generators as tensors, numbers and lists, so that it can be stored safely."""
+    """Return the state of all global generators as tensors, numbers and lists, which can be stored without pickle."""
     numpy_state: Any = np.random.get_state()
     name, keys, position, has_gauss, cached_gaussian = numpy_state
     version, internal, gauss_next = random.getstate()
@@ -165,7 +166,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Leave all global generators as they were, whatever the body draws from them."""
+    """Restore the state of all global generators after the body, whatever it draws from them."""
     states = torch.get_rng_state(), _cuda_states(), np.random.get_state(), random.getstate()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Sharding: how several processes share the samples of an epoch, each sample once."""
+"""Sharding: the ranks divide the samples of an epoch among them, and use each sample once."""
 
 from __future__ import annotations
 
@@ -12,65 +12,78 @@ from pytorch_accelerated._proxy import Proxy
 
 
 class ShardedBatchSampler(Proxy, wraps="batch_sampler"):
-    """The batches of one process, out of those that all processes take together.
+    """The batches of one rank, out of the batches of all ranks.
 
-    At each step the processes take the next ``num_processes`` batches, one each, in the order of their ranks. What is
-    left at the end for less than a batch each is divided evenly, so that every sample is used once and all processes
-    make the same number of steps. If even that leaves a process without a sample, it gets a *stand-in*, some batch that
-    was used before, so that it can take part in what the processes do together; it has to count for nothing.
+    At each step the ranks take the next ``num_processes`` batches, one each, in the order of their ranks. If fewer
+    batches remain at the end, their samples are divided evenly. Every sample is used once, and all ranks make the same
+    number of steps. If there are fewer samples than ranks, a rank without a sample yields a *dummy batch*: a batch that
+    was used before, so that the rank can take part in collective operations. It must count for nothing.
 
     Args:
-        batch_sampler: Gives lists of indices, the same on every process.
-        num_processes: How many processes share them.
+        batch_sampler: Yields lists of indices, identical on every rank.
+        num_processes: Number of ranks.
         process_index: Rank of this process.
+        is_active: Whether the batches are sharded already. Otherwise each rank yields all batches until `activate` is
+            called.
 
     Example:
         >>> [list(ShardedBatchSampler([[0, 1], [2, 3], [4, 5], [6]], 3, rank)) for rank in range(3)]
         [[[0, 1], [6]], [[2, 3], [2, 3]], [[4, 5], [4, 5]]]
     """
 
-    def __init__(self, batch_sampler: Any, num_processes: int, process_index: int) -> None:
+    def __init__(self, batch_sampler: Any, num_processes: int, process_index: int, is_active: bool = True) -> None:
         self.batch_sampler = batch_sampler
         self.num_processes = num_processes
         self.process_index = process_index
         self.batch_size = getattr(batch_sampler, "batch_size", None)
         self.drop_last = getattr(batch_sampler, "drop_last", False)
         self.dummy_step: int | None = None
-        """Index of the step whose batch is a stand-in; known when that batch has been given."""
+        """Index of the step whose batch is a dummy batch; known once that batch was yielded."""
+
+        self._is_active = is_active
+
+    def activate(self) -> None:
+        """Shard the batches from the next epoch on."""
+        self._is_active = True
 
     def __iter__(self) -> Iterator[list[int]]:
         self.dummy_step = None
+        return self._shard() if self._is_active else iter(self.batch_sampler)
+
+    def _shard(self) -> Iterator[list[int]]:
         batches = iter(self.batch_sampler)
-        own: list[int] = []
+        local: list[int] = []
         for step in itertools.count():
             group = list(itertools.islice(batches, self.num_processes))
             if len(group) == self.num_processes:
-                own = group[self.process_index]
-                yield own
+                local = group[self.process_index]
+                yield local
                 continue
             if group and not self.drop_last:
-                yield self._part_of_rest(group, step, own)
+                yield self._part_of_rest(group, step, local)
             return
 
-    def _part_of_rest(self, group: list[list[int]], step: int, last_own: list[int]) -> list[int]:
+    def _part_of_rest(self, group: list[list[int]], step: int, last_local: list[int]) -> list[int]:
         rest = [index for batch in group for index in batch]
         ranks = (self.process_index, self.process_index + 1)
         start, end = (math.ceil(len(rest) * rank / self.num_processes) for rank in ranks)
         if start == end:
             self.dummy_step = step
-            return last_own or group[0]
+            return last_local or group[0]
         return rest[start:end]
 
     def __len__(self) -> int:
+        if not self._is_active:
+            return len(self.batch_sampler)
         num_groups = len(self.batch_sampler) / self.num_processes
         return math.floor(num_groups) if self.drop_last else math.ceil(num_groups)
 
 
 class TrimmedDispatcher(Proxy, wraps="loader"):
-    """A loader of Accelerate's whose main process reads the data for all, without what fills up its last step.
+    """A loader of Accelerate whose main process reads the data for all ranks, without the rows that fill its last step.
 
-    Accelerate deals the rows of each step out evenly, the last with rows of the first step added. These are cut off
-    again; a process that is left without a row keeps its batch as a stand-in, as in `ShardedBatchSampler`.
+    Accelerate divides the rows of each step evenly, and adds rows of the first step to the last one. They are removed
+    here. A rank left without a row keeps its batch as a dummy batch, as with `ShardedBatchSampler`.
 
     Args:
         loader: An `accelerate.data_loader.DataLoaderDispatcher`.
@@ -81,22 +94,22 @@ class TrimmedDispatcher(Proxy, wraps="loader"):
         self.loader = loader
         self.process_index = process_index
         self.dummy_step: int | None = None
-        """Index of the step whose batch is a stand-in; known when that batch has been given."""
+        """Index of the step whose batch is a dummy batch; known once that batch was yielded."""
 
         self._slice = loader.slice_fn
         loader.slice_fn = self._slice_or_repeat
 
     @property
-    def share(self) -> TrimmedDispatcher:
-        """What knows about stand-ins: this object."""
+    def sharding(self) -> TrimmedDispatcher:
+        """The object that knows the dummy step: this one."""
         return self
 
     def __iter__(self) -> Iterator[Any]:
         self.dummy_step = None
         for step, batch in enumerate(self.loader):
-            yield self._without_filling(batch, step) if self.loader.end_of_dataloader else batch
+            yield self._without_added_rows(batch, step) if self.loader.end_of_dataloader else batch
 
-    def _without_filling(self, batch: Any, step: int) -> Any:
+    def _without_added_rows(self, batch: Any, step: int) -> Any:
         num_rows = find_batch_size(batch)
         num_real = self.loader.remainder - self.process_index * num_rows
         if num_real >= num_rows:
@@ -108,7 +121,7 @@ class TrimmedDispatcher(Proxy, wraps="loader"):
 
     def _slice_or_repeat(self, batch: Any, rows: slice, **kwargs: Any) -> Any:
         num_rows = find_batch_size(batch)
-        # Of a first step with less than a row each, Accelerate would take too little to fill up with.
+        # Accelerate adds too few rows if the first step has fewer rows than there are ranks.
         return repeat_rows(batch, num_rows, rows.stop) if rows.stop > num_rows else self._slice(batch, rows, **kwargs)
 
     def __len__(self) -> int:
@@ -116,13 +129,13 @@ class TrimmedDispatcher(Proxy, wraps="loader"):
 
 
 def sharding_of(loader: Any) -> ShardedBatchSampler | TrimmedDispatcher | None:
-    """Return what knows which step of a loader has a stand-in for its batch; ``None`` if none has."""
-    share = getattr(loader, "share", None)
-    return share if isinstance(share, (ShardedBatchSampler, TrimmedDispatcher)) else None
+    """Return the object that knows which step of a loader has a dummy batch; ``None`` if no step can have one."""
+    sharding = getattr(loader, "sharding", None)
+    return sharding if isinstance(sharding, (ShardedBatchSampler, TrimmedDispatcher)) else None
 
 
 def without_samples(batch: Any, batch_output: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a batch, and what its step returned, as callbacks should see them of a stand-in: without a sample."""
+    """Return a dummy batch, and the result of its step, as callbacks should see them: with 0 samples."""
     batch_size = int(batch_output["batch_size"])
     emptied = dict(first_rows(batch_output, batch_size, 0))
     counts = {name: emptied[name] * 0 for name in ("batch_size", "num_items_in_batch") if name in emptied}

@@ -1,4 +1,4 @@
-"""Data without indices: where in it a run stands."""
+"""Iterable data with a state: the position of a run in it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch.utils.data import IterableDataset
 
 from pytorch_accelerated._proxy import Proxy
 
-_NUM_STATES_KEPT = 4  # loaders read ahead, so the newest state is not that of the step under way
+_NUM_STATES_KEPT = 4  # loaders read ahead, so the newest state is not that of the current step
 
 
 class TrackedStream(Proxy, IterableDataset[Any], wraps="source"):
-    """An iterable that can tell its position, and remembers which one each of the last steps had.
+    """An iterable with a state that remembers its position at each of the last steps.
 
     Args:
-        source: An iterable with ``state_dict`` and ``load_state_dict``; what else it offers is passed through.
-        num_items_per_step: How many of its items one step takes.
+        source: An iterable with ``state_dict`` and ``load_state_dict``. Other attributes are passed through.
+        num_items_per_step: Number of its items that one step takes.
     """
 
     def __init__(self, source: Any, num_items_per_step: int) -> None:
@@ -38,13 +38,13 @@ class TrackedStream(Proxy, IterableDataset[Any], wraps="source"):
             yield item
 
     def position(self, num_steps: int) -> dict[str, Any]:
-        """Return where the source stands after so many steps of an epoch; 0 also for after its end."""
+        """Return the position after this number of steps of an epoch. 0 is between epochs: the current position."""
         return {"state": self._states.get(num_steps) if num_steps else copy.deepcopy(self.source.state_dict())}
 
     def resume(self, position: Mapping[str, Any], num_steps: int) -> None:
-        """Let the next epoch go on at the `position` after so many steps."""
+        """Let the next epoch continue at a `position`, which was taken after ``num_steps`` steps."""
         self._num_steps_done = num_steps
-        if position["state"] is not None:  # only the main process has read
+        if position["state"] is not None:  # a process that has not read the data has no state
             self.source.load_state_dict(position["state"])
 
     def __len__(self) -> int:

@@ -1,4 +1,8 @@
-"""Collectives: values exchanged between processes, and functions that succeed or fail on all of them."""
+"""Collectives: exchange values between processes, and call functions that succeed or fail on all of them.
+
+They take the number of processes and do nothing in a single process. Unless a docstring says otherwise, they must be
+called on every process.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +13,169 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from torch import distributed
 
 from pytorch_accelerated._nested import rebuild
 from pytorch_accelerated.exceptions import CheckpointError
 
+PROCESS_TIMEOUT = timedelta(minutes=10)
+"""How long a process waits for another one, unless the user's accelerator sets another timeout."""
+
+T = TypeVar("T")
+
+
+def num_local_processes(num_processes: int) -> int:
+    """Return how many of the processes run on this node. Not a collective.
+
+    Args:
+        num_processes: The world size, which is also the result where the launcher does not set ``LOCAL_WORLD_SIZE``.
+    """
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+
+
+def run_on_main(func: Callable[[], T], is_main: bool, num_processes: int) -> T:
+    """Call a function on the main process only, and return its result, or raise its error, on every process.
+
+    Args:
+        func: Returns something that can be pickled.
+        is_main: Whether this is the main process.
+        num_processes: The world size.
+    """
+    result: Any = None
+    error: Exception | None = None
+    if is_main:
+        try:
+            result = func()
+        except Exception as caught:
+            error = caught
+    result, error = broadcast_from_main((result, error), num_processes)
+    if error is not None:
+        raise error
+    return result  # type: ignore[no-any-return]
+
+
+def run_on_all(func: Callable[[], T], num_processes: int, group: distributed.ProcessGroup | None = None) -> T:
+    """Call a function on every process, and return its local result. If it fails on one process, raise on all of them.
+
+    Without this, the other processes would wait forever for the one that failed.
+
+    Args:
+        func: Must not wait for other processes.
+        num_processes: The world size.
+        group: The process group; ``None`` for the default group.
+
+    Raises:
+        CheckpointError: The function failed on another process.
+        Exception: The function failed on this process.
+    """
+    if num_processes == 1 or not distributed.is_initialized():
+        return func()
+
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = func()
+    except Exception as caught:
+        error = caught
+    messages = all_gather_objects(None if error is None else str(error), num_processes, group)
+    if error is not None and not isinstance(error, CheckpointError):
+        raise error
+    message = next((message for message in messages if message is not None), None)
+    if message is not None:
+        raise CheckpointError(message) from error
+    return result  # type: ignore[no-any-return]
+
+
+def broadcast_from_main(value: T, num_processes: int) -> T:
+    """Return the main process's value on every process; it must be possible to pickle it."""
+    if num_processes == 1 or not distributed.is_initialized():
+        return value
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
+def all_gather_objects(value: T, num_processes: int, group: distributed.ProcessGroup | None = None) -> list[T]:
+    """Return the values of all processes in rank order, on every process.
+
+    Args:
+        value: The local value; it must be possible to pickle it.
+        num_processes: The world size.
+        group: The process group; ``None`` for the default group.
+    """
+    values = [value] * num_processes
+    if num_processes > 1:
+        distributed.all_gather_object(values, value, group=group)
+    return values
+
+
+def sum_over_processes(
+    pairs: Mapping[str, tuple[float | torch.Tensor, float | torch.Tensor]], device: torch.device
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Sum named pairs of numbers over all processes, in float64 where the device supports it.
+
+    Args:
+        pairs: The local pairs by name. A pair that is missing on a process counts as zero there.
+        device: Where the process group exchanges tensors.
+
+    Returns:
+        The sums under every name that exists on any process, in alphabetical order.
+    """
+    names = sorted({name for local_names in gather_object([sorted(pairs)]) for name in local_names})
+    numbers = [number for name in names for number in pairs.get(name, (0.0, 0.0))]
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    stacked = torch.stack([torch.as_tensor(number, dtype=dtype, device=device) for number in numbers])
+    totals = reduce(stacked, reduction="sum").view(-1, 2)
+    return {name: (total, weight) for name, (total, weight) in zip(names, totals.unbind(), strict=True)}
+
+
+def gather_uneven(value: Any, padding_value: float | None = None) -> Any:
+    """Concatenate the rows of all processes in rank order; the number of rows may differ between processes.
+
+    Rows are padded for the exchange. The padding is removed by row count, so real values may equal it.
+
+    Args:
+        value: A tensor of shape ``(rows, ...)``, or tuples, lists, mappings and dataclasses of them with the same
+            structure on every process.
+        padding_value: Fills the dimensions after the first where processes differ in them; ``None`` if they agree.
+
+    Returns:
+        The structure of ``value`` with tensors of shape ``(sum of rows, ...)``. Scalar tensors become a vector with one
+        entry per process.
+
+    Raises:
+        ValueError: The dimensions after the first differ, and ``padding_value`` is ``None``. Raised on every process.
+        TypeError: ``value`` contains something that is not a tensor.
+    """
+    if isinstance(value, (Mapping, tuple, list)) or is_dataclass(value):
+        return rebuild(value, lambda item: gather_uneven(item, padding_value))
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"A {type(value).__name__} cannot be gathered. Expected a tensor, or tuples, lists and mappings of "
+            "tensors. Use `accelerate.utils.gather_object` for other objects."
+        )
+    if value.ndim == 0:
+        return gather(value)
+    shapes = gather(torch.tensor([value.shape], device=value.device))  # (num_processes, ndim)
+    num_rows, *sizes = shapes.unbind(dim=1)
+    if padding_value is None and any(size.unique().numel() > 1 for size in sizes):
+        raise ValueError(
+            f"The tensors to gather have the shapes {shapes.tolist()} on the processes, in rank order. Only the "
+            "first dimension may differ. Pass a `padding_value` to fill the other dimensions."
+        )
+    padded = value.new_full(shapes.max(dim=0).values.tolist(), padding_value or 0)
+    padded[tuple(slice(size) for size in value.shape)] = value
+    blocks = gather(padded).split(padded.shape[0]) if padded.numel() else [padded] * len(num_rows)
+    return torch.cat([block[:rows] for block, rows in zip(blocks, num_rows.tolist(), strict=True)])
+
 
 def remove_padding(padded_tensor: torch.Tensor, pad_value: float) -> torch.Tensor:
-    """Return the rows of a tensor that are not all ``pad_value``; for one dimension, the entries that differ from it.
+    """Remove the rows that consist of ``pad_value`` only; in one dimension, the entries that equal it. Not a collective.
 
     Args:
         padded_tensor: Shape ``(rows, ...)``.
-        pad_value: What the padding consists of.
+        pad_value: The value of the padding.
 
     Example:
         >>> remove_padding(torch.tensor([[1, -1], [-1, -1]]), -1)
@@ -32,153 +185,3 @@ def remove_padding(padded_tensor: torch.Tensor, pad_value: float) -> torch.Tenso
     if is_real.ndim > 1:
         is_real = is_real.flatten(1).any(dim=1)
     return padded_tensor[is_real]
-
-
-Result = TypeVar("Result")
-
-
-def run_on_main(decide: Callable[[], Result], is_main: bool, num_processes: int) -> Result:
-    """Call a function on the main process only, and return, or raise, the same everywhere.
-
-    Must be called on every process.
-
-    Args:
-        decide: Returns something that can be pickled.
-        is_main: Whether this is the main process.
-        num_processes: How many there are.
-    """
-    result: Any = None
-    error: Exception | None = None
-    if is_main:
-        try:
-            result = decide()
-        except Exception as caught:
-            error = caught
-    result, error = broadcast_from_main((result, error), num_processes)
-    if error is not None:
-        raise error
-    return result  # type: ignore[no-any-return]
-
-
-def run_on_all(act: Callable[[], Result], num_processes: int, group: Any = None) -> Result:
-    """Call a function on every process, and return what it returned there, unless it failed on any.
-
-    Otherwise a process that fails would leave the others waiting for it. Must be called on every process.
-
-    Args:
-        act: What to do; it must not wait for other processes.
-        num_processes: How many there are.
-        group: How they tell each other; ``None`` for the default group.
-
-    Raises:
-        CheckpointError: It failed on another process.
-        Exception: It failed on this one.
-    """
-    if num_processes == 1 or not distributed.is_initialized():
-        own_result = act()
-        broadcast_from_main(None, num_processes)  # processes of another kind (XLA) at least wait for each other
-        return own_result
-    result: Any = None
-    error: Exception | None = None
-    try:
-        result = act()
-    except Exception as caught:
-        error = caught
-    problems = values_of_all(None if error is None else str(error), num_processes, group)
-    if error is not None and not isinstance(error, CheckpointError):
-        raise error
-    problem = next((problem for problem in problems if problem is not None), None)
-    if problem is not None:
-        raise CheckpointError(problem) from error
-    return result  # type: ignore[no-any-return]
-
-
-def num_local_processes(num_processes: int) -> int:
-    """Return how many of the processes run on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
-
-
-def broadcast_from_main(value: Any, num_processes: int) -> Any:
-    """Return the main process's value on every process. Must be called on every process."""
-    if num_processes == 1 or not torch.distributed.is_initialized():
-        return value
-    values = [value]
-    broadcast_object_list(values)
-    return values[0]
-
-
-def values_of_all(value: Any, num_processes: int, group: Any = None) -> list[Any]:
-    """Return, on every process, the values of all in the order of their ranks. Must be called on every process.
-
-    Args:
-        value: That of this process.
-        num_processes: How many there are.
-        group: How they tell each other; ``None`` for the default group.
-    """
-    values: list[Any] = [value] * num_processes
-    if num_processes > 1:
-        torch.distributed.all_gather_object(values, value, group=group)
-    return values
-
-
-def sum_over_processes(
-    accelerator: Accelerator, sums: Mapping[str, tuple[float | torch.Tensor, float | torch.Tensor]]
-) -> dict[str, tuple[float | torch.Tensor, float | torch.Tensor]]:
-    """Add up named pairs of numbers over the processes. Must be called on every process.
-
-    Args:
-        accelerator: The accelerator.
-        sums: A pair for each name. What a process does not have, it adds nothing to.
-
-    Returns:
-        The pairs of all names that any process has, in alphabetical order.
-    """
-    names = sorted({name for own_names in gather_object([sorted(sums)]) for name in own_names})
-    numbers = [number for name in names for number in sums.get(name, (0.0, 0.0))]
-    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    stacked = torch.stack([torch.as_tensor(number, dtype=dtype, device=accelerator.device) for number in numbers])
-    totals = accelerator.reduce(stacked, reduction="sum").view(-1, 2)
-    return {name: (total, weight) for name, (total, weight) in zip(names, totals.unbind(), strict=True)}
-
-
-def gather_uneven(accelerator: Accelerator, value: Any, padding_value: float | None = None) -> Any:
-    """Concatenate the rows that each process has, however many, in the order of the processes.
-
-    Rows are exchanged with padding, and cut off again by their number, so real values that equal the padding stay.
-    Must be called on every process.
-
-    Args:
-        accelerator: The accelerator.
-        value: A tensor of shape ``(rows, ...)``, or tuples, lists and mappings of them, nested alike everywhere.
-        padding_value: Fills up the dimensions after the first; ``None`` if they are alike.
-
-    Returns:
-        ``value``'s structure with tensors of shape ``(sum of rows, ...)``. Tensors without dimension become a vector.
-
-    Raises:
-        ValueError: The dimensions after the first differ, and there is no ``padding_value``.
-    """
-    if isinstance(value, (Mapping, tuple, list)) or is_dataclass(value):
-        return rebuild(value, lambda item: gather_uneven(accelerator, item, padding_value))
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(
-            f"Only tensors, and tuples, lists and mappings of them, can be gathered, not a {type(value).__name__}. "
-            "Use `accelerate.utils.gather_object` for other objects."
-        )
-    if value.ndim == 0:
-        return accelerator.gather(value)
-    shapes = accelerator.gather(torch.tensor([value.shape], device=value.device))  # (num_processes, ndim)
-    num_rows, *sizes = shapes.unbind(dim=1)
-    if padding_value is None and any(size.unique().numel() > 1 for size in sizes):
-        raise ValueError(
-            f"The processes have tensors of the shapes {shapes.tolist()}, which differ in more than the number of "
-            "rows. Give a `padding_value` to fill up the other dimensions."
-        )
-    padded = value.new_full(shapes.max(dim=0).values.tolist(), padding_value or 0)
-    padded[tuple(slice(size) for size in value.shape)] = value
-    blocks = accelerator.gather(padded).split(padded.shape[0]) if padded.numel() else [padded] * len(num_rows)
-    return torch.cat([block[:rows] for block, rows in zip(blocks, num_rows.tolist(), strict=True)])
-
-
-PROCESS_TIMEOUT = timedelta(minutes=10)
-"""How long a process waits for another, unless the user's accelerator says otherwise."""

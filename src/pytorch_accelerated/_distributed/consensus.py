@@ -1,10 +1,10 @@
-"""What the processes of a run tell each other, so that they weigh their batches and end the run together."""
+"""Stop consensus: the ranks sum their weights once per update, and all stop at the same update if one requests it."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 import torch
@@ -15,58 +15,56 @@ from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
 SECONDS_BETWEEN_EXCHANGES = 0.1
-"""How often processes exchange numbers if there is no need to do so at each update."""
+"""How often ranks exchange numbers in a run that does not need an exchange at each update."""
 
-
-_REASONS: dict[str, type[Exception]] = {
+_STOP_REASONS: dict[str, type[Exception]] = {
     error.__name__: error for error in (NonFiniteLossError, StopTrainingError, RunInterruptedError)
 }
-"""The exceptions by which one process ends the run of all; the first that any process has is raised by all."""
+"""The exceptions that stop all ranks, in order of precedence: if ranks have several, all raise the first kind."""
+
+_host_group_of_world: list[Any] = []
+"""The default process group and the gloo group next to it. All runs share that one, because each holds sockets."""
 
 
-def _plain(reason: Exception) -> tuple[str, tuple[Any, ...]]:
-    """Return the kind of a reason and what it is made of, to make it anew elsewhere."""
-    kind = next(name for name, error in reversed(_REASONS.items()) if isinstance(reason, error))
+def _host_group() -> Any:
+    if distributed.get_backend() == "gloo":
+        return None  # the default group connects hosts
+    world = distributed.group.WORLD
+    if not _host_group_of_world or _host_group_of_world[0] is not world:
+        _host_group_of_world[:] = world, distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
+    return _host_group_of_world[1]
+
+
+def _serialize(reason: Exception) -> tuple[str, tuple[Any, ...]]:
+    """Return the kind of a reason and the arguments that create it again on another rank."""
+    kind = next(name for name, error in reversed(_STOP_REASONS.items()) if isinstance(reason, error))
     if isinstance(reason, RunInterruptedError):
         return kind, (reason.signal_number,)
     return kind, (str(reason), reason.step) if isinstance(reason, NonFiniteLossError) else (str(reason),)
 
 
 def _precedence(reason: Exception) -> tuple[int, float]:
-    """Return what reasons are sorted by: the gravest comes first, and of bad losses the earliest."""
-    gravity = list(_REASONS.values()).index(type(reason))
+    """Return the sort key of a reason: its kind, then the step of a non-finite loss."""
     step = getattr(reason, "step", None)
-    return gravity, math.inf if step is None else step
-
-
-_group_on_hosts: list[Any] = []
-"""The group of all processes, and the one beside it that connects their hosts: one for all runs, as it takes ports."""
-
-
-def _host_group() -> Any:
-    if distributed.get_backend() == "gloo":
-        return None  # the default group connects the hosts
-    world = distributed.group.WORLD
-    if not _group_on_hosts or _group_on_hosts[0] is not world:
-        _group_on_hosts[:] = world, distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
-    return _group_on_hosts[1]
+    return list(_STOP_REASONS.values()).index(type(reason)), math.inf if step is None else step
 
 
 class StopConsensus:
-    """Adds up, once per update, the weights of all processes and their requests to end the run.
+    """All-reduces, once per update, the weights of all ranks and their requests to stop.
 
-    A process that wants to end the run must not just do so: the others would wait for it for ever. It makes a request,
-    goes on, and all of them raise the same exception at the same place. The numbers travel between the hosts, beside
-    the backward pass, so no device has to wait. With a single process nothing is sent.
+    A rank must not stop on its own: the others would wait for it forever. It records a request and continues. After the
+    next exchange, all ranks raise the same exception at the same place. The numbers travel between hosts during the
+    backward pass, so no device waits. With a single process nothing is sent.
 
-    Where every process knows the weights of the others beforehand, and nothing can ask for the end of the run at a
-    certain update, most exchanges are left out, by all alike: some times a second are often enough for a signal. How
-    many are left out before the next is agreed on in each exchange.
+    If every rank knows the weights of the others in advance, and no request has to take effect at an exact update, most
+    exchanges are skipped: for a signal, ten per second are enough. Each exchange determines how many of the following
+    ones all ranks skip.
 
     Args:
-        num_processes: How many processes take part. With several, making this must happen on every one of them.
-        find_bad_loss: Looks whether this process has had a loss that is not finite, since such losses spread.
-        can_skip_exchange: Tells whether exchanges may be left out, as far as this process knows.
+        num_processes: The world size. With several processes, every one of them must create the object.
+        find_bad_loss: Returns an error for the first non-finite loss of this rank, ``None`` if there is none. It is
+            called once a rank has found one, because non-finite gradients spread to the others.
+        can_skip_exchange: Whether this rank allows exchanges to be skipped. Called at each exchange.
     """
 
     def __init__(
@@ -79,43 +77,50 @@ class StopConsensus:
         self._find_bad_loss = find_bad_loss
         self._can_skip_exchange = can_skip_exchange
         self.is_needed = num_processes > 1 and distributed.is_initialized()
+        """Whether there are other ranks. Callers check this before each exchange."""
+
         self._requests: list[Exception] = []
-        self._agreed_reason: Exception | None = None
+        self._stop_reason: Exception | None = None
         self._group: Any = _host_group() if self.is_needed else None
         self._numbers = torch.zeros(5, dtype=torch.float64)
         self._exchange: Any = None
-        self._left_out: tuple[float, int] | None = None
-        self._num_to_leave_out = self._num_updates = 0
+        self._skipped: tuple[float, int] | None = None
+        self._num_to_skip = self._num_updates = 0
         self._last_time: float | None = None
 
     def request_stop(self, reason: Exception) -> None:
-        """Ask for the end of the run: a `StopTrainingError` or a `NonFiniteLossError`."""
+        """Let all ranks raise this reason after the next exchange.
+
+        Args:
+            reason: A `StopTrainingError`, a `NonFiniteLossError` or a `RunInterruptedError`.
+        """
         self._requests.append(reason)
 
     def start_exchange(
-        self, weight: float | torch.Tensor, num_samples: int, foreseen_weight: float | torch.Tensor | None = None
+        self, weight: float | torch.Tensor, num_samples: int, expected_weight: float | torch.Tensor | None = None
     ) -> None:
-        """Tell the others about this process's share of the update, and whether it wants to end the run.
+        """Send the weight of an update, and whether this rank requests a stop, to the other ranks, without waiting.
 
         Args:
-            weight: The sum of the weights of its batches.
-            num_samples: How many samples were in them.
-            foreseen_weight: What the weight is on each process, as they all know if the run is foreseeable; ``None`` if
-                this update is not.
+            weight: The sum of the weights of this rank's batches.
+            num_samples: The number of samples in them.
+            expected_weight: The weight that all ranks expect of each other if exchanges can be skipped; ``None`` if
+                this update needs an exchange.
 
         Raises:
-            RuntimeError: The exchange would be left out, but the weight is another.
+            RuntimeError: The exchange would be skipped, but the weight differs from the expected one.
         """
         self._num_updates += 1
-        if foreseen_weight is not None and self._num_to_leave_out > 0:
-            if weight != foreseen_weight:
+        if expected_weight is not None and self._num_to_skip > 0:
+            if weight != expected_weight:
                 raise RuntimeError(
-                    f"The batches of an update hold {weight:g} samples, but the loader promised {foreseen_weight:g}. "
-                    "Does a dataset or a collation leave some out? Tell the `batch_size` by overriding "
-                    "`calculate_train_batch_loss`, so that all processes are asked for theirs."
+                    f"The batches of an update hold {weight:g} samples. Expected {expected_weight:g} samples, the "
+                    "number of indices from the dataloader. If the dataset or the collate function omits samples, "
+                    "override `calculate_train_batch_loss` and return the actual `batch_size`; then the processes "
+                    "exchange their batch sizes at each update."
                 )
-            self._num_to_leave_out -= 1
-            self._left_out = float(weight), num_samples
+            self._num_to_skip -= 1
+            self._skipped = float(weight), num_samples
             return
         needs_each = 0 if self._can_skip_exchange() else 1
         numbers = float(weight), num_samples, len(self._requests), needs_each, self._updates_between_exchanges()
@@ -123,44 +128,44 @@ class StopConsensus:
         self._exchange = distributed.all_reduce(self._numbers, group=self._group, async_op=True)
 
     def finish_exchange(self) -> tuple[float, int]:
-        """Wait for the others, and return the weight and the number of samples of the whole update.
+        """Wait for the other ranks, and return the weight and the number of samples of the update on all of them.
 
-        If some process asked to stop, the step is to be finished first; `raise_if_stopped` then stops the run.
+        If a rank requested to stop, finish the update first; then call `raise_if_stopped`.
 
         Raises:
-            NonFiniteLossError: The loss of some process is not finite; the update must not be made.
+            NonFiniteLossError: The loss of some rank is not finite. The optimizer step must not happen.
         """
-        if self._left_out is not None:
-            (weight, num_samples), self._left_out = self._left_out, None
+        if self._skipped is not None:
+            (weight, num_samples), self._skipped = self._skipped, None
             return weight * self._num_processes, num_samples * self._num_processes
-        if self._exchange is None:  # a subclass has replaced the step that starts it
+        if self._exchange is None:  # a subclass has replaced the method that starts it
             self.start_exchange(weight=0.0, num_samples=0)
         self._exchange.wait()
         self._exchange = None
-        weight, num_samples, num_requests, need_each, total_updates = self._numbers.tolist()
-        self._num_to_leave_out = 0 if need_each else max(0, int(total_updates / self._num_processes) - 1)
+        weight, num_samples, num_requests, num_with_need, total_updates = self._numbers.tolist()
+        self._num_to_skip = 0 if num_with_need else max(0, int(total_updates / self._num_processes) - 1)
         if num_requests > 0:
-            self._agreed_reason = self._first_reason()
-        if isinstance(self._agreed_reason, NonFiniteLossError):
+            self._stop_reason = self._find_common_reason()
+        if isinstance(self._stop_reason, NonFiniteLossError):
             self.raise_if_stopped()
         return weight, int(num_samples)
 
     def raise_if_stopped(self) -> None:
-        """End the run if a process had asked for it before the last exchange.
+        """Raise the reason to stop if a rank requested it before the last exchange.
 
         Raises:
-            StopTrainingError: A callback on some process asked to stop.
+            StopTrainingError: A callback on some rank requested to stop, or a signal did.
         """
-        reason, self._agreed_reason = self._agreed_reason, None
+        reason, self._stop_reason = self._stop_reason, None
         if reason is not None:
             raise reason
 
     def sync(self) -> None:
-        """End the run if any process wants it. Must be called on every process.
+        """Exchange requests outside an update, and raise if there is one. Must be called on every process.
 
         Raises:
-            NonFiniteLossError: The loss of some process is not finite.
-            StopTrainingError: A callback on some process asked to stop.
+            NonFiniteLossError: The loss of some rank is not finite.
+            StopTrainingError: A callback on some rank requested to stop, or a signal did.
         """
         if self.is_needed:
             self.start_exchange(weight=0.0, num_samples=0)
@@ -168,64 +173,53 @@ class StopConsensus:
             self.raise_if_stopped()
 
     def _updates_between_exchanges(self) -> float:
-        """Propose how often to exchange, by the speed since the last time, but at most twice as seldom as then."""
+        """Propose an interval from the speed since the last exchange, at most twice as long as the last interval."""
         now, num_updates = time.monotonic(), self._num_updates
         seconds = math.inf if self._last_time is None else now - self._last_time
         self._last_time, self._num_updates = now, 0
         return min(num_updates * SECONDS_BETWEEN_EXCHANGES / max(seconds, 1e-6), 2 * num_updates)
 
-    def _first_reason(self) -> Exception:
-        reasons = self._reasons_of_all()
+    def _find_common_reason(self) -> Exception:
+        reasons = self._gather_requests()
         if any(isinstance(reason, NonFiniteLossError) for reason in reasons):
-            # With the gradients it spreads to processes that may have noticed theirs sooner.
-            own = self._find_bad_loss()
-            self._requests = [] if own is None else [own]
-            reasons += self._reasons_of_all()
+            # It spreads with the gradients. A rank that has noticed it may not be the first that had it.
+            bad_loss = self._find_bad_loss()
+            self._requests = [] if bad_loss is None else [bad_loss]
+            reasons += self._gather_requests()
         return min(reasons, key=_precedence)
 
-    def _reasons_of_all(self) -> list[Exception]:
-        own = list(dict.fromkeys(map(_plain, self._requests)))
+    def _gather_requests(self) -> list[Exception]:
+        local_requests = list(dict.fromkeys(map(_serialize, self._requests)))
         self._requests = []
-        reasons_of_all: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(reasons_of_all, own, group=self._group)
-        return [_REASONS[kind](*content) for reasons in reasons_of_all for kind, content in reasons]
+        requests_by_rank: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(requests_by_rank, local_requests, group=self._group)
+        return [_STOP_REASONS[kind](*arguments) for requests in requests_by_rank for kind, arguments in requests]
 
 
-_EVENTS_OF_A_STEP = {
-    "on_train_step_start",
-    "on_backward_start",
-    "on_optimizer_step_start",
-    "on_optimizer_step_end",
-    "on_train_step_end",
-}
+def can_skip_exchange(
+    *,
+    events_without_listeners: Set[str],
+    step_events: Set[str],
+    yields_full_batches: bool,
+    is_step_overridden: bool,
+) -> bool:
+    """Tell whether a rank allows exchanges to be skipped: its weights are known, and nothing in a step requests a stop.
 
+    The answer may change during a run, because callbacks can be added.
 
-_METHODS_OF_A_STEP = (
-    "_perform_forward_and_backward_passes",
-    "calculate_train_batch_loss",
-    "backward_step",
-    "_update_loss_tracker",
-    "_update_parameters",
-    "_clip_gradients",
-    "optimizer_step",
-    "scheduler_step",
-    "optimizer_zero_grad",
-    "_end_train_step",
-)
-
-
-def can_skip_exchange(trainer: Any) -> bool:
-    """Tell whether the steps of a run are the library's own, in a process: so that they weigh what the loader promises.
-
-    Then also nothing is called in them that might end the run. To be asked again, as callbacks may join a run.
+    Args:
+        events_without_listeners: The events that no callback of this rank listens to.
+        step_events: The events of a training step.
+        yields_full_batches: Whether every training batch but the last is known to have the nominal size.
+        is_step_overridden: Whether a method of the training step is not the library's own.
     """
-    return (
-        trainer.callback_handler.events_without_listeners >= _EVENTS_OF_A_STEP
-        and all(source.gives_full_batches for source in trainer._train_randomness)
-        and all(_is_own(trainer, name) for name in _METHODS_OF_A_STEP)
-    )
+    return yields_full_batches and not is_step_overridden and events_without_listeners >= step_events
 
 
-def _is_own(trainer: Any, method: str) -> bool:
-    module = getattr(type(trainer), method).__module__
-    return method not in vars(trainer) and module.partition(".")[0] == __name__.partition(".")[0]
+def overrides_any(instance: object, methods: Iterable[str]) -> bool:
+    """Tell whether any of these methods is not the library's own: overridden in a subclass, or set on the instance."""
+    return any(name in vars(instance) or not _is_own(getattr(type(instance), name)) for name in methods)
+
+
+def _is_own(method: Callable[..., Any]) -> bool:
+    return method.__module__.partition(".")[0] == __name__.partition(".")[0]

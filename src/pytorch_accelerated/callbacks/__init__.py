@@ -1,4 +1,10 @@
-"""Callbacks: the events of a run, the handler that forwards them, and the callbacks that come with the library."""
+"""The events of a run, the handler that dispatches them, and the callbacks that ship with the library.
+
+Each module covers one subject: `stopping`, `saving`, `evaluation`, `reporting` and so on. A new callback goes into the
+module of its subject, or into a new one; its name is exported here. It reads the run through public attributes of the
+trainer only. If it keeps state between events, it defines ``state_dict`` and ``load_state_dict``, so that a resumed run
+continues with that state.
+"""
 
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
 from pytorch_accelerated.callbacks.diagnostics import GradientNormCallback
@@ -47,10 +53,10 @@ __all__ = [
 
 
 def get_default_callbacks(progress_bar: bool = True) -> tuple[type[TrainerCallback], ...]:
-    """Return the callbacks a trainer has if none are given; unpack them to add your own.
+    """Return the callback classes that a trainer uses by default. Unpack them to add your own.
 
     Args:
-        progress_bar: Whether a progress bar is among them.
+        progress_bar: Whether to include the progress bar.
 
     Example:
         >>> callbacks = [*get_default_callbacks(progress_bar=False), EarlyStoppingCallback(early_stopping_patience=3)]

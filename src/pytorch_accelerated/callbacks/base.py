@@ -1,4 +1,4 @@
-"""The events of a run. `TrainerCallback` is their one declaration; everything else derives from it."""
+"""The events of a run. `TrainerCallback` declares each event once; everything else derives from it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ if TYPE_CHECKING:
 
 
 class TrainerCallback:
-    """Base class of callbacks: override the events you need, ignore the others.
+    """Base class of callbacks: override the events you need.
 
-    Every event receives the trainer, and further facts by keyword. Accept ``**kwargs`` so that your callback keeps
-    working when an event gains another argument. Events of one moment reach the callbacks in list order, after the
-    trainer's own hook of that moment. A callback may
+    Every event receives the trainer, and further arguments by keyword. Accept ``**kwargs``, so that your callback keeps
+    working when an event gains an argument. The trainer's own hook runs before the event of the same moment. Callbacks
+    are called in list order. A callback may
 
-    * raise :class:`~pytorch_accelerated.exceptions.StopTrainingError` in any event to end the run cleanly;
-    * carry ``state_dict()`` and ``load_state_dict(state)``: what they hold is then part of the training state;
-    * keep whatever attributes it likes: this class has no state and needs no ``super().__init__()``.
+    * raise :class:`~pytorch_accelerated.exceptions.StopTrainingError` in any event to end the run gracefully;
+    * define ``state_dict()`` and ``load_state_dict(state)``, which makes its state part of the training state;
+    * have any attributes: this class has no state, so you need not call ``super().__init__()``.
 
-    A callback whose ``is_called_last`` is true gets each event after the others, wherever it stands in the list: it
-    saves what they have made of the event.
+    A callback with ``is_called_last = True`` receives each event after all other callbacks, wherever it is in the list.
+    Callbacks that save use this, so that the state includes what the other callbacks did in the same event.
 
-    An event that a callback does not override costs nothing. Unless noted otherwise an event fires on every process.
+    An event that no callback overrides costs nothing. Unless noted otherwise, events fire on every process.
 
     Example:
         >>> class PrintLoss(TrainerCallback):
@@ -35,108 +35,111 @@ class TrainerCallback:
     is_called_last = False
 
     def on_init_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Run once, at the end of ``Trainer.__init__``, before any dataset or device is known."""
+        """Called once, at the end of ``Trainer.__init__``, before any dataset is known."""
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Run once per training run, when model, optimizer, loaders and scheduler are ready."""
+        """Called once per training run, when the model, optimizer, loaders and scheduler are ready."""
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Run at the start of each training epoch; the model is in training mode."""
+        """Called at the start of each training epoch. The model is in training mode."""
 
     def on_train_step_start(self, trainer: Trainer, *, batch: Any = None, step: int = 0, **kwargs: Any) -> None:
-        """Run before each batch is processed.
+        """Called before each training batch is processed.
 
         Args:
             trainer: The trainer.
-            batch: What the loader gave, on the training device.
-            step: Index of the batch in its epoch on this process, from 0.
-            **kwargs: Room for later arguments.
+            batch: The batch from the loader, on the training device.
+            step: Index of the batch within the epoch on this process, from 0.
+            **kwargs: Reserved for later arguments.
         """
 
     def on_backward_start(
         self, trainer: Trainer, batch: Any, batch_output: Mapping[str, Any], *, step: int = 0, **kwargs: Any
     ) -> None:
-        """Run between forward and backward pass: the last chance to read or replace ``batch_output["loss"]``."""
+        """Called between the forward and the backward pass.
+
+        This is the last chance to read or replace ``batch_output["loss"]``.
+        """
 
     def on_optimizer_step_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Run once per update, before clipping: gradients are complete, synchronised and unscaled."""
+        """Called once per update, before clipping. Gradients are complete, synchronized and unscaled."""
 
     def on_optimizer_step_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Run once per update: parameters and learning rate are new, the gradients are still there."""
+        """Called once per update. Parameters and learning rate are updated; the gradients still exist."""
 
     def on_train_step_end(
         self, trainer: Trainer, batch: Any, batch_output: Mapping[str, Any], *, step: int = 0, **kwargs: Any
     ) -> None:
-        """Run after each batch, when everything that belongs to its step, the update included, is done.
+        """Called at the end of each training step, after the update if the step made one.
 
         Args:
             trainer: The trainer.
             batch: The batch that was processed.
             batch_output: What ``calculate_train_batch_loss`` returned: ``loss`` (not scaled for accumulation),
-                ``batch_size`` and whatever else it holds; one object, shared by all callbacks.
-            step: Index of the batch in its epoch on this process, from 0.
-            **kwargs: Room for later arguments.
+                ``batch_size`` and any further entries. All callbacks receive the same object.
+            step: Index of the batch within the epoch on this process, from 0.
+            **kwargs: Reserved for later arguments.
         """
 
     def on_log_point(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Run about ten times a second, behind a step of training or evaluation: the time to show how the run goes.
+        """Called about ten times a second, at the end of a training or evaluation step: the place to report progress.
 
-        To read a loss or a metric makes the host wait for the device; do it here, not at each step, or use
-        ``trainer.recent_loss``, for which nothing waits. Each process goes by its own clock.
+        Reading a loss or metric forces a device synchronization. Do it here rather than in every step, or use
+        ``trainer.recent_loss``, which never waits for the device. Log points are timed independently on each process.
         """
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Run at the end of each training epoch; ``train_loss_epoch`` is in the run history."""
+        """Called at the end of each training epoch. The run history contains ``train_loss_epoch``."""
 
     def on_eval_epoch_start(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
-        """Run before each pass over the evaluation data; the model is in evaluation mode.
+        """Called before each pass over an evaluation dataset. The model is in evaluation mode.
 
         Args:
             trainer: The trainer.
             is_intermediate: Whether the evaluation interrupts a training epoch.
-            **kwargs: Room for later arguments.
+            **kwargs: Reserved for later arguments.
         """
 
     def on_eval_step_start(self, trainer: Trainer, *, batch: Any = None, step: int = 0, **kwargs: Any) -> None:
-        """Run before each evaluation batch."""
+        """Called before each evaluation batch is processed."""
 
     def on_eval_step_end(
         self, trainer: Trainer, batch: Any, batch_output: Mapping[str, Any], *, step: int = 0, **kwargs: Any
     ) -> None:
-        """Run after each evaluation batch with what ``calculate_eval_batch_loss`` returned."""
+        """Called after each evaluation batch, with what ``calculate_eval_batch_loss`` returned."""
 
     def on_eval_epoch_end(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
-        """Run after each pass over the evaluation data; its loss is in the run history.
+        """Called after each pass over an evaluation dataset. The run history contains its loss.
 
         Args:
             trainer: The trainer.
             is_intermediate: Whether the evaluation interrupts a training epoch.
-            **kwargs: Room for later arguments.
+            **kwargs: Reserved for later arguments.
         """
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Run at the end of each epoch, after training and evaluation."""
+        """Called at the end of each epoch, after training and evaluation."""
 
     def on_training_state_save(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Run before a training state is collected, on every process; an exception keeps it from being saved."""
+        """Called on every process before a training state is collected. An exception prevents the save."""
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Run once at the end of a training run that finished or was stopped, not after an exception."""
+        """Called once at the end of a training run that finished or was stopped, but not after an exception."""
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Run once per ``Trainer.evaluate``, before its evaluation epoch."""
+        """Called once per ``Trainer.evaluate``, before the evaluation starts."""
 
     def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Run once per ``Trainer.evaluate``, after its evaluation epoch."""
+        """Called once per ``Trainer.evaluate``, after the evaluation."""
 
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Run when a callback asked to stop, or a signal ends the run, before the end-of-run events.
+        """Called when a callback or a signal stops the run, before the end-of-run events.
 
-        ``trainer.is_interrupted`` tells which of them.
+        ``trainer.is_interrupted`` is true if it was a signal.
         """
 
     def on_exception(self, trainer: Trainer, *, exception: BaseException, **kwargs: Any) -> None:
-        """Run when a run ends by any other exception, before clean-up; the exception then goes on to the caller."""
+        """Called when any other exception ends a run, before clean-up. The exception is then re-raised."""
 
 
 EVENTS: tuple[str, ...] = tuple(name for name in vars(TrainerCallback) if name.startswith("on_"))

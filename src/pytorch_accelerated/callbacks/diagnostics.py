@@ -1,4 +1,4 @@
-"""Callbacks that record how training itself is doing."""
+"""A callback that records the gradient norm."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 class GradientNormCallback(TrainerCallback):
-    """Records the norm of all gradients together, before clipping: its mean over the updates of each epoch.
+    """Records the total gradient norm before clipping, averaged over the updates of each epoch.
 
-    The norm is the one that ``train(..., gradient_clip_norm=...)`` clips by, so it costs no second pass; with
-    ``gradient_clip_norm=float("inf")`` it is measured and nothing is clipped. It is not read from the device before the
-    end of the epoch.
+    ``train(..., gradient_clip_norm=...)`` computes this norm for clipping, so it costs no second pass over the
+    gradients. Pass ``gradient_clip_norm=float("inf")`` to measure the norm without clipping. The norm is read from the
+    device only at the end of the epoch.
 
     Args:
-        metric_name: The name in the run history.
+        metric_name: Name of the metric in the run history.
     """
 
     def __init__(self, metric_name: str = "train_gradient_norm") -> None:
@@ -29,31 +29,31 @@ class GradientNormCallback(TrainerCallback):
         self._norms = LossTracker()
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Check that there will be norms.
+        """Check that the run computes the norm.
 
         Raises:
             ValueError: The run does not clip by norm.
         """
         if trainer.run_config.gradient_clip_norm is None:
             raise ValueError(
-                "`GradientNormCallback` records the norm that `train` clips by, but `gradient_clip_norm` is None. Pass "
+                "`gradient_clip_norm` is None, but `GradientNormCallback` records the norm that `train` clips by. Pass "
                 'a bound, or `gradient_clip_norm=float("inf")` to measure the norm without clipping.'
             )
         if not trainer.is_resumed:
             self._norms.reset()
 
     def on_optimizer_step_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Take in the norm of the update."""
+        """Add the norm of this update."""
         if trainer.gradient_norm is not None:
             self._norms.update(trainer.gradient_norm)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Record the mean of the epoch."""
+        """Record the mean over the epoch."""
         trainer.run_history.update_metric(self.metric_name, self._norms.average)
         self._norms.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sum of the norms of the epoch so far, and their number."""
+        """Return the sum and the number of this epoch's norms so far."""
         return self._norms.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A callback that averages the weights over training, and evaluates and saves the average."""
+"""A callback that keeps an exponential moving average of the weights, evaluates it and saves it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytorch_accelerated._checkpoint.portable import check_save_path
-from pytorch_accelerated._distributed.accelerator import is_sharded
 from pytorch_accelerated._ema import ModelEma
-from pytorch_accelerated._metrics import is_better
+from pytorch_accelerated._metrics import BestMetric, forwarded
+from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.handler import CallbackHandler
 
@@ -26,38 +26,42 @@ _PREFIX = "ema_model_"
 
 
 class ModelEmaCallback(TrainerCallback):
-    """Keeps an exponential moving average of the model, evaluates it after each epoch, and saves the best.
+    """Keeps an exponential moving average (EMA) of the model, evaluates it after each epoch, and saves the best.
 
-    The average is made when a run starts and updated after each update of the model. After the evaluation of
-    each epoch it is put in the model's place and evaluated on the same data; its metrics are recorded under
-    their names with ``ema_model_`` in front, before any callback gets ``on_training_run_epoch_end``. If
-    nothing has been saved by the end of the run, for lack of evaluation for example, the average at the end
-    is saved.
+    The average is created when a run starts and updated after each update of the model. After the model has been
+    evaluated at the end of an epoch, the average temporarily replaces it and is evaluated on the same data. The metrics
+    of the average are recorded with the prefix ``ema_model_``, before any callback receives
+    ``on_training_run_epoch_end``. If nothing has been saved by the end of the run, because there was no evaluation for
+    example, the callback saves the average as it is then.
 
-    The model itself is trained, saved and left as without the callback. To use the average, load
-    ``save_path``, or take ``ema_model.module``.
+    Training, saving and the final state of the model itself do not change. To use the average, load ``save_path``, or
+    take ``ema_model.module``.
 
     Args:
-        decay: The weight of the past in each update; see :class:`~pytorch_accelerated.utils.ModelEma`.
-        evaluate_during_training: Whether the average is evaluated.
-        save_path: Where the checkpoint of the average goes.
-        watch_metric: Name of the metric in the run history that tells which average is the best.
+        decay: Weight of the past in each update; see :class:`~pytorch_accelerated.utils.ModelEma`.
+        evaluate_during_training: Whether to evaluate the average.
+        save_path: File to write the checkpoint of the average to.
+        watch_metric: Name in the run history of the metric that decides which average is the best.
         greater_is_better: Whether larger values are better.
-        model_ema: Makes the average from model and decay: `ModelEma`, a subclass, or, to choose more,
+        model_ema: Creates the average from the model and the decay: `ModelEma`, a subclass, or a partial such as
             ``partial(ModelEma, should_average_buffers=False)``.
-        callbacks: Callbacks, as instances or classes, that get the events of the average's evaluation; the
-            trainer's own do not.
-        update_every_n_updates: Updates of the model between two updates of the average.
+        callbacks: Callbacks that receive the events of the average's evaluation, as instances or classes. The
+            trainer's own callbacks do not.
+        update_every_n_updates: Updates of the model per update of the average; at least 1.
 
     Attributes:
-        ema_model: The average of the run; ``None`` before the first.
+        ema_model: The average of the current or last run; ``None`` before the first.
 
     Raises:
         ValueError: ``update_every_n_updates`` is below 1.
+        TypeError: ``update_every_n_updates`` is not an integer.
 
     Example:
         >>> callback = ModelEmaCallback(decay=0.999, save_path="best_average.pt")
     """
+
+    best_metric: float | None = forwarded("_best", "value", "The best value so far; ``None`` before the first.")
+    best_metric_epoch: int | None = forwarded("_best", "epoch", "The epoch of the best value.")
 
     def __init__(
         self,
@@ -70,8 +74,7 @@ class ModelEmaCallback(TrainerCallback):
         callbacks: Iterable[Any] = (),
         update_every_n_updates: int = 1,
     ) -> None:
-        if update_every_n_updates < 1:
-            raise ValueError(f"`update_every_n_updates` is {update_every_n_updates!r}. Expected at least 1.")
+        check_positive_integer("update_every_n_updates", update_every_n_updates, "updates")
         self.decay = decay
         self.evaluate_during_training = evaluate_during_training
         self.save_path = save_path
@@ -80,8 +83,7 @@ class ModelEmaCallback(TrainerCallback):
         self.model_ema = model_ema
         self.update_every_n_updates = update_every_n_updates
         self.ema_model: ModelEma | None = None
-        self.best_metric: float | None = None
-        self.best_metric_epoch: int | None = None
+        self._best = BestMetric()
         self._has_saved = False
         self._callback_handler = CallbackHandler(callbacks)
         self._initial_numbers: dict[str, float] = {}
@@ -89,21 +91,22 @@ class ModelEmaCallback(TrainerCallback):
         self._models: tuple[nn.Module, nn.Module] | None = None
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Make the average, from the model or from a loaded state.
+        """Create the average, from the model or from a restored state.
 
         Raises:
-            RuntimeError: The model is sharded over processes, so that no process could hold the average.
-            CheckpointError: Nothing can be saved at the path.
+            RuntimeError: The model is sharded over processes, so no process can hold the average.
+            CheckpointError: The checkpoint cannot be written to ``save_path``.
         """
-        if is_sharded(trainer._accelerator):
+        config = trainer.run_config
+        if trainer.is_sharded:
             raise RuntimeError(
-                f"`{type(self).__name__}` needs the whole model on each process, but FSDP or DeepSpeed has "
-                "split it. Use plain data parallelism, or leave out the callback."
+                f"`{type(self).__name__}` needs the full model on each process, but FSDP or DeepSpeed shards it. Use "
+                "plain data parallelism, or remove the callback."
             )
-        check_save_path(self.save_path, trainer._accelerator)
+        check_save_path(self.save_path, config.is_local_process_zero, config.num_processes)
         self.ema_model = self.model_ema(self._plain_model(trainer), self.decay)
         self._initial_numbers = _numbers(self.ema_model)
-        self.best_metric = self.best_metric_epoch = None
+        self._best.reset()
         self._has_saved = False
         if self._waiting_state is not None:
             self._restore(self._waiting_state)
@@ -115,37 +118,37 @@ class ModelEmaCallback(TrainerCallback):
             self._average().update(self._plain_model(trainer))
 
     def on_eval_epoch_end(self, trainer: Trainer, is_intermediate: bool = False, **kwargs: Any) -> None:
-        """Evaluate the average on the data that the model was evaluated on just now."""
-        is_in_training = trainer._train_dataloader is not None
+        """Evaluate the average on the data that the model has just been evaluated on."""
+        is_in_training = trainer.train_dataloader is not None
         if not (self.evaluate_during_training and is_in_training) or is_intermediate:
             return
         if trainer.run_config.is_distributed:
-            _take_over_buffers_of_main_process(self._average())
+            _broadcast_buffers(self._average())
         with self._swapped_in(trainer):
-            trainer._run_eval_epoch(trainer._current_eval_dataloader)
+            trainer.repeat_evaluation()
         self._save_if_best(trainer)
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Check that there is the metric to watch.
+        """Check that the watched metric exists.
 
         Raises:
-            ValueError: Nothing was recorded under its name, or it is no number.
+            ValueError: Nothing was recorded under its name, or the value is not a number.
         """
-        if self.evaluate_during_training and trainer._eval_dataloader is not None:
+        if self.evaluate_during_training and trainer.eval_dataloaders:
             trainer.get_agreed_metric(self.watch_metric)
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Save the average, if that has not been done in this run."""
+        """Save the average if this run has not saved one."""
         if not self._has_saved:
             self._save(trainer, {"epoch": trainer.progress.num_epochs_completed})
         self._models = None
 
     def on_exception(self, trainer: Trainer, exception: BaseException, **kwargs: Any) -> None:
-        """Let go of the model."""
+        """Release the reference to the model."""
         self._models = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the average, what a subclass of `ModelEma` has counted, and which one was the best."""
+        """Return the average, the counters of a `ModelEma` subclass, and which average was the best."""
         if self.ema_model is None:
             return {}
         numbers = _numbers(self.ema_model)
@@ -154,14 +157,13 @@ class ModelEmaCallback(TrainerCallback):
         return {
             "ema_model": self.ema_model.state_dict(),
             "ema_model_numbers": changed,
-            "best_metric": self.best_metric,
-            "best_metric_epoch": self.best_metric_epoch,
+            **self._best.state_dict(),
             "has_saved": self._has_saved,
             "callbacks": self._callback_handler.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Keep what `state_dict` returned until the next run starts, which makes the average."""
+        """Keep what `state_dict` returned until the next run starts and creates the average."""
         self._waiting_state = state_dict or None
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -169,17 +171,16 @@ class ModelEmaCallback(TrainerCallback):
         average.load_state_dict(state["ema_model"])
         for name, number in state["ema_model_numbers"].items():
             setattr(average, name, number)
-        self.best_metric = state["best_metric"]
-        self.best_metric_epoch = state["best_metric_epoch"]
+        self._best.load_state_dict(state)
         self._has_saved = state["has_saved"]
         self._callback_handler.load_state_dict(state["callbacks"])
 
     def _average(self) -> ModelEma:
-        assert self.ema_model is not None, "it is made when a run starts"
+        assert self.ema_model is not None, "a run creates it when it starts"
         return self.ema_model
 
     def _plain_model(self, trainer: Trainer) -> nn.Module:
-        # Unwrapping looks at every module, which is too slow for each update.
+        # Cached, because unwrapping visits every module, which is too slow for each update.
         if self._models is None or self._models[0] is not trainer.model:
             self._models = trainer.model, trainer.get_model(keep_torch_compile=False)
         return self._models[1]
@@ -201,12 +202,11 @@ class ModelEmaCallback(TrainerCallback):
         try:
             value = trainer.get_agreed_metric(self.watch_metric)
         except ValueError:
-            return  # It may come with the next dataset; the end of the epoch checks it.
-        if is_better(value, self.best_metric, self.greater_is_better):
+            return  # the next dataset may record it; the end of the epoch checks that
+        if self._best.is_improved_by(value, self.greater_is_better):
             epoch = trainer.run_history.current_epoch
             self._save(trainer, {self.watch_metric: value, "epoch": epoch})
-            self.best_metric = value
-            self.best_metric_epoch = epoch
+            self._best.record(value, epoch)
 
     def _save(self, trainer: Trainer, entries: Mapping[str, float]) -> None:
         with self._swapped_in(trainer):
@@ -215,11 +215,11 @@ class ModelEmaCallback(TrainerCallback):
 
 
 def _numbers(average: ModelEma) -> dict[str, float]:
-    # The decay, which may change in each update, and what a subclass counts.
+    # The decay, which may change at each update, and the counters of a subclass.
     return {name: value for name, value in vars(average).items() if type(value) in (int, float)}
 
 
-def _take_over_buffers_of_main_process(average: ModelEma) -> None:
-    # Batch norms see other data on each process; a distributed model uses those of the main process too.
+def _broadcast_buffers(average: ModelEma) -> None:
+    # Batch norms see different data on each process. As in a distributed model, those of rank 0 are used everywhere.
     for buffer in average.module.buffers():
         torch.distributed.broadcast(buffer, src=0)

@@ -1,10 +1,10 @@
-"""Callbacks that decide how often and how long to evaluate, and how many batches to use at all."""
+"""Callbacks that evaluate during an epoch, or limit the number of batches."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated._data.limits import LimitBatches
+from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:
@@ -12,96 +12,91 @@ if TYPE_CHECKING:
 
 
 class StepBasedEvaluationCallback(TrainerCallback):
-    """Evaluates within the epochs too, after every so many updates.
+    """Evaluates during the epochs too, every ``eval_every_n_steps`` updates.
 
-    Its metrics are recorded under their name with ``intermediate_`` in front, and ``intermediate_update`` tells after
-    how many updates of the run they were taken.
+    Each of its metrics is recorded with the prefix ``intermediate_``. ``intermediate_update`` records the number of
+    updates of the run at each of these evaluations.
 
     Args:
-        eval_every_n_steps: Updates between two evaluations.
+        eval_every_n_steps: Updates between two evaluations; at least 1.
 
     Raises:
-        ValueError: It is below 1.
+        ValueError: ``eval_every_n_steps`` is below 1.
+        TypeError: ``eval_every_n_steps`` is not an integer.
     """
 
     def __init__(self, eval_every_n_steps: int) -> None:
-        if eval_every_n_steps < 1:
-            raise ValueError(f"`eval_every_n_steps` is {eval_every_n_steps!r}. Expected at least 1 update.")
+        check_positive_integer("eval_every_n_steps", eval_every_n_steps, "updates")
         self.eval_every_n_steps = eval_every_n_steps
         self._num_updates_seen = 0
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Begin to count where the run begins."""
+        """Start counting at the first update of this run.
+
+        Raises:
+            ValueError: The run has no evaluation dataset.
+        """
         self._num_updates_seen = trainer.progress.num_updates
-        if trainer._eval_dataloader is None:
+        if not trainer.eval_dataloaders:
             raise ValueError(
                 "`StepBasedEvaluationCallback` has nothing to evaluate on: `train` was called without `eval_dataset`. "
-                "Pass one, or leave out the callback."
+                "Pass one, or remove the callback."
             )
 
     def on_train_step_end(self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any) -> None:
-        """Evaluate if the step ended with an update that is due for it."""
+        """Evaluate if this step made an update after which an evaluation is due."""
         num_updates = trainer.progress.num_updates
         if num_updates == self._num_updates_seen:
             return
         self._num_updates_seen = num_updates
         if num_updates % self.eval_every_n_steps == 0:
-            trainer._run_eval_epochs(is_intermediate=True)
+            trainer.evaluate_now()
 
 
 class LimitEvalStepsCallback(TrainerCallback):
-    """Uses only the first batches in an evaluation.
+    """Uses only the first batches of each evaluation.
 
     Args:
-        num_eval_steps: Batches per process in an evaluation.
-        limit_intermediate_only: Whether evaluations at the end of an epoch see all batches nevertheless.
+        num_eval_steps: Batches per process in an evaluation; at least 1.
+        limit_intermediate_only: Whether evaluations at the end of an epoch still use all batches.
 
     Raises:
         ValueError: ``num_eval_steps`` is below 1.
+        TypeError: ``num_eval_steps`` is not an integer.
     """
 
     def __init__(self, num_eval_steps: int, limit_intermediate_only: bool = True) -> None:
-        if num_eval_steps < 1:
-            raise ValueError(f"`num_eval_steps` is {num_eval_steps!r}. Expected at least 1 batch.")
+        check_positive_integer("num_eval_steps", num_eval_steps, "batches")
         self.num_eval_steps = num_eval_steps
         self.limit_intermediate_only = limit_intermediate_only
 
     def on_eval_epoch_start(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
-        """Limit the evaluation that begins."""
+        """Limit the evaluation that is about to start."""
         if is_intermediate or not self.limit_intermediate_only:
             trainer.limit_eval_steps(self.num_eval_steps)
 
 
 class LimitBatchesCallback(TrainerCallback):
-    """Uses only the first batches of every epoch, to try a script out quickly.
+    """Uses only the first batches of every epoch, to try out a script quickly.
 
-    Learning-rate schedules keep the length that they have without the limit.
+    Learning-rate schedules keep the length they would have without the limit.
 
     Args:
-        num_batches: Batches per process and epoch.
+        num_batches: Batches per process and epoch; at least 1.
 
     Raises:
-        ValueError: It is below 1.
+        ValueError: ``num_batches`` is below 1.
+        TypeError: ``num_batches`` is not an integer.
     """
 
     def __init__(self, num_batches: int) -> None:
-        if num_batches < 1:
-            raise ValueError(f"`num_batches` is {num_batches!r}. Expected at least 1 batch.")
+        check_positive_integer("num_batches", num_batches, "batches")
         self.num_batches = num_batches
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Limit both loaders."""
-        self._limit(trainer)
+        """Limit the loaders for training and evaluation."""
+        trainer.limit_batches(self.num_batches)
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Limit the evaluation loader."""
-        self._limit(trainer)
-
-    def _limit(self, trainer: Trainer) -> None:
-        limit = LimitBatches(self.num_batches)
-        if trainer._train_dataloader is not None:
-            trainer._train_dataloader = limit(trainer._train_dataloader)
-        if isinstance(trainer._eval_dataloader, dict):
-            trainer._eval_dataloader = {name: limit(dl) for name, dl in trainer._eval_dataloader.items()}
-        elif trainer._eval_dataloader is not None:
-            trainer._eval_dataloader = limit(trainer._eval_dataloader)
+        """Limit the loaders of the evaluation."""
+        trainer.limit_batches(self.num_batches)

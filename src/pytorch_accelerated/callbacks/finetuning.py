@@ -1,4 +1,4 @@
-"""A callback that unfreezes a model step by step."""
+"""A callback that unfreezes the layer groups of a model on a schedule."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.finetuning import ModelFreezer, discriminative_parameter_groups, group_parameters
 
@@ -16,34 +17,33 @@ if TYPE_CHECKING:
 
 
 class GradualUnfreezingCallback(TrainerCallback):
-    """Freezes a model when a run starts, and unfreezes its layer groups on a schedule, the last one first.
+    """Freezes a model when a run starts, and unfreezes its layer groups on a schedule, from the last to the first.
 
-    The run begins with the last layer group that has parameters, usually the head, so that the gradients of
-    its random weights do not spoil the pretrained ones. What a layer group is, says
-    :mod:`pytorch_accelerated.finetuning`. Source: Howard and Ruder, 2018, "Universal Language Model
-    Fine-tuning for Text Classification", arXiv:1801.06146, section 3.3.
+    The run starts by training only the last layer group that has parameters, usually the head, so that the gradients of
+    its random weights do not damage the pretrained ones. :mod:`pytorch_accelerated.finetuning` defines layer groups.
+    Source: Howard and Ruder, 2018, "Universal Language Model Fine-tuning for Text Classification", arXiv:1801.06146,
+    section 3.3.
 
-    The optimizer may have been given all parameters, or those of the head only. What it lacks is added when
-    the trainer is made, a parameter group for each layer group, so that schedulers and resumed runs meet the
-    same groups from beginning to end: an optimizer passes over what is frozen. All learning rates follow
-    their schedule from the beginning of the run.
+    The optimizer may hold all parameters, or only those of the head. Missing ones are added when the trainer is
+    created, one parameter group per layer group, so that schedulers and resumed runs have the same groups throughout.
+    An optimizer skips frozen parameters. All learning rates follow their schedule from the start of the run.
 
-    With several processes the model has to be wrapped by ``DistributedDataParallel``, which synchronises only
-    what was trainable when it was made. There the gradients of frozen layers are computed nonetheless, and
-    dropped before each update: the result is the same, but no time or memory is saved. Leave the freezing to
-    this callback then.
+    With several processes the model must be wrapped in ``DistributedDataParallel``, which synchronizes only parameters
+    that were trainable when it was created. Leave the freezing to this callback in that case. The gradients of frozen
+    layers are still computed, and dropped before each update: the result is the same, but no time or memory is saved.
 
     Args:
-        schedule: The number of epochs after which one layer group more is trained, not counting groups
-            without parameters; or a dictionary from epochs (the first is 1) to the index of the first layer
-            group that is trained from then on, where negative ones count from the end.
-        lr_decay_factor: Ratio of the learning rates of neighbouring layer groups, for what the optimizer
-            lacked. The last group has the learning rate of the optimizer's first parameter group.
+        schedule: Number of epochs after which each further layer group is unfrozen; groups without parameters do not
+            count. Or a dictionary from epochs (the first is 1) to the index of the first layer group that is trained
+            from then on; negative indices count from the end.
+        lr_decay_factor: Ratio of the learning rates of neighboring layer groups, for parameters that the optimizer
+            lacked. The last group gets the learning rate of the optimizer's first parameter group.
         freeze_batch_norms: Whether batch norms are frozen too; see `ModelFreezer`.
         set_modules_as_eval: Whether frozen modules are kept in evaluation mode.
 
     Raises:
-        ValueError: The schedule names an epoch below 1.
+        ValueError: An epoch in ``schedule`` is below 1.
+        TypeError: An epoch in ``schedule`` is not an integer.
 
     Example:
         >>> one_group_more_every_two_epochs = GradualUnfreezingCallback(schedule=2)
@@ -57,30 +57,29 @@ class GradualUnfreezingCallback(TrainerCallback):
         freeze_batch_norms: bool = False,
         set_modules_as_eval: bool = False,
     ) -> None:
-        epochs = schedule if isinstance(schedule, Mapping) else (schedule,)
-        if any(epoch < 1 for epoch in epochs):
-            raise ValueError(
-                f"`schedule` is {schedule!r}, but epochs count from 1. Expected a number of epochs, or a "
-                "dictionary from epochs to indices of layer groups, such as {3: -2, 5: 0}."
-            )
+        if isinstance(schedule, Mapping):
+            for epoch in schedule:
+                check_positive_integer("epoch in schedule", epoch, "epochs")
+        else:
+            check_positive_integer("schedule", schedule, "epochs")
         self.schedule = schedule
         self.lr_decay_factor = lr_decay_factor
         self.freeze_batch_norms = freeze_batch_norms
         self.set_modules_as_eval = set_modules_as_eval
         self._first_trained_group: int | None = None
-        self._parameters_to_spare: set[nn.Parameter] = set()
+        self._untrained_parameters: set[nn.Parameter] = set()
 
     def on_init_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Add to the optimizer what it lacks, before a scheduler is made for its groups."""
+        """Add missing parameters to the optimizer, before a scheduler is created for its groups."""
         if trainer.model is not None and trainer.optimizer is not None:
             self._complete_optimizer(trainer)
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Freeze what is not to be trained yet.
+        """Freeze the layer groups that are not due yet.
 
         Raises:
-            IndexError: The schedule names a layer group that there is not.
-            RuntimeError: Something that is to be unfrozen cannot be trained in this run.
+            IndexError: The schedule names a layer group that does not exist.
+            RuntimeError: Parameters that the schedule unfreezes cannot be trained in this run.
         """
         self._check_schedule(trainer.model)
         if trainer.run_config.is_distributed:
@@ -92,26 +91,26 @@ class GradualUnfreezingCallback(TrainerCallback):
         self._freeze_before(self._first_trained_group, trainer.model, trainer.run_config.is_distributed)
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Unfreeze what is due."""
+        """Unfreeze the layer groups that are due."""
         first = self._group_due(trainer)
         if first == self._first_trained_group:
             return
         self._first_trained_group = first
         ModelFreezer(trainer.model).unfreeze(to_index=first)
         for parameters in group_parameters(trainer.model)[first:]:
-            self._parameters_to_spare.difference_update(parameters)
+            self._untrained_parameters.difference_update(parameters)
 
     def on_optimizer_step_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """With several processes, drop the gradients of what counts as frozen."""
-        for parameter in self._parameters_to_spare:
+        """Drop the gradients of layers that count as frozen; needed with several processes only."""
+        for parameter in self._untrained_parameters:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the index of the first layer group that is trained."""
+        """Return the index of the first trained layer group."""
         return {"first_trained_group": self._first_trained_group}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned: what was trained then goes on being trained."""
+        """Restore what `state_dict` returned. Layer groups that were trained stay trainable."""
         self._first_trained_group = state_dict["first_trained_group"]
 
     def _group_due(self, trainer: Trainer) -> int:
@@ -125,11 +124,11 @@ class GradualUnfreezingCallback(TrainerCallback):
         trainable = freezer.get_trainable_parameters()
         if first > 0:
             freezer.freeze(to_index=first - 1, set_modules_as_eval=self.set_modules_as_eval)
-        self._parameters_to_spare = set()
+        self._untrained_parameters = set()
         if is_distributed:
-            self._parameters_to_spare.update(p for p in trainable if not p.requires_grad)
-            for parameter in self._parameters_to_spare:
-                parameter.requires_grad = True  # The wrapper waits for the gradients of all that it knows.
+            self._untrained_parameters.update(p for p in trainable if not p.requires_grad)
+            for parameter in self._untrained_parameters:
+                parameter.requires_grad = True  # the wrapper waits for the gradients of all its parameters
 
     def _complete_optimizer(self, trainer: Trainer) -> None:
         optimizer = trainer.optimizer
@@ -139,9 +138,9 @@ class GradualUnfreezingCallback(TrainerCallback):
             missing = [parameter for parameter in group["params"] if parameter not in known]
             if missing and trainer.scheduler is not None:
                 raise RuntimeError(
-                    f"The optimizer lacks parameters that `{type(self).__name__}` unfreezes, but cannot take "
-                    "them up after its scheduler was made. Pass the callback to `Trainer(callbacks=...)`, "
-                    "which adds them in time, or give all parameters to the optimizer."
+                    f"The optimizer lacks parameters that `{type(self).__name__}` unfreezes, but its scheduler exists "
+                    "already, so they cannot be added. Pass the callback to `Trainer(callbacks=...)`, which adds them "
+                    "in time, or pass all parameters to the optimizer."
                 )
             if missing:
                 optimizer.add_param_group({**group, "params": missing})
@@ -153,26 +152,25 @@ class GradualUnfreezingCallback(TrainerCallback):
         wrong = [index for index in self.schedule.values() if not -num_groups <= index < num_groups]
         if wrong:
             raise IndexError(
-                f"`schedule` names layer group {wrong[0]}, but the indices of the {num_groups} groups go "
-                f"from {-num_groups} to {num_groups - 1}. `ModelFreezer(model).get_layer_groups()` lists "
-                "them."
+                f"`schedule` names layer group {wrong[0]}, but the model has {num_groups} groups, with indices from "
+                f"{-num_groups} to {num_groups - 1}. `ModelFreezer(model).get_layer_groups()` lists them."
             )
 
     def _check_wrapper(self, model: nn.Module) -> None:
         if not any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
             raise RuntimeError(
-                f"The model of this distributed run is a {type(model).__name__}, but to unfreeze it, it has "
-                "to be wrapped by `DistributedDataParallel`. Use that, or one process, or `ModelFreezer` "
-                "between runs."
+                f"The model of this distributed run is a {type(model).__name__}, but `{type(self).__name__}` needs it "
+                "to be wrapped in `DistributedDataParallel`. Use that wrapper or a single process, or use "
+                "`ModelFreezer` between runs."
             )
         groups = group_parameters(model)
         first = _first_group_to_train(self.schedule, sys.maxsize, groups)
         num_frozen = sum(not p.requires_grad for parameters in groups[first:] for p in parameters)
         if num_frozen:
             raise RuntimeError(
-                f"{num_frozen} parameters that the schedule unfreezes were frozen when the model was wrapped "
-                "by `DistributedDataParallel`, which will never synchronise their gradients. Leave the "
-                f"freezing to `{type(self).__name__}`."
+                f"{num_frozen} parameters that `schedule` unfreezes were frozen when the model was wrapped in "
+                "`DistributedDataParallel`, which never synchronizes their gradients. Do not freeze them yourself: "
+                f"leave the freezing to `{type(self).__name__}`."
             )
 
 

@@ -1,4 +1,4 @@
-"""`CallbackHandler` forwards each event to the callbacks that implement it, in list order."""
+"""`CallbackHandler` dispatches each event to the callbacks that implement it, in list order."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _SIMILAR_ENOUGH = 0.8
 
 
 class CallbackHandler:
-    """Holds the callbacks of a trainer and calls them.
+    """Holds the callbacks of a trainer, and calls them.
 
-    Per event it keeps the callbacks that really implement it, so an event nobody listens to costs one look-up.
+    For each event it caches the callbacks that implement it, so an event without listeners costs one lookup.
 
     Args:
-        callbacks: Callbacks, as instances or as classes that can be made without arguments.
+        callbacks: Callbacks, as instances or as classes that can be instantiated without arguments.
 
     Raises:
-        TypeError: Something in ``callbacks`` is no callback.
-        ValueError: The same object was given twice.
+        TypeError: An entry of ``callbacks`` is not a callback.
+        ValueError: The same object was passed twice.
     """
 
     def __init__(self, callbacks: Iterable[Any]) -> None:
         self.callbacks: list[Any] = []
         self.events_without_listeners: set[str] = set()
-        """Events of which it is known that `call_event` does nothing, so that it need not be called."""
+        """Names of events known to have no listener: the loop may skip `call_event` for them."""
 
         self._listeners: dict[str, tuple[_Listener, ...]] = {}
         self.add_callbacks(callbacks)
@@ -45,7 +45,7 @@ class CallbackHandler:
         return "\n".join(type(callback).__name__ for callback in self.callbacks)
 
     def add_callbacks(self, callbacks: Iterable[Any]) -> None:
-        """Append several callbacks, in their order."""
+        """Append several callbacks, in order."""
         for callback in callbacks:
             self.add_callback(callback)
 
@@ -53,19 +53,19 @@ class CallbackHandler:
         """Append one callback.
 
         Args:
-            callback: An instance, or a class that can be made without arguments.
+            callback: An instance, or a class that can be instantiated without arguments.
 
         Raises:
-            TypeError: It is no callback.
-            ValueError: This very object is in the list already. (Two instances of one class are fine.)
+            TypeError: ``callback`` is not a callback.
+            ValueError: The same object is in the list already. Two instances of one class are fine.
         """
-        instance = _make_callback(callback)
+        instance = _as_instance(callback)
         if any(instance is present for present in self.callbacks):
             raise ValueError(
-                f"The callback object {instance!r} was added twice. Each object gets every event once; "
-                "pass a second instance of its class if you want two."
+                f"The callback object {instance!r} was added twice. Each object receives every event once. To have two "
+                "callbacks of this class, pass a second instance."
             )
-        _warn_about_misspelt_events(instance)
+        _warn_about_misspelled_events(instance)
         self.callbacks.append(instance)
         self.refresh()
 
@@ -75,24 +75,25 @@ class CallbackHandler:
         self.refresh()
 
     def refresh(self) -> None:
-        """Work out anew who implements what; needed after ``callbacks`` was changed by hand."""
+        """Clear the cache of who implements what. Call this after changing the list ``callbacks`` directly."""
         self._listeners = {}
         self.events_without_listeners.clear()
 
     def call_event(self, event: str, *args: Any, **kwargs: Any) -> None:
         """Call the method named ``event`` of every callback that implements it.
 
-        Any name may be called, so that subclasses of the trainer can have events of their own; callbacks without such
-        a method are passed over.
+        Any name is allowed, so subclasses of the trainer can define their own events. Callbacks without such a method
+        are skipped.
 
         Args:
-            event: Name of the event, usually one of `TrainerCallback`'s methods.
-            *args: Passed on; for the trainer's own events the trainer.
-            **kwargs: Passed on.
+            event: Name of the event, usually a method of `TrainerCallback`.
+            *args: Positional arguments of the event; the trainer's own events pass the trainer.
+            **kwargs: Keyword arguments of the event.
 
         Raises:
-            StopTrainingError: A callback asked to stop; raised after all callbacks have had the event.
-            Exception: Whatever else a callback raises, at once, with a note naming callback, event, epoch and step.
+            StopTrainingError: A callback asked to stop. Raised after all callbacks have received the event.
+            Exception: Any other error of a callback, raised immediately, with a note that names the callback, event,
+                epoch and step.
         """
         stop_request: StopTrainingError | None = None
         listeners = self._listeners.get(event)
@@ -111,7 +112,7 @@ class CallbackHandler:
             raise stop_request
 
     def call_event_on_all(self, event: str, *args: Any, **kwargs: Any) -> list[Exception]:
-        """Call ``event`` on every callback even if some fail, and return their errors: for cleaning up."""
+        """Call ``event`` on every callback, even if some fail, and return their errors. Used for clean-up."""
         errors: list[Exception] = []
         for method, accepted, _ in self._find_listeners(event):
             try:
@@ -121,7 +122,7 @@ class CallbackHandler:
         return errors
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the callbacks that have one, by class name and place among their like."""
+        """Return the state of each callback that has one, by class name and index among callbacks of that class."""
         return {
             name: callback.state_dict()
             for name, callback in self._named_callbacks()
@@ -129,7 +130,7 @@ class CallbackHandler:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; callbacks that were not there then keep their state."""
+        """Restore what `state_dict` returned. Callbacks without an entry keep their state."""
         for name, callback in self._named_callbacks():
             if name in state_dict:
                 callback.load_state_dict(state_dict[name])
@@ -149,7 +150,7 @@ class CallbackHandler:
             if _implements(callback, event)
         )
         is_plain = getattr(self.call_event, "__func__", None) is CallbackHandler.call_event
-        if is_plain and not self._listeners[event]:  # who replaces `call_event` wants to see every event
+        if is_plain and not self._listeners[event]:  # a replaced `call_event` is meant to see every event
             self.events_without_listeners.add(event)
         return self._listeners[event]
 
@@ -157,7 +158,7 @@ class CallbackHandler:
 class _Listener(NamedTuple):
     method: Callable[..., Any]
     accepted: frozenset[str] | None
-    """Names of the keyword arguments the method takes; ``None`` if it takes all."""
+    """Names of the keyword arguments that the method accepts; ``None`` if it accepts all."""
 
     callback: Any
 
@@ -174,14 +175,14 @@ def _only(accepted: frozenset[str], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _accepted_keywords(method: Callable[..., Any]) -> frozenset[str] | None:
-    # Programs leave out ``**kwargs`` now and then; they get what they name.
+    # Some callbacks omit ``**kwargs``; they receive only the arguments they name.
     function = getattr(method, "__func__", method)
     if (
         isinstance(function, FunctionType)
         and not vars(function)
         and function.__code__.co_flags & inspect.CO_VARKEYWORDS
     ):
-        return None  # it is not decorated: what `inspect.signature` would find out in many times as long
+        return None  # not decorated, so the code object suffices; `inspect.signature` takes many times as long
     try:
         parameters = inspect.signature(method).parameters
     except (TypeError, ValueError):
@@ -191,13 +192,13 @@ def _accepted_keywords(method: Callable[..., Any]) -> frozenset[str] | None:
     return frozenset(parameters)
 
 
-def _make_callback(callback: Any) -> Any:
+def _as_instance(callback: Any) -> Any:
     if inspect.isclass(callback):
         try:
             callback = callback()
         except TypeError as error:
             raise TypeError(
-                f"The callback class `{callback.__name__}` cannot be made without arguments ({error}). "
+                f"The callback class `{callback.__name__}` cannot be instantiated without arguments ({error}). "
                 f"Pass an instance instead, such as `{callback.__name__}(...)`."
             ) from error
     is_callback = isinstance(callback, TrainerCallback) or any(
@@ -205,22 +206,22 @@ def _make_callback(callback: Any) -> Any:
     )
     if not is_callback:
         raise TypeError(
-            f"{callback!r} is no callback. Expected a `TrainerCallback` (an instance or a class), or an object with at "
-            "least one of its events, such as `on_train_epoch_end(self, trainer, **kwargs)`."
+            f"{callback!r} is not a callback. Expected a `TrainerCallback` (an instance or a class), or an object with "
+            "at least one of its events. Define one, such as `on_train_epoch_end(self, trainer, **kwargs)`."
         )
     return callback
 
 
-def _warn_about_misspelt_events(callback: Any) -> None:
+def _warn_about_misspelled_events(callback: Any) -> None:
     for name in dir(type(callback)):
         if not name.startswith("on_") or name in EVENTS:
             continue
         nearest = difflib.get_close_matches(name, EVENTS, n=1, cutoff=_SIMILAR_ENOUGH)
         if nearest:
             warnings.warn(
-                f"`{type(callback).__name__}.{name}` resembles the event `{nearest[0]}` but is none, so the trainer "
-                f"will never call it. Rename it to `{nearest[0]}`, or, if it is an event of your own, "
-                "give it a name that differs more.",
+                f"`{type(callback).__name__}.{name}` resembles the event `{nearest[0]}` but is not an event, so the "
+                f"trainer never calls it. Rename it to `{nearest[0]}`; if you fire this event yourself, choose a name "
+                "that differs more.",
                 stacklevel=4,
             )
 

@@ -1,4 +1,4 @@
-"""Callbacks that put modules where, and into the form in which, they are trained."""
+"""Callbacks that move modules to the device, or convert them for distributed training."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 class MoveModulesToDeviceCallback(TrainerCallback):
-    """Moves modules that are attributes of the trainer, such as a loss with parameters or metrics, to its device.
+    """Moves modules that are attributes of the trainer to its device, such as a loss with parameters, or metrics.
 
-    The model itself is moved by Accelerate.
+    Accelerate moves the model itself.
     """
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Move them before training."""
+        """Move the modules before training."""
         self._move_modules(trainer)
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Move them before evaluation."""
+        """Move the modules before evaluation."""
         self._move_modules(trainer)
 
     def _move_modules(self, trainer: Trainer) -> None:
@@ -33,9 +33,9 @@ class MoveModulesToDeviceCallback(TrainerCallback):
 
 
 class ConvertSyncBatchNormCallback(TrainerCallback):
-    """Turns batch norms into `torch.nn.SyncBatchNorm`, which takes its statistics over all processes.
+    """Converts batch norms to `torch.nn.SyncBatchNorm`, which computes its statistics over all processes.
 
-    It acts at the start of a training run, and does nothing with a single process.
+    The conversion happens at the start of a training run. With a single process, this is a no-op.
     """
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:

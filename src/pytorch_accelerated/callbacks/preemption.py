@@ -1,4 +1,4 @@
-"""The callback that ends a run in good order when its process has to go."""
+"""The callback that ends a run gracefully when its process is about to be terminated."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 
 class PreemptionCallback(TrainerCallback):
-    """Ends the run in good order when a signal announces that the process has to go, as Ctrl-C does.
+    """Ends the run gracefully on a signal that announces termination, as Ctrl-C does.
 
-    Clusters and clouds send one some time before they end a process. The step is finished, all processes end the run
-    with its events, and `train` raises `SystemExit` with the code ``128 + n``. Without this callback the process ends
-    at once. `SaveTrainingStateCallback` listens to the same signals, and saves a state to go on from.
+    Clusters and cloud providers send such a signal some time before they terminate a process. The run finishes the
+    current step on all processes, fires its end-of-run events, and `train` raises `SystemExit` with the code
+    ``128 + n``, where ``n`` is the number of the signal. Without this callback the signal ends the process immediately.
+    `SaveTrainingStateCallback` listens for the same signals and saves a state to resume from.
 
     Args:
-        signals: The signals; by default SIGTERM and SIGUSR1, as far as the system has them.
+        signals: The signals to listen for. The default is SIGTERM and SIGUSR1, where the system has them.
 
     Example:
         >>> import signal
@@ -32,5 +33,5 @@ class PreemptionCallback(TrainerCallback):
         self.signals = tuple(signals)
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Listen until the run has ended."""
+        """Listen for the signals until the run ends."""
         trainer.end_run_on_signals(*self.signals)

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class ProgressBarCallback(TrainerCallback):
-    """Shows a bar over the batches of each epoch with the mean loss so far, on the main process of each node."""
+    """Shows a progress bar over the batches of each epoch, with the mean loss so far, on the main process of each node.
+
+    The bar is updated at log points, and has no total if the loader has no length.
+    """
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -22,41 +25,41 @@ class ProgressBarCallback(TrainerCallback):
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Open the bar of the training epoch."""
-        self._open(trainer, trainer._train_dataloader, trainer.progress.num_batches_in_epoch)
+        self._open(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Show the loss of the epoch and close it."""
-        self._close(trainer, trainer._loss_tracker.average)
+        """Show the mean loss of the epoch, and close the bar."""
+        self._close(trainer, trainer.mean_loss)
 
     def on_eval_epoch_start(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
-        """Open the bar of the evaluation, unless it interrupts a training epoch, whose bar stays."""
+        """Open the bar of the evaluation. An intermediate evaluation has none: the bar of the training epoch stays."""
         if not is_intermediate:
-            self._open(trainer, trainer._current_eval_dataloader, 0)
+            self._open(trainer)
 
     def on_eval_epoch_end(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
-        """Show the loss of the evaluation and close it."""
+        """Show the mean loss of the evaluation, and close the bar."""
         if not is_intermediate:
-            self._close(trainer, trainer._loss_tracker.average)
+            self._close(trainer, trainer.mean_loss)
 
     def on_log_point(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Show how many batches are done, and their loss."""
+        """Show the number of finished batches and their mean loss."""
         if not trainer.is_intermediate_evaluation:
             self._show(trainer, trainer.recent_loss)
 
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Close whatever is open."""
+        """Close the bar, if one is open."""
         self._close(trainer, None)
 
     def on_exception(self, trainer: Trainer, *, exception: BaseException, **kwargs: Any) -> None:
-        """Close whatever is open."""
+        """Close the bar, if one is open."""
         self._close(trainer, None)
 
-    def _open(self, trainer: Trainer, loader: Any, num_done: int) -> None:
+    def _open(self, trainer: Trainer) -> None:
         self._close(trainer, None)
-        self._num_shown = num_done
+        self._num_shown = trainer.num_batches_done  # above 0 if a resumed run starts within the epoch
         self._bar = tqdm(
-            total=num_batches_of(loader),
-            initial=num_done,
+            total=num_batches_of(trainer.current_dataloader),
+            initial=self._num_shown,
             disable=not trainer.run_config.is_local_process_zero,
             dynamic_ncols=True,
         )
@@ -66,7 +69,7 @@ class ProgressBarCallback(TrainerCallback):
             return
         if loss is not None:
             self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        num_new, self._num_shown = trainer._num_batches_done - self._num_shown, trainer._num_batches_done
+        num_new, self._num_shown = trainer.num_batches_done - self._num_shown, trainer.num_batches_done
         self._bar.update(num_new)
 
     def _close(self, trainer: Trainer, loss: float | None) -> None:

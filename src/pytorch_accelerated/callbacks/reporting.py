@@ -1,4 +1,4 @@
-"""Callbacks that print how a run goes."""
+"""Callbacks that print the progress and the metrics of a run."""
 
 from __future__ import annotations
 
@@ -14,61 +14,61 @@ if TYPE_CHECKING:
 
 
 class PrintProgressCallback(TrainerCallback):
-    """Prints a line when a run, or an epoch of training, starts or ends, and why a run was stopped."""
+    """Prints a line when a run starts or ends, when a training epoch starts, and why a run was stopped."""
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Announce the run."""
+        """Print that the training run starts."""
         trainer.print("\nStarting training run")
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Announce the epoch."""
+        """Print the number of the epoch."""
         trainer.print(f"\nStarting epoch {trainer.run_history.current_epoch}")
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Announce the end."""
+        """Print that the training run ends."""
         trainer.print("Finishing training run")
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Announce the evaluation."""
+        """Print that the evaluation run starts."""
         trainer.print("\nStarting evaluation run")
 
     def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Announce its end."""
+        """Print that the evaluation run ends."""
         trainer.print("Finishing evaluation run")
 
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Say why the run stops early."""
+        """Print why the run stops early."""
         trainer.print(f"\nStopping: {trainer.stop_reason}")
 
 
 class LogMetricsCallback(TrainerCallback):
-    """Prints the metrics that were recorded since it last looked; override `log_metrics` to send them elsewhere.
+    """Prints the metrics recorded since it last did. Override `log_metrics` to send them elsewhere.
 
-    Metrics whose name starts with ``train`` are logged at the end of the training epoch, all others after evaluation.
-    Place it behind the callbacks that record metrics.
+    Metrics whose names start with ``train`` are logged at the end of the training epoch, all others after evaluation.
+    Put this callback after those that record metrics.
     """
 
     def __init__(self) -> None:
         self._num_logged: dict[str, int] = {}
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Regard what an earlier run recorded as logged."""
+        """Mark what earlier runs recorded as logged."""
         self._num_logged = _num_values(trainer.run_history)
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Regard what an earlier run recorded as logged."""
+        """Mark what earlier runs recorded as logged."""
         self._num_logged = _num_values(trainer.run_history)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Log the metrics of training."""
+        """Log the new training metrics."""
         self._log_new_metrics(trainer, lambda name: name.startswith("train"))
 
     def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Log all others."""
+        """Log all other new metrics."""
         self._log_new_metrics(trainer, lambda name: not name.startswith("train"))
 
     def log_metrics(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
-        """Print the metrics, a line each.
+        """Print one line per metric.
 
         Args:
             trainer: The trainer.
@@ -79,7 +79,8 @@ class LogMetricsCallback(TrainerCallback):
 
     def _log_new_metrics(self, trainer: Trainer, is_wanted: Callable[[str], bool]) -> None:
         history = trainer.run_history
-        num_logged: Mapping[str, int] = getattr(self, "_num_logged", {})  # a subclass may not have called __init__
+        # A subclass may not call `super().__init__()`.
+        num_logged: Mapping[str, int] = getattr(self, "_num_logged", {})
         num_values = {name: num for name, num in _num_values(history).items() if is_wanted(name)}
         metrics = {
             name: history.get_latest_metric(name)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated._loss_monitor import describe_non_finite_loss, find_non_finite_loss
+from pytorch_accelerated._loss_monitor import describe_non_finite_loss
 from pytorch_accelerated._metrics import PatienceCounter
+from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
@@ -19,38 +20,38 @@ if TYPE_CHECKING:
 class TerminateOnNaNCallback(TrainerCallback):
     """Ends the run with `NonFiniteLossError` when the loss becomes NaN or infinite, in training or evaluation.
 
-    To look at each loss would make the host wait for the device at each step. So they are looked at together: ten times
-    a second, at the end of an epoch, and before a training state is saved, which therefore never holds what a bad loss
-    has spoilt. The error names the first bad step.
+    Checking each loss would force a device synchronization in every step, so the losses are checked in bulk: at log
+    points (ten times a second), at the end of an epoch, and before a training state is saved. A training state
+    therefore never contains parameters that a non-finite loss has corrupted. The error names the first bad step.
     """
 
     def on_log_point(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Look at the losses so far if their mean is not finite."""
+        """Check the losses so far if their mean is not finite."""
         if trainer.recent_loss is not None and not math.isfinite(trainer.recent_loss):
-            self._look(trainer)
+            self._check(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Look at the losses of the epoch."""
-        self._look(trainer)
+        """Check the losses of the epoch."""
+        self._check(trainer)
 
     def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Look at the losses of the evaluation."""
-        self._look(trainer)
+        """Check the losses of the evaluation."""
+        self._check(trainer)
 
     def on_training_state_save(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Look at the losses so far."""
-        self._look(trainer)
+        """Check the losses so far."""
+        self._check(trainer)
 
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Look at the losses so far."""
-        self._look(trainer)
+        """Check the losses so far."""
+        self._check(trainer)
 
     def check_for_nan_after_batch(self, batch_output: Mapping[str, Any], step: Any = None) -> None:
-        """Look at the loss of one batch at once.
+        """Check the loss of a single batch immediately.
 
         Args:
             batch_output: What a step returned.
-            step: How to call the step in the message.
+            step: What to call the step in the message.
 
         Raises:
             NonFiniteLossError: The loss is NaN or infinite.
@@ -59,8 +60,8 @@ class TerminateOnNaNCallback(TrainerCallback):
         if not math.isfinite(loss):
             raise NonFiniteLossError(describe_non_finite_loss(loss, "" if step is None else f" at step {step}"))
 
-    def _look(self, trainer: Trainer) -> None:
-        error = find_non_finite_loss(trainer)
+    def _check(self, trainer: Trainer) -> None:
+        error = trainer.find_non_finite_loss()
         if error is not None:
             raise error
 
@@ -70,13 +71,14 @@ class EarlyStoppingCallback(TrainerCallback):
 
     Args:
         early_stopping_patience: Epochs in a row without improvement after which the run stops; at least 1.
-        early_stopping_threshold: The smallest change, in the unit of the metric, that counts as an improvement.
+        early_stopping_threshold: Smallest change that counts as an improvement, in the unit of the metric.
         watch_metric: Name of the metric in the run history.
         greater_is_better: Whether larger values are better.
-        reset_on_train: Whether each run starts counting anew.
+        reset_on_train: Whether each run forgets the best value and the count of earlier runs.
 
     Raises:
-        ValueError: The patience is below 1.
+        ValueError: ``early_stopping_patience`` is below 1.
+        TypeError: ``early_stopping_patience`` is not an integer.
     """
 
     def __init__(
@@ -87,8 +89,7 @@ class EarlyStoppingCallback(TrainerCallback):
         greater_is_better: bool = False,
         reset_on_train: bool = True,
     ) -> None:
-        if early_stopping_patience < 1:
-            raise ValueError(f"`early_stopping_patience` is {early_stopping_patience!r}. Expected at least 1 epoch.")
+        check_positive_integer("early_stopping_patience", early_stopping_patience, "epochs")
         self.early_stopping_patience = early_stopping_patience
         self.early_stopping_threshold = early_stopping_threshold
         self.watch_metric = watch_metric
@@ -97,13 +98,17 @@ class EarlyStoppingCallback(TrainerCallback):
         self._counter = PatienceCounter(early_stopping_patience, greater_is_better, early_stopping_threshold)
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Check the metric's name, and start counting."""
+        """Check the name of the metric, and start counting.
+
+        Raises:
+            ValueError: The run will not record the metric.
+        """
         check_watched_metric(trainer, self.watch_metric, type(self).__name__)
         if self.reset_on_train and not trainer.is_resumed:
             self._counter.reset()
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Take in the metric of the epoch.
+        """Compare the metric of this epoch with the best so far.
 
         Raises:
             StopTrainingError: The patience is used up.
@@ -111,39 +116,39 @@ class EarlyStoppingCallback(TrainerCallback):
         value = trainer.get_agreed_metric(self.watch_metric)
         if self._counter.update(value):
             raise StopTrainingError(
-                f"{self.watch_metric} has not improved on {self._counter.best} "
+                f"{self.watch_metric} has not improved on {self._counter.best.value} "
                 f"for {self._counter.num_without_improvement} epochs"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value and the count."""
+        """Return the best value and the number of epochs without improvement."""
         return {
-            "best": self._counter.best,
+            "best": self._counter.best.value,
             "num_without_improvement": self._counter.num_without_improvement,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._counter.best = state_dict["best"]
+        self._counter.best.record(state_dict["best"])
         self._counter.num_without_improvement = state_dict["num_without_improvement"]
 
 
 def check_watched_metric(trainer: Trainer, watch_metric: str, callback_name: str) -> None:
-    """Raise at the start of a run if a callback waits for the evaluation loss and there is no evaluation.
+    """Raise at the start of a run if a callback watches the evaluation loss but the run will not record it.
 
     Raises:
-        ValueError: `train` was called without ``eval_dataset``, or with several.
+        ValueError: `train` was called without ``eval_dataset``, or with several datasets.
     """
-    if watch_metric != "eval_loss_epoch":
+    names = trainer.eval_dataloaders.keys()
+    if watch_metric != "eval_loss_epoch" or "" in names:  # a single dataset has no name
         return
-    if isinstance(trainer._eval_dataloader, dict):
-        known = sorted(f"{name}_eval_loss_epoch" for name in trainer._eval_dataloader)
-        raise ValueError(  # noqa: TRY004 - the value of `watch_metric` is what is wrong
-            f"`{callback_name}` watches 'eval_loss_epoch', but there are several evaluation datasets, whose losses "
-            f"carry their names. Watch one of {known}."
-        )
-    if trainer._eval_dataloader is None:
+    if names:
+        known = sorted(f"{name}_eval_loss_epoch" for name in names)
         raise ValueError(
-            f"`{callback_name}` watches 'eval_loss_epoch', but `train` was called without `eval_dataset`, so there is "
-            "no evaluation. Pass an `eval_dataset`, or watch another metric, such as 'train_loss_epoch'."
+            f"`{callback_name}` watches 'eval_loss_epoch', but there are several evaluation datasets, and the loss of "
+            f"each is recorded with its name in front. Watch one of {known}."
         )
+    raise ValueError(
+        f"`{callback_name}` watches 'eval_loss_epoch', but `train` was called without `eval_dataset`, so the run does "
+        "not evaluate. Pass an `eval_dataset`, or watch another metric, such as 'train_loss_epoch'."
+    )

@@ -1,4 +1,4 @@
-"""Checkpoints of a warmup-stable-decay run, before and after each decay of the learning rate."""
+"""A callback that saves checkpoints before and after each decay of a warmup-stable-decay schedule."""
 
 from __future__ import annotations
 
@@ -16,25 +16,23 @@ if TYPE_CHECKING:
 
 
 class WSDCheckpointCallback(TrainerCallback):
-    """Saves a checkpoint when the learning rate is about to decay, and another one when it has decayed.
+    """Saves a checkpoint just before the learning rate decays, and another one after the decay.
 
-    For each checkpoint of the :class:`~pytorch_accelerated.schedulers.WSDLrScheduler`, at update ``c``, two
-    files are written: ``checkpoint_c_pre_decay.pt``, the last state of the stable phase, from which training
-    can be continued, and ``checkpoint_c_post_decay.pt``, the model to use. Beside the model they hold
+    For each checkpoint of the :class:`~pytorch_accelerated.schedulers.WSDLrScheduler`, at update ``c``, the callback
+    writes two files. ``checkpoint_c_pre_decay.pt`` is the last state of the stable phase, from which training can
+    continue. ``checkpoint_c_post_decay.pt`` is the model to use. In addition to the model, both contain
     ``checkpoint_step`` (``c``), ``phase`` (``"pre_decay"`` or ``"post_decay"``) and ``num_updates``.
 
-    With ``initial_checkpoint`` the run starts from such a file: model, optimizer and base learning rates are
-    taken from it, while the schedule starts anew, for the updates of this run. A run that is resumed
-    (``train(..., resume_from=...)``) does not load it again.
+    With ``initial_checkpoint`` the run starts from such a file. It loads the model, the optimizer and the base learning
+    rates, but the schedule starts again from 0, for the updates of this run. A run that is resumed with
+    ``train(..., resume_from=...)`` does not load the file again.
 
     Args:
-        save_dir: Folder of the checkpoints; made where it does not exist.
-        save_optimizer: Whether the files hold the optimizer, and whether it is loaded from
-            ``initial_checkpoint``.
-        save_scheduler: Whether the files hold the scheduler, and whether it is loaded from
-            ``initial_checkpoint``.
-        initial_checkpoint: A checkpoint to continue from, usually one of the files ``..._pre_decay.pt``,
-            together with a scheduler that has ``is_continuation_from_checkpoint=True``.
+        save_dir: Folder of the checkpoints. It is created if it does not exist.
+        save_optimizer: Whether the files contain the optimizer, and whether it is loaded from ``initial_checkpoint``.
+        save_scheduler: Whether the files contain the scheduler, and whether it is loaded from ``initial_checkpoint``.
+        initial_checkpoint: A checkpoint to continue from, usually a ``..._pre_decay.pt`` file. Use it together with a
+            scheduler that has ``is_continuation_from_checkpoint=True``.
 
     Example:
         >>> from pytorch_accelerated.schedulers import WSDLrScheduler
@@ -56,50 +54,50 @@ class WSDCheckpointCallback(TrainerCallback):
         self._last_seen_step = -1
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Check the scheduler, make the folder, and load the initial checkpoint unless the run is resumed.
+        """Check the scheduler, create the folder, and load the initial checkpoint unless the run is resumed.
 
         Raises:
-            SchedulerSettingsError: If the run has no ``WSDLrScheduler``.
-            ValueError: If the run would overwrite the checkpoint that it starts from.
+            SchedulerSettingsError: The scheduler of the run is not a ``WSDLrScheduler``.
+            ValueError: The run would overwrite the checkpoint that it starts from.
         """
         scheduler = _get_scheduler(trainer)
         self.save_dir.mkdir(parents=True, exist_ok=True)
         if not trainer.is_resumed:
             self._last_seen_step = -1
             if self.initial_checkpoint is not None:
-                self._refuse_to_overwrite(self.initial_checkpoint, scheduler)
+                self._check_not_overwritten(self.initial_checkpoint, scheduler)
                 self._start_from(self.initial_checkpoint, trainer, scheduler)
-        self._save_what_is_due(trainer, scheduler, scheduler.get_current_step())
+        self._save_due_checkpoints(trainer, scheduler, scheduler.get_current_step())
 
     def on_optimizer_step_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Save what is due after this update."""
+        """Save the checkpoint that is due after this update, if any."""
         scheduler = _get_scheduler(trainer)
-        self._save_what_is_due(trainer, scheduler, scheduler.get_current_step())
+        self._save_due_checkpoints(trainer, scheduler, scheduler.get_current_step())
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Save the last checkpoint of a complete run if its schedule has not come that far.
+        """Save the last checkpoint of a complete run if the schedule has not reached it.
 
-        The schedule does not count updates that mixed precision skips.
+        The schedule falls behind when mixed precision skips updates, which it does not count.
         """
         scheduler = _get_scheduler(trainer)
         if trainer.progress.num_updates >= scheduler.total_steps:
-            self._save_what_is_due(trainer, scheduler, scheduler.total_steps)
+            self._save_due_checkpoints(trainer, scheduler, scheduler.total_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of the schedule up to which all checkpoints are saved."""
+        """Return the schedule position up to which all checkpoints have been saved."""
         return {"last_seen_step": self._last_seen_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the position of a saved state."""
+        """Restore what `state_dict` returned."""
         self._last_seen_step = state_dict["last_seen_step"]
 
     def _start_from(self, checkpoint: Path, trainer: Trainer, scheduler: WSDLrScheduler) -> None:
         trainer.load_checkpoint(checkpoint, load_optimizer=self.save_optimizer, load_scheduler=self.save_scheduler)
-        # The position and the learning rates that were loaded are those of the earlier run.
+        # The loaded position and learning rates belong to the earlier run.
         scheduler.load_state_dict({**scheduler.state_dict(), "num_updates": 0})
 
-    def _save_what_is_due(self, trainer: Trainer, scheduler: WSDLrScheduler, step: int) -> None:
-        if step <= self._last_seen_step:  # After a resume, or an update that mixed precision skipped.
+    def _save_due_checkpoints(self, trainer: Trainer, scheduler: WSDLrScheduler, step: int) -> None:
+        if step <= self._last_seen_step:  # after a resume, or an update that mixed precision skipped
             return
         self._last_seen_step = step
         for decay in scheduler.get_decay_info():
@@ -121,13 +119,13 @@ class WSDCheckpointCallback(TrainerCallback):
     def _path(self, checkpoint_step: int, phase: str) -> Path:
         return self.save_dir / f"checkpoint_{checkpoint_step}_{phase}.pt"
 
-    def _refuse_to_overwrite(self, checkpoint: Path, scheduler: WSDLrScheduler) -> None:
+    def _check_not_overwritten(self, checkpoint: Path, scheduler: WSDLrScheduler) -> None:
         for step in scheduler.get_checkpoint_steps():
             for phase in ("pre_decay", "post_decay"):
                 if self._path(step, phase).resolve() == checkpoint.resolve():
                     raise ValueError(
-                        f"`initial_checkpoint` is {str(checkpoint)!r}, a file that this run would overwrite "
-                        f"at its own checkpoint after {step} updates. Give the run another `save_dir`."
+                        f"`initial_checkpoint` is {str(checkpoint)!r}, which this run would overwrite with its own "
+                        f"checkpoint after {step} updates. Pass a different `save_dir`."
                     )
 
 
@@ -135,9 +133,8 @@ def _get_scheduler(trainer: Trainer) -> WSDLrScheduler:
     scheduler = trainer.scheduler
     if not isinstance(scheduler, WSDLrScheduler):
         raise SchedulerSettingsError(
-            f"The scheduler of this run is {scheduler!r}, but `WSDCheckpointCallback` follows the "
-            "checkpoints of a `WSDLrScheduler`. Pass "
-            "`create_scheduler_fn=WSDLrScheduler.create_scheduler_fn()` to `train`, or leave the callback "
-            "out."
+            f"The scheduler of this run is {scheduler!r}, but `WSDCheckpointCallback` saves at the checkpoints of a "
+            "`WSDLrScheduler`. Pass `create_scheduler_fn=WSDLrScheduler.create_scheduler_fn()` to `train`, or remove "
+            "the callback."
         )
     return scheduler

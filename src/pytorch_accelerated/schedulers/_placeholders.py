@@ -1,11 +1,10 @@
-"""Numbers of a training run that are written down before they are known.
+"""Placeholders for numbers of a training run that are not known yet.
 
-A schedule is set up before the run that it belongs to, yet it has to know how long that run will be. A
-placeholder stands for such a number, and the trainer puts the number in its place when it makes the
-scheduler.
+A schedule is configured before its run starts, but needs to know how long the run will be. A placeholder represents
+such a number; the trainer replaces it when it creates the scheduler.
 
-Arithmetic with a placeholder gives a :class:`PlaceholderExpression`, a small tree that is calculated later.
-No text is ever evaluated as code.
+Arithmetic with a placeholder yields a :class:`PlaceholderExpression`, a small tree that is evaluated later. Nothing is
+ever evaluated as code.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ _FUNCTIONS: dict[str, Callable[[Any, Any], Number]] = {
 
 
 def _operation(symbol: str) -> tuple[_Operation, _Operation]:
-    """Return the two methods of one operator: placeholder on the left, and placeholder on the right."""
+    """Return the two methods of an operator: for a placeholder on the left, and for one on the right."""
 
     def on_the_left(self: _Arithmetic, other: NumberOrPlaceholder) -> PlaceholderExpression:
         return PlaceholderExpression(symbol, self, other) if _is_operand(other) else NotImplemented
@@ -65,9 +64,9 @@ def _is_operand(value: object) -> bool:
 
 
 class _Arithmetic:
-    """Arithmetic that is written down as a tree instead of being carried out."""
+    """Arithmetic that builds a tree instead of computing a result."""
 
-    __array_ufunc__ = None  # Otherwise numpy would make arrays of expressions, where nobody looks for them.
+    __array_ufunc__ = None  # otherwise numpy would build arrays of expressions, which are never resolved
 
     __add__, __radd__ = _operation("+")
     __sub__, __rsub__ = _operation("-")
@@ -82,9 +81,9 @@ class _Arithmetic:
 
 
 class TrainerPlaceholderValues(_Arithmetic, Enum):
-    """A number that the trainer knows once a run starts; use it wherever a schedule needs that number.
+    """A number that the trainer knows once a run starts. Use it wherever a schedule needs that number.
 
-    Placeholders combine with numbers and with each other by ``+ - * / // ** %`` and the unary minus.
+    Placeholders can be combined with numbers and with each other using ``+ - * / // ** %`` and the unary minus.
 
     Example:
         >>> TrainerPlaceholderValues.NUM_EPOCHS * TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH // 2
@@ -92,13 +91,13 @@ class TrainerPlaceholderValues(_Arithmetic, Enum):
     """
 
     NUM_EPOCHS = "num_epochs"
-    """Number of epochs of the run, those done before a resume included."""
+    """Epochs of the run, including those done before a resume."""
 
     NUM_UPDATE_STEPS_PER_EPOCH = "num_update_steps_per_epoch"
     """Updates of the model per epoch; all processes together make one update."""
 
     PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH = "per_process_num_update_steps_per_epoch"
-    """The same number as ``NUM_UPDATE_STEPS_PER_EPOCH``, since each process takes part in every update."""
+    """Same as ``NUM_UPDATE_STEPS_PER_EPOCH``, since every process takes part in every update."""
 
     TRAIN_DATALOADER_LEN = "train_dataloader_len"
     """Training batches per epoch on one process."""
@@ -112,12 +111,12 @@ class TrainerPlaceholderValues(_Arithmetic, Enum):
 
 @dataclass(frozen=True)
 class PlaceholderExpression(_Arithmetic):
-    """One arithmetic operation on placeholders, to be calculated when their values are known.
+    """One arithmetic operation on placeholders, evaluated when their values are known.
 
     Attributes:
-        symbol: The operator, as it is written in Python.
-        left: What stands before the operator: a number, a placeholder or an expression.
-        right: What stands after it.
+        symbol: The operator, as written in Python.
+        left: The left operand: a number, a placeholder or an expression.
+        right: The right operand.
     """
 
     symbol: str
@@ -135,15 +134,15 @@ class PlaceholderExpression(_Arithmetic):
 def resolve_placeholders(value: Any, values: KnownValues) -> Any:
     """Return ``value`` with every placeholder and expression in it replaced by its number.
 
-    Looks into the arguments of :class:`functools.partial` objects, and into dictionaries, lists and tuples,
-    at any depth. Nothing is changed in place; what holds no placeholder is returned as the same object.
+    Recurses into the arguments of :class:`functools.partial` objects, and into dictionaries, lists and tuples. Nothing
+    is changed in place. A value without placeholders is returned as the same object.
 
     Args:
-        value: A placeholder, an expression, something that may contain them, or anything else.
-        values: The number for each placeholder; ``None``, or none at all, where the run does not know it.
+        value: A placeholder, an expression, a container of them, or anything else.
+        values: The number for each placeholder. The entry is ``None`` or missing if the run does not know the number.
 
     Raises:
-        ValueError: If a placeholder is needed whose number is not known, or a division by zero is asked for.
+        ValueError: The number of a placeholder is not known, or an expression divides by zero.
 
     Example:
         >>> epochs = TrainerPlaceholderValues.NUM_EPOCHS
@@ -151,9 +150,9 @@ def resolve_placeholders(value: Any, values: KnownValues) -> Any:
         {'period': 7, 'name': 'cosine'}
     """
     if isinstance(value, TrainerPlaceholderValues):
-        return _look_up(value, values)
+        return _lookup(value, values)
     if isinstance(value, PlaceholderExpression):
-        return _calculate(value, values)
+        return _evaluate(value, values)
     if isinstance(value, functools.partial):
         args, keywords = resolve_placeholders((value.args, value.keywords), values)
         is_same = args is value.args and keywords is value.keywords
@@ -162,7 +161,7 @@ def resolve_placeholders(value: Any, values: KnownValues) -> Any:
         items = {key: resolve_placeholders(item, values) for key, item in value.items()}
         if _are_same(items.values(), value.values()):
             return value
-        resolved = copy.copy(value)  # Keeps the kind of dictionary.
+        resolved = copy.copy(value)  # keeps the type of the dictionary
         resolved.update(items)
         return resolved
     if isinstance(value, (list, tuple)):
@@ -175,26 +174,25 @@ def resolve_placeholders(value: Any, values: KnownValues) -> Any:
     return value
 
 
-def _look_up(placeholder: TrainerPlaceholderValues, values: KnownValues) -> Number:
+def _lookup(placeholder: TrainerPlaceholderValues, values: KnownValues) -> Number:
     number = values.get(placeholder)
     if number is None:
         raise ValueError(
-            f"`{placeholder}` has no value in this run. It is known only where the run has what it counts: a "
-            "number of epochs, or a training or evaluation dataset with a length. Give that to `train`, or "
-            "write a number in place of the placeholder."
+            f"`{placeholder}` has no value in this run. It needs what it counts: a number of epochs, or a training or "
+            "evaluation dataset with a length. Pass that to `train`, or replace the placeholder with a number."
         )
     return number
 
 
-def _calculate(expression: PlaceholderExpression, values: KnownValues) -> Number:
+def _evaluate(expression: PlaceholderExpression, values: KnownValues) -> Number:
     left = resolve_placeholders(expression.left, values)
     right = resolve_placeholders(expression.right, values)
     try:
         return _FUNCTIONS[expression.symbol](left, right)
     except ZeroDivisionError as error:
         raise ValueError(
-            f"`{expression!r}` is {left!r} {expression.symbol} {right!r} in this run. A divisor must not be "
-            "zero. Write a number in place of the placeholder that is zero."
+            f"`{expression!r}` is {left!r} {expression.symbol} {right!r} in this run, a division by zero. Expected a "
+            "divisor other than 0. Replace the placeholder that is 0 with a number."
         ) from error
 
 
@@ -203,24 +201,24 @@ def _are_same(new: Iterable[object], old: Iterable[object]) -> bool:
 
 
 def replace_trainer_placeholder_values(trainer: Trainer, instance: Any) -> Any:
-    """Put the facts of a run in the place of `TrainerPlaceholderValues`.
+    """Replace `TrainerPlaceholderValues` with the numbers of a run.
 
     Args:
         trainer: A trainer with a run configuration.
-        instance: A `functools.partial`, or containers, whose values may be placeholders or expressions of them.
+        instance: A `functools.partial` or a container that may contain placeholders, or expressions of them.
 
     Returns:
-        The same with numbers; ``instance`` is not changed.
+        The same with numbers. ``instance`` is not changed.
 
     Raises:
-        ValueError: A loader without length is asked for its length.
+        ValueError: A placeholder needs the length of a loader that has none.
     """
     run_config = trainer.run_config
     values = {
         TrainerPlaceholderValues.NUM_EPOCHS: run_config.num_epochs,
         TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH: run_config.num_update_steps_per_epoch,
         TrainerPlaceholderValues.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH: run_config.num_local_update_steps_per_epoch,
-        TrainerPlaceholderValues.TRAIN_DATALOADER_LEN: num_batches_of(trainer._train_dataloader),
-        TrainerPlaceholderValues.EVAL_DATALOADER_LEN: total_num_batches_of(trainer._eval_dataloader),
+        TrainerPlaceholderValues.TRAIN_DATALOADER_LEN: num_batches_of(trainer.train_dataloader),
+        TrainerPlaceholderValues.EVAL_DATALOADER_LEN: total_num_batches_of(trainer.eval_dataloaders),
     }
     return resolve_placeholders(instance, values)

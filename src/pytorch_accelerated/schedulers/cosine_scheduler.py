@@ -1,4 +1,4 @@
-"""A cosine with k-decay between a linear warm-up and a cooldown at the minimum."""
+"""A cosine schedule with k-decay, after a linear warm-up and before a cooldown at the minimum."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cosine_lr(
     warmup_starting_lr: float = 0.0,
     num_cooldown_updates: float = 0.0,
 ) -> float:
-    r"""Return the learning rate with which the update of 0-based index ``update`` trains.
+    r"""Return the learning rate of the update with the 0-based index ``update``.
 
     .. math::
 
@@ -42,21 +42,20 @@ def cosine_lr(
             \eta_e & t \ge T - C
         \end{cases}
 
-    The parts meet: the warm-up ends where the cosine starts, at ``lr``, and the cosine ends where the
-    cooldown starts, at ``lr_min``. Without warm-up and cooldown this is the cosine with k-decay of Zhang and
-    Li, "k-decay: A New Method For Learning Rate Schedule" (2020), arXiv:2004.05909, and with ``k_decay=1``
-    the cosine of Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts" (2017),
-    arXiv:1608.03983.
+    The curve is continuous: the warm-up ends where the cosine starts, at ``lr``, and the cosine ends where the cooldown
+    starts, at ``lr_min``. Without warm-up and cooldown this is the cosine with k-decay of Zhang and Li, "k-decay: A New
+    Method For Learning Rate Schedule" (2020), arXiv:2004.05909. With ``k_decay=1`` it is the cosine of Loshchilov and
+    Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts" (2017), arXiv:1608.03983.
 
     Args:
-        update: Index :math:`t` of the update, that is, the number of updates done before it.
-        total_updates: Number :math:`T` of updates of the whole run.
+        update: Index :math:`t` of the update, which is also the number of updates done before it.
+        total_updates: Number :math:`T` of updates in the run.
         lr: Learning rate :math:`\eta_0` at the end of the warm-up.
-        lr_min: Learning rate :math:`\eta_e` at the end.
-        k_decay: Exponent :math:`k`. Above 1 the rate stays high for longer and then falls faster.
-        num_warmup_updates: Length :math:`W` of the warm-up.
-        warmup_starting_lr: Learning rate :math:`\eta_w` of the first update of a warm-up.
-        num_cooldown_updates: Length :math:`C` of the cooldown.
+        lr_min: Learning rate :math:`\eta_e` at the end of the run.
+        k_decay: Exponent :math:`k`. If above 1, the rate stays high for longer and then falls faster.
+        num_warmup_updates: Length :math:`W` of the warm-up, in updates.
+        warmup_starting_lr: Learning rate :math:`\eta_w` of the first warm-up update.
+        num_cooldown_updates: Length :math:`C` of the cooldown, in updates.
 
     Example:
         >>> [cosine_lr(update, total_updates=4, lr=1.0) for update in (0, 2, 4)]
@@ -74,30 +73,29 @@ def cosine_lr(
 
 
 class CosineLrScheduler(StatefulSchedulerBase):
-    """Lowers the learning rate along a cosine, after a linear warm-up and before a cooldown at the minimum.
+    """Decays the learning rate along a cosine, after a linear warm-up and before a cooldown at the minimum.
 
-    The curve is :func:`cosine_lr`, applied to the base value of each parameter group. A group never goes
-    above its base value: one that starts below ``lr_min`` or ``warmup_starting_lr`` stays where it is during
-    that part.
+    The curve is :func:`cosine_lr`, applied to the base value of each parameter group. A group never exceeds its base
+    value: a group whose base value is below ``lr_min`` or ``warmup_starting_lr`` keeps its base value in that phase.
 
     Args:
         optimizer: The optimizer whose learning rates are scheduled.
-        total_num_epochs: Epochs of the whole run, warm-up and cooldown included.
+        total_num_epochs: Epochs of the run, including warm-up and cooldown.
         num_update_steps_per_epoch: Updates per epoch.
         k_decay: Exponent of the k-decay; 1 gives the plain cosine.
-        lr_min: Learning rate at the end.
-        min_lr_ratio: The same as a share of each group's base value, from 0 to 1; where given, it takes the
-            place of ``lr_min``.
-        num_warmup_epochs: Epochs of warm-up, which may be a fraction; 0 means none.
-        warmup_starting_lr: Learning rate of the first update of the warm-up.
-        warmup_starting_lr_ratio: The same as a share of each group's base value, from 0 to 1; where given, it
-            takes the place of ``warmup_starting_lr``.
-        num_cooldown_epochs: Epochs at the minimum at the end of the run, which may be a fraction.
+        lr_min: Learning rate at the end of the run.
+        min_lr_ratio: Learning rate at the end of the run as a fraction of each group's base value, from 0 to 1.
+            Replaces ``lr_min`` if given.
+        num_warmup_epochs: Epochs of warm-up, possibly fractional; 0 for no warm-up.
+        warmup_starting_lr: Learning rate of the first warm-up update.
+        warmup_starting_lr_ratio: Learning rate of the first warm-up update as a fraction of each group's base value,
+            from 0 to 1. Replaces ``warmup_starting_lr`` if given.
+        num_cooldown_epochs: Epochs at the minimum at the end of the run, possibly fractional.
 
     Raises:
-        SchedulerSettingsError: If a setting is out of range, if warm-up and cooldown are longer than the run,
-            or if ``lr_min`` or the start of the warm-up is above the initial learning rate of the optimizer.
-        TypeError: If a setting is not a number.
+        SchedulerSettingsError: A setting is out of range, warm-up and cooldown together exceed the run, or ``lr_min``
+            or the start of the warm-up is above the initial learning rate of the optimizer.
+        TypeError: A setting is not a number.
 
     Example:
         >>> import torch
@@ -147,10 +145,10 @@ class CosineLrScheduler(StatefulSchedulerBase):
         warmup_starting_lr_ratio: NumberOrPlaceholder | None = None,
         num_cooldown_epochs: NumberOrPlaceholder = 0,
     ) -> functools.partial[Self]:
-        """Return a function that makes this scheduler for an optimizer, to be given to ``Trainer.train``.
+        """Return a function that creates this scheduler from an optimizer; pass it to ``Trainer.train``.
 
-        The arguments are those of the class. Each may be a placeholder, or arithmetic with placeholders,
-        which the trainer replaces by the numbers of the run; by default the schedule is as long as the run.
+        The arguments are those of the class. Each may be a placeholder or an expression of placeholders, which the
+        trainer replaces with the numbers of the run. By default the schedule is as long as the run.
 
         Example:
             >>> create = CosineLrScheduler.create_scheduler_fn(
@@ -177,13 +175,14 @@ class CosineLrScheduler(StatefulSchedulerBase):
         return [self._lr(num_updates, base_lr) for base_lr in self.base_values]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to the position of a saved state, with its base values, and set the values of that position.
+        """Restore the position and the base values, and set the learning rates for that position.
 
-        The settings stay those of this scheduler, so a resumed run may be longer than planned at first.
+        Settings are not restored, so a resumed run may be longer than originally planned.
 
         Args:
             state_dict: What :meth:`state_dict` returned.
         """
+        # Overridden for the name of the argument, which is public: the base class calls it `scheduler_state_dict`.
         super().load_state_dict(state_dict)
 
     def _lr(self, num_updates: int, base_lr: float) -> float:
@@ -208,8 +207,8 @@ class CosineLrScheduler(StatefulSchedulerBase):
         if self.num_warmup_epochs + self.num_cooldown_epochs > self.total_num_epochs:
             raise SchedulerSettingsError(
                 f"`num_warmup_epochs` is {self.num_warmup_epochs!r} and `num_cooldown_epochs` is "
-                f"{self.num_cooldown_epochs!r}, but both are parts of the run, which has only "
-                f"{self.total_num_epochs!r} epochs. Shorten them, or train for longer."
+                f"{self.num_cooldown_epochs!r}, but both are part of the run, which has only "
+                f"{self.total_num_epochs!r} epochs. Shorten them, or train longer."
             )
         self._check_lower_end("lr_min", self.lr_min, "min_lr_ratio", self.min_lr_ratio)
         self._check_lower_end(
@@ -223,7 +222,7 @@ class CosineLrScheduler(StatefulSchedulerBase):
         if ratio is None:
             check_rate(rate_name, rate, self.base_values)
         else:
-            check_number(ratio_name, ratio, "a share of the initial learning rate", maximum=1)
+            check_number(ratio_name, ratio, "a fraction of the initial learning rate", maximum=1)
 
 
 def _lower_end(rate: float, ratio: float | None, base_lr: float) -> float:

@@ -1,11 +1,10 @@
-"""Warmup-stable-decay: a constant learning rate that is brought down for a while before each checkpoint.
+"""Warmup-stable-decay (WSD): a constant learning rate that decays shortly before each checkpoint.
 
-A schedule that falls over the whole run, such as the cosine, fits one length of training only. Here the rate
-stays high, the run can be continued from any state of that stable phase, and a short decay gives a good model
-whenever one is wanted: Hu et al., "MiniCPM" (2024), arXiv:2404.06395. Wen et al., "Understanding
-Warmup-Stable-Decay Learning Rates: A River Valley Loss Landscape Perspective" (2024), arXiv:2410.05192,
-return to the stable rate after each decay within one run (WSD-S), which is what this module does when there
-is more than one checkpoint.
+A schedule that decays over the whole run, such as the cosine, suits only one length of training. Here the rate stays
+high, training can continue from any state of the stable phase, and a short decay yields a good model at any time: Hu et
+al., "MiniCPM" (2024), arXiv:2404.06395. Wen et al., "Understanding Warmup-Stable-Decay Learning Rates: A River Valley
+Loss Landscape Perspective" (2024), arXiv:2410.05192, return to the stable rate after each decay within one run (WSD-S).
+This module does so if there is more than one checkpoint.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
 class DecayInfo(TypedDict):
     """One decay phase, in updates from the start of the run.
 
-    The rate is still the stable one after ``start_step`` updates, and is the minimum after ``end_step``
-    updates, which is where the checkpoint is.
+    After ``start_step`` updates the rate is still the stable one. After ``end_step`` updates it is the minimum; the
+    checkpoint is there.
     """
 
     start_step: int
@@ -42,14 +41,14 @@ class DecayInfo(TypedDict):
 
 
 class PhaseInfo(TypedDict):
-    """Where in the schedule a run is.
+    """The position of a run in the schedule.
 
     Attributes:
-        phase: The name of the phase.
-        start_step: Updates done when the phase starts.
-        end_step: Updates done when it ends.
-        progress: How much of it is done, from 0 to 1.
-        checkpoint_step: Updates done at the next checkpoint, or at this one.
+        phase: Name of the current phase.
+        start_step: Updates done at the start of the phase.
+        end_step: Updates done at the end of the phase.
+        progress: Fraction of the phase that is done, from 0 to 1.
+        checkpoint_step: Updates done at the next checkpoint, or at the current one.
         is_checkpoint: Whether the run is at that checkpoint.
     """
 
@@ -62,18 +61,17 @@ class PhaseInfo(TypedDict):
 
 
 def estimate_checkpoint_steps(total_steps: int, num_checkpoints: int = 3) -> list[int]:
-    """Return after how many updates each checkpoint comes: the last at the end, each half as far as the next.
+    """Return the number of updates at each checkpoint: the last is at the end, and each is half as far as the next.
 
-    Checkpoint :math:`i` of :math:`n` (from 1) is at ``total_steps`` divided by :math:`2^{n - i}`, rounded
-    down.
+    Checkpoint :math:`i` of :math:`n` (from 1) is at ``total_steps`` divided by :math:`2^{n - i}`, rounded down.
 
     Args:
-        total_steps: Updates of the whole run.
-        num_checkpoints: How many checkpoints to place.
+        total_steps: Updates of the run.
+        num_checkpoints: Number of checkpoints.
 
     Raises:
-        SchedulerSettingsError: If an argument is no whole number above 0, or if the run is too short for that
-            many.
+        SchedulerSettingsError: An argument is not a whole number above 0, or the run is too short for the checkpoints.
+        TypeError: An argument is not a number.
 
     Example:
         >>> estimate_checkpoint_steps(1000)
@@ -86,9 +84,9 @@ def estimate_checkpoint_steps(total_steps: int, num_checkpoints: int = 3) -> lis
     num_needed_steps = 2 ** (num_checkpoints - 1)
     if total_steps < num_needed_steps:
         raise SchedulerSettingsError(
-            f"`num_checkpoints` is {num_checkpoints}, but a run of {total_steps} updates is too short for "
-            f"that: each checkpoint is twice as far as the one before, so {num_needed_steps} updates are "
-            "needed. Ask for fewer checkpoints, or train for longer."
+            f"`num_checkpoints` is {num_checkpoints}, but a run of {total_steps} updates is too short for that: each "
+            f"checkpoint is twice as far as the previous one, which takes at least {num_needed_steps} updates. Use "
+            "fewer checkpoints, or train longer."
         )
     return [total_steps // 2**exponent for exponent in reversed(range(num_checkpoints))]
 
@@ -98,13 +96,13 @@ def plan_decays(
 ) -> list[DecayInfo]:
     """Return the decay phase before each checkpoint.
 
-    The decay towards a checkpoint at update :math:`c` takes ``round(decay_phase_ratio * c)`` updates, at
-    least one, and not so many that it would begin within the warm-up or before the previous checkpoint.
+    The decay before a checkpoint at update :math:`c` takes ``round(decay_phase_ratio * c)`` updates, but at least one.
+    It never starts during the warm-up or before the previous checkpoint.
 
     Args:
         checkpoint_steps: Updates done at each checkpoint, in ascending order.
-        decay_phase_ratio: Share of the updates up to a checkpoint which are the decay towards it.
-        num_warmup_steps: Length of the warm-up.
+        decay_phase_ratio: Length of a decay as a fraction of the updates up to its checkpoint.
+        num_warmup_steps: Length of the warm-up, in updates.
 
     Example:
         >>> for decay in plan_decays([50, 100]):
@@ -131,7 +129,7 @@ def wsd_lr(
     warmup_starting_lr: float = 0.0,
     use_inverse_sqrt_decay: bool = True,
 ) -> float:
-    r"""Return the learning rate with which the update of 0-based index ``update`` trains.
+    r"""Return the learning rate of the update with the 0-based index ``update``.
 
     .. math::
 
@@ -143,17 +141,17 @@ def wsd_lr(
             \eta_0 & \text{otherwise}
         \end{cases}
 
-    where :math:`f(p) = \sqrt{p}`, the shape that Hägele et al., "Scaling Laws and Compute-Optimal Training
-    Beyond Fixed Training Durations" (2024), arXiv:2405.18392, found to be the best, or :math:`f(p) = p`.
+    where :math:`f(p) = \sqrt{p}`, the best shape according to Hägele et al., "Scaling Laws and Compute-Optimal Training
+    Beyond Fixed Training Durations" (2024), arXiv:2405.18392, or :math:`f(p) = p`.
 
     Args:
-        update: Index :math:`t` of the update, that is, the number of updates done before it.
-        decays: The decays, from :math:`s` (``start_step``) to :math:`c` (``end_step``), as of
-            :func:`plan_decays`.
+        update: Index :math:`t` of the update, which is also the number of updates done before it.
+        decays: The decays, from :math:`s` (``start_step``) to :math:`c` (``end_step``), as :func:`plan_decays` returns
+            them.
         lr: Learning rate :math:`\eta_0` of the stable phase.
         lr_min: Learning rate :math:`\eta_e` at the end of a decay.
-        num_warmup_steps: Length :math:`W` of the warm-up.
-        warmup_starting_lr: Learning rate :math:`\eta_w` of the first update of a warm-up.
+        num_warmup_steps: Length :math:`W` of the warm-up, in updates.
+        warmup_starting_lr: Learning rate :math:`\eta_w` of the first warm-up update.
         use_inverse_sqrt_decay: Whether :math:`f` is the square root; otherwise the decay is linear.
 
     Example:
@@ -171,42 +169,41 @@ def wsd_lr(
 
 
 class WSDLrScheduler(StatefulSchedulerBase):
-    """Warms up, keeps the learning rate stable, and brings it down before each of one or more checkpoints.
+    """Warms up, keeps the learning rate constant, and decays it before each checkpoint.
 
-    The curve is :func:`wsd_lr`, applied to the base value of each parameter group, with checkpoints placed by
-    :func:`estimate_checkpoint_steps` and decays by :func:`plan_decays`. At a checkpoint the rate is the
-    minimum; one update later it is the stable one again, until the next decay. The end of the run is the last
-    checkpoint. :class:`~pytorch_accelerated.callbacks.WSDCheckpointCallback` saves the model before and after
-    each decay.
+    The curve is :func:`wsd_lr`, applied to the base value of each parameter group. :func:`estimate_checkpoint_steps`
+    places the checkpoints, and :func:`plan_decays` the decays. At a checkpoint the rate is the minimum; one update
+    later it is the stable rate again, until the next decay. The last checkpoint is the end of the run.
+    :class:`~pytorch_accelerated.callbacks.WSDCheckpointCallback` saves the model before and after each decay.
 
-    A run that continues from a state of the stable phase is a run of its own: its scheduler counts from 0,
-    plans its own checkpoints, and with ``is_continuation_from_checkpoint`` starts at the stable rate.
+    A run that continues from a state of the stable phase is a new run: its scheduler counts from 0 and plans its own
+    checkpoints. With ``is_continuation_from_checkpoint`` it starts at the stable rate.
 
-    A group never goes above its base value: one that starts below ``lr_min`` or ``warmup_starting_lr`` stays
-    where it is during that part.
+    A group never exceeds its base value: a group whose base value is below ``lr_min`` or ``warmup_starting_lr`` keeps
+    its base value in that phase.
 
     Args:
         optimizer: The optimizer whose learning rates are scheduled.
-        num_epochs: Epochs of the run, which may be a fraction; with ``num_update_steps_per_epoch`` it gives
+        num_epochs: Epochs of the run, possibly fractional. Together with ``num_update_steps_per_epoch`` it determines
             the length of the run.
         num_update_steps_per_epoch: Updates per epoch.
-        total_steps: Updates of the run, instead of the two above.
-        num_warmup_steps: Updates of warm-up; a fraction is rounded.
-        decay_phase_ratio: Share of the updates up to a checkpoint which are the decay towards it, above 0 and
-            at most 1. A decay takes at least one update.
+        total_steps: Updates of the run; replaces the two arguments above.
+        num_warmup_steps: Updates of warm-up; rounded if fractional.
+        decay_phase_ratio: Length of a decay as a fraction of the updates up to its checkpoint, above 0 and at most 1. A
+            decay takes at least one update.
         lr_min: Learning rate at the end of each decay.
-        warmup_starting_lr: Learning rate of the first update of the warm-up.
-        use_inverse_sqrt_decay: Whether a decay follows one minus the square root of its progress; otherwise
-            it is linear.
-        num_checkpoints: How many checkpoints the run has.
-        is_continuation_from_checkpoint: Whether the run continues from a state of an earlier run's stable
-            phase. If so, there is no warm-up, whatever ``num_warmup_steps`` says.
+        warmup_starting_lr: Learning rate of the first warm-up update.
+        use_inverse_sqrt_decay: Whether a decay follows one minus the square root of its progress; otherwise it is
+            linear.
+        num_checkpoints: Number of checkpoints in the run.
+        is_continuation_from_checkpoint: Whether the run continues from a state of an earlier run's stable phase. There
+            is then no warm-up, whatever ``num_warmup_steps`` is.
 
     Raises:
-        SchedulerSettingsError: If the length of the run is missing or given twice with different results, if
-            a setting is out of range, if the first checkpoint lies within the warm-up, or if ``lr_min`` or
-            ``warmup_starting_lr`` is above the initial learning rate of the optimizer.
-        TypeError: If a setting is not a number.
+        SchedulerSettingsError: The length of the run is missing or contradictory, a setting is out of range, the first
+            checkpoint is within the warm-up, or ``lr_min`` or ``warmup_starting_lr`` is above the initial learning rate
+            of the optimizer.
+        TypeError: A setting is not a number.
 
     Example:
         >>> import torch
@@ -238,7 +235,7 @@ class WSDLrScheduler(StatefulSchedulerBase):
     ) -> None:
         super().__init__(optimizer)
         check_number("num_warmup_steps", num_warmup_steps, "the length of the warm-up")
-        check_number("decay_phase_ratio", decay_phase_ratio, "a share of the run", is_zero_allowed=False, maximum=1)
+        check_number("decay_phase_ratio", decay_phase_ratio, "a fraction of the run", is_zero_allowed=False, maximum=1)
         check_rate("lr_min", lr_min, self.base_values)
         check_rate("warmup_starting_lr", warmup_starting_lr, self.base_values)
         self.total_steps = _total_steps(num_epochs, num_update_steps_per_epoch, total_steps)
@@ -266,12 +263,12 @@ class WSDLrScheduler(StatefulSchedulerBase):
         num_checkpoints: int = 1,
         is_continuation_from_checkpoint: bool = False,
     ) -> functools.partial[Self]:
-        """Return a function that makes this scheduler for an optimizer, to be given to ``Trainer.train``.
+        """Return a function that creates this scheduler from an optimizer; pass it to ``Trainer.train``.
 
-        The arguments are those of the class, but for two: ``total_num_epochs`` is the length of the run, and
-        ``num_warmup_epochs`` the length of the warm-up in epochs, which may be a fraction (``None``: no
-        warm-up). Each number may be a placeholder, or arithmetic with placeholders, which the trainer
-        replaces by the numbers of the run; by default the schedule is as long as the run.
+        The arguments are those of the class, with two exceptions: ``total_num_epochs`` is the length of the run, and
+        ``num_warmup_epochs`` is the length of the warm-up in epochs, possibly fractional (``None`` for no warm-up).
+        Each number may be a placeholder or an expression of placeholders, which the trainer replaces with the numbers
+        of the run. By default the schedule is as long as the run.
 
         Example:
             >>> create = WSDLrScheduler.create_scheduler_fn(num_warmup_epochs=0.5)
@@ -307,18 +304,18 @@ class WSDLrScheduler(StatefulSchedulerBase):
         ]
 
     def get_checkpoint_steps(self) -> list[int]:
-        """Return the updates after which there is a checkpoint, in ascending order."""
+        """Return the number of updates at each checkpoint, in ascending order."""
         return [decay["end_step"] for decay in self._decays]
 
     def get_decay_info(self) -> list[DecayInfo]:
-        """Return the decay phase before each checkpoint, in the order of the checkpoints."""
+        """Return the decay phase before each checkpoint, in order."""
         return [decay.copy() for decay in self._decays]
 
     def get_phase_info(self, num_updates: int) -> PhaseInfo:
-        """Return the phase of the schedule in which a run is after ``num_updates`` updates.
+        """Return the phase of the schedule after ``num_updates`` updates.
 
-        A decay lasts from its ``start_step`` to its ``end_step``, both included; before the first update
-        counts as the first update, and after the end of the run as its end.
+        A decay lasts from its ``start_step`` to its ``end_step``, both included. A negative number of updates counts as
+        0, and one beyond the end of the run as the end.
 
         Args:
             num_updates: Updates done.
@@ -343,15 +340,15 @@ class WSDLrScheduler(StatefulSchedulerBase):
         }
 
     def get_current_phase_info(self) -> PhaseInfo:
-        """Return the phase of the schedule in which the run is now."""
+        """Return the current phase of the schedule."""
         return self.get_phase_info(self.num_updates)
 
     def get_current_step(self) -> int:
-        """Return the updates done, as counted by :meth:`step`; -1 before its first call."""
+        """Return the number of updates done, as counted by :meth:`step`; -1 before its first call."""
         return self.num_updates
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position and the base values, and for the record the kind and length of the run."""
+        """Return the position and the base values; for information also the kind and length of the run."""
         return {
             **super().state_dict(),
             "is_continuation_from_checkpoint": self.is_continuation_from_checkpoint,
@@ -359,27 +356,28 @@ class WSDLrScheduler(StatefulSchedulerBase):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to the position of a saved state, with its base values, and set the values of that position.
+        """Restore the position and the base values, and set the learning rates for that position.
 
-        All else stays as this scheduler was set up, the length of the run and whether it is a continuation
-        included: a run that is resumed may be longer than planned at first, and a run that continues from the
-        checkpoint of another does not become that other run. The loaded position counts from the start of
-        this schedule; where a continuation should start its own, give ``initial_checkpoint`` to
-        :class:`~pytorch_accelerated.callbacks.WSDCheckpointCallback`, or load the state without the scheduler
+        Everything else stays as this scheduler was configured, including the length of the run and whether it is a
+        continuation: a resumed run may be longer than originally planned, and a run that continues from a checkpoint of
+        another run does not become that run. The restored position counts from the start of this schedule. To start the
+        schedule of a continuation from 0, pass ``initial_checkpoint`` to
+        :class:`~pytorch_accelerated.callbacks.WSDCheckpointCallback`, or load the checkpoint without the scheduler
         (``load_scheduler=False``).
 
         Args:
             state_dict: What :meth:`state_dict` returned.
         """
+        # Overridden for the name of the argument, which is public: the base class calls it `scheduler_state_dict`.
         super().load_state_dict(state_dict)
 
     def _place_checkpoints(self) -> list[int]:
         steps = estimate_checkpoint_steps(self.total_steps, self.num_checkpoints)
         if steps[0] <= self.num_warmup_steps:
             raise SchedulerSettingsError(
-                f"The warm-up takes {self.num_warmup_steps} updates, but the first checkpoint is after "
-                f"{steps[0]} of {self.total_steps}, and the decay towards it needs at least one update after "
-                "the warm-up. Shorten the warm-up, ask for fewer checkpoints, or train for longer."
+                f"The warm-up takes {self.num_warmup_steps} updates, but the first checkpoint is after {steps[0]} of "
+                f"{self.total_steps} updates, and its decay needs at least one update after the warm-up. Shorten the "
+                "warm-up, use fewer checkpoints, or train longer."
             )
         return steps
 
@@ -388,9 +386,8 @@ def _total_steps(num_epochs: float | None, num_update_steps_per_epoch: int | Non
     if num_epochs is None or num_update_steps_per_epoch is None:
         if total_steps is None:
             raise SchedulerSettingsError(
-                f"`num_epochs` is {num_epochs!r}, `num_update_steps_per_epoch` is "
-                f"{num_update_steps_per_epoch!r} and `total_steps` is None, but the length of the run has to "
-                "be known. Give the first two, or the last."
+                f"`num_epochs` is {num_epochs!r}, `num_update_steps_per_epoch` is {num_update_steps_per_epoch!r} and "
+                "`total_steps` is None, but the scheduler needs the length of the run. Pass the first two, or the last."
             )
         return _as_count("total_steps", total_steps)
     check_number("num_epochs", num_epochs, "the length of the run", is_zero_allowed=False)
@@ -398,8 +395,8 @@ def _total_steps(num_epochs: float | None, num_update_steps_per_epoch: int | Non
     num_steps = round(num_epochs * num_update_steps_per_epoch)
     if total_steps is not None and total_steps != num_steps:
         raise SchedulerSettingsError(
-            f"`total_steps` is {total_steps!r}, but `num_epochs` times `num_update_steps_per_epoch` is "
-            f"{num_steps}, and both are the length of the run. Leave out the one that is wrong."
+            f"`total_steps` is {total_steps!r}, but `num_epochs` times `num_update_steps_per_epoch` is {num_steps}. "
+            "Both are the length of the run, so they must be equal. Omit the wrong one."
         )
     return _as_count("num_epochs * num_update_steps_per_epoch", num_steps)
 
@@ -407,12 +404,10 @@ def _total_steps(num_epochs: float | None, num_update_steps_per_epoch: int | Non
 def _as_count(name: str, value: float) -> int:
     check_number(name, value, "a count", is_zero_allowed=False)
     if value != int(value):
-        raise SchedulerSettingsError(
-            f"`{name}` is {value!r}, but a count has to be a whole number. Round it as you see fit."
-        )
+        raise SchedulerSettingsError(f"`{name}` is {value!r}, but a count must be a whole number. Round it up or down.")
     return int(value)
 
 
 def _next_decay(update: float, decays: Sequence[DecayInfo]) -> DecayInfo:
-    """Return the first decay that is not over yet, or the last one when all are."""
+    """Return the first decay that has not ended, or the last one if all have."""
     return next((decay for decay in decays if update <= decay["end_step"]), decays[-1])

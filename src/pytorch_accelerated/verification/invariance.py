@@ -1,4 +1,4 @@
-"""`check_invariance` shows that the numbers do not depend on how the work is split."""
+"""`check_invariance` checks that gradients and losses do not depend on how a batch is split."""
 
 from __future__ import annotations
 
@@ -8,45 +8,52 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import IterableDataset, Subset
 
 from pytorch_accelerated import _validation
 from pytorch_accelerated._data.rng import preserve_rng_state, seed_generators
-from pytorch_accelerated._distributed.accelerator import is_sharded
 from pytorch_accelerated._distributed.collectives import broadcast_from_main
 from pytorch_accelerated.callbacks import TrainerCallback
+from pytorch_accelerated.finetuning import BN_MODULES
 from pytorch_accelerated.tracking import InMemoryRunHistory
 from pytorch_accelerated.trainer import Trainer
+from pytorch_accelerated.verification._trainers import check_make_trainer, create_trainer
 
-SPLIT_DEPENDENT_MODULES: tuple[type[nn.Module], ...] = (
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.dropout._DropoutNd,
-    nn.MultiheadAttention,  # for its dropout
+_DROPOUT_MODULES = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    nn.MultiheadAttention,  # applies dropout to its attention weights, without a module
 )
-"""Kinds of modules whose outputs depend, in training mode and by their nature, on how the work is split."""
+
+SPLIT_DEPENDENT_MODULES: tuple[type[nn.Module], ...] = (*BN_MODULES, *_DROPOUT_MODULES)
+"""Modules whose outputs in training mode inherently depend on how a batch is split: batch norm and dropout."""
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-_TINY = torch.finfo(torch.float32).tiny
-_MAX_ERROR_OF_FACTOR = 0.2  # The batches of one update differ a little; a mean and a sum by a factor of 2 or more.
+_TINY = torch.finfo(torch.float32).tiny  # keeps denominators above 0
+_MAX_FACTOR_ERROR = 0.2  # The batches of an update vary a little; a mean and a sum differ by a factor of 2 or more.
 
 
 @dataclass(frozen=True)
 class SplitDifference:
-    """How far the numbers of one split are from those of the whole batch; infinite if any is not finite.
+    """How far the numbers of one split are from those of the full batch; infinite if any is NaN or infinite.
 
     Args:
         per_device_batch_size: Samples in a batch of one process.
         gradient_accumulation_steps: Batches per process that make one update.
-        loss: Largest relative difference of an update's loss, as recorded in the run history.
-        gradient: Largest relative difference of an update's gradient; see `check_invariance`.
-        absolute_gradient: Largest absolute difference of any entry of a gradient.
+        loss: Largest relative difference in an update's loss, as recorded in the run history.
+        gradient: Largest relative difference in an update's gradient; see `check_invariance`.
+        absolute_gradient: Largest absolute difference in any entry of a gradient.
         parameter: The parameter whose gradient has the largest relative difference.
-        update: In which update it has, from 1.
-        factor: The multiple of the gradients of the whole batch that comes nearest to those of the split.
+        update: The update in which it occurs, counted from 1.
+        factor: The multiple of the full batch's gradients that is closest to the gradients of the split.
     """
 
     per_device_batch_size: int
@@ -60,7 +67,7 @@ class SplitDifference:
 
     @property
     def largest(self) -> float:
-        """The larger of the relative differences of gradient and loss."""
+        """The larger of the relative differences in gradient and loss."""
         return max(self.gradient, self.loss)
 
 
@@ -70,9 +77,9 @@ class InvarianceReport:
 
     Args:
         num_updates: Updates made in each split.
-        samples_per_update: Samples in an update, of all processes together.
-        num_processes: Processes that shared them.
-        tolerance: Bound for the relative differences.
+        samples_per_update: Samples in an update, over all processes.
+        num_processes: The number of processes (world size).
+        tolerance: Bound on the relative differences.
         splits: The differences of each split.
         modules_in_eval_mode: Names of the modules that were kept in evaluation mode.
         likely_cause: What to change; empty if nothing depends on the split.
@@ -88,7 +95,7 @@ class InvarianceReport:
 
     @property
     def worst(self) -> SplitDifference:
-        """The split with the largest relative difference of gradient or loss."""
+        """The split with the largest relative difference in gradient or loss."""
         return max(self.splits, key=lambda split: split.largest)
 
     @property
@@ -103,6 +110,7 @@ class InvarianceReport:
 
     def __str__(self) -> str:
         verdict = "do not depend" if self.is_invariant else "depend"
+        updates = "1 update" if self.num_updates == 1 else f"{self.num_updates} updates"
         processes = "1 process" if self.num_processes == 1 else f"{self.num_processes} processes"
         rows = [
             f"{split.per_device_batch_size:5} x {split.gradient_accumulation_steps:<11}{split.loss:10.1e}"
@@ -111,8 +119,8 @@ class InvarianceReport:
         ]
         lines = [
             f"Gradients and losses {verdict} on how a batch is split.",
-            f"{self.num_updates} updates of {self.samples_per_update} samples on {processes}; relative differences may "
-            f"be up to {self.tolerance:.1e}.",
+            f"{updates} of {self.samples_per_update} samples on {processes}; relative differences may be up to "
+            f"{self.tolerance:.1e}.",
             "",
             "batch x accumulated      loss  gradient  absolute  parameter (update)",
             *rows,
@@ -136,41 +144,44 @@ def check_invariance(
     modules_in_eval_mode: tuple[type[nn.Module], ...] = SPLIT_DEPENDENT_MODULES,
     seed: int = 0,
 ) -> InvarianceReport:
-    r"""Show that your trainer computes the same gradients and losses however a batch is split.
+    r"""Check that your trainer computes the same gradients and losses however a batch is split.
 
-    A new trainer learns for a few updates in each split, from the same weights and random state, on the same samples in
-    the same order. The gradient of each update, before clipping, is compared with that of the whole batch, computed by
-    every process for itself. Each split then goes on with the gradient of the whole batch, so that no optimizer
-    magnifies rounding. Must be called on every process; all get the same report.
+    For each split, a new trainer makes a few updates, starting from the same weights and RNG state, on the same samples
+    in the same order. The gradient of each update, before clipping, is compared with that of the full batch, which
+    every process computes by itself. Training then continues with the gradient of the full batch, so the optimizer
+    cannot magnify rounding errors. Must be called on every process; all processes get the same report.
 
-    The callbacks and the run history of the trainers are replaced by silent ones; the hooks of a subclass are called.
-    The global random state is left as it was.
+    The callbacks and the run history of the trainers are replaced; nothing is printed. The hooks of a subclass are
+    called. The global RNG state is restored at the end.
 
-    The difference of a gradient is relative to its largest entry in the same parameter, or to :math:`\sqrt{tolerance}`
-    of the largest entry of all parameters if that is more: gradients that should vanish, as that of a bias before a
-    batch norm, consist of rounding alone. The tolerance is :math:`\sqrt{\varepsilon}` of the coarsest precision in use,
-    parameters or mixed precision, so half of its digits have to agree: 3.5e-4 for float32. Rounding in sums of
-    :math:`n` numbers takes up to :math:`n \varepsilon`, as a rule :math:`\sqrt{n} \varepsilon`; a wrong weight shows in
-    the first digits.
+    The difference in the gradient of a parameter is relative to the largest entry of that gradient. Where
+    :math:`\sqrt{tolerance}` times the largest entry over all parameters is greater, it is relative to that: gradients
+    that should be zero, such as the gradient of a bias before a batch norm, consist of rounding errors alone. The
+    default tolerance is :math:`\sqrt{\varepsilon}`, where :math:`\varepsilon` is the machine epsilon of the coarsest
+    precision in use, that of the parameters or of mixed precision. Half of the digits therefore have to agree: it is
+    3.5e-4 for float32. The rounding error of a sum of :math:`n` numbers is at most :math:`n \varepsilon`, and usually
+    :math:`\sqrt{n} \varepsilon`. A wrong weight changes the first digits.
 
     Args:
-        make_trainer: Makes a trainer with a model and an optimizer of its own each time.
-        dataset: Samples that can be got by their index. The first ``num_updates * samples_per_update`` are used.
+        make_trainer: Creates a trainer, with its own model and optimizer, on each call.
+        dataset: A dataset or sequence with a length and access by index. The first
+            ``num_updates * samples_per_update`` samples are used.
         num_updates: Updates in each split; at least 1.
-        samples_per_update: Samples in an update, of all processes together; at least 2. They make one batch once.
-        splits: Batch sizes per device, below ``samples_per_update``. As many batches are accumulated as it takes; the
-            last may be short. By default a process's share is accumulated over 1 (with several processes), 2, 3 and 4
-            batches.
-        tolerance: Bound for relative differences, above 0; ``None`` for the rule above. Give a larger one, such as
-            3e-2, where TF32 is in use.
-        collate_fn: Makes a batch from samples.
-        modules_in_eval_mode: Kinds of modules that are kept in evaluation mode, because in training mode they depend on
-            the split by their nature. Add your own, such as stochastic depth; ``()`` for none.
-        seed: Seeds the random number generators.
+        samples_per_update: Samples in an update, over all processes; at least 2. They are also the full batch.
+        splits: Batch sizes per device, below ``samples_per_update``. Each split accumulates as many batches as needed;
+            the last may be short. By default the samples of one process are split into 1 (with several processes),
+            2, 3 and 4 batches.
+        tolerance: Bound on the relative differences, above 0; ``None`` for the default above. Pass a larger one, such
+            as 3e-2, if TF32 is in use.
+        collate_fn: Creates a batch from a list of samples; ``None`` for PyTorch's default.
+        modules_in_eval_mode: Classes of modules that are kept in evaluation mode, because in training mode they
+            inherently depend on the split. Add your own, such as stochastic depth; ``()`` for none.
+        seed: The seed of the random number generators.
 
     Raises:
-        ValueError: An argument has an impossible value, the dataset is too small, or the model is not new each time.
-        TypeError: ``make_trainer`` makes no trainer, or samples cannot be got by index.
+        ValueError: An argument has an impossible value, the dataset is too small, ``make_trainer`` returns the same
+            model again, or the model is sharded (FSDP or DeepSpeed).
+        TypeError: ``make_trainer`` does not return a trainer, or the dataset has no length or access by index.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -182,66 +193,63 @@ def check_invariance(
         True
         >>> report.raise_if_different()
     """
-    _check_arguments(make_trainer, dataset, num_updates, samples_per_update, splits, tolerance)
+    check_make_trainer(make_trainer)
+    _check_arguments(dataset, num_updates, samples_per_update, splits, tolerance)
     starts = range(0, num_updates * samples_per_update, samples_per_update)
     blocks = [range(start, start + samples_per_update) for start in starts]
     experiment = _Experiment(make_trainer, dataset, blocks, collate_fn, modules_in_eval_mode, seed)
     with preserve_rng_state():
-        whole = experiment.train_on_whole_batches(tolerance)
-        sizes = _default_splits(samples_per_update, whole.num_processes) if splits is None else splits
-        differences = tuple(experiment.compare(whole, size) for size in sizes)
-        repeat = partial(experiment.compare, whole, samples_per_update, seed=seed + 1)
-        likely_cause = _find_cause(differences, whole, repeat)
+        reference = experiment.train_on_full_batches(tolerance)
+        sizes = _default_splits(samples_per_update, reference.num_processes) if splits is None else splits
+        differences = tuple(experiment.compare(reference, size) for size in sizes)
+        repeat_with_other_seed = partial(experiment.compare, reference, samples_per_update, seed=seed + 1)
+        likely_cause = _find_cause(differences, reference, repeat_with_other_seed)
     return InvarianceReport(
         num_updates=num_updates,
         samples_per_update=samples_per_update,
-        num_processes=whole.num_processes,
-        tolerance=whole.tolerance,
+        num_processes=reference.num_processes,
+        tolerance=reference.tolerance,
         splits=differences,
-        modules_in_eval_mode=tuple(_names_of(whole.model, modules_in_eval_mode)),
+        modules_in_eval_mode=tuple(_names_of(reference.model, modules_in_eval_mode)),
         likely_cause=likely_cause,
     )
 
 
 def _check_arguments(
-    make_trainer: Any, dataset: Any, num_updates: int, samples_per_update: int, splits: Any, tolerance: float | None
+    dataset: Any, num_updates: int, samples_per_update: int, splits: Sequence[int] | None, tolerance: float | None
 ) -> None:
-    if not callable(make_trainer):
-        raise TypeError(
-            f"`make_trainer` is a {type(make_trainer).__name__}. Expected a function that makes a new trainer, with a "
-            "model and an optimizer of its own, each time it is called."
-        )
     _validation.check_positive_integer("num_updates", num_updates, "updates")
     _validation.check_positive_integer("samples_per_update", samples_per_update, "samples")
     _validation.check_positive_number("tolerance", tolerance)
     if splits is not None and not splits:
-        raise ValueError("`splits` is empty. Give the batch sizes to compare, or None for the usual ones.")
+        raise ValueError("`splits` is empty. Expected at least one batch size. Pass some, or None for the defaults.")
     for size in splits or ():
         _validation.check_positive_integer("splits", size, "samples in a batch")
     if samples_per_update <= max(splits or (1,)):
         raise ValueError(
-            f"`samples_per_update` is {samples_per_update!r}, and `splits` is {splits!r}. Expected more samples than "
-            "the largest batch has, at least 2, because there is nothing to split otherwise."
+            f"`samples_per_update` is {samples_per_update!r}, and `splits` is {splits!r}. Expected at least 2 samples, "
+            "and more than the largest batch has, because otherwise there is nothing to split. Raise "
+            "`samples_per_update`, or pass smaller `splits`."
         )
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise TypeError(
-            f"`dataset` is a {type(dataset).__name__}. Expected a dataset with a length whose samples can be got by "
-            "index, because each split has to see the same ones. A list of samples will do."
+            f"`dataset` is a {type(dataset).__name__}. Expected a dataset with a length and access by index, because "
+            "each split has to use the same samples. You can pass a list of samples."
         )
     if len(dataset) < num_updates * samples_per_update:
         raise ValueError(
             f"`dataset` has {len(dataset)} samples, but {num_updates} updates of {samples_per_update} samples need "
-            f"{num_updates * samples_per_update}. Lower `num_updates` or `samples_per_update`, or give more samples."
+            f"{num_updates * samples_per_update}. Lower `num_updates` or `samples_per_update`, or pass more samples."
         )
 
 
 # --- training in splits ------------------------------------------------------------------------------------------
 
 
-class _WholeBatches(NamedTuple):
-    """What training on whole batches gave, to which the splits are compared."""
+class _Reference(NamedTuple):
+    """The results of training on full batches, with which each split is compared."""
 
-    model: Any
+    model: nn.Module
     initial_state: Mapping[str, Any]
     num_processes: int
     tolerance: float
@@ -251,7 +259,7 @@ class _WholeBatches(NamedTuple):
 
 @dataclass(frozen=True)
 class _Experiment:
-    """What all splits have in common; its methods must be called on every process."""
+    """What all splits have in common. Its methods must be called on every process."""
 
     make_trainer: Callable[[], Trainer]
     dataset: Any
@@ -260,13 +268,13 @@ class _Experiment:
     modules_in_eval_mode: tuple[type[nn.Module], ...]
     seed: int
 
-    def train_on_whole_batches(self, tolerance: float | None) -> _WholeBatches:
-        """Train without a split; every process computes the same."""
-        trainer = self._new_trainer()
+    def train_on_full_batches(self, tolerance: float | None) -> _Reference:
+        """Train without a split. Every process computes the same."""
+        trainer = self._create_trainer()
         initial_state = copy.deepcopy(trainer.model.state_dict())
         recorder = _GradientRecorder(self.modules_in_eval_mode)
         losses = self._train(trainer, recorder, len(self.blocks[0]), self.seed)
-        return _WholeBatches(
+        return _Reference(
             model=trainer.model,
             initial_state=initial_state,
             num_processes=trainer.run_config.num_processes,
@@ -275,40 +283,39 @@ class _Experiment:
             gradients=recorder.gradients,
         )
 
-    def compare(self, whole: _WholeBatches, batch_size: int, *, seed: int | None = None) -> SplitDifference:
-        """Train in batches of this size, from the same random state or another."""
-        trainer = self._new_trainer()
-        if trainer.model is whole.model:
+    def compare(self, reference: _Reference, batch_size: int, *, seed: int | None = None) -> SplitDifference:
+        """Train in batches of this size, starting from the same RNG state unless another seed is given."""
+        trainer = self._create_trainer()
+        if trainer.model is reference.model:
             raise ValueError(
-                "`make_trainer` gave its second trainer the model of the first, which has learnt by now. Make the "
-                "model and the optimizer inside `make_trainer`, or a `copy.deepcopy` of the model."
+                "`make_trainer` returned a trainer with the model of an earlier call, which has been trained by now. "
+                "Expected a new model on each call. Create the model and the optimizer inside `make_trainer`, or use a "
+                "`copy.deepcopy` of the model."
             )
-        trainer.model.load_state_dict(whole.initial_state)
-        recorder = _GradientComparer(self.modules_in_eval_mode, whole)
+        trainer.model.load_state_dict(reference.initial_state)
+        recorder = _GradientComparer(self.modules_in_eval_mode, reference)
         losses = self._train(trainer, recorder, batch_size, self.seed if seed is None else seed)
         worst = max(recorder.differences, key=lambda difference: difference.relative)
         square = sum(difference.square for difference in recorder.differences)
         split = SplitDifference(
             per_device_batch_size=batch_size,
             gradient_accumulation_steps=trainer.run_config.gradient_accumulation_steps,
-            loss=max(map(_relative_difference, losses, whole.losses)),
+            loss=max(map(_relative_difference, losses, reference.losses)),
             gradient=worst.relative,
             absolute_gradient=max(difference.absolute for difference in recorder.differences),
             parameter=worst.parameter,
             update=recorder.differences.index(worst) + 1,
             factor=sum(difference.product for difference in recorder.differences) / max(square, _TINY),
         )
-        return cast("SplitDifference", broadcast_from_main(split, whole.num_processes))
+        return broadcast_from_main(split, reference.num_processes)
 
-    def _new_trainer(self) -> Trainer:
-        seed_generators(self.seed)
-        trainer = self.make_trainer()
-        if not isinstance(trainer, Trainer):
-            raise TypeError(f"`make_trainer` returned a {type(trainer).__name__}. Expected a new `Trainer` each time.")
-        if is_sharded(trainer._accelerator):
+    def _create_trainer(self) -> Trainer:
+        trainer = create_trainer(self.make_trainer, self.seed)
+        if trainer.is_sharded:
             raise ValueError(
-                "The trainer shards its model (FSDP or DeepSpeed), so no process has whole gradients to compare. Start "
-                "the check without sharding, in one process or with DDP."
+                "The trainer shards its model (FSDP or DeepSpeed), so no process has complete gradients. Expected "
+                "complete gradients on every process, to compare them. Run the check without sharding, in one process "
+                "or with DDP."
             )
         return trainer
 
@@ -318,10 +325,10 @@ class _Experiment:
         trainer.callback_handler.add_callback(recorder)
         trainer.run_history = InMemoryRunHistory()
         seed_generators(seed)
-        num_processes = int(trainer._accelerator.num_processes)
+        num_processes = _world_size()
         for block in self.blocks:
-            is_whole = batch_size == len(block)
-            samples = [*block] * num_processes if is_whole else [*block]  # the whole batch for every process
+            is_full_batch = batch_size == len(block)
+            samples = [*block] * num_processes if is_full_batch else [*block]  # each process gets the full batch
             trainer.train(
                 Subset(self.dataset, samples),
                 num_epochs=1,
@@ -334,8 +341,19 @@ class _Experiment:
         return [float(loss) for loss in trainer.run_history.get_metric_values("train_loss_epoch")]
 
 
+def _world_size() -> int:
+    """Return the number of processes, which is needed before a run has a configuration."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _default_splits(samples_per_update: int, num_processes: int) -> list[int]:
+    num_local_samples = math.ceil(samples_per_update / num_processes)
+    sizes = {math.ceil(num_local_samples / num_batches) for num_batches in (1, 2, 3, 4)}
+    return sorted(sizes - {samples_per_update}, reverse=True)
+
+
 class _GradientRecorder(TrainerCallback):
-    """Keeps the gradient of each update."""
+    """Records the gradient of each update."""
 
     def __init__(self, modules_in_eval_mode: tuple[type[nn.Module], ...]) -> None:
         self.modules_in_eval_mode = modules_in_eval_mode
@@ -347,69 +365,60 @@ class _GradientRecorder(TrainerCallback):
                 module.eval()
 
     def on_optimizer_step_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        self.gradients.append({name: gradient.clone() for name, gradient in _gradients_of(trainer).items()})
+        gradients = _gradients_of(trainer.get_model(keep_torch_compile=False))
+        self.gradients.append({name: gradient.clone() for name, gradient in gradients.items()})
 
 
 class _GradientComparer(_GradientRecorder):
-    """Compares the gradient of each update with that of the whole batch, and puts the latter in its place."""
+    """Compares the gradient of each update with that of the full batch, and replaces it with the latter."""
 
-    def __init__(self, modules_in_eval_mode: tuple[type[nn.Module], ...], whole: _WholeBatches) -> None:
+    def __init__(self, modules_in_eval_mode: tuple[type[nn.Module], ...], reference: _Reference) -> None:
         super().__init__(modules_in_eval_mode)
-        self.whole = whole
+        self.reference = reference
         self.differences: list[_GradientDifference] = []
 
     def on_optimizer_step_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        expected = self.whole.gradients[len(self.differences)]
-        self.differences.append(_compare(_gradients_of(trainer), expected, self.whole.tolerance))
-        for name, parameter in _plain_model(trainer).named_parameters():
+        model = trainer.get_model(keep_torch_compile=False)
+        expected = self.reference.gradients[len(self.differences)]
+        self.differences.append(_compare(_gradients_of(model), expected, self.reference.tolerance))
+        for name, parameter in model.named_parameters():
             parameter.grad = expected[name].clone() if name in expected else None
 
 
-def _plain_model(trainer: Trainer) -> Any:
-    return trainer.get_model(keep_torch_compile=False)
+def _gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def _gradients_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    parameters = _plain_model(trainer).named_parameters()
-    return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
-
-
-def _default_splits(samples_per_update: int, num_processes: int) -> list[int]:
-    share = math.ceil(samples_per_update / num_processes)
-    sizes = {math.ceil(share / num_batches) for num_batches in (1, 2, 3, 4)}
-    return sorted(sizes - {samples_per_update}, reverse=True)
-
-
-# --- comparing ---------------------------------------------------------------------------------------------------
+# --- comparing gradients -----------------------------------------------------------------------------------------
 
 
 class _GradientDifference(NamedTuple):
-    """How far the gradient of an update is from that of the whole batch."""
+    """How far the gradient of one update is from that of the full batch."""
 
     relative: float
     absolute: float
     parameter: str
     product: float
-    """The scalar product of the two."""
+    """The dot product of the two gradients."""
     square: float
-    """The scalar product of the second with itself."""
+    """The dot product of the full batch's gradient with itself."""
 
 
 def _compare(
     gradients: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], tolerance: float
 ) -> _GradientDifference:
-    floor = math.sqrt(tolerance) * max(map(_largest, expected.values()), default=0.0)
+    floor = math.sqrt(tolerance) * max(map(_largest_entry, expected.values()), default=0.0)
     relative = absolute = product = square = 0.0
     parameter = ""
     for name in {**expected, **gradients}:
-        own, other = (_widened(side.get(name, torch.zeros(()))) for side in (gradients, expected))
-        difference = _largest(own - other)
-        ratio = difference / max(_largest(other), floor, _TINY) if math.isfinite(difference) else math.inf
+        found, wanted = (_in_float32(side.get(name, torch.zeros(()))) for side in (gradients, expected))
+        difference = _largest_entry(found - wanted)
+        ratio = difference / max(_largest_entry(wanted), floor, _TINY) if math.isfinite(difference) else math.inf
         if ratio > relative or not parameter:
             relative, parameter = ratio, name
         absolute = max(absolute, difference)
-        product += float((own * other).sum())
-        square += float((other * other).sum())
+        product += float((found * wanted).sum())
+        square += float((wanted * wanted).sum())
     return _GradientDifference(relative, absolute, parameter, product, square)
 
 
@@ -418,11 +427,13 @@ def _relative_difference(value: float, expected: float) -> float:
     return difference if math.isfinite(difference) else math.inf
 
 
-def _largest(tensor: torch.Tensor) -> float:
+def _largest_entry(tensor: torch.Tensor) -> float:
+    """Return the largest absolute value, infinity if any is NaN or infinite, and 0 if there is none."""
     return float(tensor.abs().nan_to_num(nan=math.inf, posinf=math.inf).max()) if tensor.numel() else 0.0
 
 
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
+def _in_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a dense tensor in float32, or in its own precision if that is higher."""
     return tensor.detach().to_dense().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -436,47 +447,52 @@ def _default_tolerance(trainer: Trainer) -> float:
 
 
 def _find_cause(
-    splits: Sequence[SplitDifference], whole: _WholeBatches, repeat_with_other_seed: Callable[[], SplitDifference]
+    splits: Sequence[SplitDifference], reference: _Reference, repeat_with_other_seed: Callable[[], SplitDifference]
 ) -> str:
     largest = max(split.largest for split in splits)
-    if largest <= whole.tolerance:
+    if largest <= reference.tolerance:
         return ""
     if math.isinf(largest):
-        return "a loss or a gradient is not finite, so nothing can be compared. Does the model train at all?"
-    shares = [split.factor * split.gradient_accumulation_steps * whole.num_processes for split in splits]
-    if all(abs(share - 1) < _MAX_ERROR_OF_FACTOR for share in shares):
         return (
-            "the gradient shrinks with the batch, so the step returns a sum as its loss, or divides it by the number "
-            "of accumulated batches. Return the mean over `batch_size` items (or over `num_items_in_batch`)."
+            "a loss or a gradient is NaN or infinite, so there is nothing to compare. Check that the model trains "
+            "without a split."
+        )
+    # 1 if the gradient of each batch is smaller than that of the full batch by as much as the batch itself is.
+    ratios = [split.factor * split.gradient_accumulation_steps * reference.num_processes for split in splits]
+    if all(abs(ratio - 1) < _MAX_FACTOR_ERROR for ratio in ratios):
+        return (
+            "the gradient is proportional to the batch size, so the step returns a sum as its loss, or divides the "
+            "loss by the number of accumulated batches. Return the mean over `batch_size` items (or over "
+            "`num_items_in_batch`)."
         )
     causes = []
-    if repeat_with_other_seed().largest > whole.tolerance:
-        dropouts = _enumerate(
-            _names_of(whole.model, (nn.modules.dropout._DropoutNd, nn.MultiheadAttention), is_active=True)
-        )
+    if repeat_with_other_seed().largest > reference.tolerance:
+        dropouts = _enumerate(_names_of(reference.model, _DROPOUT_MODULES, is_active=True))
         causes.append(
-            "the step draws random numbers, so even the whole batch gives another loss each time: "
-            f"{dropouts or 'functional dropout, or augmentation'}. Switch that off for the check."
+            f"the step draws random numbers ({dropouts or 'functional dropout or augmentation'}), so even the full "
+            "batch has a different loss each time. Switch this off for the check."
         )
-    if norms := _enumerate(_names_of(whole.model, (nn.modules.batchnorm._BatchNorm,), is_active=True)):
+    if norms := _enumerate(_names_of(reference.model, BN_MODULES, is_active=True)):
         causes.append(
-            f"batch norms take the mean and the variance of the batch: {norms}. Keep them in evaluation mode for the "
-            "check. If small batches have to train as large ones do, use norms over each sample, such as GroupNorm."
+            f"batch norm uses the mean and variance of each batch ({norms}). Keep it in evaluation mode for the check. "
+            "If small batches have to train like large ones, use normalization over each sample, such as GroupNorm."
         )
     return " Also: ".join(causes) or (
-        "the loss is the mean over something else than the step says. Return the number of samples as `batch_size`; if "
-        "the mean is over something else, such as tokens without padding, return their number as `num_items_in_batch`. "
-        "(A loss that relates samples to each other, as a contrastive one does, depends on the batch by its nature.)"
+        "the loss is not a mean over the number of items that the step returns. Return the number of samples as "
+        "`batch_size`. If the loss is the mean over other items, such as tokens without padding, return their number "
+        "as `num_items_in_batch`. (A loss that relates samples to each other, such as a contrastive loss, inherently "
+        "depends on the batch.)"
     )
 
 
-def _names_of(model: nn.Module, kinds: tuple[type[nn.Module], ...], is_active: bool = False) -> list[str]:
-    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+def _names_of(model: nn.Module, classes: tuple[type[nn.Module], ...], is_active: bool = False) -> list[str]:
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, classes)]
     return [f"`{name}` ({type(module).__name__})" for name, module in modules if not is_active or _is_active(module)]
 
 
 def _is_active(module: nn.Module) -> bool:
-    has_no_statistics = getattr(module, "running_mean", module) is None  # then it takes those of the batch
+    """Tell whether a module drops out, or uses the statistics of the batch."""
+    has_no_statistics = getattr(module, "running_mean", module) is None  # then it always uses those of the batch
     return module.training or has_no_statistics
 
 

@@ -16,7 +16,7 @@ import torch
 from pytorch_accelerated import _validation
 from pytorch_accelerated._data.loaders import num_batches_of
 from pytorch_accelerated._data.rng import get_rng_state, preserve_rng_state, seed_generators
-from pytorch_accelerated._distributed.collectives import broadcast_from_main, values_of_all
+from pytorch_accelerated._distributed.collectives import all_gather_objects, broadcast_from_main
 from pytorch_accelerated.callbacks import (
     LogMetricsCallback,
     PrintProgressCallback,
@@ -157,9 +157,9 @@ def verify_resume(
         ...     return Trainer(model, nn.MSELoss(), torch.optim.AdamW(model.parameters()))
         >>> dataset = TensorDataset(torch.randn(48, 3), torch.randn(48, 1))
         >>> print(verify_resume(make_trainer, dataset))
-        Going on after batch 3 of epoch 1. The data go on exactly where they were.
-        Going on after batch 6 of epoch 1. The data go on exactly where they were.
-        Going on after batch 2 of epoch 2. The data go on exactly where they were.
+        Going on after batch 3 of epoch 1. The data continue exactly where they stopped.
+        Going on after batch 6 of epoch 1. The data continue exactly where they stopped.
+        Going on after batch 2 of epoch 2. The data continue exactly where they stopped.
         Resumed runs end as the uninterrupted one, bit by bit.
         12 steps, interrupted and resumed after step 3, 6, 8.
     """
@@ -218,7 +218,7 @@ class _Experiment:
         self.run(seed + 1, resumed, whole.state_at(stop))
         found = _first_difference({**whole.facts, _AT_START: whole.facts_at_stops[stop]}, resumed.facts)
         own = None if found is None else ResumeDifference(stop, found[0], *found[1][:2], resumed.process_index)
-        differences = values_of_all(own, resumed.num_processes)
+        differences = all_gather_objects(own, resumed.num_processes)
         places = [*resumed.facts]
         return min(filter(None, differences), key=lambda difference: places.index(difference.place), default=None)
 
@@ -227,7 +227,7 @@ class _Experiment:
         again = _Recorder()
         self.run(seed, again)
         own = _first_difference(whole.facts, again.facts)
-        return not any(values_of_all(own, again.num_processes))
+        return not any(all_gather_objects(own, again.num_processes))
 
 
 _AT_START, _AT_END = "right after the resume", "at the end"

@@ -1,0 +1,116 @@
+"""The one place where the loaders of a run are built: seeded, sharded over the ranks, with workers prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from pytorch_accelerated._data.determinism import (
+    Seeded,
+    SeededDataset,
+    SeededGenerator,
+    SeededLoader,
+    has_known_order,
+    keeps_every_sample,
+    seed_order,
+    uses_no_randomness,
+)
+from pytorch_accelerated._data.in_memory import unchanged
+from pytorch_accelerated._data.loaders import has_state, is_shardable, is_stream, loader_settings, num_batches_of
+from pytorch_accelerated._data.sharding import ShardedBatchSampler
+from pytorch_accelerated._data.streams import TrackedStream
+from pytorch_accelerated._data.workers import WorkerSetup
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the loaders of a run are used, as values that `_distributed` derives from the accelerator.
+
+    Attributes:
+        process_index: Rank of this process.
+        num_processes: Number of ranks.
+        num_batches_per_step: Number of batches of a stream that one step of all ranks takes.
+        create_loader: Creates a loader that takes part in a run once it is prepared, with the arguments of a
+            `DataLoader`. ``None`` if Accelerate shards the data and moves the batches itself.
+    """
+
+    process_index: int = 0
+    num_processes: int = 1
+    num_batches_per_step: int = 1
+    create_loader: Callable[..., Any] | None = None
+
+
+def rebuild_loader(loader: Any, placement: Placement) -> SeededLoader:
+    """Return the loader of a run, built from one that the trainer or the user created.
+
+    All that is drawn while loading is a function of seed, epoch and batch, whichever worker loads it. Nothing is drawn
+    from the current state of the global generators, which belong to the model. The given loader stays unchanged,
+    except for the generator of its shuffling sampler.
+
+    The ranks share its batches, and they go to the device, once the result is prepared with the other objects of the
+    run. Until then it yields all batches, because a subclass of the trainer may prepare nothing.
+
+    Args:
+        loader: A `DataLoader`, or any iterable of batches, of which only the position is tracked.
+        placement: Where it is used.
+    """
+    if not isinstance(loader, DataLoader):
+        stream = TrackedStream(loader, num_items_per_step=1) if has_state(loader) else None
+        return SeededLoader(loader if stream is None else stream, stream=stream)
+    worker_seeds = SeededGenerator("workers", placement.process_index)
+    worker_setup = WorkerSetup(loader.worker_init_fn, loader.num_workers > 0)
+    settings = loader_settings(loader) | {"generator": worker_seeds, "worker_init_fn": worker_setup}
+    if is_stream(loader):
+        built, stream = _build_stream(loader, settings, placement)
+        return SeededLoader(built, [worker_seeds], worker_setup, stream)
+    built, sources = _build_seeded(loader, settings, placement)
+    yields_full_batches = has_known_order(loader) and keeps_every_sample(loader)
+    return SeededLoader(built, [worker_seeds, *sources], worker_setup, yields_full_batches=yields_full_batches)
+
+
+def shard_loader(loader: Any, placement: Placement) -> Any:
+    """Return a loader that shards like one from `rebuild_loader`, but keeps its own order and randomness.
+
+    For a `DataLoader` that a subclass puts in the place of the rebuilt one. Anything else is returned unchanged.
+    """
+    if placement.create_loader is None or not is_shardable(loader):
+        return loader
+    settings = loader_settings(loader) | {"_drop_last": loader.drop_last}
+    return _build(loader.dataset, loader.batch_sampler, settings, placement)
+
+
+def _build_stream(
+    loader: DataLoader[Any], settings: dict[str, Any], placement: Placement
+) -> tuple[DataLoader[Any], TrackedStream | None]:
+    dataset: Any = loader.dataset
+    stream = None
+    if has_state(dataset) and loader.num_workers == 0:
+        stream = TrackedStream(dataset, (loader.batch_size or 1) * placement.num_batches_per_step)
+        dataset = stream
+    built = DataLoader(dataset, batch_size=loader.batch_size, drop_last=loader.drop_last, **settings)
+    return built, stream
+
+
+def _build_seeded(loader: DataLoader[Any], settings: dict[str, Any], placement: Placement) -> tuple[Any, list[Seeded]]:
+    dataset: Any = loader.dataset
+    order, sources = seed_order(loader)
+    if not uses_no_randomness(loader):
+        dataset = SeededDataset(dataset, loader.collate_fn, loader.num_workers > 0)
+        settings |= {"collate_fn": unchanged}
+        sources.append(dataset)
+    if not is_shardable(loader):
+        return DataLoader(dataset, batch_size=None, sampler=order, **settings), sources
+    return _build(dataset, order, settings, placement), sources
+
+
+def _build(dataset: Any, batch_sampler: Any, settings: dict[str, Any], placement: Placement) -> Any:
+    if placement.create_loader is None:
+        return DataLoader(dataset, batch_sampler=batch_sampler, **settings)
+    ranks = placement.num_processes, placement.process_index
+    # If `drop_last` would leave no step at all, every rank takes every batch.
+    if placement.num_processes > 1 and num_batches_of(ShardedBatchSampler(batch_sampler, *ranks)) != 0:
+        batch_sampler = ShardedBatchSampler(batch_sampler, *ranks, is_active=False)
+    return placement.create_loader(dataset, batch_sampler=batch_sampler, **settings)

@@ -1,0 +1,98 @@
+"""All private names of Accelerate that this library depends on, in one class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+
+_PREPARED_OBJECTS = ("_models", "_optimizers", "_dataloaders", "_schedulers")
+_SAVED_OBJECTS = (*_PREPARED_OBJECTS, "_custom_objects")
+_PREPARED_MARK = "_is_accelerate_prepared"
+_FORWARD_ATTRIBUTES = ("forward", "_original_forward", _PREPARED_MARK)
+
+
+class AcceleratorRegistry:
+    """Accesses the lists in which an accelerator keeps its prepared objects, and what else Accelerate keeps private.
+
+    Accelerate has no public call for any of this. `tests/_distributed/test_registry.py` checks each name against the
+    installed version.
+
+    Args:
+        accelerator: The accelerator whose lists are edited.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+
+    def forget(self, *objects: Any) -> None:
+        """Remove these objects from the lists, and no others: the user may have prepared some, too.
+
+        `Accelerator.free_memory` removes all objects, and runs a full garbage collection that can take longer than a
+        run.
+        """
+        for name in _PREPARED_OBJECTS:
+            registered = getattr(self._accelerator, name, [])
+            kept = [item for item in registered if all(item is not forgotten for forgotten in objects)]
+            setattr(self._accelerator, name, kept)
+
+    @contextmanager
+    def restricted_to(self, model: Any, optimizer: Any) -> Iterator[None]:
+        """Let `Accelerator.save_state` and `load_state` see only this model and this optimizer.
+
+        Args:
+            model: The prepared model.
+            optimizer: The prepared optimizer, or ``None``.
+        """
+        previous = {name: getattr(self._accelerator, name) for name in _SAVED_OBJECTS}
+        visible = {"_models": [model], "_optimizers": [] if optimizer is None else [optimizer]}
+        try:
+            for name in _SAVED_OBJECTS:
+                setattr(self._accelerator, name, visible.get(name, []))
+            yield
+        finally:
+            for name, objects in previous.items():
+                setattr(self._accelerator, name, objects)
+
+    @staticmethod
+    def mark_as_prepared(item: Any) -> None:
+        """Let `Accelerator.prepare` register an object without wrapping it."""
+        setattr(item, _PREPARED_MARK, True)
+
+    @staticmethod
+    def is_prepared(item: Any) -> bool:
+        """Tell whether `Accelerator.prepare` leaves an object as it is."""
+        return bool(getattr(item, _PREPARED_MARK, False))
+
+    @staticmethod
+    def forward_attributes(model: Any) -> dict[str, Any]:
+        """Return those of a model's instance attributes that `Accelerator.prepare` sets or replaces."""
+        attributes = getattr(model, "__dict__", {})
+        return {name: attributes[name] for name in _FORWARD_ATTRIBUTES if name in attributes}
+
+    @classmethod
+    def restore_forward(cls, model: Any, attributes: Mapping[str, Any]) -> None:
+        """Undo what `Accelerator.prepare` did to a model's instance attributes.
+
+        Args:
+            model: The model.
+            attributes: What `forward_attributes` returned before.
+        """
+        for name in cls.forward_attributes(model):
+            del vars(model)[name]
+        getattr(model, "__dict__", {}).update(attributes)
+
+    @staticmethod
+    def process_precision() -> str | None:
+        """Return the mixed precision that all accelerators of this process share; ``None`` before the first one."""
+        # `AcceleratorState()` would initialize the state where it does not exist yet.
+        precision: str | None = AcceleratorState._shared_state.get("_mixed_precision")  # noqa: SLF001 - see the class
+        return precision
+
+    @staticmethod
+    def has_process_state() -> bool:
+        """Tell whether Accelerate knows its ranks yet; a query of the state itself would initialize it."""
+        return bool(PartialState._shared_state)  # noqa: SLF001 - see the class

@@ -1,0 +1,101 @@
+"""The arguments of a `DataLoader`: defaults, merging with the user's, whole batches."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from _support import Samples, Stream, make_dataset
+from pytorch_accelerated._data import defaults
+from pytorch_accelerated._data.defaults import merge_dl_kwargs
+
+# --- workers ---------------------------------------------------------------------------------------------------------
+
+
+def test_data_in_memory_and_streams_get_no_workers():
+    for data in (make_dataset(4), Subset(make_dataset(4), [0]), Stream(make_dataset(4)), [1, 2]):
+        assert defaults.default_num_workers(data, 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "num_processes", "expected"), [(1, 1, 0), (2, 1, 1), (8, 2, 3), (64, 1, 8), (4, 8, 0), (4, 0, 3)]
+)
+def test_default_workers_divide_the_cores_of_the_machine_among_its_processes(
+    monkeypatch, num_cores, num_processes, expected
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cores)), raising=False)
+    assert defaults.default_num_workers(Samples(make_dataset(4)), num_processes) == expected
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
+    assert defaults.default_num_workers(Samples(make_dataset(4)), num_processes) == expected
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert defaults.default_num_workers(Samples(make_dataset(4)), num_processes) == 0
+
+
+def test_default_workers_are_persistent_and_only_host_memory_is_pinned(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    kwargs = defaults.default_dl_kwargs(Samples(make_dataset(4)), 8, 1, pin_memory=True)
+    assert kwargs == {"batch_size": 8, "pin_memory": True, "num_workers": 2, "persistent_workers": True}
+    on_device = TensorDataset(torch.zeros(3, device="meta"))
+    assert defaults.default_dl_kwargs(make_dataset(4), 8, 1, pin_memory=True)["pin_memory"] is True
+    assert defaults.default_dl_kwargs(on_device, 8, 1, pin_memory=True)["pin_memory"] is False
+    assert defaults.default_dl_kwargs(make_dataset(4), 8, 1, pin_memory=False) == {
+        "batch_size": 8,
+        "pin_memory": False,
+        "num_workers": 0,
+    }
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------
+
+
+DEFAULTS = {"shuffle": True, "batch_size": 8, "num_workers": 2, "persistent_workers": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "dropped", "added"),
+    [
+        (None, (), {}),
+        ({"batch_size": 3, "drop_last": True}, (), {"batch_size": 3, "drop_last": True}),
+        ({"shuffle": False}, (), {"shuffle": False}),
+        ({"sampler": [1]}, ("shuffle",), {"sampler": [1]}),
+        ({"batch_sampler": [[1]]}, ("shuffle", "batch_size"), {"batch_sampler": [[1]]}),
+        ({"sampler": None, "batch_sampler": None}, (), {}),
+        ({"num_workers": 0}, ("persistent_workers",), {"num_workers": 0}),
+        ({"collate_fn": None}, (), {"collate_fn": None}),
+    ],
+)
+def test_the_users_arguments_win_and_remove_contradicting_defaults(given, dropped, added):
+    given_defaults = dict(DEFAULTS)
+    expected = {**{name: value for name, value in DEFAULTS.items() if name not in dropped}, **added}
+    assert merge_dl_kwargs(given_defaults, given, make_dataset(4)) == expected
+    assert given_defaults == DEFAULTS
+
+
+def test_a_stream_is_not_shuffled():
+    assert "shuffle" not in merge_dl_kwargs(DEFAULTS, {}, Stream(make_dataset(4)))
+
+
+# --- whole batches ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["collate_fn", "sampler", "batch_sampler"])
+def test_whole_batches_are_not_used_if_the_user_determines_the_batches(name):
+    dataset = make_dataset(4)
+    arguments = defaults.loader_arguments(dataset, None, {name: [0]})
+    assert arguments["dataset"] is dataset
+    assert arguments[name] == [0]
+    assert defaults.loader_arguments(dataset, len, {})["collate_fn"] is len
+    assert defaults.loader_arguments(dataset, len, {"collate_fn": max})["collate_fn"] is max
+    assert defaults.loader_arguments(dataset, None, {name: None})["dataset"].dataset is dataset
+
+
+def test_with_a_batch_size_of_none_the_samples_are_those_of_the_plain_loader():
+    dataset = make_dataset(3)
+    loader = DataLoader(**defaults.loader_arguments(dataset, None, {"batch_size": None}))
+    for sample, expected in zip(loader, DataLoader(dataset, batch_size=None), strict=True):
+        assert type(sample) is type(expected)
+        assert all(torch.equal(one, other) for one, other in zip(sample, expected, strict=True))

@@ -1,0 +1,73 @@
+"""Whether a metric improves, how long it has not, and its best value so far."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytorch_accelerated._metrics import BestMetric, PatienceCounter, forwarded, is_better
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("value", "best", "greater_is_better", "threshold", "expected"),
+    [
+        (1.0, 2.0, False, 0.0, True),
+        (2.0, 1.0, False, 0.0, False),
+        (1.0, 1.0, False, 0.0, False),
+        (2.0, 1.0, True, 0.0, True),
+        (1.0, 2.0, True, 0.0, False),
+        (1.5, 2.0, False, 0.5, False),
+        (1.25, 2.0, False, 0.5, True),
+        (2.75, 2.0, True, 0.5, True),
+        (5.0, None, False, 9.0, True),
+        (NAN, None, False, 0.0, False),
+        (NAN, 1.0, True, 0.0, False),
+        (1.0, float("inf"), False, 0.0, True),
+    ],
+)
+def test_is_better_respects_direction_and_threshold(value, best, greater_is_better, threshold, expected):
+    assert is_better(value, best, greater_is_better, threshold) is expected
+
+
+def test_the_patience_is_used_up_by_evaluations_in_a_row_without_improvement():
+    counter = PatienceCounter(patience=2, greater_is_better=True, threshold=0.1)
+    values = [0.5, 0.55, 0.7, 0.7, NAN]
+    assert [counter.update(value) for value in values] == [False, False, False, False, True]
+    assert (counter.best.value, counter.num_without_improvement) == (0.7, 2)
+    counter.reset()
+    assert (counter.best.value, counter.num_without_improvement) == (None, 0)
+
+
+def test_the_best_metric_keeps_the_value_and_the_epoch_of_the_last_record():
+    best = BestMetric()
+    assert best.is_improved_by(3.0, greater_is_better=False)
+    best.record(3.0, epoch=1)
+    assert not best.is_improved_by(3.0, greater_is_better=False)
+    assert not best.is_improved_by(2.5, greater_is_better=False, threshold=0.5)
+    assert best.is_improved_by(2.0, greater_is_better=False, threshold=0.5)
+    assert best.is_improved_by(4.0, greater_is_better=True)
+    best.record(2.0, epoch=3)
+    assert best.state_dict() == {"best_metric": 2.0, "best_metric_epoch": 3}
+    best.reset()
+    assert best.state_dict() == {"best_metric": None, "best_metric_epoch": None}
+
+
+def test_the_best_metric_is_restored_from_its_state_and_ignores_other_entries():
+    best = BestMetric()
+    best.load_state_dict({"best_metric": 0.5, "best_metric_epoch": 4, "has_saved": True})
+    assert best == BestMetric(0.5, 4)
+
+
+def test_a_forwarded_attribute_is_read_from_and_written_to_the_part():
+    class Owner:
+        best_metric = forwarded("_best", "value", "The best value.")
+
+        def __init__(self):
+            self._best = BestMetric(1.0, 2)
+
+    owner = Owner()
+    assert owner.best_metric == 1.0
+    owner.best_metric = 0.5
+    assert owner._best == BestMetric(0.5, 2)
+    assert Owner.best_metric.__doc__ == "The best value."
