@@ -1,18 +1,18 @@
-# What a developer runs. Needs Python 3.10 or newer and make; everything else goes into $(VENV).
+# Development commands. Requires Python 3.10 or newer and make; everything else is installed into $(VENV).
 #
 #   make demo                   train on real data and draw the learning curves
-#   make test                   all tests, with branch coverage
-#   make soak KILLS=200         kill runs at random moments and start them again; SEED=7 repeats a soak
-#   make check                  what a change must pass: format-check, lint, types, tests, docs
-#   make bench                  compare the speed with other frameworks and with loops written by hand; about an hour
+#   make test                   run all tests with branch coverage
+#   make soak KILLS=200         kill runs at random moments and restart them; SEED=7 repeats a soak
+#   make check                  everything a change must pass: format-check, lint, types, tests, docs
+#   make bench                  compare the speed with other frameworks and with hand-written loops; about an hour
 #   make bench CASES=A,B ROUNDS=3 FRAMEWORKS=pytorch_accelerated,lightning
-#   make bench-gpu              throughput on a GPU, over loops written by hand
-#   make bench-settings         what compiling, channels last and fused optimizers gain
+#   make bench-gpu              compare the throughput on a GPU with hand-written loops
+#   make bench-settings         measure what compiling, channels last and fused optimizers gain
 #   make test PYTHON=python3.12 choose the interpreter for a new environment
 #   make test TESTS=tests/callbacks PYTEST_ARGS="-x -k early"
 #
-# A stamp in the environment remembers what is installed, so only a change of pyproject.toml or
-# constraints.txt installs again.
+# Stamp files in the environment record what is installed. Packages are installed again only after pyproject.toml or
+# constraints.txt has changed.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -31,12 +31,12 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --co
 BENCH_VENV := benchmarks/.venv
 BENCH_INSTALL = $(@D)/bin/python -m pip install --disable-pip-version-check --quiet
 BENCH_OPTIONS := $(foreach name,CASES ROUNDS PEER_ROUNDS FRAMEWORKS,$(if $($(name)),$(name)=$($(name))))
-# ruff formats the Python blocks of Markdown too.
+# ruff also formats the Python blocks in Markdown.
 CODE := src tests $(wildcard examples benchmarks) docs README.md
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.NOTPARALLEL: # two installations into one environment get in each other's way
+.NOTPARALLEL: # two installations into the same environment would interfere
 .PRECIOUS: $(BENCH_VENV)/%/.stamp-torch
 .PHONY: help demo test soak check format format-check lint types docs build clean distclean \
   bench bench-peers bench-page bench-gpu bench-settings
@@ -49,24 +49,24 @@ help:
 
 $(VENV)/.stamp-venv:
 	@command -v $(PYTHON) >/dev/null || { \
-	  echo "error: no interpreter called '$(PYTHON)'. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3"; exit 1; }
+	  echo "error: interpreter '$(PYTHON)' not found. Install Python 3.10 or newer, or choose one: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "error: '$(PYTHON)' is $$($(PYTHON) --version 2>&1); Python 3.10 or newer is needed. Name one: make PYTHON=python3.12"; exit 1; }
+	  echo "error: '$(PYTHON)' is $$($(PYTHON) --version 2>&1), but Python 3.10 or newer is required. Choose one: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-	  echo "error: '$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	  echo "error: '$(PYTHON)' cannot create virtual environments. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	@# Editable installs of a pyproject-only project came with pip 21.3; Python 3.10.0 brings an older one.
+	@# Editable installs without setup.py need pip 21.3; Python 3.10.0 bundles an older version.
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet "pip>=22.3"
 	@touch $@
 
-# A bigger set of extras contains the smaller one, but each is installed only when its target is asked for.
+# The larger set of extras includes the smaller one, but each is installed only when a target needs it.
 $(VENV)/.stamp-examples: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
-	@echo "Installing the package and what the examples need into $(VENV) (PyTorch is large; minutes on a slow line)"
+	@echo "Installing the package and the dependencies of the examples into $(VENV) (PyTorch is large; this can take minutes)"
 	$(INSTALL) --editable '.[examples]'
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
-	@echo "Installing the package and the development tools into $(VENV) (PyTorch is large; minutes on a slow line)"
+	@echo "Installing the package and the development tools into $(VENV) (PyTorch is large; this can take minutes)"
 	$(INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/.stamp-examples
 
@@ -75,7 +75,7 @@ $(VENV)/.stamp-docs: $(VENV)/.stamp-venv pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) --editable '.[docs]'
 	@touch $@
 
-# The frameworks do not live together: benchmarks/requirements*.txt say why.
+# The frameworks cannot share one environment; benchmarks/requirements*.txt explain why.
 $(BENCH_VENV)/%/.stamp-torch: $(VENV)/.stamp-venv constraints.txt
 	@echo "Installing PyTorch into $(BENCH_VENV)/$*"
 	$(BIN)/python -m venv $(BENCH_VENV)/$*
@@ -99,7 +99,7 @@ $(BENCH_VENV)/%/.stamp: $(BENCH_VENV)/%/.stamp-torch benchmarks/requirements-%.t
 demo: $(VENV)/.stamp-examples
 	$(BIN)/python examples/train_digits.py
 
-# One thread per process: the models in the tests are tiny, and the distributed tests start several processes.
+# One thread per process: the test models are tiny, and the distributed tests start several processes.
 test: $(VENV)/.stamp-dev
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) $(if $(TESTS),,--cov --cov-report=term) $(PYTEST_ARGS)
 
@@ -108,13 +108,13 @@ soak: $(VENV)/.stamp-dev
 
 check: format-check lint types test docs
 
-# With FRAMEWORKS named, what is not installed stays so: `make bench-peers` installs them all.
+# With FRAMEWORKS set, missing frameworks are not installed; `make bench-peers` installs them all.
 bench: $(BENCH_VENV)/own/.stamp $(if $(FRAMEWORKS),,bench-peers)
 	BENCH_OPTIONS="$(strip $(BENCH_OPTIONS))" $(BENCH_VENV)/own/bin/python benchmarks/run.py \
 	  $(if $(CASES),--cases "$(CASES)") $(if $(FRAMEWORKS),--frameworks "$(FRAMEWORKS)") \
 	  $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(PEER_ROUNDS),--peer-rounds $(PEER_ROUNDS))
 
-# A peer that cannot be installed is reported as such in the table.
+# A framework that cannot be installed is reported as such in the table.
 bench-peers:
 	-$(MAKE) $(BENCH_VENV)/peers/.stamp
 	-$(MAKE) $(BENCH_VENV)/older/.stamp

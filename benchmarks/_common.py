@@ -1,4 +1,4 @@
-"""What every benchmark shares: the job that a framework is given, and probes that watch it being done."""
+"""Shared by all benchmarks: the job that a framework runs, and the probes that observe it."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 NUM_FEATURES, NUM_CLASSES = 64, 10
 NUM_TRIAL_STEPS = 2
-"""Forward passes that a framework may make to learn the shapes."""
+"""Extra forward passes that a framework may make to infer shapes."""
 
 # --- probes --------------------------------------------------------------------------------------------------------
 
 
 class Probe(Protocol):
-    """Watches a job: the model tells it of each forward pass, whatever framework calls the model."""
+    """Observes a job: the model reports each forward pass to it, whichever framework calls the model."""
 
     num_steps_per_epoch: int
     num_forwards: int
 
     def tick(self) -> None:
-        """Note that a forward pass begins."""
+        """Record the start of a forward pass."""
 
     def watching(self) -> AbstractContextManager[None]:
-        """Return the context in which the job is to be done."""
+        """Return the context in which the job runs."""
 
 
 class EpochClock:
-    """Reads the clock at the first forward pass of each epoch, and when the job is done.
+    """Reads the clock at the first forward pass of each epoch and at the end of the job.
 
     Args:
-        num_steps_per_epoch: Forward passes in an epoch.
+        num_steps_per_epoch: Number of forward passes per epoch.
     """
 
     def __init__(self, num_steps_per_epoch: int) -> None:
@@ -47,14 +47,14 @@ class EpochClock:
         self.stamps: list[float] = []
 
     def tick(self) -> None:
-        """Note that a forward pass begins."""
+        """Record the start of a forward pass."""
         if self.num_forwards % self.num_steps_per_epoch == 0:
             self.stamps.append(time.perf_counter())
         self.num_forwards += 1
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Take the time of the whole job."""
+        """Time the complete job."""
         start = time.perf_counter()
         yield
         self.stamps.append(time.perf_counter())
@@ -62,7 +62,7 @@ class EpochClock:
 
     @property
     def epochs(self) -> list[float]:
-        """Seconds from the first step of each epoch to the first of the next; the last one has no next."""
+        """Seconds from the first step of each epoch to the first step of the next. The last epoch is not included."""
         return [after - before for before, after in zip(self.stamps[:-2], self.stamps[1:-1], strict=True)]
 
     @property
@@ -77,7 +77,7 @@ class EpochClock:
 
 
 class _Counter:
-    """Notes a number at each forward pass; what it grew by in between belongs to one step."""
+    """Records a running count at each forward pass. The increase between two passes belongs to one step."""
 
     def __init__(self, num_steps_per_epoch: int) -> None:
         self.num_steps_per_epoch = num_steps_per_epoch
@@ -85,26 +85,26 @@ class _Counter:
         self.counts: list[int] = []
 
     def tick(self) -> None:
-        """Note that a forward pass begins."""
+        """Record the start of a forward pass."""
         self.counts.append(self.count)
 
     @property
     def num_forwards(self) -> int:
-        """How many forward passes there were."""
+        """Number of forward passes."""
         return len(self.counts)
 
     @property
     def per_step(self) -> list[int]:
-        """What each step counted, without the first, which brings its run with it."""
+        """The count of each step, without the first, which includes the start of the run."""
         return [after - before for before, after in zip(self.counts[1:-1], self.counts[2:], strict=True)]
 
 
 class PythonCallCounter(_Counter):
-    """Counts the calls of functions that are written in Python, in the main thread."""
+    """Counts the calls of functions written in Python, in the main thread."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Count while the job is done."""
+        """Count while the job runs."""
 
         def count(frame: object, event: str, argument: object) -> None:
             self.count += event == "call"
@@ -117,13 +117,13 @@ class PythonCallCounter(_Counter):
 
 
 class HostReadCounter(_Counter):
-    """Counts how often the value of a tensor is read by the host, which on a GPU waits for the device."""
+    """Counts how often the host reads the value of a tensor. On a GPU, each read waits for the device."""
 
     READERS = ("__bool__", "__complex__", "__float__", "__index__", "__int__", "cpu", "item", "numpy", "tolist")
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Count while the job is done."""
+        """Count while the job runs."""
         originals = {name: getattr(torch.Tensor, name) for name in self.READERS}
         for name, original in originals.items():
             setattr(torch.Tensor, name, self._counting(original))
@@ -145,12 +145,12 @@ class HostReadCounter(_Counter):
 
 
 class ProbedModel(nn.Sequential):
-    """A sequence of layers that tells a probe of each forward pass."""
+    """A sequence of layers that reports each forward pass to a probe."""
 
     probe: Probe
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Tell the probe, and compute."""
+        """Report to the probe, then compute."""
         self.probe.tick()
         return super().forward(inputs)
 
@@ -160,7 +160,7 @@ def make_mlp(num_features: int = NUM_FEATURES, width: int = 64) -> ProbedModel:
 
 
 def make_wide_mlp() -> ProbedModel:
-    """Return a model of 17 MB, a copy of which would show in the memory."""
+    """Return a model of 17 MB, large enough for a copy of it to be visible in the memory figures."""
     width = 2048
     return ProbedModel(
         nn.Linear(NUM_FEATURES, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, NUM_CLASSES)
@@ -168,7 +168,7 @@ def make_wide_mlp() -> ProbedModel:
 
 
 def make_conv_net() -> ProbedModel:
-    """Return a model of images of 3 x 32 x 32 whose step takes about 30 ms on one core with 32 of them."""
+    """Return a model for images of 3 x 32 x 32. A step with 32 images takes about 30 ms on one core."""
     return ProbedModel(
         *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -178,7 +178,7 @@ def make_conv_net() -> ProbedModel:
 
 
 def make_deep_mlp(num_layers: int) -> ProbedModel:
-    """Return a model of ``2 * (num_layers + 1)`` parameter tensors."""
+    """Return a model with ``2 * (num_layers + 1)`` parameter tensors."""
     hidden = [nn.Linear(NUM_FEATURES, NUM_FEATURES) for _ in range(num_layers)]
     return ProbedModel(*hidden, nn.Linear(NUM_FEATURES, NUM_CLASSES))
 
@@ -190,7 +190,7 @@ def make_dataset(num_samples: int, shape: tuple[int, ...] = (NUM_FEATURES,)) -> 
 
 
 class SingleSamples(Dataset[Any]):
-    """Gives its samples one by one, as a dataset of the user's does."""
+    """Returns its samples one by one, like a typical user-defined dataset."""
 
     def __init__(self, num_samples: int, num_features: int) -> None:
         self.tensors = make_dataset(num_samples, (num_features,)).tensors
@@ -207,19 +207,19 @@ class SingleSamples(Dataset[Any]):
 
 @dataclass
 class Job:
-    """One training or evaluation, the same for every framework; the optimizer is plain SGD."""
+    """One training or evaluation, identical for every framework. The optimizer is plain SGD."""
 
     make_model: Callable[[], ProbedModel]
     dataset: Any
     num_epochs: int = 1
     batch_size: int = 32
     num_accumulated: int = 1
-    """Batches that make one update."""
+    """Number of batches per update."""
     is_bf16: bool = False
     is_quiet: bool = False
-    """Whether progress bar, logs and the other default callbacks are switched off."""
+    """Whether the progress bar, logs and other default callbacks are disabled."""
     has_own_loader: bool = False
-    """Whether the framework makes the loader as it does by default, instead of taking `loader`."""
+    """Whether the framework creates its default dataloader instead of using `loader`."""
     is_distributed: bool = False
     make_probe: Callable[[int], Probe] = EpochClock
     model: ProbedModel = field(init=False)
@@ -235,27 +235,28 @@ class Job:
 
     @property
     def num_steps_per_epoch(self) -> int:
-        """Batches of this process in an epoch; all are full."""
+        """Number of batches of this process per epoch. All of them are full."""
         num_processes = torch.distributed.get_world_size() if self.is_distributed else 1
         return len(self.dataset) // (self.batch_size * num_processes)
 
     def loader(self, **kwargs: Any) -> DataLoader[Any]:
-        """Return the loader for training that all have in common."""
+        """Return the training dataloader that all frameworks use."""
         return DataLoader(self.dataset, self.batch_size, **({"shuffle": True} | kwargs))
 
     def eval_loader(self, **kwargs: Any) -> DataLoader[Any]:
-        """Return the loader for evaluation that all have in common."""
+        """Return the evaluation dataloader that all frameworks use."""
         return DataLoader(self.dataset, self.batch_size, shuffle=False, **kwargs)
 
     def do(self, action: Callable[[Job], None]) -> Any:
-        """Let a framework do the job, and return the probe that has watched it.
+        """Run the job with a framework, and return the probe that observed it.
 
         Raises:
-            RuntimeError: It made another number of steps than the job has, so its figures would mean nothing.
+            RuntimeError: The framework made a different number of steps than the job has. Its figures would be
+                meaningless.
         """
         with self.probe.watching():
             action(self)
         num_expected, num_made = self.num_epochs * self.num_steps_per_epoch, self.probe.num_forwards
         if not num_expected <= num_made <= num_expected + NUM_TRIAL_STEPS:
-            raise RuntimeError(f"{num_made} steps were made; the job has {num_expected}.")
+            raise RuntimeError(f"The framework made {num_made} steps, but the job has {num_expected}.")
         return self.probe

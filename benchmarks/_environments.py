@@ -1,4 +1,4 @@
-"""Starts processes of benchmarks in the environments of the frameworks, on a terminal of their own."""
+"""Start benchmark processes in the environments of the frameworks, each on its own pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
-    "PYTHONDONTWRITEBYTECODE": "",  # what is installed is compiled, and not anew at each import
-    "ACCELERATE_USE_CPU": "true",  # as `accelerate launch --cpu` sets it; 0.1.61 does not take part in DDP without
+    "PYTHONDONTWRITEBYTECODE": "",  # packages are compiled once, not at each import
+    "ACCELERATE_USE_CPU": "true",  # set by `accelerate launch --cpu`; 0.1.61 needs it to use DDP
 }
 
 
 def interpreter_of(framework: str) -> Path:
-    """Return the Python of the framework's environment, whether it exists or not."""
+    """Return the path of the Python interpreter of the framework's environment, whether or not it exists."""
     return FOLDER / ".venv" / FRAMEWORKS[framework].environment / "bin" / "python"
 
 
 def version_of(framework: str) -> str | None:
-    """Return the installed version of a framework, ``None`` if it is not installed."""
+    """Return the installed version of a framework, or ``None`` if it is not installed."""
     python = interpreter_of(framework)
     if not python.exists():
         return None
@@ -45,16 +45,16 @@ def version_of(framework: str) -> str | None:
 
 
 def measure(framework: str, cases: list[str], num_processes: int, limit: float) -> dict[str, Any]:
-    """Measure cases of a framework in a fresh process, and return its figures and errors.
+    """Measure cases of a framework in a fresh process, and return the figures and errors.
 
     Args:
         framework: Name of the framework.
-        cases: Names of cases.
-        num_processes: With more than one, torchrun starts them.
-        limit: Seconds after which the process is ended.
+        cases: Names of the cases.
+        num_processes: Number of processes. If there are several, torchrun starts them.
+        limit: Seconds after which the process is killed.
     """
     torchrun = []
-    if num_processes > 1:  # on a port that is free
+    if num_processes > 1:  # `--standalone` picks a free port
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
         output = Path(folder) / "results.json"
@@ -64,21 +64,22 @@ def measure(framework: str, cases: list[str], num_processes: int, limit: float) 
             results: dict[str, Any] = json.loads(output.read_text())
             return results
     print(shown, file=sys.stderr)
-    return {"figures": [], "errors": dict.fromkeys(cases, "the process failed, or took too long")}
+    return {"figures": [], "errors": dict.fromkeys(cases, "the process failed or timed out")}
 
 
 def run_on_terminal(command: list[str], folder: str, limit: float) -> str:
-    """Run a command in a folder of its own, where progress bars are drawn as for a person, and return the last of it.
+    """Run a command in a folder on a pseudo-terminal, and return the last part of its output.
 
-    One thread does the computing, and no GPU is used, on any machine.
+    On a terminal, progress bars are drawn as they are for a user. The process computes on one thread and uses no GPU,
+    whatever the machine.
     """
     environment = os.environ | ENVIRONMENT
-    own_side, its_side = pty.openpty()
-    fcntl.ioctl(its_side, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    parent_end, child_end = pty.openpty()
+    fcntl.ioctl(child_end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     shown = bytearray()
-    reader = threading.Thread(target=_read_all, args=(own_side, shown))
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=its_side, stderr=its_side)
-    os.close(its_side)
+    reader = threading.Thread(target=_read_all, args=(parent_end, shown))
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=child_end, stderr=child_end)
+    os.close(child_end)
     reader.start()
     try:
         process.wait(limit)
@@ -86,7 +87,7 @@ def run_on_terminal(command: list[str], folder: str, limit: float) -> str:
         process.kill()
         process.wait()
     reader.join()
-    os.close(own_side)
+    os.close(parent_end)
     return shown.decode(errors="replace")
 
 
@@ -94,7 +95,7 @@ def _read_all(terminal: int, shown: bytearray) -> None:
     while True:
         try:
             data = os.read(terminal, 65536)
-        except OSError:  # how Linux says that the other side is closed
+        except OSError:  # Linux raises this when the other end is closed
             return
         if not data:
             return

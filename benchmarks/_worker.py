@@ -1,4 +1,4 @@
-"""Measures some cases of one framework in this process, and writes the figures to a file; `run.py` starts it."""
+"""Measure cases of one framework in this process, and write the figures to a file. `run.py` starts it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main() -> None:
             measures = importlib.import_module(f"measures.{CASES[case].module}")
             figures = measures.measure(case, arguments.framework)
             results["figures"] += [dataclasses.asdict(figure) for figure in figures]
-        except Exception as error:  # one case that fails leaves the others their turn
+        except Exception as error:  # a failing case must not prevent the others
             traceback.print_exc()
             results["errors"][case] = f"{type(error).__name__}: {error}"
     if os.environ.get("RANK", "0") == "0":

@@ -1,8 +1,8 @@
-"""Throughput on a GPU over loops written by hand, and the host reads of a step: all figures by one command.
+"""Compare the throughput on a GPU with hand-written loops, and check whether a step waits for the device.
 
     python benchmarks/gpu.py
 
-Where there is no GPU it says so, and ends.
+Without a GPU, it prints a message and exits.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from torch.utils.data import DataLoader, TensorDataset
 from pytorch_accelerated import Trainer
 
 NUM_WARM_UP_EPOCHS = 2
-"""Compiling, and finding the fastest kernels, is not counted."""
+"""Epochs that are not timed, so that compiling and kernel selection do not count."""
 
 
 # --- models --------------------------------------------------------------------------------------------------------
 
 
 class Residual(nn.Module):
-    """Two convolutions with a way around them.
+    """Two convolutions with a skip connection.
 
     Args:
-        num_in: Channels of the input.
-        num_out: Channels of the output; if they are more, its height and width are half of the input's.
+        num_in: Number of input channels.
+        num_out: Number of output channels. If it differs from ``num_in``, height and width are halved.
     """
 
     def __init__(self, num_in: int, num_out: int) -> None:
@@ -43,11 +43,11 @@ class Residual(nn.Module):
             *(nn.Conv2d(num_in, num_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(num_out), nn.ReLU()),
             *(nn.Conv2d(num_out, num_out, 3, padding=1, bias=False), nn.BatchNorm2d(num_out)),
         )
-        self.way_around = nn.Identity() if stride == 1 else nn.Conv2d(num_in, num_out, 1, stride, bias=False)
+        self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(num_in, num_out, 1, stride, bias=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Add the two ways."""
-        return functional.relu(self.body(images) + self.way_around(images))
+        """Add the convolutions and the skip connection."""
+        return functional.relu(self.body(images) + self.shortcut(images))
 
 
 def make_mlp() -> nn.Module:
@@ -55,7 +55,7 @@ def make_mlp() -> nn.Module:
 
 
 def make_resnet() -> nn.Module:
-    """Return a network of the depth and the widths of ResNet-18."""
+    """Return a network with the depth and widths of ResNet-18."""
     widths = [64, 64, 64, 128, 128, 256, 256, 512, 512]
     blocks = [Residual(before, after) for before, after in pairwise(widths)]
     stem = [nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
@@ -66,8 +66,8 @@ class Attention(nn.Module):
     """Causal self-attention.
 
     Args:
-        width: Numbers per token.
-        num_heads: Heads that share them.
+        width: Embedding dimension.
+        num_heads: Number of attention heads that split it.
     """
 
     def __init__(self, width: int, num_heads: int) -> None:
@@ -77,16 +77,16 @@ class Attention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Let each token see those before it."""
+        """Let each token attend to itself and the tokens before it."""
         batch, length, width = tokens.shape
         split = self.projections(tokens).view(batch, length, 3, self.num_heads, width // self.num_heads)
         queries, keys, values = split.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, width of a head)
-        seen = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        return self.output(seen.transpose(1, 2).reshape(batch, length, width))
+        attended = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        return self.output(attended.transpose(1, 2).reshape(batch, length, width))
 
 
 class Block(nn.Module):
-    """Attention and a network for each token, both added to what comes in."""
+    """A transformer block: attention and a feed-forward network, each with a residual connection."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -95,13 +95,13 @@ class Block(nn.Module):
         self.network = nn.Sequential(nn.LayerNorm(width), *hidden)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Go through both."""
+        """Apply both, and add each to its input."""
         tokens = tokens + self.attention(tokens)
         return tokens + self.network(tokens)
 
 
 class Gpt(nn.Module):
-    """A language model of the size of GPT-2 small: 124 million parameters."""
+    """A language model the size of GPT-2 small, with 124 million parameters."""
 
     num_tokens, length, width = 50_304, 1024, 768
 
@@ -115,7 +115,7 @@ class Gpt(nn.Module):
         self.head.weight = self.tokens.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the logits of the next token, as cross-entropy wants them: (batch, tokens, length)."""
+        """Return the logits of the next token in the layout that cross-entropy expects: (batch, vocabulary, length)."""
         states = self.blocks(self.tokens(tokens) + self.positions)
         return self.head(states).transpose(1, 2)
 
@@ -124,16 +124,16 @@ class Gpt(nn.Module):
 
 
 class Case(NamedTuple):
-    """A model with data for it."""
+    """A model and its data."""
 
     title: str
     make_model: Callable[[], nn.Module]
     make_batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
-    """Makes so many samples."""
+    """Creates the given number of samples."""
     batch_size: int
     num_steps: int
     is_fast: bool = False
-    """Whether it is compiled, and trained in bf16."""
+    """Whether the model is compiled and trained in bf16."""
 
 
 def vectors(num_samples: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,14 +158,14 @@ CASES = {
 
 
 class EpochTrainer(Trainer):
-    """Loads as the loop written by hand does, and takes the time of its training epochs."""
+    """Uses the dataloader of the hand-written loop, and times each training epoch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.seconds: list[float] = []
 
     def create_train_dataloader(self, batch_size: int, train_dl_kwargs: Mapping[str, Any] | None = None) -> Any:
-        """Return the loader that the loop written by hand has."""
+        """Return the dataloader of the hand-written loop."""
         return make_loader(self.train_dataset, batch_size)
 
     def _run_train_epoch(self, train_dl: Any) -> bool:
@@ -174,7 +174,7 @@ class EpochTrainer(Trainer):
 
 
 class Timer:
-    """Appends the seconds of its block to a list, with what the device has still to do.
+    """Appends the duration of its block in seconds to a list, including pending work on the device.
 
     Args:
         seconds: The list.
@@ -232,7 +232,7 @@ def train(case: Case, dataset: TensorDataset, num_epochs: int) -> list[float]:
 
 
 def compare(name: str, num_rounds: int) -> str:
-    """Return the line of a case in the table."""
+    """Return the table row of a case."""
     case = CASES[name]
     num_samples = case.batch_size * case.num_steps
     dataset = TensorDataset(*case.make_batch(num_samples))
@@ -240,15 +240,18 @@ def compare(name: str, num_rounds: int) -> str:
     for _ in range(num_rounds):
         for run, seconds in times.items():
             seconds.append(statistics.median(run(case, dataset, NUM_WARM_UP_EPOCHS + 3)[NUM_WARM_UP_EPOCHS:]))
-    by_hand, own = times.values()
-    ratios = [before / after for before, after in zip(by_hand, own, strict=True)]
-    rates = [num_samples / statistics.median(seconds) for seconds in (by_hand, own)]
+    by_hand, ours = times.values()
+    ratios = [before / after for before, after in zip(by_hand, ours, strict=True)]
+    rates = [num_samples / statistics.median(seconds) for seconds in (by_hand, ours)]
     spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
     return f"| {name} | {case.title} | {rates[0]:,.0f} | {rates[1]:,.0f} | {spread} |"
 
 
-def count_synchronisations() -> str:
-    """Tell whether a step waits for the device; PyTorch raises an error where it would, the ends of epochs left out."""
+def check_synchronizations() -> str:
+    """Report whether a step waits for the device.
+
+    PyTorch is told to raise an error when the host synchronizes. The ends of epochs are not checked.
+    """
     case = CASES["A"]
     dataset = TensorDataset(*vectors(case.batch_size * 20))
     model, optimizer = make_parts(case)
@@ -270,18 +273,18 @@ def count_synchronisations() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--cases", default=",".join(CASES), help="separated by commas (default: all)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", default=",".join(CASES), help="comma-separated cases (default: all)")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds (default: 3)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("There is no GPU that PyTorch can use on this machine, so nothing was measured.")
+        print("There is no GPU that PyTorch can use on this machine. Nothing was measured.")
         return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.rounds} rounds\n")
-    print("| case | model | by hand, samples/s | pytorch-accelerated, samples/s | throughput over by hand |")
+    print("| case | model | by hand, samples/s | pytorch-accelerated, samples/s | ratio to by hand |")
     print("| --- | --- | --- | --- | --- |")
     for name in arguments.cases.split(","):
         print(compare(name, arguments.rounds), flush=True)
-    print(f"\n{count_synchronisations()}")
+    print(f"\n{check_synchronizations()}")
 
 
 if __name__ == "__main__":

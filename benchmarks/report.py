@@ -1,8 +1,8 @@
-"""Tables and plot of the results that `run.py` has written.
+"""Create tables and a plot from the results of `run.py`.
 
     python benchmarks/report.py --plot docs/benchmarks.svg > docs/benchmarks.md
 
-prints the page of the documentation: `page.md`, with what was measured in place of its placeholders.
+prints the documentation page: `page.md` with the measured values in place of its placeholders.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from frameworks import FRAMEWORKS, HAND_WRITTEN, OURS
 
 FOLDER = Path(__file__).parent
 COMPARED = ("A", "A-off", "B", "C", "D", "E-import", "E-start", "G", "H", "M-peak", "S-all", "S-calls")
-"""The rows of the table with the peers."""
+"""The rows shown in the table with the other frameworks."""
 PLOTTED = ("A", "A-off", "B", "D")
 
 
 class Spread(NamedTuple):
-    """The median of the rounds, and the extremes."""
+    """The median, minimum and maximum over the rounds."""
 
     median: float
     lowest: float
@@ -38,7 +38,10 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def spreads(results: dict[str, Any]) -> dict[tuple[str, str], Spread]:
-    """Return the spread over the rounds by row and framework; peaks of memory are those over the hand-written loop."""
+    """Return the spread over the rounds, by row and framework.
+
+    Peak memory is the difference from the median peak of the hand-written loop.
+    """
     values: dict[tuple[str, str], list[float]] = {}
     for figure in results["figures"]:
         if figure["at"] is None:
@@ -58,7 +61,7 @@ def spreads(results: dict[str, Any]) -> dict[tuple[str, str], Spread]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Return everything that was measured."""
+    """Return all results as Markdown."""
     parts = [about(results), budgets(results), comparison(results), curves(results), failures(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -72,25 +75,25 @@ def about(results: dict[str, Any]) -> str:
 
 
 def budgets(results: dict[str, Any]) -> str:
-    """Return the table of this library's rows, their budgets, and whether these are met."""
+    """Return the table of this library's rows, with their budgets and whether they are met."""
     found = spreads(results)
     lines = []
     for name, row in ROWS.items():
         if (name, OURS) in found:
-            own = found[name, OURS]
+            ours = found[name, OURS]
             budget = "" if row.budget is None else f"{row.budget:g}"
-            lines.append([name, row.title, shown(row, own), budget, verdict(row, own)])
-    return table(["case", "what", "measured", "at most", "met"], lines)
+            lines.append([name, row.title, shown(row, ours), budget, verdict(row, ours)])
+    return table(["case", "description", "measured", "budget", "met"], lines)
 
 
-def verdict(row: Row, own: Spread) -> str:
+def verdict(row: Row, ours: Spread) -> str:
     if row.budget is None:
         return ""
-    return "yes" if own.median <= row.budget else "**no**"
+    return "yes" if ours.median <= row.budget else "**no**"
 
 
 def comparison(results: dict[str, Any]) -> str:
-    """Return the table with all frameworks."""
+    """Return the table that compares all frameworks."""
     found = spreads(results)
     rows = [name for name in COMPARED if any(row == name and peer != OURS for row, peer in found)]
     if not rows:
@@ -131,7 +134,7 @@ def table(heads: list[str], lines: list[list[str]]) -> str:
 
 
 def shown(row: Row, values: Spread) -> str:
-    """Show a median, and the extremes where they differ from it."""
+    """Format a median, with the minimum and maximum if they differ."""
     median, lowest, highest = (number(value) for value in values)
     extremes = "" if lowest == highest else f" ({lowest} to {highest})"
     return f"{median}{extremes}{' ' if row.unit else ''}{row.unit}"
@@ -142,7 +145,7 @@ def brief(row: Row, values: Spread | None) -> str:
 
 
 def number(value: float) -> str:
-    """Show three decimals of small numbers, fewer of large ones.
+    """Format a number with three decimals if it is small, and with fewer if it is large.
 
     Example:
         >>> number(1.0421), number(12.34), number(621.0), number(0.0)
@@ -157,11 +160,11 @@ def number(value: float) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw the ratios of the frameworks, with their spread; nothing where there are none."""
+    """Draw the ratios of the frameworks with their spread. If there are none, draw nothing."""
     import matplotlib as mpl
 
     mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "benchmarks"  # the same results, the same file
+    mpl.rcParams["svg.hashsalt"] = "benchmarks"  # the same results give the same file
     from matplotlib import pyplot as plt
 
     found = spreads(results)
@@ -183,7 +186,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.margins(x=0.2)
         axes.set_title(f"{row}: {ROWS[row].title.partition(',')[0]}", fontsize=9)
-        axes.set_xlabel("over the hand-written loop", fontsize=8)
+        axes.set_xlabel("ratio to the hand-written loop", fontsize=8)
         axes.tick_params(labelsize=8)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -193,21 +196,21 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def page(results: dict[str, Any]) -> str:
-    """Return the page of the documentation."""
+    """Return the documentation page."""
     template = Template((FOLDER / "page.md").read_text())
     return template.substitute(
         about=about(results),
         budgets=budgets(results),
         comparison=comparison(results),
         curves=curves(results),
-        failures=failures(results) or "All that was asked for was measured.",
+        failures=failures(results) or "All requested measurements succeeded.",
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--results", type=Path, default=FOLDER / "results" / "results.json")
-    parser.add_argument("--plot", type=Path, help="where to draw the plot")
+    parser.add_argument("--results", type=Path, default=FOLDER / "results" / "results.json", help="results of run.py")
+    parser.add_argument("--plot", type=Path, help="file to write the plot to")
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text())
     if arguments.plot is not None:

@@ -1,10 +1,10 @@
-"""Compare this library with other frameworks, and with the loop written by hand.
+"""Compare this library with other frameworks and with a hand-written loop.
 
     python benchmarks/run.py
     python benchmarks/run.py --cases A,B --rounds 3 --frameworks pytorch_accelerated,lightning
 
-`make bench` sets up the environments first. In each round each framework gets fresh processes, in turn; in each of them
-it takes turns with the loop written by hand. The results are written to `benchmarks/results`.
+`make bench` sets up the environments first. In each round, each framework runs in fresh processes, one framework after
+the other. In each process, it alternates with the hand-written loop. The results are written to `benchmarks/results`.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ def main() -> None:
     }
     installed = [name for name, version in versions.items() if version]
     for round_number in range(arguments.rounds):
-        run_round(round_number, arguments.cases, those_of_round(round_number, installed, arguments), results)
+        run_round(round_number, arguments.cases, frameworks_of_round(round_number, installed, arguments), results)
     write(results, arguments.output)
     print(report.markdown(results))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--cases", default=",".join(CASES), help="separated by commas (default: all)")
-    parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), help="separated by commas (default: all)")
-    parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured (default: 5)")
-    parser.add_argument("--peer-rounds", type=int, help="how often the other frameworks are (default: as often)")
-    parser.add_argument("--output", type=Path, default=FOLDER / "results", help="the folder for the results")
+    parser.add_argument("--cases", default=",".join(CASES), help="comma-separated list (default: all)")
+    parser.add_argument("--frameworks", default=",".join(FRAMEWORKS), help="comma-separated list (default: all)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default: 5)")
+    parser.add_argument("--peer-rounds", type=int, help="number of rounds for the other frameworks (default: the same)")
+    parser.add_argument("--output", type=Path, default=FOLDER / "results", help="folder for the results")
     arguments = parser.parse_args()
     for name, known in (("cases", CASES), ("frameworks", FRAMEWORKS)):
         chosen = [part.strip() for part in getattr(arguments, name).split(",")]
@@ -68,15 +68,15 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.peer_rounds is None:
         arguments.peer_rounds = arguments.rounds
     if arguments.rounds < 1 or arguments.peer_rounds < 0:
-        parser.error("--rounds has to be at least 1, --peer-rounds at least 0.")
+        parser.error("--rounds must be at least 1, and --peer-rounds at least 0.")
     return arguments
 
 
-def those_of_round(round_number: int, installed: list[str], arguments: argparse.Namespace) -> list[str]:
-    """Return the frameworks that are measured in a round; this library and the loop written by hand are in each.
+def frameworks_of_round(round_number: int, installed: list[str], arguments: argparse.Namespace) -> list[str]:
+    """Return the frameworks measured in a round. This library and the hand-written loop are in every round.
 
     Example:
-        >>> those_of_round(1, [OURS, "keras"], argparse.Namespace(peer_rounds=1))
+        >>> frameworks_of_round(1, [OURS, "keras"], argparse.Namespace(peer_rounds=1))
         ['pytorch_accelerated']
     """
     return [name for name in installed if name in (HAND_WRITTEN, OURS) or round_number < arguments.peer_rounds]
@@ -99,11 +99,11 @@ def run_round(round_number: int, cases: list[str], frameworks: list[str], result
     """Measure everything once, and add it to the results."""
     for process_cases in cases_by_process(cases, is_first_round=round_number == 0):
         for framework in frameworks:
-            own = [case for case in process_cases if case in FRAMEWORKS[framework].cases.split()]
-            if not own:
+            chosen = [case for case in process_cases if case in FRAMEWORKS[framework].cases.split()]
+            if not chosen:
                 continue
             start = time.monotonic()
-            measured = measure(framework, own, CASES[own[0]].num_processes, SECONDS_PER_PROCESS)
+            measured = measure(framework, chosen, CASES[chosen[0]].num_processes, SECONDS_PER_PROCESS)
             for figure in measured["figures"]:
                 results["figures"].append({"framework": framework, "round": round_number, **figure})
             for case, message in measured["errors"].items():
@@ -112,7 +112,7 @@ def run_round(round_number: int, cases: list[str], frameworks: list[str], result
 
 
 def cases_by_process(cases: list[str], is_first_round: bool) -> list[list[str]]:
-    """Return the cases of this round, those together that share a process.
+    """Return the cases of a round, grouped by the process that they share.
 
     Example:
         >>> cases_by_process(["A", "B", "G", "S"], is_first_round=False)

@@ -1,6 +1,7 @@
-"""What settings of PyTorch gain in a training with this library, each over the default, in turn: `make bench-settings`.
+"""Measure what PyTorch settings gain in a training with this library, relative to the default.
 
-The gains depend on the model and the machine; on a GPU the same command gives those of the GPU.
+The gains depend on the model and the machine. On a GPU, this measures the gains on the GPU. `make bench-settings` runs
+it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ IMAGE = (3, 32, 32)
 
 
 class LastEpoch(TrainerCallback):
-    """Takes the time of the last epoch: the ones before compile, and find the fastest kernels."""
+    """Times the last epoch. Compiling and kernel selection happen in the epochs before it."""
 
     seconds = 0.0
 
@@ -34,7 +35,7 @@ class LastEpoch(TrainerCallback):
         self._start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Stop it."""
+        """Stop the clock."""
         synchronize(trainer.device)
         self.seconds = time.perf_counter() - self._start
 
@@ -45,13 +46,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def make_deep_mlp() -> nn.Module:
-    """Return a model of 130 parameter tensors."""
+    """Return a model with 130 parameter tensors."""
     layers = [layer for _ in range(64) for layer in (nn.Linear(64, 64), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(64, NUM_CLASSES))
 
 
 def make_conv_net() -> nn.Module:
-    """Return three blocks of convolution, batch norm and ReLU."""
+    """Return a model with three blocks of convolution, batch norm and ReLU."""
     blocks = [
         nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2))
         for before, after in pairwise((3, 32, 64, 128))
@@ -64,13 +65,13 @@ def in_channels_last(model: nn.Module) -> nn.Module:
 
 
 class Setting(NamedTuple):
-    """Something to switch on."""
+    """A setting to compare with the default."""
 
     name: str
     make_model: Callable[[], nn.Module]
     shape: tuple[int, ...]
     change_model: Callable[[nn.Module], Any] = lambda model: model
-    optimizer: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    optimizer: dict[str, Any] = {}  # noqa: RUF012 - never mutated
     needs_cuda: bool = False
 
 
@@ -79,15 +80,20 @@ SETTINGS = (
     Setting("AdamW(foreach=True), 130 tensors", make_deep_mlp, (64,), optimizer={"foreach": True}),
     Setting("AdamW(fused=True), 130 tensors", make_deep_mlp, (64,), optimizer={"fused": True}),
     Setting("torch.compile, 64 linear layers", make_deep_mlp, (64,), torch.compile),
-    Setting("channels last, convolutional net", make_conv_net, IMAGE, in_channels_last),
-    Setting("torch.compile, convolutional net", make_conv_net, IMAGE, torch.compile),
-    Setting("both, convolutional net", make_conv_net, IMAGE, lambda model: torch.compile(in_channels_last(model))),
-    Setting("TF32, convolutional net", make_conv_net, IMAGE, needs_cuda=True),
+    Setting("channels last, convolutional network", make_conv_net, IMAGE, in_channels_last),
+    Setting("torch.compile, convolutional network", make_conv_net, IMAGE, torch.compile),
+    Setting(
+        "torch.compile and channels last, convolutional network",
+        make_conv_net,
+        IMAGE,
+        lambda model: torch.compile(in_channels_last(model)),
+    ),
+    Setting("TF32, convolutional network", make_conv_net, IMAGE, needs_cuda=True),
 )
 
 
 def seconds_of(setting: Setting, is_on: bool, num_steps: int) -> float:
-    """Return how long an epoch takes with the setting, or without."""
+    """Return the seconds of an epoch with or without the setting."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high" if is_on and setting.needs_cuda else "highest")
     torch.backends.cudnn.allow_tf32 = is_on and setting.needs_cuda
@@ -101,7 +107,10 @@ def seconds_of(setting: Setting, is_on: bool, num_steps: int) -> float:
 
 
 def gain_of(setting: Setting, num_pairs: int, num_steps: int) -> float:
-    """Return the time of an epoch over that without the setting, each measured between two of the other."""
+    """Return the ratio of the epoch time with the setting to that without it.
+
+    The two alternate: each time with the setting is divided by the mean of the times right before and after it.
+    """
     measure = partial(seconds_of, setting, num_steps=num_steps)
     measure(True)
     without, ratios = [measure(False)], []
@@ -114,14 +123,14 @@ def gain_of(setting: Setting, num_pairs: int, num_steps: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=5, help="how often each setting takes turns with the default")
-    parser.add_argument("--steps", type=int, default=30, help="steps in an epoch")
+    parser.add_argument("--pairs", type=int, default=5, help="measurements per setting, alternating with the default")
+    parser.add_argument("--steps", type=int, default=30, help="steps per epoch")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread"
-    print(f"{device}, torch {torch.__version__}; time of a step over that with the default, so below 1 is faster\n")
-    print("| setting | time over the default |\n| --- | --- |")
+    print(f"{device}, torch {torch.__version__}; step time relative to the default; below 1 is faster\n")
+    print("| setting | time relative to the default |\n| --- | --- |")
     for setting in SETTINGS:
         if setting.needs_cuda and not torch.cuda.is_available():
             print(f"| {setting.name} | needs a GPU |", flush=True)

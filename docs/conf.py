@@ -1,4 +1,4 @@
-"""How Sphinx builds this site; `make docs` runs it with every warning an error."""
+"""Sphinx configuration. `make docs` builds the site and treats warnings as errors."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ autodoc_typehints_description_target = "documented"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
-default_role = "code"  # single backticks in docstrings are names, not references
+default_role = "code"  # single backticks in docstrings mark code, not references
 nitpicky = True
 nitpick_ignore_regex = [
-    # Names of Python and of other projects: no inventory is downloaded, the site builds without a network.
+    # Names from Python and other projects. No inventory is downloaded, so the site builds offline.
     (
         r"py:.*",
         r"(abc|accelerate|argparse|collections|contextlib|enum|logging|matplotlib|nn|np|numpy|os|pathlib|torch|tqdm"
         r"|types|typing)\..*",
     ),
     (r"py:class", r"(Accelerator|DataLoader|Dataset|Optimizer|Path|PathLike)"),
-    # Private names: base classes and type aliases that signatures show but the reference does not have.
+    # Private base classes and type aliases that appear in signatures but not in the reference.
     (r"py:class", r"pytorch_accelerated\.(.*\.)?_\w.*"),
     (r"py:class", r"(KnownValues|Number|NumberOrPlaceholder)"),
 ]
@@ -62,11 +62,11 @@ _attribute_docstrings: dict[str, list[str]] = {}
 
 
 def find_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: Element) -> reference | None:
-    """Link a name of ours that is written short, or by its defining module, to where it is documented.
+    """Resolve a short name, or a name qualified by its defining module, to the place where it is documented.
 
-    Annotations name `Trainer` under `TYPE_CHECKING` only; base classes appear under their defining module; a docstring
-    may name an inherited method. The reference documents each object once, under its public import path. A short name
-    that could be several objects stays unresolved, which is a warning.
+    The reference documents each object once, under its public import path. Other spellings need resolving: annotations
+    name `Trainer` under `TYPE_CHECKING` only, base classes appear under their defining module, and a docstring may name
+    an inherited method. An ambiguous short name stays unresolved, which produces a warning.
     """
     target = node.get("reftarget", "")
     if node.get("refdomain") != "py" or ("." in target and not target.startswith(OWN_NAME)):
@@ -83,7 +83,7 @@ def find_public_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, con
 
 
 def inherited(names: list[str], node: pending_xref, method: str) -> list[str]:
-    """Return the one of `names` that is `method` of the class whose docstring holds the reference, or of its bases."""
+    """Return the name in `names` that is `method` of the class that contains the reference, or of a base class."""
     if not node.get("py:class"):
         return []
     owner = getattr(importlib.import_module(node["py:module"]), node["py:class"])
@@ -95,7 +95,7 @@ def inherited(names: list[str], node: pending_xref, method: str) -> list[str]:
 
 
 def keep_attribute_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Put the docstring of an attribute aside: napoleon would read `words: more` as `type: description`."""
+    """Save the docstring of an attribute, because napoleon would parse `words: more` as `type: description`."""
     if what in ATTRIBUTES:
         _attribute_docstrings[name] = list(lines)
 
@@ -103,13 +103,13 @@ def keep_attribute_docstring(app: Sphinx, what: str, name: str, obj: object, opt
 def restore_attribute_docstring(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """Bring back what `keep_attribute_docstring` put aside; types come from annotations."""
+    """Restore the docstring that `keep_attribute_docstring` saved. Types come from annotations."""
     if what in ATTRIBUTES:
         lines[:] = _attribute_docstrings.pop(name)
 
 
 def setup(app: Sphinx) -> None:
-    """Register what this file adds to Sphinx."""
+    """Register the event handlers of this file with Sphinx."""
     app.connect("missing-reference", find_public_name)
-    app.connect("autodoc-process-docstring", keep_attribute_docstring, priority=100)  # napoleon has 500
+    app.connect("autodoc-process-docstring", keep_attribute_docstring, priority=100)  # napoleon: 500
     app.connect("autodoc-process-docstring", restore_attribute_docstring, priority=900)

@@ -1,17 +1,17 @@
-"""Train a small GPT, character by character, on the source text of Python's standard library.
+"""Train a small character-level GPT on the source code of Python's standard library.
 
-The text is on every machine that runs Python. The same script runs in one process or in several:
+Every machine that runs Python already has this data. The same script runs in one process or in several:
 
     python examples/char_gpt.py
     torchrun --nproc_per_node 2 examples/char_gpt.py
-    accelerate launch --multi_gpu --num_processes 2 examples/char_gpt.py  # the flag also for CPUs, `--cpu` means one
+    accelerate launch --multi_gpu --num_processes 2 examples/char_gpt.py  # on CPUs too; `--cpu` starts a single process
 
-The batch size is that of all processes together, so all three print the same losses: each update averages over the same
-characters, however they are divided. Rounding differs, though, and training magnifies it, until after some hundred
-updates it shows in the printed digits; with ``--float64`` it does not.
+`--batch-size` is the total over all processes, so all three commands print the same losses: each update averages over
+the same characters, however they are divided among processes. Rounding errors differ, however, and training amplifies
+them. After a few hundred updates they show in the printed digits. With `--float64`, they do not.
 
-At the end the script compares the loss on files it was not trained on with the entropy of their characters, which is
-the least that a model can reach without a look at what came before, and writes some code of its own.
+At the end, the script prints the loss on held-out files and the entropy of their characters. A model that ignores the
+preceding characters cannot get below this entropy. The script then generates some code.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated.callbacks import TrainerCallback, get_default_callbacks
 from pytorch_accelerated.schedulers import CosineLrScheduler
 
-CONTEXT = 128  # tokens that the model sees at once
-NUM_TOKENS = 128  # a token is the ASCII code of a character ...
-BOUNDARY = 0  # ... or this one, before the first character of a piece of text and after the last
-NO_TARGET = -100  # where there is nothing to predict; `F.cross_entropy` leaves it out
+CONTEXT = 128  # the longest sequence, in tokens
+NUM_TOKENS = 128  # a token is the ASCII code of a character
+BOUNDARY = 0  # the token before the first and after the last character of a piece of text
+NO_TARGET = -100  # the target at padding positions; `F.cross_entropy` ignores it
 
 
-# 1. The data: one file in five to train on, a few of the others for validation, cut into pieces of various lengths.
+# 1. The data: every fifth file for training and a few others for validation, cut into pieces of different lengths.
 
 
 def load_datasets():
@@ -47,7 +47,7 @@ def load_datasets():
 
 
 def read_pieces(paths):
-    """Cut the files into pieces that end at the last blank line that fits, else at the end of a line, else anywhere."""
+    """Cut the files into pieces, preferably at a blank line, otherwise at a line end, otherwise anywhere."""
     pieces = []
     for path in paths:
         text = path.read_text(encoding="utf-8").encode("ascii", errors="replace").decode()
@@ -56,17 +56,17 @@ def read_pieces(paths):
 
 
 def collate(pieces):
-    """Make a batch: at each position the tokens so far are the input, and the next one is the target."""
+    """Pad the pieces to a batch of inputs and targets. The target at each position is the next token."""
     inputs = pad_sequence([piece[:-1] for piece in pieces], batch_first=True, padding_value=BOUNDARY)
     targets = pad_sequence([piece[1:] for piece in pieces], batch_first=True, padding_value=NO_TARGET)
     return inputs, targets  # (batch, longest piece) each
 
 
-# 2. The model: nothing but PyTorch.
+# 2. The model: plain PyTorch.
 
 
 class GPT(nn.Module):
-    """Tells for each token of a text, from it and those before it, which one comes next."""
+    """Predicts the next token at each position from the tokens up to that position."""
 
     def __init__(self, width=96, num_blocks=3, num_heads=3):
         super().__init__()
@@ -76,13 +76,13 @@ class GPT(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def forward(self, tokens):
-        """Return the logits of the next token, of shape (batch, length, NUM_TOKENS), for tokens (batch, length)."""
+        """Return the logits of the next tokens, shape (batch, length, NUM_TOKENS), for tokens (batch, length)."""
         x = self.blocks(self.token_embedding(tokens))  # (batch, length, width)
-        return F.linear(self.norm(x), self.token_embedding.weight)  # out by the same weights as in
+        return F.linear(self.norm(x), self.token_embedding.weight)  # tied to the input embedding
 
 
 class Block(nn.Module):
-    """A block of a transformer: attention, then a small network, each added to what it is given."""
+    """A pre-norm transformer block: attention and a feed-forward network, each with a residual connection."""
 
     def __init__(self, width, num_heads):
         super().__init__()
@@ -94,26 +94,26 @@ class Block(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
         for last in (self.projection, self.feed_forward[-1]):
-            nn.init.zeros_(last.weight)  # at first a block passes on what it is given
+            nn.init.zeros_(last.weight)  # each block starts close to the identity
 
     def forward(self, x):
-        """Let the positions look at those before them, then each work on what it has."""
+        """Apply attention, then the feed-forward network, to features of shape (batch, length, width)."""
         x = x + self.attend(self.attention_norm(x))
         return x + self.feed_forward(x)
 
     def attend(self, x):
-        """Return for each position the values of those before it, weighed by how its query fits their keys."""
+        """Apply causal multi-head self-attention."""
         heads = self.queries_keys_values(x).unflatten(2, (3, self.num_heads, -1))
-        queries, keys, values = heads.permute(2, 0, 3, 1, 4)  # (batch, heads, length, width of a head) each
-        # Padding comes last, and no position looks ahead: causal attention needs no mask against it.
+        queries, keys, values = heads.permute(2, 0, 3, 1, 4)  # (batch, heads, length, width per head) each
+        # Padding is at the end, so the causal mask already hides it from all other tokens.
         attended = F.scaled_dot_product_attention(rotate(queries), rotate(keys), values, is_causal=True)
         return self.projection(attended.transpose(1, 2).flatten(2))
 
 
 def rotate(x):
-    """Turn each pair of features by an angle that grows with the position: how attention knows what is how far away.
+    """Rotate each pair of features by an angle proportional to the position, so that attention sees relative positions.
 
-    Su and others, "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), arXiv:2104.09864.
+    Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), arXiv:2104.09864.
     """
     length, width = x.shape[-2:]
     speeds = 10_000 ** -torch.linspace(0, 1, width // 2, device=x.device)
@@ -127,19 +127,19 @@ def language_model_loss(logits, targets):
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET)
 
 
-# 3. The trainer: a step tells how many characters its loss is the mean over. Batches then count by their characters,
-#    in the gradients of an update as in the losses that are recorded, over accumulated batches and over processes.
+# 3. The trainer: a step returns the number of characters that its loss averages over. The trainer weights batches by
+#    this number, both in the gradients of an update and in the recorded losses, and across accumulation and processes.
 
 
 class LanguageModelTrainer(Trainer):
-    """A trainer that weighs batches by the number of targets in them."""
+    """A trainer that weights each batch by its number of targets."""
 
     def calculate_train_batch_loss(self, batch):
-        """Take a step as usual, and add the number of targets to what it returns."""
+        """Compute the loss as usual, and add the number of targets to the output."""
         return with_num_targets(super().calculate_train_batch_loss(batch), batch)
 
     def calculate_eval_batch_loss(self, batch):
-        """Do the same for evaluation."""
+        """Do the same in evaluation."""
         return with_num_targets(super().calculate_eval_batch_loss(batch), batch)
 
 
@@ -149,7 +149,7 @@ def with_num_targets(batch_output, batch):
 
 
 class PrintLossCallback(TrainerCallback):
-    """Prints, each time so many updates are done, the mean loss of their batches on all processes."""
+    """Prints the mean loss of every `num_updates` updates, over all processes."""
 
     def __init__(self, num_updates):
         self.num_updates = num_updates
@@ -157,7 +157,7 @@ class PrintLossCallback(TrainerCallback):
         self.sums = 0
 
     def on_train_step_end(self, trainer, batch_output, **kwargs):
-        """Add up the losses of all targets, and the targets."""
+        """Add to the running sums, and print the mean when it is due."""
         num_targets = batch_output["num_items_in_batch"]
         self.sums = self.sums + torch.stack([batch_output["loss"].detach() * num_targets, num_targets])
         if trainer.progress.num_updates == self.next_update:
@@ -175,7 +175,9 @@ def main():
     num_processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun and accelerate launch
     num_parts = arguments.accumulation * num_processes
     if arguments.batch_size % num_parts != 0:
-        sys.exit(f"--batch-size is {arguments.batch_size}; choose a multiple of {num_parts}, to share it out evenly.")
+        sys.exit(
+            f"--batch-size is {arguments.batch_size}. Choose a multiple of {num_parts} (--accumulation x processes)."
+        )
     torch.manual_seed(0)
     train_dataset, validation_dataset = load_datasets()
     model = GPT().double() if arguments.float64 else GPT()
@@ -186,7 +188,7 @@ def main():
         optimizer=torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.99), weight_decay=0.1),
         callbacks=[*get_default_callbacks(progress_bar=False), PrintLossCallback(arguments.log_every)],
         mixed_precision=choose_precision(),
-        accelerator={"cpu": not torch.accelerator.is_available()},  # without it, Accelerate ignores torchrun on a CPU
+        accelerator={"cpu": not torch.accelerator.is_available()},  # otherwise Accelerate ignores torchrun on a CPU
     )
     start = time.perf_counter()
     trainer.train(
@@ -200,8 +202,8 @@ def main():
         create_scheduler_fn=CosineLrScheduler.create_scheduler_fn(
             num_warmup_epochs=TrainerPlaceholderValues.NUM_EPOCHS / 10
         ),
-        train_dataloader_kwargs={"drop_last": True},  # an update from a few pieces only would be a noisy one
-        eval_dataloader_kwargs={"batch_size": 64},  # the result does not depend on it
+        train_dataloader_kwargs={"drop_last": True},  # an update on only a few pieces would be noisy
+        eval_dataloader_kwargs={"batch_size": 64},  # does not affect the result
         collate_fn=collate,
     )
     seconds = time.perf_counter() - start
@@ -210,20 +212,20 @@ def main():
     trainer.print(f"\nTrained {trainer.progress.num_updates} updates in {seconds:.1f} s.")
     trainer.print(f"Entropy of the characters: {entropy(validation_dataset):.4f} nats")
     trainer.print(f"Validation loss:           {validation_loss:.4f} nats per character")
-    if trainer.run_config.is_world_process_zero:  # write once, however many processes train
+    if trainer.run_config.is_world_process_zero:  # once, not on every process
         print("\nWhat it writes:\n")
         for prompt in ("def ", "class ", "import "):
             print(write_code(trainer.model, prompt))
 
 
 def choose_precision():
-    """Take bf16 on a GPU that has it; a CPU mostly has not, and would get slower by it."""
+    """Use bf16 on a GPU that supports it. Most CPUs do not, and would be slower with it."""
     is_gpu_used = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     return "bf16" if is_gpu_used and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
 def entropy(pieces):
-    """Return the loss of the best model that knows how often each token occurs, and nothing else."""
+    """Return the lowest loss that a model can reach if it knows only how often each token occurs."""
     counts = torch.cat([piece[1:] for piece in pieces]).bincount()
     return torch.distributions.Categorical(counts / counts.sum()).entropy().item()
 
@@ -244,14 +246,14 @@ def write_code(model, prompt, temperature=0.7):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--epochs", type=int, default=1, help="passes over the text (default: 1)")
-    parser.add_argument("--updates", type=int, help="updates after which to stop, if that is earlier")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the training text (default: 1)")
+    parser.add_argument("--updates", type=int, help="stop after this many updates, if that comes first")
     parser.add_argument(
-        "--batch-size", type=int, default=16, help="pieces in an update, over all processes (default: 16)"
+        "--batch-size", type=int, default=16, help="pieces per update, over all processes (default: 16)"
     )
-    parser.add_argument("--accumulation", type=int, default=2, help="batches per process in an update (default: 2)")
-    parser.add_argument("--float64", action="store_true", help="compute in twice the precision (default: float32)")
-    parser.add_argument("--log-every", type=int, default=50, help="updates between printed losses (default: 50)")
+    parser.add_argument("--accumulation", type=int, default=2, help="batches per process and update (default: 2)")
+    parser.add_argument("--float64", action="store_true", help="use double precision (default: float32)")
+    parser.add_argument("--log-every", type=int, default=50, help="updates between two printed losses (default: 50)")
     return parser.parse_args()
 
 

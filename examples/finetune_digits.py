@@ -1,16 +1,17 @@
 """Fine-tune a network on new digits, one layer group at a time.
 
-A small network learns to read the digits 0 to 4. Then it is given 20 images of each digit from 5 to 9, and a new head:
+A small network is pretrained on the digits 0 to 4. It then gets a new head and 20 images of each digit from 5 to 9, and
+is fine-tuned in two ways:
 
-* once, only that head is trained, on top of what the network knows already;
-* once, the head is trained first, and the other layer groups are unfrozen one after the other, from output to input.
+* Train only the head, with the rest of the network frozen.
+* Train the head first, then unfreeze the other layer groups one at a time, from output to input.
 
-After each stage a row tells how much of each layer group has changed, by comparing the weights (and the statistics of
-the batch norms) with those before. Run it with
+After each stage, the script prints a table row that shows how many tensors of each layer group changed, both weights
+and batch norm statistics. Run it with
 
     python examples/finetune_digits.py
 
-To unfreeze within a single run instead, on a schedule, pass `GradualUnfreezingCallback` to the trainer.
+To unfreeze on a schedule within a single run instead, pass `GradualUnfreezingCallback` to the trainer.
 """
 
 import argparse
@@ -28,14 +29,14 @@ from pytorch_accelerated.finetuning import ModelFreezer
 
 PRETRAINING_LR = 3e-3
 HEAD_LR = 2e-2
-LR_DECAY = 1 / 3  # from each layer group to the one below: the nearer to the input, the more general its knowledge
+LR_DECAY = 1 / 3  # per layer group towards the input, where features are more general
 
 
 # 1. The data: two tasks of five digits each.
 
 
 def load_task(digits, train_size):
-    """Return a training and a test dataset of the images of these digits; their labels count from 0."""
+    """Return a training and a test dataset for these digits, with labels that start from 0."""
     images, targets = load_digits(return_X_y=True)
     images = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
     targets = torch.tensor(targets)
@@ -45,11 +46,11 @@ def load_task(digits, train_size):
     return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
 
 
-# 2. The model: its direct children are the layer groups which are frozen and unfrozen.
+# 2. The model: its direct children are the layer groups that are frozen and unfrozen.
 
 
 class Network(nn.Module):
-    """Three convolutions with batch norms, and a linear head for five digits."""
+    """Three convolutions with batch norm, and a linear head for five digits."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +60,7 @@ class Network(nn.Module):
         self.head = nn.Linear(64, 5)
 
     def forward(self, images):
-        """Return the logits of the five digits, of shape (batch, 5)."""
+        """Return the logits of the five digits, shape (batch, 5)."""
         return self.head(self.upper(self.lower(self.stem(images))))
 
 
@@ -71,20 +72,20 @@ def convolution(num_inputs, num_outputs):
     )
 
 
-# 3. The trainer: measures the accuracy of an evaluation, and shows what a stage of training has changed.
+# 3. The trainer: measures the accuracy, and shows what each stage changed.
 
 
 class StageTrainer(Trainer):
-    """Trains in stages, and prints a row of a table after each."""
+    """Trains in stages, and prints a table row after each stage."""
 
     def calculate_eval_batch_loss(self, batch):
-        """Add the accuracy to what an evaluation step returns; its mean is recorded as the loss is."""
+        """Add the accuracy to the output. Its mean is recorded like the loss."""
         batch_output = super().calculate_eval_batch_loss(batch)
         is_right = batch_output["model_outputs"].argmax(dim=1) == batch[1]
         return {**batch_output, "metrics": {"accuracy": is_right.float().mean()}}
 
     def train_stage(self, name, train_dataset, test_dataset, num_epochs):
-        """Train, evaluate, print the row of this stage, and return the accuracy."""
+        """Train, evaluate, print the table row of this stage, and return the accuracy."""
         before = copy.deepcopy(self.get_model().state_dict())
         self.train(train_dataset, num_epochs, per_device_batch_size=20)
         self.evaluate(test_dataset, per_device_batch_size=100)
@@ -100,7 +101,7 @@ def create_trainer(model, parameters, lr):
 
 
 def describe_changes(group, before, model):
-    """Say how many tensors of a layer group, parameters and statistics, differ from those before."""
+    """Describe how many tensors of a layer group, parameters and statistics, differ from `before`."""
     after = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(f"{group}.")}
     num_changed = sum(not torch.equal(tensor, before[name]) for name, tensor in after.items())
     return f"{num_changed} of {len(after)}" if num_changed else "unchanged"
@@ -124,7 +125,7 @@ def main():
     print_row(trainer, "changed tensors", *(group for group, _ in model.named_children()), "accuracy")
     trainer.train_stage("pretrain on 0-4", *old_task, arguments.epochs)
 
-    model.head = nn.Linear(64, 5)  # the new digits need a new head
+    model.head = nn.Linear(64, 5)  # a new head for the new digits
     head_only = train_head_only(copy.deepcopy(model), new_task, arguments.epochs)
     gradual = unfreeze_gradually(copy.deepcopy(model), new_task, arguments.epochs)
     trainer.print(f"\nTest accuracy on 5-9 with the head only: {head_only:.4f}")
@@ -133,9 +134,9 @@ def main():
 
 def train_head_only(model, task, num_epochs):
     freezer = ModelFreezer(model, freeze_batch_norms=True)
-    freezer.freeze()  # all layer groups but the last
+    freezer.freeze()  # all layer groups except the last
     trainer = create_trainer(model, freezer.get_trainable_parameters(), HEAD_LR)
-    num_stages = len(freezer.get_layer_groups())  # as many epochs as the gradual way gets
+    num_stages = len(freezer.get_layer_groups())  # as many epochs in total as gradual unfreezing
     return trainer.train_stage("5-9: head only", *task, num_stages * num_epochs)
 
 
@@ -147,7 +148,7 @@ def unfreeze_gradually(model, task, num_epochs):
     lr = HEAD_LR
     for idx in (2, 1, 0):  # from output to input
         lr *= LR_DECAY
-        for param_group in freezer.unfreeze(from_index=idx, to_index=idx):  # what became trainable just now
+        for param_group in freezer.unfreeze(from_index=idx, to_index=idx):  # only what this call unfroze
             trainer.optimizer.add_param_group({**param_group, "lr": lr})
         name = list(dict(model.named_children()))[idx]
         accuracy = trainer.train_stage(f"5-9: unfreeze {name}", *task, num_epochs)
@@ -156,8 +157,8 @@ def unfreeze_gradually(model, task, num_epochs):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--epochs", type=int, default=10, help="epochs of each stage (default: 10)")
-    parser.add_argument("--seed", type=int, default=0, help="for the weights and the order of the images (default: 0)")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs per stage (default: 10)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the weights and the data order (default: 0)")
     return parser.parse_args()
 
 

@@ -1,17 +1,16 @@
-"""Kill a training run in the midst of an epoch, start it again, and end with the same weights, bit by bit.
+"""Kill a training run mid-epoch, start it again, and end with the same weights, bit for bit.
 
-Run this twice, with the same command:
+Run this command twice:
 
     python examples/resume.py
     python examples/resume.py
 
-The first run kills itself (SIGKILL: nothing can be saved any more), somewhere in the third epoch. The second one is the
-same script with the same arguments. It finds the newest state, goes on, and ends. For comparison it then makes the
-whole run once more without an interruption, and prints the hash of the weights of both.
+The first run kills itself during the third epoch. It uses SIGKILL, so it cannot save anything before it dies. The
+second run finds the newest training state, resumes from it and finishes. For comparison, it then repeats the full
+training without an interruption, and prints a hash of the weights after each.
 
-The images are shifted at random, by workers; the model has dropout and batch norms; the learning rate follows a
-schedule: all of it goes on as if nothing had happened. States are in the folder `resumable_run`; delete it to start
-anew.
+Dataloader workers shift the images at random, the model has dropout and batch norm, and the learning rate follows a
+schedule. All of this resumes exactly. The states are in the folder `resumable_run`. Delete it to start over.
 """
 
 import argparse
@@ -32,11 +31,11 @@ from pytorch_accelerated.schedulers import CosineLrScheduler
 
 NUM_TRAINING_IMAGES = 1400
 
-# 1. The data: images that are shifted at random each time they are loaded.
+# 1. The data: images with random augmentation.
 
 
 class ShiftedDigits(Dataset):
-    """Handwritten digits, each time a little elsewhere."""
+    """Handwritten digits, shifted at random and with noise added each time they are loaded."""
 
     def __init__(self, images, labels):
         self.images = images
@@ -76,17 +75,17 @@ def create_model():
     )
 
 
-# 3. The accident.
+# 3. The interruption.
 
 
 class KillCallback(TrainerCallback):
-    """Ends the process after some updates, unless it has been started again."""
+    """Kills the process after `num_updates` updates, unless the run was resumed."""
 
     def __init__(self, num_updates):
         self.num_updates = num_updates
 
     def on_train_step_end(self, trainer, **kwargs):
-        """Look at the number of updates."""
+        """Kill the process if it is time."""
         if trainer.progress.num_updates == self.num_updates and not trainer.is_resumed:
             trainer.print(
                 f"Update {self.num_updates}, in epoch {trainer.run_history.current_epoch}: killed.", flush=True
@@ -94,7 +93,7 @@ class KillCallback(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-# 4. The run. All it takes to resume it is `resume_from="latest"`: without a state, it starts from the beginning.
+# 4. The run. `resume_from="latest"` resumes from the newest state. If there is none, the run starts from scratch.
 
 
 def train(arguments, callbacks=(), resume_from=None):
@@ -132,7 +131,7 @@ def main():
     print(f"{trainer.progress.num_updates} updates, killed and resumed: {hash_weights(trainer.model)}", flush=True)
 
     uninterrupted = train(arguments)
-    print(f"{uninterrupted.progress.num_updates} updates without a break:  {hash_weights(uninterrupted.model)}")
+    print(f"{uninterrupted.progress.num_updates} updates, uninterrupted:      {hash_weights(uninterrupted.model)}")
     is_same = hash_weights(trainer.model) == hash_weights(uninterrupted.model)
     print("The weights are the same, bit by bit." if is_same else "The weights DIFFER.")
 
@@ -140,7 +139,7 @@ def main():
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=5, help="passes over the images, 28 updates each (default: 5)")
-    parser.add_argument("--folder", type=Path, default=Path("resumable_run"), help="where the states go")
+    parser.add_argument("--folder", type=Path, default=Path("resumable_run"), help="folder for the training states")
     return parser.parse_args()
 
 

@@ -1,11 +1,12 @@
 """Train a small convolutional network on handwritten digits.
 
-The data come with scikit-learn: 1,797 real images of 8x8 pixels. Run it with
+The data comes with scikit-learn: 1,797 real images of 8x8 pixels. Run it with
 
     python examples/train_digits.py
 
-It shows the loss and the accuracy of each epoch, and at the end the accuracy of the best model on images that took no
-part in training it or in choosing it. It leaves `best_model.pt` and `learning_curves.png` in the current folder.
+The script prints the loss and accuracy of each epoch. At the end, it prints the accuracy of the best model on test
+images that were used neither for training nor for model selection. It writes `best_model.pt` and `learning_curves.png`
+to the current folder.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated.callbacks import SaveBestModelCallback, get_default_callbacks
 from pytorch_accelerated.schedulers import CosineLrScheduler
 
-# 1. The data: 1,077 images to train on, 360 to choose the best model by, 360 to test it with. The split never changes.
+# 1. The data: 1,077 images for training, 360 for choosing the best model, 360 for testing it. The split is fixed.
 
 
 def load_datasets():
@@ -36,7 +37,7 @@ def load_datasets():
     return [TensorDataset(images[indices], labels[indices]) for indices in (train, validation, test)]
 
 
-# 2. The model: nothing but PyTorch.
+# 2. The model: plain PyTorch.
 
 
 def create_model():
@@ -60,18 +61,18 @@ def convolution(num_inputs, num_outputs):
     )
 
 
-# 3. The trainer: a step may return `metrics` beside its loss. They are averaged and recorded just as the loss is.
+# 3. The trainer: a step can return `metrics` along with the loss. They are averaged and recorded like the loss.
 
 
 class ClassifierTrainer(Trainer):
-    """A trainer that also tells how many answers are right."""
+    """A trainer that also records the accuracy."""
 
     def calculate_train_batch_loss(self, batch):
-        """Take a step as usual, and add the accuracy to what it returns."""
+        """Compute the loss as usual, and add the accuracy to the output."""
         return with_accuracy(super().calculate_train_batch_loss(batch), batch)
 
     def calculate_eval_batch_loss(self, batch):
-        """Do the same for evaluation."""
+        """Do the same in evaluation."""
         return with_accuracy(super().calculate_eval_batch_loss(batch), batch)
 
 
@@ -81,7 +82,7 @@ def with_accuracy(batch_output, batch):
     return {**batch_output, "metrics": {"accuracy": (predictions == labels).float().mean()}}
 
 
-# 4. The run: train, then test the model whose validation loss was the lowest.
+# 4. The run: train, then test the model with the lowest validation loss.
 
 
 def main():
@@ -109,13 +110,13 @@ def main():
     )
     seconds = time.perf_counter() - start
 
-    trainer.evaluate(test_dataset, per_device_batch_size=64)  # the callback has loaded the best model
+    trainer.evaluate(test_dataset, per_device_batch_size=64)  # the callback has restored the best model
     accuracy = trainer.run_history.get_latest_metric("evaluation_accuracy")
     best_epoch = save_best_model.best_metric_epoch
-    trainer.print(f"\nTrained for {arguments.epochs} epochs in {seconds:.1f} s; the best was epoch {best_epoch}.")
+    trainer.print(f"\nTrained for {arguments.epochs} epochs in {seconds:.1f} s; the best epoch was {best_epoch}.")
     trainer.print(f"Test accuracy of the best model: {accuracy:.4f}")
 
-    if trainer.run_config.is_world_process_zero:  # one drawing, however many processes train
+    if trainer.run_config.is_world_process_zero:  # once, not on every process
         draw_learning_curves(trainer.run_history, best_epoch, accuracy, arguments.output_dir / "learning_curves.png")
 
 
@@ -124,9 +125,9 @@ def draw_learning_curves(history, best_epoch, test_accuracy, path):
     figure.suptitle(f"Handwritten digits: test accuracy {test_accuracy:.1%}", fontsize="x-large")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     draw_metric(loss_axes, history, "train_loss_epoch", "eval_loss_epoch", best_epoch)
-    loss_axes.set(title="Loss", ylabel="cross-entropy (logarithmic)", yscale="log")
+    loss_axes.set(title="Loss", ylabel="cross-entropy (log scale)", yscale="log")
     draw_metric(accuracy_axes, history, "train_accuracy", "eval_accuracy", best_epoch)
-    accuracy_axes.set(title="Accuracy", ylabel="right answers")
+    accuracy_axes.set(title="Accuracy", ylabel="correct predictions")
     accuracy_axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     figure.savefig(path, dpi=150)
 
@@ -149,8 +150,8 @@ def draw_metric(axes, history, train_metric, validation_metric, best_epoch):
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training images (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="for the weights and the order of the images (default: 0)")
-    parser.add_argument("--output-dir", type=Path, default=Path(), help="where the files go (default: here)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the weights and the data order (default: 0)")
+    parser.add_argument("--output-dir", type=Path, default=Path(), help="output folder (default: current folder)")
     return parser.parse_args()
 
 

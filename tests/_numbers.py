@@ -16,30 +16,26 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import TensorDataset
 
-from _support import Probe, Samples, weights_of
+from _runs import differences
+from _support import IN_ORDER, Probe, Samples, draw_parameters, recorder_of, weights_of
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated import trainer as trainer_module
 from pytorch_accelerated._distributed import accelerator as accelerator_module
 from pytorch_accelerated._distributed.fast_path import FastPathLoader
 from pytorch_accelerated.schedulers import CosineLrScheduler
 
-IN_ORDER = {"shuffle": False}
-
 Pair = namedtuple("Pair", ["left", "right"])
 
 
 def make_net() -> nn.Sequential:
-    """A small network with the same weights each time; the global generator is left alone."""
+    """Create a small network with the same weights each time."""
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+    draw_parameters(net, seed=3, scale=0.5)
     return net
 
 
 def make_texts(num_samples: int) -> TensorDataset:
-    """Inputs, targets, and which samples count: a mask as of tokens, some batches of which are empty."""
+    """Create inputs, targets, and a mask that says which samples count, like a token mask; some batches have none."""
     generator = torch.Generator().manual_seed(num_samples)
     inputs = torch.randn(num_samples, 4, generator=generator)
     targets = torch.randn(num_samples, 1, generator=generator)
@@ -49,7 +45,7 @@ def make_texts(num_samples: int) -> TensorDataset:
 
 
 def mean_loss(model: Any, batch: Any, is_weighted: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean loss of a batch, over what the mask keeps or over all, and over how many items."""
+    """Return the mean loss of a batch over the samples that the mask keeps, or over all, and their number."""
     inputs, targets, mask = batch
     weights = mask if is_weighted else torch.ones_like(mask)
     losses = (model(inputs) - targets).square().squeeze(1)
@@ -84,7 +80,7 @@ def big_batches(dataset: TensorDataset, num_samples: int) -> list[tuple[torch.Te
 
 
 def big_batch_gradients(dataset: TensorDataset, num_samples: int, is_weighted: bool) -> list[list[torch.Tensor]]:
-    """Return the gradients of an epoch at fixed weights, each of one big batch."""
+    """Return the gradients of all updates of an epoch with fixed weights, where each update is one big batch."""
     gradients = []
     for batch in big_batches(dataset, num_samples):
         net = make_net()
@@ -94,31 +90,32 @@ def big_batch_gradients(dataset: TensorDataset, num_samples: int, is_weighted: b
 
 
 def largest_difference(left: Any, right: Any) -> float:
-    """Of two lists of lists of tensors; infinite if they are not alike in number."""
+    """Return the largest absolute difference of two lists of lists of tensors; infinite if their lengths differ."""
     if len(left) != len(right):
         return float("inf")
     pairs = [pair for lists in zip(left, right, strict=True) for pair in zip(*lists, strict=True)]
     return max((one.cpu() - other.cpu()).abs().max().item() for one, other in pairs)
 
 
-# --- the grid of contract N1 -------------------------------------------------------------------------------------
+# --- gradients and losses do not depend on how an update is split into batches -----------------------------------
 
 LENGTHS = (1, 5, 24, 29, 50)
 GRID = list(itertools.product((False, True), (1, 3, 8), (1, 2, 4), LENGTHS))
-"""With weights or without, batch size per process, accumulation, length of the dataset."""
+"""Whether steps are weighted, batch size per process, accumulation, length of the dataset."""
 
 
 def grid_differences(num_processes: int) -> dict[tuple[Any, ...], tuple[float, float]]:
-    """Return for each point of the grid how far gradients, and the reported loss, are from those of big batches."""
-    differences = {}
+    """Return the largest deviation of gradients and of the reported loss from big batches, by point of the grid."""
+    found = {}
     for point in GRID:
         is_weighted, batch_size, accumulation, num_samples = point
-        dataset, net, gradients = make_texts(num_samples), make_net(), []
+        dataset, net = make_texts(num_samples), make_net()
+        probe, gradients = recorder_of(lambda trainer: gradients_of(trainer.get_model()), "on_optimizer_step_start")
         trainer = (WeightedTextTrainer if is_weighted else TextTrainer)(
             net,
             None,
             torch.optim.SGD(net.parameters(), lr=0.0),
-            callbacks=[Probe(on_optimizer_step_start=lambda t, g=gradients: g.append(gradients_of(t.get_model())))],
+            callbacks=[probe],
         )
         trainer.train(
             dataset,
@@ -130,28 +127,28 @@ def grid_differences(num_processes: int) -> dict[tuple[Any, ...], tuple[float, f
         expected = big_batch_gradients(dataset, batch_size * accumulation * num_processes, is_weighted)
         loss = trainer.run_history.get_latest_metric("train_loss_epoch")
         expected_loss = mean_loss(make_net(), dataset[:], is_weighted)[0].item()
-        differences[point] = (largest_difference(gradients, expected), abs(loss - expected_loss))
-    return differences
+        found[point] = (largest_difference(gradients, expected), abs(loss - expected_loss))
+    return found
 
 
-def table_of(differences: dict[tuple[Any, ...], tuple[float, float]], num_processes: int) -> str:
-    """Return the largest differences of gradients and of the loss, over the lengths of the dataset, as a table."""
+def table_of(deviations: dict[tuple[Any, ...], tuple[float, float]], num_processes: int) -> str:
+    """Format the result of `grid_differences` as a table, with the largest values over the dataset lengths."""
     header = f"\nprocesses: {num_processes:<3}    batch   accumulation   gradients       loss"
     lines = []
     for is_weighted, batch_size, accumulation in dict.fromkeys(point[:3] for point in GRID):
-        pairs = [differences[is_weighted, batch_size, accumulation, length] for length in LENGTHS]
+        pairs = [deviations[is_weighted, batch_size, accumulation, length] for length in LENGTHS]
         gradients, loss = (max(numbers) for numbers in zip(*pairs, strict=True))
         kind = "token weights" if is_weighted else "samples"
         lines.append(f"{kind:15} {batch_size:7} {accumulation:14} {gradients:11.1e} {loss:10.1e}")
     return "\n".join([header, *lines])
 
 
-# --- the fast path against that of Accelerate --------------------------------------------------------------------
+# --- the fast path against Accelerate's code ---------------------------------------------------------------------
 
 
 @contextmanager
 def path_of_accelerate() -> Iterator[None]:
-    """Let Accelerate's own code make the optimizer steps and backward passes, and iterate over loaders."""
+    """Use Accelerate's code, not the fast path, for optimizer steps, backward passes and loaders."""
     with (
         mock.patch.object(trainer_module, "can_use_fast_path", return_value=False),
         mock.patch.object(accelerator_module, "can_use_fast_path", return_value=False),
@@ -161,7 +158,7 @@ def path_of_accelerate() -> Iterator[None]:
 
 
 def run_of(point: tuple[Any, ...], make_optimizer: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """Train at a point of the grid; return weights, history, random state and the class of the optimizer."""
+    """Train at a point of the grid; return weights, history, RNG state and the class name of the optimizer."""
     is_weighted, batch_size, accumulation, num_samples = point
     net = make_net()
     trainer_class = WeightedTextTrainer if is_weighted else TextTrainer
@@ -185,7 +182,10 @@ OPTIMIZERS = {
 
 
 def points_where_the_paths_differ() -> list[Any]:
-    """Compare both paths over the grid, bit by bit. The optimizers take turns; every other pair of points is clipped."""
+    """Return the points of the grid at which the results of the two paths are not bit-identical.
+
+    Points alternate between the optimizers, and pairs of points between clipping and no clipping.
+    """
     different = []
     for number, point in enumerate(GRID):
         name, make_optimizer = list(OPTIMIZERS.items())[number % 2]
@@ -194,21 +194,12 @@ def points_where_the_paths_differ() -> list[Any]:
         with path_of_accelerate():
             *expected, expected_optimizer = run_of(point, make_optimizer, **kwargs)
         assert (optimizer, expected_optimizer) == ("FastPathOptimizer", "AcceleratedOptimizer")
-        if not are_equal(fast, expected):
+        if differences(fast, expected):
             different.append((name, *point))
     return different
 
 
-def are_equal(left: Any, right: Any) -> bool:
-    """Whether nested values are the same bit by bit."""
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(are_equal(left[name], right[name]) for name in left)
-    if isinstance(left, (tuple, list)):
-        return len(left) == len(right) and all(map(are_equal, left, right))
-    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
-
-
-# --- whole runs --------------------------------------------------------------------------------------------------
+# --- complete runs -----------------------------------------------------------------------------------------------
 
 
 def make_scheduler_fn(name: str) -> Any:
@@ -219,14 +210,15 @@ def make_scheduler_fn(name: str) -> Any:
 
 
 def whole_run(batch_size: int, accumulation: int, scheduler: str = "cosine", num_samples: int = 61) -> dict[str, Any]:
-    """Train for 3 epochs in an order that is shuffled anew in each, with momentum and a schedule."""
-    net, rates = make_net(), []
+    """Train for 3 epochs, with data shuffled in each, momentum and a schedule; return everything of interest."""
+    net = make_net()
+    probe, rates = recorder_of(lambda trainer: trainer.optimizer.param_groups[0]["lr"], "on_optimizer_step_start")
     trainer = TextTrainer(
         net,
         None,
         torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9),
         seed=5,
-        callbacks=[Probe(on_optimizer_step_start=lambda t: rates.append(t.optimizer.param_groups[0]["lr"]))],
+        callbacks=[probe],
     )
     trainer.train(
         make_texts(num_samples),
@@ -247,7 +239,7 @@ def whole_run(batch_size: int, accumulation: int, scheduler: str = "cosine", num
 
 
 def one_cycle_rates(num_updates: int) -> list[float]:
-    """Return the rates of a schedule that ends with the last update, from PyTorch alone."""
+    """Return the learning rates of a schedule that ends with the last update, computed by PyTorch alone."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     scheduler = OneCycleLR(optimizer, max_lr=0.1, total_steps=num_updates)
     rates = []
@@ -264,7 +256,7 @@ EVALUATED_LENGTHS = (1, 2, 7, 64, 65)
 
 
 def make_classes(num_samples: int) -> TensorDataset:
-    """Inputs, one of three classes, and the index of each sample."""
+    """Create inputs, one of three classes, and the index of each sample."""
     generator = torch.Generator().manual_seed(num_samples)
     inputs = torch.randn(num_samples, 4, generator=generator)
     return TensorDataset(
@@ -273,12 +265,11 @@ def make_classes(num_samples: int) -> TensorDataset:
 
 
 class Classifier(Trainer):
+    """Evaluates and predicts on `make_classes`, with the accuracy as a metric."""
+
     def __init__(self, callbacks: Any = ()) -> None:
         net = nn.Linear(4, 3)
-        generator = torch.Generator().manual_seed(6)
-        with torch.no_grad():
-            for parameter in net.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        draw_parameters(net, seed=6)
         super().__init__(net, None, torch.optim.SGD(net.parameters(), lr=0.0), callbacks=callbacks)
 
     def calculate_train_batch_loss(self, batch: Any) -> dict[str, Any]:
@@ -301,7 +292,7 @@ class Classifier(Trainer):
 
 
 def evaluations(num_samples: int, is_in_memory: bool = True, wrap: Any = Samples) -> dict[str, Any]:
-    """Evaluate and predict with batches of 8; what a callback gathers must hold each sample once, too."""
+    """Evaluate and predict with batches of 8; return the results, and what a callback gathers over all processes."""
     dataset = make_classes(num_samples)
     gathered: list[Any] = []
     probe = Probe(
@@ -325,7 +316,7 @@ def evaluations(num_samples: int, is_in_memory: bool = True, wrap: Any = Samples
 
 
 def expected_evaluations(num_samples: int) -> dict[str, Any]:
-    """The same numbers from PyTorch alone."""
+    """Return the same numbers, computed by PyTorch alone."""
     inputs, classes, index = make_classes(num_samples)[:]
     with torch.no_grad():
         outputs = Classifier().model.cpu()(inputs)

@@ -1,4 +1,4 @@
-"""Start several real processes that communicate over gloo, run cases on them, and read the results."""
+"""Start several processes that communicate over gloo, run test cases on them, and read the results."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from _starting import start
 
 WAIT_SECONDS = 20
-"""How long a process waits for another one."""
+"""How long a rank waits for the others in a collective operation."""
 
 NUM_REPEATS = int(os.environ.get("REPEAT", "1"))
-"""How often the cases run in which one process stops all of them: ``REPEAT=20 pytest tests/distributed``."""
+"""How often to run the cases in which one rank stops all of them: ``REPEAT=20 pytest tests/distributed``."""
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Ended:
 
 
 def free_port() -> int:
+    """Return a TCP port that is free now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -44,13 +45,13 @@ def free_port() -> int:
 def launch(
     script: Path, folder: Path, num_processes: int, *arguments: str, timeout: float = 150, **more: str
 ) -> list[Ended]:
-    """Run a script on several processes, and kill those that are not done after ``timeout`` seconds.
+    """Run a script on several processes, and kill those that have not ended after ``timeout`` seconds.
 
     Args:
         script: The script.
-        folder: The working directory of the processes, where their output goes.
+        folder: The working directory of the processes, which gets their output as ``output-0.txt`` and so on.
         num_processes: How many processes to start.
-        arguments: For the script, after the folder.
+        arguments: The command-line arguments of the script, after the folder.
         timeout: Seconds until the processes are killed.
         more: Changes to their environment.
     """
@@ -87,7 +88,7 @@ def launch(
 
 
 def run_cases(cases: Mapping[str, Callable[[int, Path], Any]]) -> None:
-    """Run all cases on this process, and store what they return or raise for `read_results`."""
+    """Run all cases on this rank, and store what they return or raise for `read_results`."""
     directory = Path(sys.argv[1])
     process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=WAIT_SECONDS))
     accelerator = Accelerator(cpu=True, kwargs_handlers=[process_group])
@@ -106,7 +107,7 @@ def run_cases(cases: Mapping[str, Callable[[int, Path], Any]]) -> None:
 
 
 def read_results(folder: Path, name: str, num_processes: int) -> list[Any]:
-    """Return what a case returned on each process; fail the test if it raised or did not finish."""
+    """Return what a case returned, by rank; fail the test if the case raised or did not finish."""
     values = []
     for rank in range(num_processes):
         path = folder / f"{name}-{rank}.pt"

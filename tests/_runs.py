@@ -1,4 +1,4 @@
-"""A small run with everything that a resume could get wrong, and what is compared of it, bit by bit."""
+"""A small run with everything that a resume could get wrong, and the outcome of it that must be bit-identical."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NUM_STEPS = NUM_EPOCHS * NUM_STEPS_PER_EPOCH
 
 
 class NoisySamples(Dataset):
-    """Augments its samples by what it draws from all three global generators."""
+    """Adds noise to its samples, drawn from all three global generators."""
 
     def __init__(self, is_noisy: bool = True) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -41,13 +41,13 @@ class NoisySamples(Dataset):
 
 
 def masked(samples: Sequence[Any]) -> list[torch.Tensor]:
-    """Make a batch, some of whose inputs are zero."""
+    """Make a batch in which random inputs are set to zero."""
     inputs, targets = (torch.stack(parts) for parts in zip(*samples, strict=True))
     return [inputs * (torch.rand_like(inputs) > 0.1), targets]
 
 
 class Net(nn.Module):
-    """Has statistics, and draws at random."""
+    """A network with running statistics and dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Net(nn.Module):
 
 
 def make_trainer(folder: Path, *, callbacks: Sequence[Any] = (), **state_kwargs: Any) -> Trainer:
-    """A trainer that saves states to ``folder``, made anew as a restarted script would do it."""
+    """Create a trainer that saves states to ``folder``, just as a restarted script would create it."""
     model = Net()
     torch.manual_seed(11)
     np.random.seed(11)
@@ -87,7 +87,7 @@ def train(
     num_epochs: int = NUM_EPOCHS,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Train, and return what has to be the same bit by bit."""
+    """Train, and return what must be bit-identical."""
     scheduler = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=4, gamma=0.7)
     workers = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
     dataset = NoisySamples(is_noisy)
@@ -106,7 +106,7 @@ def train(
 
 
 def outcome_of(trainer: Trainer) -> dict[str, Any]:
-    """Weights, optimizer, schedule, history, average, and the state of all generators at the end."""
+    """Return weights, optimizer, schedule, history, averaged model, and the state of all generators."""
     history = trainer.run_history
     return {
         "model": trainer.model.state_dict(),
@@ -121,7 +121,7 @@ def outcome_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def differences(left: Any, right: Any, place: str = "") -> list[str]:
-    """Where two outcomes differ in a single bit."""
+    """Describe every place where two nested values are not bit-identical; an empty list if there is none."""
     if isinstance(left, dict) and isinstance(right, dict):
         if left.keys() != right.keys():
             return [f"{place}: {sorted(map(str, left))} and {sorted(map(str, right))}"]

@@ -1,8 +1,8 @@
-"""Processes for tests, which start in no time: forked from one that has imported everything.
+"""Start processes for tests quickly: a fork server that has imported everything forks them.
 
-An interpreter that imports PyTorch, and what it imports later by itself, takes seconds to start; here only the first
-does. What is started is a true process all the same, with its own state, environment, signals, group and exit code.
-This file is also the script of that first process.
+An interpreter that imports PyTorch and everything that PyTorch imports later takes seconds to start. Here only the fork
+server does. The processes that it forks are real ones, with separate state, environment, signal handlers, process
+group and exit code. This file is also the script of the fork server.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 CAN_FORK = hasattr(os, "fork") and hasattr(os, "pidfd_open") and hasattr(socket, "send_fds")
-"""Whether processes can be forked here, as on Linux; otherwise they are interpreters that start from scratch."""
+"""Whether the system can fork processes, as Linux can. If not, each process is a new interpreter."""
 
 _LENGTH = struct.Struct("!I")
 _IMPORTED = (
@@ -44,7 +44,7 @@ _COVERAGE = ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START")
 
 
 def environment_for_tests(**more: str) -> dict[str, str]:
-    """The environment of a process that finds the package and the tests' own modules, and uses one thread."""
+    """Return the environment of a process that can import the package and the helpers of the tests, with one thread."""
     import pytorch_accelerated
 
     paths = [Path(pytorch_accelerated.__file__).parents[1], Path(__file__).parent]
@@ -65,17 +65,17 @@ def start(
     is_measured: bool = True,
     **environment: str,
 ) -> Started:
-    """Run a Python script in a process of its own.
+    """Start a Python script in a separate process.
 
     Args:
         script: The script.
         arguments: Its arguments.
-        stdin: A file descriptor; ``None`` for nothing to read.
+        stdin: A file descriptor; ``None`` for no input.
         stdout: A file descriptor.
-        stderr: A file descriptor; ``None`` for that of the output.
-        cwd: Its working directory.
-        has_own_group: Whether it leads a process group, which can get signals as a whole.
-        is_measured: Whether its coverage counts, if any is measured.
+        stderr: A file descriptor; ``None`` for that of ``stdout``.
+        cwd: The working directory.
+        has_own_group: Whether the process leads a new process group, so that a signal can be sent to the group.
+        is_measured: Whether coverage is measured in the process, if it is measured at all.
         environment: Changes to the environment of the tests.
     """
     variables = environment_for_tests(**environment)
@@ -91,7 +91,7 @@ def start(
                 "cwd": cwd and str(cwd),
                 "is_leader": has_own_group,
             }
-            return _Forked(*_parent().ask(request, files))
+            return _Forked(*_fork_server().fork(request, files))
         return subprocess.Popen(
             [sys.executable, *command],
             env=variables,
@@ -104,7 +104,7 @@ def start(
 
 
 def run(script: Path | str, *arguments: str, timeout: float = 240, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    """Run a Python script to its end, with the arguments of `start`, and return what it printed."""
+    """Run a Python script to its end, with the arguments of `start`, and return its exit code and output."""
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = start(script, *arguments, stdout=output.fileno(), stderr=errors.fileno(), **kwargs)
         try:
@@ -119,7 +119,7 @@ def run(script: Path | str, *arguments: str, timeout: float = 240, **kwargs: Any
 def run_from_scratch(
     script: Path | str, *arguments: str, timeout: float = 240, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Python script to its end in an interpreter that has imported nothing yet."""
+    """Run a Python script to its end in a new interpreter, which has imported nothing yet."""
     return subprocess.run(
         [sys.executable, str(script), *arguments],
         env=environment_for_tests(**environment),
@@ -132,7 +132,7 @@ def run_from_scratch(
 
 
 class _Forked:
-    """A process that was forked by another than this one, which tells how it ended. Like a `subprocess.Popen`."""
+    """A process that the fork server forked, with the interface of `subprocess.Popen`."""
 
     def __init__(self, pid: int, replies: IO[str]) -> None:
         self.pid = pid
@@ -164,12 +164,12 @@ Started = subprocess.Popen[bytes] | _Forked
 
 
 @functools.cache
-def _parent() -> _Parent:
-    return _Parent()
+def _fork_server() -> _ForkServer:
+    return _ForkServer()
 
 
-class _Parent:
-    """The process that has imported everything; it ends with this one."""
+class _ForkServer:
+    """Starts the fork server, and sends requests to it. It ends with this process."""
 
     def __init__(self) -> None:
         self._requests, theirs = socket.socketpair()
@@ -179,13 +179,13 @@ class _Parent:
             env=environment,
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
-            start_new_session=True,  # Ctrl-C is for the tests
+            start_new_session=True,  # Ctrl-C is for the tests, not for the fork server
         )
         theirs.close()
         atexit.register(self._close)
 
-    def ask(self, request: Mapping[str, Any], files: tuple[int, int, int]) -> tuple[int, IO[str]]:
-        """Return the number of the process that is forked, and where it is told how it ended."""
+    def fork(self, request: Mapping[str, Any], files: tuple[int, int, int]) -> tuple[int, IO[str]]:
+        """Return the process id of the forked process, and a file from which its exit code can be read."""
         data = json.dumps(request).encode()
         reading, writing = os.pipe()
         socket.send_fds(self._requests, [_LENGTH.pack(len(data))], [*files, writing])
@@ -200,24 +200,24 @@ class _Parent:
 
 
 def _read_line(descriptor: int) -> bytes:
-    """Read a line, and nothing behind it."""
+    """Read one line, and nothing after it."""
     line = b""
     while not line.endswith(b"\n"):
         read = os.read(descriptor, 1)
         if not read:
-            raise RuntimeError("the process that forks the others has gone")
+            raise RuntimeError("The fork server has ended, so no process can be started. Look for its error above.")
         line += read
     return line
 
 
-# --- the first process -------------------------------------------------------------------------------------------
+# --- the fork server ---------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Child:
     pid: int
     replies: int
-    """Where it is told how it ended."""
+    """The file descriptor that its exit code is written to."""
 
 
 def _import_everything() -> None:
@@ -225,16 +225,20 @@ def _import_everything() -> None:
         with suppress(ImportError):  # the examples need what is not always installed
             importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # what is there need not be looked at by each process again
+    gc.freeze()  # spares every forked process a look at these objects
 
 
 def _serve(requests: socket.socket) -> dict[str, Any] | None:
-    """Fork a process per request, which returns from here with it; in the first process, ``None`` at the end."""
+    """Fork a process per request.
+
+    Returns:
+        The request in a forked process; ``None`` in the fork server, at its end.
+    """
     children: dict[int, _Child] = {}
     while True:
         for ready in select.select([requests, *children], [], [])[0]:
             if ready is not requests:
-                _tell_end(children.pop(ready))
+                _report_exit_code(children.pop(ready))
                 os.close(ready)
                 continue
             length, files, *_ = socket.recv_fds(requests, _LENGTH.size, 4)
@@ -259,15 +263,15 @@ def _serve(requests: socket.socket) -> dict[str, Any] | None:
             children[os.pidfd_open(pid)] = _Child(pid, replies)
 
 
-def _tell_end(child: _Child) -> None:
+def _report_exit_code(child: _Child) -> None:
     status = os.waitpid(child.pid, 0)[1]
-    with suppress(BrokenPipeError):  # nobody wants to know
+    with suppress(BrokenPipeError):  # nobody waits for it any more
         os.write(child.replies, f"{os.waitstatus_to_exitcode(status)}\n".encode())
     os.close(child.replies)
 
 
-def _become(request: dict[str, Any]) -> str:
-    """Be what a new interpreter would be, and return the script."""
+def _imitate_new_interpreter(request: dict[str, Any]) -> str:
+    """Put this process into the state of a new interpreter that was started with the script, and return the script."""
     import numpy as np
 
     if request["is_leader"]:
@@ -293,4 +297,4 @@ if __name__ == "__main__":
     _request = _serve(socket.socket(fileno=int(sys.argv[1])))
     if _request is not None:
         sys.stdin = os.fdopen(0)
-        runpy.run_path(_become(_request), run_name="__main__")
+        runpy.run_path(_imitate_new_interpreter(_request), run_name="__main__")

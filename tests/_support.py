@@ -1,4 +1,4 @@
-"""Small models, data and recorders that the tests share."""
+"""Small datasets, models, trainers and recording callbacks that all tests share."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import EVENTS, TrainerCallback
 
 SOURCE = Path(pytorch_accelerated.__file__).parent
+"""The folder of the package."""
+
+mse = torch.nn.functional.mse_loss
+
+IN_ORDER = {"shuffle": False}
+"""Keyword arguments of a training loader that does not shuffle."""
+
+IMPOSSIBLE_COUNTS = [(0, ValueError), (-1, ValueError), (1.5, TypeError), (float("nan"), TypeError), (True, TypeError)]
+"""Values that are not a count, each with the type of the error that reports it."""
 
 HOOKS = (
     "training_run_start",
@@ -36,13 +45,14 @@ HOOKS = (
     "evaluation_run_start",
     "evaluation_run_end",
 )
+"""The methods of the trainer that a run calls and a subclass may override."""
 
 
 # --- data --------------------------------------------------------------------------------------------------------
 
 
 def make_dataset(num_samples: int = 16, num_features: int = 3, seed: int = 1) -> TensorDataset:
-    """A linear problem with a little noise."""
+    """Create samples of a linear problem with a little noise."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(num_samples, num_features, generator=generator)
     targets = inputs.sum(dim=1, keepdim=True) + 0.1 * torch.randn(num_samples, 1, generator=generator)
@@ -50,12 +60,12 @@ def make_dataset(num_samples: int = 16, num_features: int = 3, seed: int = 1) ->
 
 
 def make_indexed_dataset(num_samples: int = 16) -> TensorDataset:
-    """Samples whose input is their own index."""
+    """Create samples whose input is their index."""
     return TensorDataset(torch.arange(num_samples, dtype=torch.float32).reshape(-1, 1), torch.zeros(num_samples, 1))
 
 
 class Samples(Dataset):
-    """A map-style dataset that is no `TensorDataset`."""
+    """A map-style dataset that is not a `TensorDataset`, so its batches are collated from samples."""
 
     def __init__(self, dataset: Any) -> None:
         self.samples = [dataset[index] for index in range(len(dataset))]
@@ -68,7 +78,7 @@ class Samples(Dataset):
 
 
 class Stream(IterableDataset):
-    """An iterable dataset; ``length`` is what it says, true or not; ``None`` for no length."""
+    """An iterable dataset without a length."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -79,7 +89,7 @@ class Stream(IterableDataset):
 
 
 class Batches:
-    """A plain iterable of batches, without length."""
+    """A plain iterable of batches, without a length."""
 
     def __init__(self, dataset: Any, batch_size: int) -> None:
         self.dataset, self.batch_size = dataset, batch_size
@@ -90,7 +100,7 @@ class Batches:
 
 
 class SizedBatches(Batches):
-    """The same with a length, which may be given wrongly."""
+    """An iterable of batches that reports any length it is given, even a wrong one."""
 
     def __init__(self, dataset: Any, batch_size: int, length: int) -> None:
         super().__init__(dataset, batch_size)
@@ -103,12 +113,18 @@ class SizedBatches(Batches):
 # --- trainers ----------------------------------------------------------------------------------------------------
 
 
-def make_model(num_features: int = 3, seed: int = 2) -> nn.Linear:
+def draw_parameters(model: nn.Module, seed: int, scale: float = 1.0) -> None:
+    """Draw all parameters from a normal distribution, without use of the global generator."""
     generator = torch.Generator().manual_seed(seed)
-    model = nn.Linear(num_features, 1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def make_model(num_features: int = 3, seed: int = 2) -> nn.Linear:
+    """Create a linear model with the same weights each time."""
+    model = nn.Linear(num_features, 1)
+    draw_parameters(model, seed)
     return model
 
 
@@ -118,21 +134,39 @@ def make_trainer(
     lr: float = 0.1,
     callbacks: Any = (),
     cls: type[Trainer] = Trainer,
-    loss_func: Any = torch.nn.functional.mse_loss,
+    loss_func: Any = mse,
     **kwargs: Any,
 ) -> Any:
-    """A quiet trainer of a linear model with SGD."""
+    """Create a trainer of a linear model with SGD, by default without callbacks."""
     model = make_model() if model is None else model
     return cls(model, loss_func, torch.optim.SGD(model.parameters(), lr=lr), callbacks=callbacks, **kwargs)
 
 
+def train(trainer: Any, dataset: Any = 16, **kwargs: Any) -> Any:
+    """Train for one epoch in batches of four samples, and return the trainer.
+
+    Args:
+        trainer: The trainer.
+        dataset: A dataset, or the number of samples to create.
+        kwargs: Arguments of `Trainer.train` that differ.
+    """
+    dataset = make_dataset(dataset) if isinstance(dataset, int) else dataset
+    trainer.train(dataset, **{"num_epochs": 1, "per_device_batch_size": 4, **kwargs})
+    return trainer
+
+
+def losses(trainer: Any, name: str = "train_loss_epoch") -> list[Any]:
+    """Return all values of a metric in the run history."""
+    return trainer.run_history.get_metric_values(name)
+
+
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of a model's state."""
+    """Return a copy of a model's state."""
     return copy.deepcopy(model.state_dict())
 
 
 def assert_same_weights(left: Any, right: Any) -> None:
-    """Bit by bit."""
+    """Assert that two states of a model are bit-identical."""
     assert left.keys() == right.keys()
     for name, value in left.items():
         assert torch.equal(value, right[name]), name
@@ -142,7 +176,7 @@ def assert_same_weights(left: Any, right: Any) -> None:
 
 
 def make_optimizer(*lrs: float) -> torch.optim.Optimizer:
-    """An optimizer with one parameter group per learning rate."""
+    """Create an optimizer with one parameter group per learning rate."""
     return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs], lr=1.0)
 
 
@@ -159,14 +193,14 @@ def step_through(scheduler: Any, num_steps: int) -> np.ndarray:
 
 
 class EventRecorder(TrainerCallback):
-    """Appends the name of each event to ``log``; raises what ``reactions`` holds for an event.
+    """Appends the name of each event to ``log``, then calls the reaction to the event, if there is one.
 
-    Log points are left out, because they come by the clock.
+    Log points are not recorded, because they depend on the clock.
 
     Args:
-        log: The list, which may be shared.
-        reactions: By event, what to call with the trainer after the event was recorded.
-        name: Put before each name, to tell recorders apart.
+        log: The list, which several recorders may share.
+        reactions: Functions by event, called with the arguments of the event.
+        name: Prefix of each recorded name, to tell recorders apart.
     """
 
     def __init__(self, log: list[str] | None = None, reactions: Any = None, name: str = "") -> None:
@@ -189,7 +223,7 @@ for _event in set(EVENTS) - {"on_log_point"}:
 
 
 class HookRecorder(Trainer):
-    """Appends the name of each hook to ``log`` when it is called."""
+    """A trainer that appends the name of each hook to ``log`` when it is called."""
 
     def __init__(self, *args: Any, log: list[str], **kwargs: Any) -> None:
         self.log = log
@@ -209,7 +243,7 @@ for _hook in HOOKS:
 
 
 class Probe(TrainerCallback):
-    """Calls functions in events: ``Probe(on_train_step_end=lambda trainer, **kwargs: ...)``."""
+    """Calls a function in each of some events: ``Probe(on_train_step_end=lambda trainer, **kwargs: ...)``."""
 
     def __init__(self, **functions: Any) -> None:
         for event, function in functions.items():
@@ -217,8 +251,18 @@ class Probe(TrainerCallback):
             setattr(self, event, function)
 
 
+def recorder_of(function: Any, *events: str) -> tuple[Probe, list[Any]]:
+    """Return a callback that appends ``function(trainer)`` to a list in each of the events, and the list."""
+    values: list[Any] = []
+
+    def record(trainer: Any, **kwargs: Any) -> None:
+        values.append(function(trainer))
+
+    return Probe(**dict.fromkeys(events, record)), values
+
+
 def raiser(error: BaseException) -> Any:
-    """A reaction that raises."""
+    """Return a reaction to an event that raises an error."""
 
     def react(trainer: Any, **kwargs: Any) -> None:
         raise error
@@ -237,14 +281,14 @@ def run_python(
     has_imported_nothing: bool = False,
     **environment: str,
 ) -> str:
-    """Run code in a process of its own, with the tests' helpers at hand, and return what it printed.
+    """Run code in a separate process, which can import the helpers of the tests, and return what it printed.
 
     Args:
-        code: The code.
-        arguments: Of the script that it is.
-        timeout: Seconds after which it is killed.
-        cwd: Its working directory.
-        has_imported_nothing: Whether it must be an interpreter that starts from scratch, which takes seconds.
+        code: The code of a script.
+        arguments: The command-line arguments of the script.
+        timeout: Seconds after which the process is killed.
+        cwd: The working directory.
+        has_imported_nothing: Whether to start a new interpreter, which takes seconds, instead of a forked process.
         environment: Changes to the environment of the tests.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -254,28 +298,3 @@ def run_python(
         result = run(script, *arguments, timeout=timeout, cwd=cwd, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-
-mse = torch.nn.functional.mse_loss
-IN_ORDER = {"shuffle": False}
-
-
-def train(trainer, dataset=16, **kwargs):
-    """Train for one epoch in batches of four samples, and return the trainer.
-
-    Args:
-        trainer: The trainer.
-        dataset: A dataset, or the number of samples of one.
-        kwargs: Arguments of `Trainer.train` that differ.
-    """
-    dataset = make_dataset(dataset) if isinstance(dataset, int) else dataset
-    trainer.train(dataset, **{"num_epochs": 1, "per_device_batch_size": 4, **kwargs})
-    return trainer
-
-
-IMPOSSIBLE_COUNTS = [(0, ValueError), (-1, ValueError), (1.5, TypeError), (float("nan"), TypeError), (True, TypeError)]
-"""Values that are not a count, each with the type of the error that reports it."""
-
-
-def losses(trainer, name="train_loss_epoch"):
-    return trainer.run_history.get_metric_values(name)

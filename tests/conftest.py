@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a fixed seed before each of them, and a way out of Accelerate's settings per process."""
+"""Fixtures for all tests: a fixed seed, a reset of Accelerate's state, and a check of the signal handlers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `_support`: pytest's import mode leaves the path alone
+sys.path.insert(0, str(Path(__file__).parent))  # for `_support`: pytest's import mode does not change the path
 
 
 def pytest_configure(config):
-    """Let Ctrl-C have its effect, also in the processes that are started: a shell in the background takes it away."""
+    """Restore Ctrl-C, which a shell in the background ignores in everything it starts, and skip flushes to disk."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Thousands of small files are written, and no power is lost. That all is flushed is tested by counting the calls.
+    # The tests write thousands of small files and lose no power. A test counts the calls instead of flushing for real.
     os.fsync = lambda descriptor: None
 
 
@@ -29,9 +29,20 @@ def _fixed_seed():
 
 @pytest.fixture
 def _fresh_accelerate_state():
-    """For tests that make an accelerator with settings of its own, which Accelerate would keep for the others."""
+    """Reset Accelerate, which keeps the settings of the first accelerator for the rest of the process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def _handlers_are_restored():
+    """Fail a test that leaves another handler of a signal behind, and put the old one back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    after = {number: signal.getsignal(number) for number in before}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after == before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytorch_accelerated._metrics import BestMetric, PatienceCounter, forwarded, is_better
+from pytorch_accelerated._metrics import BestMetric, PatienceCounter, is_better
 
 NAN = float("nan")
 
@@ -57,17 +57,3 @@ def test_the_best_metric_is_restored_from_its_state_and_ignores_other_entries():
     best = BestMetric()
     best.load_state_dict({"best_metric": 0.5, "best_metric_epoch": 4, "has_saved": True})
     assert best == BestMetric(0.5, 4)
-
-
-def test_a_forwarded_attribute_is_read_from_and_written_to_the_part():
-    class Owner:
-        best_metric = forwarded("_best", "value", "The best value.")
-
-        def __init__(self):
-            self._best = BestMetric(1.0, 2)
-
-    owner = Owner()
-    assert owner.best_metric == 1.0
-    owner.best_metric = 0.5
-    assert owner._best == BestMetric(0.5, 2)
-    assert Owner.best_metric.__doc__ == "The best value."

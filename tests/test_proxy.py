@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 
-from pytorch_accelerated._proxy import Proxy, lookup_in_wrapped, unwrap
+from pytorch_accelerated._proxy import Forwarded, Proxy, WritableForwarded, lookup_in_wrapped, unwrap
 
 
 class Named:
@@ -61,3 +62,46 @@ def test_unwrap_returns_the_object_inside_one_wrapper_and_other_values_themselve
     outer = Wrapper(Wrapper(inner))
     assert unwrap(outer) is outer.inner
     assert unwrap(inner) is inner
+
+
+# --- single attributes -------------------------------------------------------------------------------------------
+
+
+class Car:
+    speed = Forwarded[int]("_engine.speed")
+    fuel = WritableForwarded[str]("_engine.tank.fuel")
+
+    def __init__(self):
+        self._engine = SimpleNamespace(speed=3, tank=SimpleNamespace(fuel="diesel"))
+
+
+def test_a_forwarded_attribute_shows_the_part_as_it_is_now():
+    car = Car()
+    assert (car.speed, car.fuel) == (3, "diesel")
+    car._engine.speed = 5
+    assert car.speed == 5
+
+
+def test_a_writable_attribute_is_set_in_the_part():
+    car = Car()
+    car.fuel = "petrol"
+    assert car._engine.tank.fuel == "petrol"
+    assert "fuel" not in vars(car)
+
+
+def test_a_read_only_attribute_may_be_replaced_on_the_object_without_changing_the_part():
+    car = Car()
+    car.speed = "fast"
+    assert car.speed == "fast"
+    assert car._engine.speed == 3
+
+
+def test_on_the_class_a_forwarded_attribute_is_itself():
+    assert isinstance(Car.speed, Forwarded)
+    assert isinstance(Car.fuel, WritableForwarded)
+
+
+def test_a_missing_part_is_an_attribute_error():
+    car = Car()
+    del car._engine
+    assert not hasattr(car, "speed")

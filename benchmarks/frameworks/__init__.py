@@ -1,7 +1,7 @@
-"""The frameworks that are compared; one file for each says how it trains and evaluates.
+"""The frameworks that are compared. Each has a file that defines how it trains and evaluates.
 
-A file has a function ``train(job)``, and usually ``evaluate(job)``, written as the documentation of the framework
-shows it. What a `Job` asks for that is not the framework's default is switched on or off by its documented options.
+A file has a function ``train(job)``, and usually ``evaluate(job)``, written as the framework's documentation shows. If
+a `Job` needs something that is not the framework's default, documented options switch it on or off.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Framework:
-    """What the runner has to know about a framework."""
+    """What the runner needs to know about a framework."""
 
     title: str
     package: str
-    """The distribution whose version is reported."""
+    """Name of the distribution whose version is reported."""
     import_statement: str
-    """What a program that trains with it imports."""
+    """The import that a training program needs."""
     environment: str = "peers"
-    """The virtual environment it is installed in; `requirements-NAME.txt` says what that holds."""
+    """The virtual environment that it is installed in. `requirements-NAME.txt` lists what the environment holds."""
     module: str = ""
-    """The file here, if it is not called like the framework."""
+    """Name of its file in this folder, if it differs from the framework's name."""
     cases: str = "A A-off B C D E M S"
-    """The cases it takes part in."""
+    """The cases that it is measured in."""
 
 
 HAND_WRITTEN = "hand_written"

@@ -1,4 +1,4 @@
-"""The loop that Accelerate's documentation shows, with a tqdm bar around its loader."""
+"""The loop from Accelerate's documentation, with a tqdm bar around its dataloader."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Composer: a model that computes its loss, and the Trainer with its progress bar.
 
-Composer imports torchvision and the client of a cloud service, of which training uses nothing. Both fix the versions of
-other packages, so empty modules stand in for them.
+Composer imports torchvision and the client of a cloud service, but training uses neither. Both pin the versions of
+other packages, so they are replaced by empty modules.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from _common import Job
 
 
-class StandIn(ModuleType):
+class EmptyModule(ModuleType):
     """A module in which every name is an empty class."""
 
-    __path__: list[str] = []  # noqa: RUF012  # as the import system wants it
+    __path__: list[str] = []  # noqa: RUF012  # required by the import system
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
@@ -29,31 +29,31 @@ class StandIn(ModuleType):
         return type(name, (), {})
 
 
-class StandInFinder(MetaPathFinder, Loader):
-    """Finds empty modules in place of packages that are not installed."""
+class EmptyModuleFinder(MetaPathFinder, Loader):
+    """Provides empty modules for packages that are not installed."""
 
     PACKAGES = ("mcli", "torchvision")
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
-        """Find a module of one of the packages."""
+        """Return a spec for any module of these packages."""
         return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in self.PACKAGES else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """Make an empty one."""
-        return StandIn(spec.name)
+        """Create an empty module."""
+        return EmptyModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         """Leave it empty."""
 
 
-sys.meta_path.append(StandInFinder())
+sys.meta_path.append(EmptyModuleFinder())
 
 from composer import Trainer  # noqa: E402
 from composer.models import ComposerModel  # noqa: E402
 
 
 class Model(ComposerModel):
-    """Computes outputs and loss of a batch."""
+    """Computes the outputs and the loss of a batch."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from fastai.callback.core import Callback, CancelValidException
-from fastai.callback.progress import ProgressCallback  # noqa: F401  # puts itself among the default callbacks
+from fastai.callback.progress import ProgressCallback  # noqa: F401  # registers itself as a default callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
@@ -15,10 +15,10 @@ from _common import Job
 
 
 class SkipValidation(Callback):
-    """Trains only, as the others do."""
+    """Skips validation, because the other frameworks only train."""
 
     def before_validate(self) -> None:
-        """Leave the validation that belongs to each epoch of fastai."""
+        """Skip the validation that fastai runs in each epoch."""
         raise CancelValidException
 
 

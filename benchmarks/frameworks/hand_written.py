@@ -1,4 +1,4 @@
-"""The loop written by hand, which everything is compared with: the least that trains the model and tells the loss."""
+"""The hand-written loop, the baseline: the minimum that trains the model and reports the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ignite: supervised engines, the mean loss and the progress bar attached to them."""
+"""Ignite: supervised engines with the mean loss and the progress bar attached."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def train(job: Job) -> None:
         job.optimizer,
         job.loss_func,
         gradient_accumulation_steps=job.num_accumulated,
-        model_fn=call_with_autocast if job.is_bf16 else call,  # Ignite's `amp_mode` is for CUDA
+        model_fn=call_with_autocast if job.is_bf16 else call,  # Ignite's `amp_mode` supports CUDA only
     )
     if not job.is_quiet:
         Average().attach(trainer, "loss")

@@ -1,4 +1,4 @@
-"""Keras on its PyTorch backend: `fit` and `evaluate` with the torch module as a layer."""
+"""Keras on its PyTorch backend: `fit` and `evaluate` with the PyTorch module as a layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lightning: a module that logs the mean loss of the epoch, and the Trainer without files on the disk."""
+"""Lightning: a module that logs the mean loss of the epoch, and a Trainer that writes no files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Module(LightningModule):
         return self.compute_loss(batch, "eval_loss")
 
     def compute_loss(self, batch: Any, name: str) -> torch.Tensor:
-        """Return the loss of a batch, and log it unless the job is quiet."""
+        """Return the loss of a batch. Log it unless the job is quiet."""
         inputs, targets = batch
         loss: torch.Tensor = self.job.loss_func(self.model(inputs), targets)
         if not self.job.is_quiet:

@@ -1,4 +1,4 @@
-"""This library; the same file runs version 0.1.61 of it, in its own environment."""
+"""This library. The same file runs version 0.1.61, in a separate environment."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pytorch_accelerated import Trainer
 
 
 class SameLoaderTrainer(Trainer):
-    """Loads the data as the loop written by hand does."""
+    """Uses the dataloaders of the hand-written loop."""
 
     def create_train_dataloader(self, batch_size: int, train_dl_kwargs: Mapping[str, Any] | None = None) -> Any:
-        """Return a plain loader, which fetches sample by sample."""
+        """Return a plain dataloader, which fetches sample by sample."""
         return DataLoader(self.train_dataset, batch_size, shuffle=True)
 
     def create_eval_dataloader(self, batch_size: int, eval_dl_kwargs: Mapping[str, Any] | None = None) -> Any:
-        """Return a plain loader, which fetches sample by sample."""
+        """Return a plain dataloader, which fetches sample by sample."""
         return DataLoader(self.eval_dataset, batch_size, shuffle=False)
 
 

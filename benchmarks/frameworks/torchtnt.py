@@ -1,4 +1,4 @@
-"""torchtnt: an `AutoUnit` that adds up its loss, with the progress bar callback."""
+"""torchtnt: an `AutoUnit` that sums its loss, with the progress bar callback."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ class Unit(AutoUnit[Any]):
         return self.job.loss_func(outputs, targets), outputs
 
     def configure_optimizers_and_lr_scheduler(self, module: torch.nn.Module) -> tuple[torch.optim.Optimizer, None]:
-        """Return the optimizer; there is no scheduler."""
+        """Return the optimizer, and no scheduler."""
         return self.job.optimizer, None
 
     def on_train_step_end(self, state: State, data: Any, step: int, results: Any) -> None:
-        """Add up the loss."""
+        """Add the loss to the sum."""
         self.total += results.loss.detach()
 
     def on_eval_step_end(self, state: State, data: Any, step: int, loss: torch.Tensor, outputs: Any) -> None:
-        """Add up the loss."""
+        """Add the loss to the sum."""
         self.total += loss
 
     def on_train_epoch_end(self, state: State) -> None:
-        """Tell the mean."""
+        """Report the mean."""
         super().on_train_epoch_end(state)
-        self.tell_mean()
+        self.report_mean()
 
     def on_eval_epoch_end(self, state: State) -> None:
-        """Tell the mean."""
+        """Report the mean."""
         super().on_eval_epoch_end(state)
-        self.tell_mean()
+        self.report_mean()
 
-    def tell_mean(self) -> None:
-        """Print the mean loss, and begin anew."""
+    def report_mean(self) -> None:
+        """Print the mean loss, and reset the sum."""
         print(self.total.item() / self.job.num_steps_per_epoch)
         self.total = torch.zeros(())
 

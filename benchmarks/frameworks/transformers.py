@@ -1,4 +1,4 @@
-"""The Trainer of Hugging Face's transformers, with a model that returns its loss, as it wants it."""
+"""The Trainer of Hugging Face transformers, with a model that returns its loss, as that Trainer requires."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from _common import Job
 
 
 class LossModel(nn.Module):
-    """Returns loss and outputs in a dictionary."""
+    """Returns the loss and the outputs in a dictionary."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
@@ -27,16 +27,16 @@ class LossModel(nn.Module):
 
 
 class SameLoaderTrainer(Trainer):
-    """Loads the data as the loop written by hand does."""
+    """Uses the dataloaders of the hand-written loop."""
 
     job: Job
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the common loader, whose batches become dictionaries."""
+        """Return the common dataloader, with batches collated into dictionaries."""
         return self.job.loader(collate_fn=collate)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Return the common loader, whose batches become dictionaries."""
+        """Return the common dataloader, with batches collated into dictionaries."""
         return self.job.eval_loader(collate_fn=collate)
 
 
@@ -58,7 +58,7 @@ def make_trainer(job: Job, folder: str) -> Trainer:
         save_strategy="no",
         report_to=[],
         use_cpu=True,
-        max_grad_norm=0,  # clipping would be more work than the others do
+        max_grad_norm=0,  # no clipping, because the other frameworks do none
         prediction_loss_only=True,
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(job.optimizer, lambda step: 1.0)

@@ -1,4 +1,4 @@
-"""What a step does, counted: the same on each machine, however busy."""
+"""Count what a step does. Counts are the same on every machine, however busy it is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def measure(case: str, framework: str) -> list[Figure]:
         per_step: list[int] = do(job, train).per_step
         return per_step
 
-    count(PythonCallCounter)  # what is made at the first use is not counted
+    count(PythonCallCounter)  # warm up: one-time initialization is not counted
     reads = count(HostReadCounter)
     return [
         Figure("S", statistics.median(reads)),

@@ -1,4 +1,4 @@
-"""What a callback costs that does nothing, by the difference that many of them make to a step."""
+"""Measure the cost of a no-op callback, as the difference that many of them make to a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUM_PAIRS = 8
 
 
 class Idle(TrainerCallback):
-    """Implements one event, which fires once in a step, and does nothing in it."""
+    """Implements one event, which fires once per step, as a no-op."""
 
     def on_train_step_end(self, trainer: Any, **kwargs: Any) -> None:
         """Do nothing."""

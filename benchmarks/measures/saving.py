@@ -1,11 +1,11 @@
-"""Saving a training state and going on from it, over the same thing written by hand.
+"""Measure saving a training state and resuming from it, relative to hand-written code.
 
-Model and optimizer are 100 MB together: 256 parameters and AdamW, or one parameter and momentum. By hand, a state is
-`torch.save` of both and `os.fsync`.
+The model and the optimizer together hold 100 MB: 256 parameters with AdamW, or one parameter with momentum. The
+hand-written code saves both with `torch.save` and `os.fsync`.
 
-Saved in the background, a state holds up a step, for the first time in a run and later, and makes the next steps slower
-while it is written. To resume takes from a new trainer to the end of its first step; by hand, `torch.load`,
-`load_state_dict` and a step.
+A background save pauses the loop, differently for the first save of a run and for later ones, and slows down the next
+steps while the state is written. Resuming is timed from a new trainer to the end of its first step, relative to
+`torch.load`, `load_state_dict` and one step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
 
 WIDTH, NUM_LAYERS = 256, 128
-NUM_STEPS = 20  # between two states that are saved in the background
+NUM_STEPS = 20  # between two background saves
 NUM_ROUNDS = 3
 
 
@@ -36,14 +36,14 @@ NUM_ROUNDS = 3
 
 
 class Vector(nn.Module):
-    """One parameter, of which a step uses little."""
+    """One large parameter, of which a step uses only the first elements."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(100_000_000 // 4 // 2))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Multiply by the first numbers."""
+        """Multiply by the first elements."""
         return inputs * self.weight[: inputs.shape[1]]
 
 
@@ -78,7 +78,7 @@ def step_by_hand(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def save_by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> float:
-    """Write a state without anything that this library adds, and return the seconds."""
+    """Write a state without anything that this library adds, and return the duration in seconds."""
     start = time.perf_counter()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, str(path))
     with path.open("rb") as file:
@@ -87,13 +87,13 @@ def save_by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path)
 
 
 class Folder:
-    """Gives out a path that is free, with what is to be written to the disk otherwise out of the way."""
+    """Provides unused paths, after all pending writes have reached the disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def free(self, name: str) -> Path:
-        """Return the path of a name, at which nothing is."""
+        """Return the path for a name, after deleting what was there."""
         path = self.path / name
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         os.sync()
@@ -104,7 +104,7 @@ class Folder:
 
 
 Candidates = dict[str, Callable[[], float]]
-"""What is timed in turn, by the row that it belongs to; by hand comes first, and has none."""
+"""The functions to time alternately, by row. The hand-written code comes first and has an empty key."""
 
 
 def saving(make: Make, folder: Folder) -> Candidates:
@@ -124,25 +124,25 @@ def saving(make: Make, folder: Folder) -> Candidates:
 
 
 class TimedSaving(SaveTrainingStateCallback):
-    """Notes when each step ended, and when the run could go on after it."""
+    """Records when each step ended, and when the run continued after it."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, save_every_n_steps=NUM_STEPS, save_at_end=False, in_background=True)
         self.ended: list[float] = []
-        self.went_on: list[float] = []
+        self.continued: list[float] = []
 
     def on_train_step_end(self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any) -> None:
-        """Save, and take the time."""
+        """Save, and record the times before and after."""
         self.ended.append(time.perf_counter())
         super().on_train_step_end(trainer, batch, batch_output, **kwargs)
-        self.went_on.append(time.perf_counter())
+        self.continued.append(time.perf_counter())
 
     def stall(self, step: int) -> float:
-        """Return how long the run stood still after a step."""
-        return self.went_on[step - 1] - self.ended[step - 1]
+        """Return how long the run was paused after a step, in seconds."""
+        return self.continued[step - 1] - self.ended[step - 1]
 
     def seconds(self, start: int, stop: int) -> float:
-        """Return how long it took from the end of a step to that of another."""
+        """Return the seconds from the end of one step to the end of another."""
         return self.ended[stop - 1] - self.ended[start - 1]
 
 
@@ -159,7 +159,7 @@ def stalling(make: Make, folder: Folder) -> Candidates:
         return last[0].stall(NUM_STEPS)
 
     def hold_up() -> float:
-        saved, half = 2 * NUM_STEPS, NUM_STEPS // 2  # the state is on the disk after half of the steps
+        saved, half = 2 * NUM_STEPS, NUM_STEPS // 2  # writing the state takes less than half of the steps
         with_saving = last[0].seconds(saved, saved + half - 1)
         return with_saving - last[0].seconds(saved + half, saved + 2 * half - 1)
 
@@ -172,12 +172,12 @@ def stalling(make: Make, folder: Folder) -> Candidates:
 
 
 class FirstStep(TrainerCallback):
-    """Notes when the first step ended."""
+    """Records when the first step ended."""
 
     end = 0.0
 
     def on_train_step_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Take the time."""
+        """Record the time."""
         self.end = self.end or time.perf_counter()
 
 
@@ -211,7 +211,7 @@ def resuming(make: Make, folder: Folder) -> Candidates:
 
 
 def interleaved(candidates: Candidates) -> dict[str, list[float]]:
-    """Time each candidate once per round, after a round that does not count."""
+    """Time each candidate once per round, after a warm-up round."""
     times: dict[str, list[float]] = {row: [] for row in candidates}
     for round_number in range(NUM_ROUNDS + 1):
         for row, run in candidates.items():
@@ -226,7 +226,7 @@ def figures_of(candidates: Candidates, suffix: str) -> list[Figure]:
     by_hand = times.pop("")
     figures = []
     for row, seconds in times.items():
-        ratio = statistics.median(own / base for own, base in zip(seconds, by_hand, strict=True))
+        ratio = statistics.median(ours / base for ours, base in zip(seconds, by_hand, strict=True))
         figures.append(Figure(row + suffix, ratio, statistics.median(seconds), statistics.median(by_hand)))
     return figures
 

@@ -1,4 +1,4 @@
-"""How the cost of a step grows with callbacks, metrics and parameter tensors, and that of a start with the data."""
+"""Measure how a step scales with callbacks, metrics and parameter tensors, and how a start scales with the data."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ NUM_REPEATS = 8
 
 
 class MetricsTrainer(Trainer):
-    """Returns many metrics from each step."""
+    """Returns several metrics from each step."""
 
     num_metrics = 0
 
     def calculate_train_batch_loss(self, batch: Any) -> Mapping[str, Any]:
-        """Add the metrics to what the trainer returns."""
+        """Add the metrics to the default output."""
         output = super().calculate_train_batch_loss(batch)
         value = output["loss"].detach()
         return {**output, "metrics": {f"metric_{number}": value for number in range(self.num_metrics)}}
 
 
 class StopClock(TrainerCallback):
-    """Notes when the first step starts."""
+    """Records when the first step starts."""
 
     def __init__(self) -> None:
         self.time = 0.0
 
     def on_train_step_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Note the time."""
+        """Record the time."""
         self.time = time.perf_counter()
 
 
@@ -63,7 +63,7 @@ def step_with_metrics(num_metrics: int) -> float:
 
 
 def start_over(num_samples: int) -> float:
-    """Return the seconds from the call to the first step."""
+    """Return the seconds from calling `train` to the first step."""
     model, clock = nn.Linear(1, 1), StopClock()
     trainer = Trainer(model, nn.MSELoss(), torch.optim.SGD(model.parameters()), callbacks=[clock])
     dataset = TensorDataset(torch.zeros(num_samples, 1), torch.zeros(num_samples, 1))
@@ -73,7 +73,7 @@ def start_over(num_samples: int) -> float:
 
 
 def start_by_hand(num_samples: int) -> float:
-    """Return the seconds to the first batch of a plain loader."""
+    """Return the seconds from creating a plain dataloader to its first batch."""
     dataset = TensorDataset(torch.zeros(num_samples, 1), torch.zeros(num_samples, 1))
     start = time.perf_counter()
     next(iter(DataLoader(dataset, 32, shuffle=True)))
@@ -81,7 +81,7 @@ def start_by_hand(num_samples: int) -> float:
 
 
 def growth(row: str, seconds_with: Callable[[int], float], numbers: tuple[int, ...]) -> list[Figure]:
-    """Return the microseconds that so many of something add to a step."""
+    """Return the microseconds added to a step, for each number of callbacks or metrics."""
     added = {
         number: added_seconds(partial(seconds_with, number), partial(seconds_with, 0), NUM_REPEATS)
         for number in numbers
@@ -90,13 +90,13 @@ def growth(row: str, seconds_with: Callable[[int], float], numbers: tuple[int, .
 
 
 def starts(row: str, seconds_with: Callable[[int], float]) -> list[Figure]:
-    """Return the milliseconds of the start with each number of samples."""
+    """Return the milliseconds until the first step or batch, for each number of samples."""
     medians = {number: statistics.median(seconds_with(number) for _ in range(3)) for number in NUM_SAMPLES}
     return [Figure(row, 1e3 * seconds, at=number) for number, seconds in medians.items()]
 
 
 def tensors(framework: str) -> list[Figure]:
-    """Return the ratios to the loop written by hand, by number of parameter tensors."""
+    """Return the ratios to the hand-written loop, by number of parameter tensors."""
     figures = []
     for num_layers in NUM_LAYERS:
         make_job = partial(Job, partial(make_deep_mlp, num_layers), make_dataset(32 * 25), num_epochs=3)

@@ -1,4 +1,4 @@
-"""How long importing takes over ``import torch``, and how long a script takes to its first update."""
+"""Measure the import time relative to ``import torch``, and the time from script start to the first update."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from measures import Figure, compare
 
 FOLDER = Path(__file__).parent.parent
 OWN_OPTIMIZERS = ("fastai", "keras", "skorch")
-"""Frameworks that do not step the optimizer of the job, whose first update is not noticed."""
+"""Frameworks that create their own optimizer, so their first update cannot be detected."""
 
 IMPORT = """
 import time
@@ -42,11 +42,11 @@ train(job)
 
 
 def time_script(script: str) -> float:
-    """Run a script in a fresh process, and return the seconds that it tells of itself."""
+    """Run a script in a fresh process, and return the seconds that it prints."""
     command = [sys.executable, "-c", script, str(time.time())]
     result = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
     if "seconds " not in result.stdout:
-        raise RuntimeError(result.stderr.strip().rpartition("\n")[2] or "The script ended without an update.")
+        raise RuntimeError(result.stderr.strip().rpartition("\n")[2] or "The script ended without making an update.")
     return float(result.stdout.rpartition("seconds ")[2].split()[0])
 
 

@@ -1,4 +1,4 @@
-"""Time per step, of an evaluation, and of a whole short run, over the loop written by hand in the same process."""
+"""Time a step, an evaluation and a short complete run, relative to the hand-written loop in the same process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from measures import Figure, Measurement, compare, do
 
 
 def step_of_training(make_job: Callable[[], Job]) -> Measurement:
-    """Measure a step, with its share of the end of an epoch and the start of the next."""
+    """Measure a step, including its fraction of the end of an epoch and the start of the next."""
 
     def measurement(framework: Any) -> float:
         job = make_job()
@@ -23,7 +23,7 @@ def step_of_training(make_job: Callable[[], Job]) -> Measurement:
 
 
 def step_of_evaluation(make_job: Callable[[], Job]) -> Measurement:
-    """Measure a step, with its share of the end of the evaluation."""
+    """Measure a step, including its fraction of the end of the evaluation."""
 
     def measurement(framework: Any) -> float:
         job = make_job()
@@ -33,7 +33,7 @@ def step_of_evaluation(make_job: Callable[[], Job]) -> Measurement:
 
 
 def whole_call(make_job: Callable[[], Job]) -> Measurement:
-    """Measure a training from the making of the trainer to the end."""
+    """Measure a training from creating the trainer to the end."""
     return lambda framework: float(do(make_job(), framework.train).call)
 
 
@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     measure: Callable[[Callable[[], Job]], Measurement]
     make_job: Callable[[], Job]
     num_pairs: int
-    """How often this library and the loop written by hand take turns; the others do a third of it."""
+    """Number of measurements of this library, alternating with the hand-written loop. Other frameworks get a third."""
 
 
 def mlp_job(num_steps: int = 200, num_epochs: int = 3, **kwargs: Any) -> Job:

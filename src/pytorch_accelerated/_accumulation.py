@@ -108,7 +108,7 @@ class AccumulationWindow:
         return None if _are_equal_numbers(total, expected) else expected / _at_least_one(total)
 
     def _size_at(self, step: int) -> int:
-        """Return how many batches the window that starts at a step will have, as far as is known."""
+        """Return the number of batches that the window starting at a step will have, unless the epoch ends sooner."""
         if self._num_batches_per_epoch is None or self._num_batches == 1:
             return self._num_batches
         return min(self._num_batches, self._num_batches_per_epoch - step)

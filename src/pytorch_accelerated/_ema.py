@@ -133,8 +133,8 @@ class ModelEma(nn.Module):
 
 
 def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    # Each once. This runs in every update, so it reads PyTorch's dictionaries: `parameters()` and `buffers()` also build
-    # names, which takes twice as long.
+    # Each once. Runs in every update, so it reads PyTorch's dictionaries: `parameters()` and `buffers()` take twice as
+    # long, because they also build names.
     members = (member for module in model.modules() for member in (module._parameters, module._buffers))  # noqa: SLF001
     return list(dict.fromkeys(t for member in members for t in member.values() if t is not None))
 

@@ -108,25 +108,3 @@ class PatienceCounter:
         """Forget the best value and the count."""
         self.best.reset()
         self.num_without_improvement = 0
-
-
-def forwarded(part: str, name: str, doc: str) -> Any:
-    """Return a property that reads and sets the attribute ``name`` of the attribute ``part``.
-
-    Example:
-        >>> class Saver:
-        ...     best_metric: float | None = forwarded("_best", "value", "The best value so far.")
-        ...
-        ...     def __init__(self):
-        ...         self._best = BestMetric(value=0.5)
-        >>> Saver().best_metric
-        0.5
-    """
-
-    def get(instance: object) -> Any:
-        return getattr(getattr(instance, part), name)
-
-    def set_(instance: object, value: Any) -> None:
-        setattr(getattr(instance, part), name, value)
-
-    return property(get, set_, doc=doc)

@@ -1,8 +1,14 @@
-"""Wrappers that pass attribute lookups on to the object they wrap."""
+"""Objects that pass attributes on to another object: all of them, or single ones."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Value = TypeVar("Value")
 
 
 def lookup_in_wrapped(wrapper: Any, wrapped_attribute: str, name: str) -> Any:
@@ -46,3 +52,43 @@ class Proxy:
 def unwrap(value: Any) -> Any:
     """Return the object that a proxy wraps; any other value is returned unchanged."""
     return getattr(value, value._wrapped_attribute) if isinstance(value, Proxy) else value  # noqa: SLF001 - same module
+
+
+class Forwarded(Generic[Value]):
+    """A read-only attribute that shows an attribute of a part of the object.
+
+    It is not a data descriptor: a subclass may use the name for an attribute of its own.
+
+    Args:
+        path: Where it is, seen from the object, such as ``"_engine.speed"``.
+
+    Example:
+        >>> class Car:
+        ...     is_electric = Forwarded[bool]("_engine.is_electric")
+        ...
+        ...     def __init__(self, engine):
+        ...         self._engine = engine
+        >>> from types import SimpleNamespace
+        >>> Car(SimpleNamespace(is_electric=True)).is_electric
+        True
+    """
+
+    def __init__(self, path: str) -> None:
+        part, _, self._name = path.rpartition(".")
+        self._get_part = attrgetter(part)
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(self, instance: object, owner: type) -> Value: ...
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else getattr(self._get_part(instance), self._name)
+
+
+class WritableForwarded(Forwarded[Value]):
+    """The same for an attribute that can be set: it is set in the part."""
+
+    def __set__(self, instance: object, value: Value) -> None:
+        setattr(self._get_part(instance), self._name, value)

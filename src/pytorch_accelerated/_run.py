@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 from pytorch_accelerated._accumulation import AccumulationWindow
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._data.loaders import reliable_num_batches_of
 from pytorch_accelerated._distributed.consensus import StopConsensus
 from pytorch_accelerated._loss_monitor import LossMonitor, describe_non_finite_loss
+from pytorch_accelerated._proxy import Forwarded, Value, WritableForwarded
 from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError
 from pytorch_accelerated.progress import TrainingProgress
@@ -20,13 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
-    from typing_extensions import Self
 
     from pytorch_accelerated._data.determinism import SeededLoader
     from pytorch_accelerated._distributed.accelerator import PreparedModel
     from pytorch_accelerated.run_config import TrainerRunConfig
-
-Value = TypeVar("Value")
 
 
 class DataPass:
@@ -282,30 +279,16 @@ class Run:
             self.end_together(RunInterruptedError(self.interrupt.signal_number))
 
 
-class RunAttribute(Generic[Value]):
+class RunAttribute(Forwarded[Value]):
     """A read-only attribute of the trainer that lives in its run.
-
-    It is not a data descriptor: a subclass of the trainer may use the name for something of its own.
 
     Args:
         path: Where it is in `Run`, such as ``"current_pass.loader"``.
     """
 
     def __init__(self, path: str) -> None:
-        self._owner_path, _, self._name = f"_loop_run.{path}".rpartition(".")
-
-    @overload
-    def __get__(self, trainer: None, trainer_class: type) -> Self: ...
-
-    @overload
-    def __get__(self, trainer: object, trainer_class: type) -> Value: ...
-
-    def __get__(self, trainer: Any, trainer_class: type) -> Any:
-        return self if trainer is None else getattr(attrgetter(self._owner_path)(trainer), self._name)
+        super().__init__(f"_loop_run.{path}")
 
 
-class WritableRunAttribute(RunAttribute[Value]):
-    """An attribute of the same kind that programs also set."""
-
-    def __set__(self, trainer: object, value: Value) -> None:
-        setattr(attrgetter(self._owner_path)(trainer), self._name, value)
+class WritableRunAttribute(RunAttribute[Value], WritableForwarded[Value]):
+    """The same for an attribute that programs also set."""

@@ -97,8 +97,8 @@ class InterruptFlag:
             except OSError as error:
                 del self._previous[number]
                 raise ValueError(
-                    f"No program can handle {_name_of(number)}, so a run cannot end gracefully on it. Expected a signal "
-                    "that a handler can catch, such as SIGTERM."
+                    f"No program can handle {_name_of(number)}, so a run cannot end gracefully on it. Expected a "
+                    "signal that a handler can catch, such as SIGTERM."
                 ) from error
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -23,8 +23,8 @@ def check_no_run(is_running: bool) -> None:
     """
     if is_running:
         raise RuntimeError(
-            "`train` was called during a run of this trainer, probably from a callback or a hook. Call it after the run, "
-            "or use another trainer. `evaluate` may be called during a run."
+            "`train` was called during a run of this trainer, probably from a callback or a hook. Call it after the "
+            "run, or use another trainer. `evaluate` may be called during a run."
         )
 
 
@@ -169,8 +169,8 @@ def check_reiterable(name: str, data: Any, num_epochs: int, max_num_train_steps:
     is_iterator = hasattr(data, "__next__") and not is_dataset(data)
     if is_iterator and num_epochs > 1 and max_num_train_steps is None:
         raise ValueError(
-            f"`{name}` is an iterator ({type(data).__name__}), exhausted after the first of {num_epochs} epochs. Pass an "
-            "object whose `__iter__` starts over, such as a list or an `IterableDataset`, or use "
+            f"`{name}` is an iterator ({type(data).__name__}), exhausted after the first of {num_epochs} epochs. Pass "
+            "an object whose `__iter__` starts over, such as a list or an `IterableDataset`, or use "
             "`num_epochs=1`."
         )
 

@@ -46,8 +46,12 @@ from pytorch_accelerated._distributed.consensus import StopConsensus
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._loop import TrainingLoop
 from pytorch_accelerated._run import Run
-from pytorch_accelerated.callbacks import CallbackHandler, LimitBatchesCallback, get_default_callbacks
-from pytorch_accelerated.callbacks.saving import only_save_dir
+from pytorch_accelerated.callbacks import (
+    CallbackHandler,
+    LimitBatchesCallback,
+    SaveTrainingStateCallback,
+    get_default_callbacks,
+)
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
 from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
@@ -484,9 +488,10 @@ class Trainer(TrainingLoop):
         self, resume_from: str | os.PathLike[str] | bool | None, allow_other_num_processes: bool
     ) -> SavedState | None:
         """Return the state that the run continues from; ``None`` if it starts from scratch."""
+        callbacks = self.callback_handler.callbacks
         return resume.find_state_to_resume(
             resume_from,
-            lambda: only_save_dir(self.callback_handler.callbacks),
+            {callback.save_dir for callback in callbacks if isinstance(callback, SaveTrainingStateCallback)},
             is_main=self._accelerator.is_main_process,
             num_processes=int(self._accelerator.num_processes),
             allow_other_num_processes=allow_other_num_processes,
@@ -668,6 +673,9 @@ def _clear_gradients(model: Any, optimizer: Any) -> None:
 
 class TrainerWithTimmScheduler(Trainer):
     """A `Trainer` for the schedulers of timm, which take the number of updates, and of epochs, done so far."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # the signature that subclasses were written for
+        super().__init__(*args, **kwargs)
 
     @property
     def num_updates(self) -> int:

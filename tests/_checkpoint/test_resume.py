@@ -31,7 +31,7 @@ def find(resume_from, folder=None, num_processes=1, allow_other_num_processes=Fa
     printed = []
     saved = resume.find_state_to_resume(
         resume_from,
-        lambda: folder,
+        set() if folder is None else {folder},
         is_main=True,
         num_processes=num_processes,
         allow_other_num_processes=allow_other_num_processes,
@@ -40,6 +40,14 @@ def find(resume_from, folder=None, num_processes=1, allow_other_num_processes=Fa
     if folder is not None:
         release_folder(folder)
     return saved, printed
+
+
+@pytest.mark.parametrize("folders", [set(), {Path("a"), Path("b")}])
+def test_the_newest_state_needs_exactly_one_folder_to_look_in(folders):
+    with pytest.raises(ValueError, match=rf"there are {len(folders)} folders to look in.*`SaveTrainingStateCallback`"):
+        resume.find_state_to_resume(
+            "latest", folders, is_main=True, num_processes=1, allow_other_num_processes=False, print_fn=print
+        )
 
 
 @pytest.mark.parametrize("resume_from", [None, False])

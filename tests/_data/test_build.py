@@ -136,6 +136,7 @@ def test_batches_are_not_sharded_by_one_process_or_if_accelerate_does_it(placeme
 
 def test_if_drop_last_leaves_no_step_every_rank_takes_every_batch():
     loader = rebuild_loader(DataLoader(DATASET, batch_size=8, drop_last=True), RANK_1_OF_2).loader
+    assert type(loader.batch_sampler) is BatchSampler
     assert list(loader.batch_sampler) == [list(range(8))]
 
 

@@ -12,6 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch.utils.data import DataLoader
 
 from _support import Batches, Samples, SizedBatches, make_dataset, make_model, run_python
+from pytorch_accelerated._data.build import Placement, rebuild_loader
 from pytorch_accelerated._data.loaders import PlacedBatches
 from pytorch_accelerated._distributed import accelerator as accelerator_module
 from pytorch_accelerated._distributed.accelerator import (
@@ -20,10 +21,12 @@ from pytorch_accelerated._distributed.accelerator import (
     create_accelerator,
     disable_loss_scaling,
     is_sharded,
+    placement_of,
     prepare,
     release,
     skip_batches,
 )
+from pytorch_accelerated._distributed.fast_path import FastPathLoader
 
 
 @pytest.fixture
@@ -200,6 +203,65 @@ def test_prepare_returns_each_object_in_its_place(accelerator):
 def test_prepare_returns_none_for_a_missing_object(accelerator, eval_dl):
     model = make_model()
     assert prepare(accelerator, model, None, None, eval_dl) == (model, None, None, eval_dl)
+
+
+def test_a_rebuilt_loader_is_prepared_as_it_is_also_a_second_time(accelerator):
+    loader = rebuild_loader(DataLoader(Samples(make_dataset(4))), placement_of(accelerator)).loader
+    assert type(loader) is FastPathLoader
+    for _ in range(2):
+        _, _, train_dl, eval_dl = prepare(accelerator, make_model(), None, loader, loader)
+        assert train_dl is loader
+        assert eval_dl is loader
+    assert accelerator._dataloaders == [loader]
+
+
+def test_a_loader_that_replaces_the_rebuilt_one_is_sharded_on_activation():
+    """A subclass of the trainer may put it there before it lets the trainer prepare."""
+    placement = Placement(1, 2, create_loader=FastPathLoader)
+    loader = accelerator_module._activate(DataLoader(make_dataset(12), batch_size=4), placement)
+    assert type(loader) is FastPathLoader
+    assert list(loader.batch_sampler) == [[4, 5, 6, 7], [10, 11]]
+    assert accelerator_module._activate(loader, placement) is loader, "it would be sharded twice"
+
+
+def make_placed(**changes):
+    settings = {
+        "distributed_type": DistributedType.MULTI_CPU,
+        "process_index": 1,
+        "num_processes": 2,
+        "device": torch.device("meta"),
+        "device_placement": True,
+        "split_batches": False,
+        "dispatch_batches": None,
+        "use_stateful_dataloader": False,
+    }
+    return SimpleNamespace(**settings | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"distributed_type": DistributedType.DEEPSPEED},
+        {"distributed_type": DistributedType.MEGATRON_LM},
+        {"distributed_type": DistributedType.XLA},
+        {"parallelism_config": object()},
+        {"split_batches": True},
+        {"dispatch_batches": True},
+        {"use_stateful_dataloader": True},
+    ],
+    ids=str,
+)
+def test_sharding_is_left_to_accelerate_if_its_settings_demand_another_one(changes):
+    assert placement_of(make_placed()).create_loader is not None
+    assert placement_of(make_placed(**changes)).create_loader is None
+
+
+def test_the_placement_has_the_ranks_and_the_device_of_the_accelerator():
+    placement = placement_of(make_placed())
+    assert (placement.process_index, placement.num_processes, placement.num_batches_per_step) == (1, 2, 2)
+    assert placement_of(make_placed(split_batches=True)).num_batches_per_step == 1
+    assert placement.create_loader(make_dataset(4)).device == torch.device("meta")
+    assert placement_of(make_placed(device_placement=False)).create_loader(make_dataset(4)).device is None
 
 
 def test_batches_of_an_iterable_are_moved_to_a_device():

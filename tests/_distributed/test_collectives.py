@@ -74,3 +74,10 @@ def test_gather_uneven_keeps_the_structure():
 def test_gather_uneven_refuses_what_is_not_a_tensor(value):
     with pytest.raises(TypeError, match=r"A (str|int|NoneType) cannot be gathered\. Expected a tensor.*gather_object"):
         collectives.gather_uneven(value)
+
+
+def test_padding_is_removed_from_rows_and_vectors():
+    assert collectives.remove_padding(torch.tensor([3, -1, 4, -1]), -1).tolist() == [3, 4]
+    rows = torch.tensor([[1, -1], [-1, -1], [-1, 2]])
+    assert collectives.remove_padding(rows, -1).tolist() == [[1, -1], [-1, 2]]
+    assert collectives.remove_padding(torch.full((2, 2, 2), -1.0), -1).shape == (0, 2, 2)

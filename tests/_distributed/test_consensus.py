@@ -321,7 +321,7 @@ def created(monkeypatch):
 def allows_skipping(created):
     """Returns whether a run lets exchanges be skipped, as of the end of its epoch."""
 
-    def run(trainer, dataset=None, **kwargs):
+    def run(trainer, dataset=16, **kwargs):
         answers = []
         probe = Probe(on_train_epoch_end=lambda trainer: answers.append(created[-1]._can_skip_exchange()))
         trainer.callback_handler.add_callback(probe)

@@ -308,8 +308,18 @@ def test_a_wrapped_optimizer_can_be_copied_and_pickled(accelerator, optimizer):
 # --- the loader --------------------------------------------------------------------------------------------------
 
 
-def test_a_loader_tells_accelerate_where_it_stands(accelerator):
-    loader = FastPathLoader(make_dataset(10), device=torch.device("cpu"), batch_size=4)
+def active_loader(dataset, device=None, **kwargs):
+    loader = FastPathLoader(dataset, device=device, **kwargs)
+    loader.activate()
+    return loader
+
+
+def as_lists(batches):
+    return [[tensor.tolist() for tensor in batch] for batch in batches]
+
+
+def test_a_loader_tells_accelerate_that_it_is_active_and_when_its_last_batch_comes(accelerator):
+    loader = active_loader(make_dataset(10), batch_size=4)
     assert isinstance(loader, DataLoader)
     seen = [
         (accelerator.gradient_state.active_dataloader is loader, accelerator.gradient_state.end_of_dataloader)
@@ -318,25 +328,31 @@ def test_a_loader_tells_accelerate_where_it_stands(accelerator):
     assert seen == [(True, False), (True, False), (True, True)]
     assert accelerator.gradient_state.active_dataloader is None
     assert loader.iteration == 1
-    next(iter(loader))  # left in the midst
+    next(iter(loader))  # an iteration that is not finished
     assert accelerator.gradient_state.active_dataloader is None
 
 
-def test_batches_go_to_a_device_that_is_not_the_host():
-    loader = FastPathLoader(make_dataset(6), device=torch.device("meta"), batch_size=4)
+def test_a_loader_that_is_not_active_yields_what_a_plain_one_does(accelerator):
+    loader = FastPathLoader(make_dataset(10), device=torch.device("meta"), batch_size=4)
+    assert as_lists(loader) == as_lists(DataLoader(make_dataset(10), batch_size=4))
+    assert accelerator.gradient_state.active_dataloader is None
+
+
+def test_batches_are_moved_to_a_device():
+    loader = active_loader(make_dataset(6), device=torch.device("meta"), batch_size=4)
     assert [[tensor.device.type for tensor in batch] for batch in loader] == [["meta", "meta"]] * 2
 
 
-def test_batches_stay_where_they_are_if_nothing_is_to_be_placed():
+def test_batches_stay_on_their_device_without_device_placement():
     dataset = TensorDataset(torch.ones(4, 1, device="meta"))
-    loader = FastPathLoader(dataset, device=None, batch_size=2, collate_fn=lambda samples: samples)
+    loader = active_loader(dataset, batch_size=2, collate_fn=lambda samples: samples)
     assert {sample[0].device.type for batch in loader for sample in batch} == {"meta"}
 
 
 def test_one_batch_is_fetched_ahead():
     fetched = []
 
-    class Watched(torch.utils.data.Dataset):
+    class Recorded(torch.utils.data.Dataset):
         def __len__(self):
             return 3
 
@@ -344,7 +360,7 @@ def test_one_batch_is_fetched_ahead():
             fetched.append(index)
             return index
 
-    batches = iter(FastPathLoader(Watched(), device=None, batch_size=1))
+    batches = iter(active_loader(Recorded(), batch_size=1))
     next(batches)
     assert fetched == [0, 1]
 
@@ -352,51 +368,56 @@ def test_one_batch_is_fetched_ahead():
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("kwargs", [{"batch_size": 4}, {"batch_size": 4, "drop_last": True}, {"batch_size": None}])
-def test_batches_are_those_of_pytorch_and_counted_as_it_does(monkeypatch, num_workers, kwargs):
-    iterators = []
-    without_ranges = fast_path._without_ranges
-    monkeypatch.setattr(
-        fast_path, "_without_ranges", lambda iterator: without_ranges(iterators.append(iterator) or iterator)
-    )
-    plain = DataLoader(Samples(make_dataset(10)), num_workers=num_workers, **kwargs)
-    expected = list(plain)
-    batches = list(fast_path._batches_of(plain))
-    assert [[tensor.tolist() for tensor in batch] for batch in batches] == [
-        [tensor.tolist() for tensor in batch] for batch in expected
-    ]
-    assert iterators[0]._num_yielded == len(expected)
+def test_batches_are_those_of_a_plain_loader(num_workers, kwargs):
+    dataset = Samples(make_dataset(10))
+    batches = as_lists(active_loader(dataset, num_workers=num_workers, **kwargs))
+    assert batches == as_lists(DataLoader(dataset, **kwargs))
+
+
+@pytest.mark.parametrize("is_active", [False, True])
+def test_the_first_batches_are_skipped_without_loading_them(is_active):
+    loaded = []
+
+    class Recorded(Samples):
+        def __getitem__(self, index):
+            loaded.append(index)
+            return super().__getitem__(index)
+
+    loader = FastPathLoader(Recorded(make_dataset(10)), device=torch.device("meta"), batch_size=4)
+    if is_active:
+        loader.activate()
+    rest = loader.skip_first(2)
+    assert [batch[0].device.type for batch in rest] == ["meta" if is_active else "cpu"]
+    assert loaded == [8, 9]
+    assert len(rest) == 1
 
 
 def test_a_profiler_sees_the_ranges_of_a_loader():
-    loader = FastPathLoader(Samples(make_dataset(10)), device=torch.device("cpu"), batch_size=4)
+    loader = active_loader(Samples(make_dataset(10)), batch_size=4)
     with torch.profiler.profile() as profiler:
         list(loader)
     ranges = [event.name for event in profiler.events() if event.name.startswith("enumerate(DataLoader)")]
     assert len(ranges) == 3 + 1
 
 
-def test_a_loader_with_an_iterator_of_its_own_keeps_it():
+def test_the_iteration_of_a_custom_loader_is_used():
     calls = []
 
-    class OwnIterator(torch.utils.data.dataloader._SingleProcessDataLoaderIter):
-        def __next__(self):
-            calls.append("next")
-            return super().__next__()
+    class Custom(DataLoader):
+        def __iter__(self):
+            calls.append("iter")
+            return super().__iter__()
 
-    class Own(DataLoader):
-        def _get_iterator(self):
-            return OwnIterator(self)
-
-    assert len(list(fast_path._batches_of(Own(make_dataset(8), batch_size=4)))) == 2
-    assert calls == ["next"] * 3
+    assert len(list(fast_path._batches_of(Custom(make_dataset(8), batch_size=4)))) == 2
+    assert calls == ["iter"]
 
 
-def test_a_stream_that_is_longer_than_it_said_is_reported():
+def test_a_stream_that_is_longer_than_its_length_is_reported():
     class Longer(Stream):
         def __len__(self):
             return 1
 
-    loader = DataLoader(Longer(make_dataset(4)), batch_size=1)
+    loader = active_loader(Longer(make_dataset(4)), batch_size=1)
     assert len(loader) == 1
     with pytest.warns(UserWarning, match="Length of IterableDataset"):
-        list(fast_path._batches_of(loader))
+        list(loader)

@@ -81,7 +81,7 @@ def test_shipped_callbacks_can_be_copied_and_pickled(callback, name):
     assert vars(other) == vars(callback)
 
 
-def test_a_callback_has_no_attributes_beyond_its_events():
+def test_an_unknown_attribute_of_a_callback_is_an_attribute_error():
     callback = Counter([])
     assert hasattr(callback, "on_train_epoch_end")
     assert hasattr(callback, "on_eval_epoch_end"), "inherited"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_accelerated
+from pytorch_accelerated._proxy import Forwarded
 
 SURFACE = Path(__file__).with_name("surface.json")
 
@@ -69,7 +70,7 @@ def describe_class(cls: type) -> dict[str, Any]:
     if "__init__" in members:
         description["init"] = arguments_of(members["__init__"])
     public = {name: value for name, value in sorted(members.items()) if not name.startswith("_")}
-    description["properties"] = [name for name, value in public.items() if isinstance(value, property)]
+    description["properties"] = [name for name, value in public.items() if isinstance(value, (property, Forwarded))]
     methods = {name: getattr(value, "__func__", value) for name, value in public.items()}
     description["methods"] = {name: arguments_of(value) for name, value in methods.items() if inspect.isfunction(value)}
     return description

@@ -1,4 +1,4 @@
-"""The private names that subclasses and tools use, with the way each is called (design, section 4).
+"""The private names that subclasses and tools use, and how each is called or set.
 
 They are not documented for users, but programs written for 0.1.61 override, read and replace them.
 """
@@ -39,19 +39,6 @@ METHODS = {
     "_check_eval_batch_size": ("self", "subclasses demand more, or less, of the loader"),
 }
 
-ATTRIBUTES = {
-    "_accelerator": "read for `num_processes`, `process_index`, `unwrap_model`, from construction on",
-    "_train_dataloader": "read for its length; replaced to limit batches",
-    "_eval_dataloader": "likewise",
-    "_train_dl_kwargs": "read for the batch size",
-    "_eval_dl_kwargs": "read for the batch size",
-    "_loss_tracker": "read for the running loss; replaced by trackers of another kind",
-    "callback_handler": "read and replaced",
-    "run_history": "read and replaced",
-    "run_config": "read during and after a run, and set by tests",
-    "scheduler": "read and set",
-}
-
 
 def arguments_of(function):
     parameters = inspect.signature(function).parameters.values()
@@ -71,19 +58,121 @@ def test_a_seam_keeps_its_arguments(name):
     assert arguments_of(getattr(Trainer, name)) == METHODS[name][0]
 
 
-@pytest.mark.parametrize("name", ATTRIBUTES)
-def test_an_attribute_is_there_from_construction_and_can_be_set(name):
-    trainer = make_trainer()
-    value = getattr(trainer, name)
-    setattr(trainer, name, value)
-    assert getattr(trainer, name) is value
-
-
 @pytest.mark.parametrize("name", ["_set_epoch", "_increment_epoch"])
 def test_a_run_history_has_the_methods_that_the_loop_calls(name):
     history = InMemoryRunHistory()
     getattr(history, name)(*([7] if name == "_set_epoch" else []))
     assert history.current_epoch == (7 if name == "_set_epoch" else 2)
+
+
+# --- attributes --------------------------------------------------------------------------------------------------
+
+
+def at(event, function):
+    """A trainer that calls a function of the trainer at an event, and a recorder of its events."""
+    recorder = EventRecorder()
+    return make_trainer(callbacks=[Probe(**{event: lambda trainer, **kwargs: function(trainer)}), recorder]), recorder
+
+
+def test_the_accelerator_is_there_from_construction_on_and_the_one_that_was_set_is_used():
+    trainer = make_trainer()
+    assert (trainer._accelerator.num_processes, trainer._accelerator.process_index) == (1, 0)
+
+    class Silent(Accelerator):
+        def print(self, *args, **kwargs):
+            raise AssertionError(args)
+
+    trainer._accelerator = Silent()
+    train(trainer)
+    with pytest.raises(AssertionError, match="hello"):
+        trainer.print("hello")
+
+
+def test_the_loaders_in_a_run_are_those_that_are_iterated():
+    seen = []
+    trainer, recorder = at(
+        "on_training_run_start",
+        lambda trainer: seen.extend([len(trainer._train_dataloader), len(trainer._eval_dataloader)]),
+    )
+    train(trainer, num_samples=12, eval_dataset=make_dataset(20))
+    assert seen == [recorder.log.count("on_train_step_end"), recorder.log.count("on_eval_step_end")] == [3, 5]
+
+
+def test_the_loaders_that_are_set_in_a_run_are_iterated():
+    def limit(trainer):
+        trainer._train_dataloader = list(trainer._train_dataloader)[:2]
+        trainer._eval_dataloader = list(trainer._eval_dataloader)[:1]
+
+    trainer, recorder = at("on_training_run_start", limit)
+    train(trainer, num_samples=12, eval_dataset=make_dataset(20))
+    assert (recorder.log.count("on_train_step_end"), recorder.log.count("on_eval_step_end")) == (2, 1)
+
+
+def test_the_arguments_of_the_loaders_are_there_in_a_run():
+    seen = []
+    trainer, _ = at(
+        "on_training_run_start", lambda trainer: seen.extend([trainer._train_dl_kwargs, trainer._eval_dl_kwargs])
+    )
+    train(trainer, eval_dataset=make_dataset(4), train_dataloader_kwargs={"batch_size": 2})
+    assert [kwargs["batch_size"] for kwargs in seen] == [2, 4]
+
+
+def test_the_arguments_that_a_method_sets_for_its_loader_tell_the_batch_size():
+    def create_train_dataloader(self, batch_size, train_dl_kwargs=None):
+        self._train_dl_kwargs = {"batch_size": 3}
+        return DataLoader(self.train_dataset, batch_size=3)
+
+    trainer = make_trainer(cls=subclass(create_train_dataloader=create_train_dataloader))
+    train(trainer)
+    assert trainer.run_config.train_per_device_batch_size == 3
+    assert trainer.run_config.train_dl_kwargs == {"batch_size": 3}
+
+
+def test_the_loss_tracker_tells_the_running_loss_of_the_epoch():
+    running = []
+    trainer = make_trainer(
+        callbacks=[Probe(on_train_step_end=lambda trainer, **kwargs: running.append(trainer._loss_tracker.average))]
+    )
+    train(trainer)
+    assert running[-1] == trainer.run_history.get_latest_metric("train_loss_epoch") != running[0]
+
+
+def test_a_callback_handler_that_is_set_gets_the_events():
+    trainer, recorder = make_trainer(), EventRecorder()
+    trainer.callback_handler = CallbackHandler([recorder])
+    train(trainer)
+    assert recorder.log[-1] == "on_training_run_end"
+
+
+def test_a_run_history_that_is_set_gets_the_metrics():
+    trainer, history = make_trainer(), InMemoryRunHistory()
+    trainer.run_history = history
+    train(trainer)
+    assert history.get_metric_names() == {"train_loss_epoch"}
+
+
+def test_a_run_config_that_is_set_in_a_run_is_used():
+    def freeze(trainer):
+        trainer.run_config = TrainerRunConfig(**{**trainer.run_config.to_dict(), "gradient_clip_value": 0.0})
+
+    trainer, _ = at("on_training_run_start", freeze)
+    before = trainer.model.weight.clone()
+    train(trainer)
+    assert trainer.run_config.gradient_clip_value == 0.0
+    assert torch.equal(trainer.model.weight, before)  # all gradients were clipped to zero
+
+
+def test_a_scheduler_that_is_set_in_a_run_is_stepped():
+    class Scheduler:
+        num_steps = 0
+
+        def step(self):
+            self.num_steps += 1
+
+    scheduler = Scheduler()
+    trainer, _ = at("on_training_run_start", lambda trainer: setattr(trainer, "scheduler", scheduler))
+    train(trainer)
+    assert scheduler.num_steps == 2
 
 
 # --- loaders -----------------------------------------------------------------------------------------------------
@@ -148,15 +237,6 @@ def test_the_default_arguments_of_loaders_can_be_overridden():
     trainer.callback_handler.add_callback(probe)
     train(trainer, num_samples=10, eval_dataset=make_dataset(7))
     assert num_batches == [2, 1]
-
-
-def test_a_callback_may_replace_the_loaders_at_the_start_of_a_run():
-    def limit(trainer, **kwargs):
-        trainer._train_dataloader = list(trainer._train_dataloader)[:1]
-
-    recorder = EventRecorder()
-    train(make_trainer(callbacks=[Probe(on_training_run_start=limit), recorder]), num_epochs=2)
-    assert recorder.log.count("on_train_step_end") == 2
 
 
 # --- making the parts --------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 import _runs
 from _processes import run_cases
 from _saved import bytes_in, make_state_trainer, names_in, rewrite_manifest
-from _support import Probe, make_dataset, make_indexed_dataset, make_model, make_trainer, weights_of
+from _support import Probe, make_indexed_dataset, make_model, make_trainer, weights_of
 from _support import train as train_for_one_epoch
 from pytorch_accelerated._checkpoint.manifest import read_manifest
 from pytorch_accelerated._distributed import collectives
@@ -124,7 +124,7 @@ def case_more_processes_resume_at_the_last_complete_step(rank: int, directory: P
 # --- the folder --------------------------------------------------------------------------------------------------
 
 
-train = functools.partial(train_for_one_epoch, dataset=make_dataset(24), num_epochs=2)
+train = functools.partial(train_for_one_epoch, dataset=24, num_epochs=2)
 
 
 def make_saving_trainer(folder: Path, callbacks: Any = (), **settings: Any) -> Any:

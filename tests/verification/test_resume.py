@@ -1,11 +1,10 @@
-"""`verify_resume`: what passes, what fails and why, what it leaves alone, and what it refuses."""
+"""`verify_resume`: what passes, what fails and for which cause, what it does not change, and what it rejects."""
 
 from __future__ import annotations
 
 import itertools
 import random
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +28,8 @@ class Dropout(nn.Sequential):
 
 
 def trainer_of(make_model=Dropout, loss_func=nn.functional.mse_loss, optimizer_class=torch.optim.AdamW, callbacks=()):
+    """Return a function that creates a new trainer on each call."""
+
     def make_trainer():
         model = make_model()
         return Trainer(model, loss_func, optimizer_class(model.parameters(), lr=0.01), callbacks=callbacks)
@@ -41,7 +42,7 @@ def verify(make_trainer, dataset=DATASET, **kwargs):
 
 
 def found(report):
-    """The kind and the name of the difference; the report can be printed."""
+    """Return kind and name of the difference, which the report contains."""
     assert not report.is_exact
     with pytest.raises(AssertionError, match="Likely cause"):
         report.raise_if_different()
@@ -53,7 +54,7 @@ def found(report):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_augmentation_schedule_accumulation_average_and_early_stopping(tmp_path, num_workers):
+def test_a_run_with_augmentation_schedule_accumulation_ema_and_early_stopping_is_exact(tmp_path, num_workers):
     def make_trainer():
         average = ModelEmaCallback(save_path=tmp_path / "average.pt")
         return trainer_of(_runs.Net, callbacks=[average, EarlyStoppingCallback(9)])()
@@ -72,34 +73,38 @@ def test_augmentation_schedule_accumulation_average_and_early_stopping(tmp_path,
     )
     report.raise_if_different()
     assert str(report) == (
-        "Resumed runs end as the uninterrupted one, bit by bit.\n12 steps, interrupted and resumed after step 3, 6, 8."
+        "Resumed runs end like the uninterrupted one, bit by bit.\n"
+        "12 steps, interrupted and resumed after steps 3, 6, 8."
     )
 
 
-def test_stops_can_be_chosen_and_one_epoch_be_enough():
+def test_given_stops_are_used_and_the_defaults_lie_within_the_epochs():
     assert verify(trainer_of(), stops=[2, 5]).stops == (2, 5)
     assert verify(trainer_of(), num_epochs=1).stops == (3, 6)
 
 
-def test_a_stream_without_length(tmp_path):
-    report = verify(trainer_of(), Stream(DATASET), stops=[2, 6, 7])
-    assert report.is_exact
+def test_a_single_stop_is_reported_in_the_singular():
+    assert str(verify(trainer_of(), stops=[2])).endswith("interrupted and resumed after step 2.")
 
 
-def test_the_random_state_is_left_alone_and_so_are_files():
+def test_a_stream_without_length_is_exact():
+    assert verify(trainer_of(), Stream(DATASET), stops=[2, 6, 7]).is_exact
+
+
+def test_the_rng_state_is_restored_and_the_saved_states_are_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     states = torch.get_rng_state(), str(np.random.get_state()), random.getstate()
-    folders = set(Path(tempfile.gettempdir()).glob("verify_resume_*"))
     verify(trainer_of())
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (str(np.random.get_state()), random.getstate()) == states[1:]
-    assert set(Path(tempfile.gettempdir()).glob("verify_resume_*")) <= folders
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- what fails --------------------------------------------------------------------------------------------------
 
 
 class OwnGenerator(_runs.NoisySamples):
-    """Augments by a generator that nobody seeds."""
+    """Augments with its own generator, which is never seeded."""
 
     def __init__(self):
         super().__init__()
@@ -110,15 +115,15 @@ class OwnGenerator(_runs.NoisySamples):
         return inputs + float(self.generator.normal()), targets
 
 
-def test_a_generator_of_the_datasets_own_is_named():
+def test_a_generator_that_belongs_to_the_dataset_is_reported_as_the_batch():
     report = verify(trainer_of(_runs.Net), OwnGenerator())
     assert found(report) == ("batch", "the batch")
-    assert "even without an interruption the run is not the same twice" in report.likely_cause
-    assert "a generator of the dataset's own is not" in report.likely_cause
+    assert "the run is not reproducible even without an interruption" in report.likely_cause
+    assert "a generator that the dataset creates for itself is not" in report.likely_cause
     assert "resumed after step 3, in step 4, rank 0: the batch." in str(report)
 
 
-def test_a_stream_that_goes_on_elsewhere_is_named():
+def test_a_stream_that_resumes_at_another_position_is_reported_as_the_batch():
     class Endless(IterableDataset):
         def __init__(self):
             self.numbers = itertools.count()
@@ -131,8 +136,8 @@ def test_a_stream_that_goes_on_elsewhere_is_named():
     assert found(report) == ("batch", "the batch")
 
 
-class Remembers(nn.Module):
-    """Its output depends on the calls before, which are in no buffer."""
+class CountsCalls(nn.Module):
+    """Its output depends on the number of earlier calls, which is not a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -144,27 +149,27 @@ class Remembers(nn.Module):
         return self.layer(inputs) + self.seen
 
 
-def test_a_tensor_that_is_no_buffer_is_named():
-    report = verify(trainer_of(Remembers))
+def test_a_tensor_that_is_not_a_buffer_is_reported_as_the_loss():
+    report = verify(trainer_of(CountsCalls))
     assert found(report) == ("loss", "the loss")
-    assert "no buffer (`register_buffer`)" in report.likely_cause
-    assert "even without" not in report.likely_cause
+    assert "not a buffer (use `register_buffer`)" in report.likely_cause
+    assert "not reproducible" not in report.likely_cause
 
 
-class Forgetful(torch.optim.AdamW):
+class LosesMomentum(torch.optim.AdamW):
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         for state in self.state.values():
             state["exp_avg"].zero_()
 
 
-def test_a_field_of_the_optimizer_is_named():
-    report = verify(trainer_of(optimizer_class=Forgetful))
+def test_an_optimizer_that_does_not_restore_its_state_is_reported_with_the_field():
+    report = verify(trainer_of(optimizer_class=LosesMomentum))
     assert found(report) == ("optimizer", "`exp_avg` of the optimizer for `0.weight`")
     assert "right after the resume" in str(report)
 
 
-class LosesExtraState(nn.Linear):
+class ZeroedOnLoad(nn.Linear):
     def get_extra_state(self):
         return torch.ones(2)
 
@@ -172,8 +177,8 @@ class LosesExtraState(nn.Linear):
         self.weight.data.zero_()
 
 
-def test_a_parameter_is_named():
-    assert found(verify(trainer_of(lambda: LosesExtraState(3, 1)))) == ("model", "`weight` of the model")
+def test_a_model_that_does_not_restore_a_parameter_is_reported_with_its_name():
+    assert found(verify(trainer_of(lambda: ZeroedOnLoad(3, 1)))) == ("model", "`weight` of the model")
 
 
 class StuckScheduler(torch.optim.lr_scheduler.StepLR):
@@ -181,7 +186,7 @@ class StuckScheduler(torch.optim.lr_scheduler.StepLR):
         super().load_state_dict({**state_dict, "last_epoch": 0})
 
 
-def test_a_scheduler_is_named():
+def test_a_scheduler_that_does_not_restore_its_state_is_reported():
     report = verify(trainer_of(), create_scheduler_fn=lambda optimizer: StuckScheduler(optimizer, 1))
     assert found(report) == ("scheduler", "the scheduler")
 
@@ -206,7 +211,7 @@ class BadlyRestored(Counts):
         self.count = state_dict["count"] * self.factor
 
 
-def test_a_callback_and_a_metric_are_named():
+def test_callbacks_that_lose_their_state_are_reported_as_a_metric_or_by_name():
     report = verify(lambda: trainer_of(callbacks=[Counts(1)])())
     assert found(report) == ("history", "the metric 'count'")
     report = verify(lambda: trainer_of(callbacks=[BadlyRestored(2)])())
@@ -214,23 +219,22 @@ def test_a_callback_and_a_metric_are_named():
     assert verify(lambda: trainer_of(callbacks=[BadlyRestored(1)])()).is_exact
 
 
-def test_a_random_state_from_elsewhere_is_named():
+def test_a_callback_that_seeds_a_generator_is_reported_as_the_rng_state():
     seeds = itertools.count()
     probe = Probe(on_train_epoch_start=lambda trainer, **_: np.random.seed(next(seeds)))
-    assert found(verify(trainer_of(callbacks=[probe]))) == ("random state", "the random state of numpy")
+    assert found(verify(trainer_of(callbacks=[probe]))) == ("random state", "the RNG state of numpy")
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- what is rejected --------------------------------------------------------------------------------------------
 
 
-def test_bad_arguments_are_refused():
-    with pytest.raises(TypeError, match="`make_trainer` is a Trainer"):
-        verify(trainer_of()())
-    with pytest.raises(TypeError, match="`make_trainer` returned a int"):
-        verify(lambda: 3)
+def test_stops_outside_of_the_run_are_rejected():
     with pytest.raises(ValueError, match="`stops` is 0"):
         verify(trainer_of(), stops=[0])
     with pytest.raises(ValueError, match=r"`stops` has \[13\], but the run has 12 steps"):
         verify(trainer_of(), stops=[3, 13])
-    with pytest.raises(ValueError, match=r"no length\. Give the `stops`"):
+
+
+def test_data_without_length_needs_stops():
+    with pytest.raises(ValueError, match=r"no length\. Expected `stops`"):
         verify(trainer_of(), Stream(DATASET))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def find_state_to_resume(
     resume_from: str | os.PathLike[str] | bool | None,
-    find_folder: Callable[[], Path],
+    folders: Collection[Path],
     *,
     is_main: bool,
     num_processes: int,
@@ -44,7 +44,7 @@ def find_state_to_resume(
 
     Args:
         resume_from: A directory, ``"latest"`` or ``True`` for the newest state, ``None`` or ``False`` for none.
-        find_folder: Returns the folder in which to look for the newest state. Called only if that is requested.
+        folders: Where the run saves its states. To find the newest one there must be exactly one such folder.
         is_main: Whether this is the main process.
         num_processes: The world size.
         allow_other_num_processes: Whether a different number of processes may have saved the state.
@@ -52,6 +52,7 @@ def find_state_to_resume(
 
     Raises:
         FileNotFoundError: There is no such directory.
+        ValueError: The newest state is requested, and the run saves its states in no folder, or in several.
         CheckpointError: The state is damaged, a different number of processes saved it, or another run has locked the
             folder.
     """
@@ -59,7 +60,7 @@ def find_state_to_resume(
         return None
     if resume_from is not True and resume_from != "latest":  # `Path("latest")` is not equal to it: a directory
         return open_state(resume_from, is_main, num_processes, allow_other_num_processes)
-    folder = find_folder()
+    folder = _only(folders)
     saved, skipped = run_on_main(lambda: _claim_and_find_newest(folder), is_main, num_processes)
     for reason in skipped:
         print_fn(f"Skipped: {reason}")
@@ -69,6 +70,16 @@ def find_state_to_resume(
     _check_num_processes(saved, num_processes, allow_other_num_processes)
     print_fn(f"Resuming from {str(saved.path)!r}.")
     return saved
+
+
+def _only(folders: Collection[Path]) -> Path:
+    if len(folders) == 1:
+        return next(iter(folders))
+    raise ValueError(
+        f"`resume_from` asks for the newest training state, but there are {len(folders)} folders to look in. Expected "
+        "one: the `save_dir` of the trainer's `SaveTrainingStateCallback`. Add one such callback, or pass the path of "
+        'a state as `resume_from` (if that path is "latest", as `Path("latest")`).'
+    )
 
 
 def _claim_and_find_newest(folder: Path) -> tuple[SavedState | None, list[str]]:

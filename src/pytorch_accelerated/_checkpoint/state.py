@@ -117,9 +117,33 @@ def collect_state(
 
 def _collect_state(parts: Parts, accelerator: Accelerator, extras: Mapping[str, Any] | None) -> CollectedState:
     position = parts.progress.resume_point()
-    num_epochs_ahead = position.num_epochs_completed - parts.progress.num_epochs_completed
     stream = None if parts.stream is None else parts.stream.position(_num_batches_read(position))
-    trainer_state = {
+    model = unwrap_model(parts.model, accelerator)
+    local_state = {
+        **state_dicts_of(parts.local),
+        "gradients": gradients_of(model) if parts.window.total else {},
+        "rng": get_rng_state(),
+        "stream": stream,
+    }
+    shared_state = _shared_state(parts, position, stream, extras)
+    return CollectedState(
+        files={TRAINER_STATE: as_plain(shared_state), **_model_files(parts, model, accelerator)},
+        local_files={process_file(accelerator.process_index): as_plain(local_state)},
+        metadata={
+            "num_processes": int(accelerator.num_processes),
+            "position": asdict(position),
+            "metrics": latest_metrics(parts.run_history),
+            "settings": {**parts.settings, "seed": parts.seed},
+        },
+        save_shards=_shard_saver(parts, accelerator) if is_sharded(accelerator) else None,
+    )
+
+
+def _shared_state(
+    parts: Parts, position: TrainingProgress, stream: Mapping[str, Any] | None, extras: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    num_epochs_ahead = position.num_epochs_completed - parts.progress.num_epochs_completed
+    return {
         **(extras or {}),
         "current_epoch": parts.run_history.current_epoch + num_epochs_ahead,
         "trainer": {
@@ -129,24 +153,6 @@ def _collect_state(parts: Parts, accelerator: Accelerator, extras: Mapping[str, 
             "knows_stream": stream is not None and stream["state"] is not None,
         },
     }
-    model = unwrap_model(parts.model, accelerator)
-    process_state = {
-        **state_dicts_of(parts.local),
-        "gradients": gradients_of(model) if parts.window.total else {},
-        "rng": get_rng_state(),
-        "stream": stream,
-    }
-    return CollectedState(
-        files={TRAINER_STATE: as_plain(trainer_state), **_model_files(parts, model, accelerator)},
-        local_files={process_file(accelerator.process_index): as_plain(process_state)},
-        metadata={
-            "num_processes": int(accelerator.num_processes),
-            "position": asdict(position),
-            "metrics": latest_metrics(parts.run_history),
-            "settings": {**parts.settings, "seed": parts.seed},
-        },
-        save_shards=_shard_saver(parts, accelerator) if is_sharded(accelerator) else None,
-    )
 
 
 def _model_files(parts: Parts, model: nn.Module, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
@@ -401,11 +407,7 @@ def restore_state(
         parts.optimizer.load_state_dict(contents.optimizer)
     if contents.scaler is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(contents.scaler)
-    if process_state["rng"] is None:  # there was no such process
-        update = entries["progress"]["num_updates"]
-        seed_generators(derive_seed(contents.seed, "rank", accelerator.process_index, "update", update))
-    else:
-        set_rng_state(process_state["rng"])
+    _restore_rng(contents, int(accelerator.process_index))
     load_state_dicts(parts.shared, entries)
     load_state_dicts(parts.local, process_state)
     load_gradients(model, process_state["gradients"])
@@ -417,6 +419,16 @@ def restore_state(
             f"{accelerator.num_processes}: random numbers and the last bits differ from here on, and samples of up to "
             "one update of this epoch are repeated."
         )
+
+
+def _restore_rng(contents: StateContents, process_index: int) -> None:
+    rng = contents.process_state["rng"]
+    if rng is not None:
+        set_rng_state(rng)
+        return
+    # The run that saved the state had no process of this rank.
+    update = contents.trainer_state["trainer"]["progress"]["num_updates"]
+    seed_generators(derive_seed(contents.seed, "rank", process_index, "update", update))
 
 
 def _try_scheduler(

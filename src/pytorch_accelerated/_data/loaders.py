@@ -156,7 +156,7 @@ def enumerate_batches(loader: Any, first_step: int = 0) -> Iterator[tuple[int, A
         for step, batch in enumerate(loader, first_step):
             yield step, batch, step == last_step
     except (ConnectionError, EOFError) as error:
-        # PyTorch raises an error that names the worker when the system reports its death. Raise it here, not later.
+        # PyTorch raises an error that names the worker once the system reports its exit. Raise it here, not later.
         time.sleep(_SECONDS_UNTIL_FAILURE_IS_KNOWN)
         raise RuntimeError(
             f"The connection to a worker process of the loader was lost ({error!r}). The worker was killed, often "

@@ -40,7 +40,7 @@ _SECONDS_BETWEEN_CHECKS = 0.1
 
 
 def is_worker_failure(error: BaseException) -> bool:
-    """Tell whether an error reports the death of a worker. PyTorch may raise it at any point of the program."""
+    """Tell whether an error reports that a worker died. PyTorch may raise it at any point of the program."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 

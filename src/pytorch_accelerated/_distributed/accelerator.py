@@ -270,4 +270,3 @@ def release(accelerator: Accelerator, *prepared: Any) -> None:
     for item in registered:
         shut_down_workers(item)
     AcceleratorRegistry(accelerator).forget(*registered)
-

@@ -171,7 +171,7 @@ def gather_uneven(value: Any, padding_value: float | None = None) -> Any:
 
 
 def remove_padding(padded_tensor: torch.Tensor, pad_value: float) -> torch.Tensor:
-    """Remove the rows that consist of ``pad_value`` only; in one dimension, the entries that equal it. Not a collective.
+    """Remove the rows that consist of ``pad_value`` only, or in one dimension, the entries that equal it.
 
     Args:
         padded_tensor: Shape ``(rows, ...)``.

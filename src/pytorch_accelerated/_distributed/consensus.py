@@ -26,13 +26,14 @@ _host_group_of_world: list[Any] = []
 """The default process group and the gloo group next to it. All runs share that one, because each holds sockets."""
 
 
-def _host_group() -> Any:
+def _host_group() -> distributed.ProcessGroup | None:
     if distributed.get_backend() == "gloo":
         return None  # the default group connects hosts
     world = distributed.group.WORLD
     if not _host_group_of_world or _host_group_of_world[0] is not world:
         _host_group_of_world[:] = world, distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
-    return _host_group_of_world[1]
+    group: distributed.ProcessGroup = _host_group_of_world[1]
+    return group
 
 
 def _serialize(reason: Exception) -> tuple[str, tuple[Any, ...]]:
@@ -81,7 +82,7 @@ class StopConsensus:
 
         self._requests: list[Exception] = []
         self._stop_reason: Exception | None = None
-        self._group: Any = _host_group() if self.is_needed else None
+        self._group = _host_group() if self.is_needed else None
         self._numbers = torch.zeros(5, dtype=torch.float64)
         self._exchange: Any = None
         self._skipped: tuple[float, int] | None = None

@@ -1,8 +1,8 @@
 """The fast path: skip what Accelerate looks up at each step although it stays constant during a run.
 
-At each step, Accelerate checks which packages are installed, asks for the kind of training and inspects signatures. With
-a small model, this takes longer than the model. The classes here are for runs in which the answers make no difference.
-They run the remaining operations in the same order, so all numbers are bit-identical.
+At each step, Accelerate checks which packages are installed, asks for the kind of training and inspects signatures.
+With a small model, this takes longer than the model. The classes here are for runs in which the answers make no
+difference. They run the remaining operations in the same order, so all numbers are bit-identical.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ class FastPathLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate has n
         base = self.base_dataloader
         settings = loader_settings(base) | {"persistent_workers": False}  # it serves one epoch
         order = SkipBatchSampler(base.batch_sampler, num_batches)
-        rest = type(self)(base.dataset, self.device, batch_sampler=order, iteration=self.iteration, **settings)
+        rest = type(self)(base.dataset, self.device, batch_sampler=order, **settings)
+        rest.iteration = self.iteration  # as an argument, it is unknown to older versions of Accelerate
+
         if AcceleratorRegistry.is_prepared(self):
             rest.activate()
         return rest

@@ -9,7 +9,8 @@ import torch
 
 from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._ema import ModelEma
-from pytorch_accelerated._metrics import BestMetric, forwarded
+from pytorch_accelerated._metrics import BestMetric
+from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.handler import CallbackHandler
@@ -60,8 +61,11 @@ class ModelEmaCallback(TrainerCallback):
         >>> callback = ModelEmaCallback(decay=0.999, save_path="best_average.pt")
     """
 
-    best_metric: float | None = forwarded("_best", "value", "The best value so far; ``None`` before the first.")
-    best_metric_epoch: int | None = forwarded("_best", "epoch", "The epoch of the best value.")
+    best_metric = WritableForwarded["float | None"]("_best.value")
+    """The best value so far; ``None`` before the first."""
+
+    best_metric_epoch = WritableForwarded["int | None"]("_best.epoch")
+    """The epoch of the best value."""
 
     def __init__(
         self,

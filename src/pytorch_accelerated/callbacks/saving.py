@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pytorch_accelerated._checkpoint.folder import Retention, claim_folder, release_folder, rotate
 from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._distributed.collectives import run_on_main
-from pytorch_accelerated._metrics import BestMetric, forwarded
+from pytorch_accelerated._metrics import BestMetric
+from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._signals import PREEMPTION_SIGNALS
 from pytorch_accelerated._validation import check_positive_integer, check_positive_number
 from pytorch_accelerated.callbacks.base import TrainerCallback
@@ -21,7 +22,7 @@ from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from pytorch_accelerated.progress import TrainingProgress
     from pytorch_accelerated.run_config import TrainerRunConfig
@@ -42,8 +43,11 @@ class SaveBestModelCallback(TrainerCallback):
             model of the last epoch.
     """
 
-    best_metric: float | None = forwarded("_best", "value", "The best value so far; ``None`` before the first.")
-    best_metric_epoch: int | None = forwarded("_best", "epoch", "The epoch of the best value.")
+    best_metric = WritableForwarded["float | None"]("_best.value")
+    """The best value so far; ``None`` before the first."""
+
+    best_metric_epoch = WritableForwarded["int | None"]("_best.epoch")
+    """The epoch of the best value."""
 
     def __init__(
         self,
@@ -178,22 +182,14 @@ class SaveTrainingStateCallback(TrainerCallback):
         save_on_preemption: bool = True,
         in_background: bool = False,
     ) -> None:
-        counts = {
-            "save_every_n_epochs": (save_every_n_epochs, "epochs"),
-            "save_every_n_steps": (save_every_n_steps, "steps"),
-            "save_every_n_updates": (save_every_n_updates, "updates"),
-            "max_checkpoints": (max_checkpoints, "states"),
-            "keep_best": (keep_best, "states"),
-        }
-        for name, (count, unit) in counts.items():
-            if count is not None:
-                check_positive_integer(name, count, unit)
+        _check_counts(
+            save_every_n_epochs=save_every_n_epochs,
+            save_every_n_steps=save_every_n_steps,
+            save_every_n_updates=save_every_n_updates,
+            max_checkpoints=max_checkpoints,
+            keep_best=keep_best,
+        )
         check_positive_number("save_every_n_minutes", save_every_n_minutes)
-        if keep_best is not None and max_checkpoints is None:
-            raise ValueError(
-                f"`keep_best` is {keep_best!r}, but `max_checkpoints` is None, so all states are kept anyway. Pass "
-                "both, or neither."
-            )
         if on_save_error not in ("raise", "warn"):
             raise ValueError(f"`on_save_error` is {on_save_error!r}. Expected 'raise' or 'warn'.")
         self.save_dir = Path(save_dir)
@@ -330,6 +326,22 @@ class SaveTrainingStateCallback(TrainerCallback):
             rotate(self.save_dir, Retention(self.max_checkpoints, *best), self._written)
 
 
+def _check_counts(*, max_checkpoints: int | None, keep_best: int | None, **intervals: int | None) -> None:
+    for name, interval in intervals.items():
+        if interval is not None:
+            check_positive_integer(name, interval, unit=name.rpartition("_")[2])  # `save_every_n_epochs`
+    if max_checkpoints is not None:
+        check_positive_integer("max_checkpoints", max_checkpoints, "states")
+    if keep_best is None:
+        return
+    check_positive_integer("keep_best", keep_best, "states")
+    if max_checkpoints is None:
+        raise ValueError(
+            f"`keep_best` is {keep_best!r}, but `max_checkpoints` is None, so all states are kept anyway. Pass both, "
+            "or neither."
+        )
+
+
 def _is_multiple(number: int, divisor: int | None) -> bool:
     return divisor is not None and number % divisor == 0
 
@@ -373,19 +385,3 @@ class _Timer:
         """Return the remaining time as a multiple of the elapsed time."""
         elapsed = time.monotonic() - self._start
         return (60 * (self.num_minutes or 0) - elapsed) / max(elapsed, 1e-9)
-
-
-def only_save_dir(callbacks: Iterable[Any]) -> Path:
-    """Return the folder in which the `SaveTrainingStateCallback` of a run saves its states.
-
-    Raises:
-        ValueError: There is no such callback, or several with different folders.
-    """
-    folders = {callback.save_dir for callback in callbacks if isinstance(callback, SaveTrainingStateCallback)}
-    if len(folders) == 1:
-        return folders.pop()
-    raise ValueError(
-        f"`resume_from` asks for the newest training state, but there are {len(folders)} folders to look in. Expected "
-        "one: the `save_dir` of the trainer's `SaveTrainingStateCallback`. Add one such callback, or pass the path of "
-        'a state as `resume_from` (if that path is "latest", as `Path("latest")`).'
-    )

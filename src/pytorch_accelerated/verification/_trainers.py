@@ -16,9 +16,9 @@ def check_make_trainer(make_trainer: object) -> None:
     """
     if not callable(make_trainer):
         raise TypeError(
-            f"`make_trainer` is a {type(make_trainer).__name__}. Expected a function that creates a new trainer, with "
-            "its own model and optimizer, on each call, because the check trains several. Put the code that creates "
-            "the trainer into a function, and pass the function."
+            f"`make_trainer` is of type {type(make_trainer).__name__}. Expected a function that creates a new trainer, "
+            "with its own model and optimizer, on each call, because the check trains several. Put the code that "
+            "creates the trainer into a function, and pass the function."
         )
 
 
@@ -32,7 +32,7 @@ def create_trainer(make_trainer: Callable[[], Trainer], seed: int) -> Trainer:
     trainer = make_trainer()
     if not isinstance(trainer, Trainer):
         raise TypeError(
-            f"`make_trainer` returned a {type(trainer).__name__}. Expected a new `Trainer` on each call. Return the "
-            "trainer that the function creates."
+            f"`make_trainer` returned a value of type {type(trainer).__name__}. Expected a new `Trainer` on each call. "
+            "Return the trainer that the function creates."
         )
     return trainer

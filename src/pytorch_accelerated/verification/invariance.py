@@ -158,9 +158,9 @@ def check_invariance(
     :math:`\sqrt{tolerance}` times the largest entry over all parameters is greater, it is relative to that: gradients
     that should be zero, such as the gradient of a bias before a batch norm, consist of rounding errors alone. The
     default tolerance is :math:`\sqrt{\varepsilon}`, where :math:`\varepsilon` is the machine epsilon of the coarsest
-    precision in use, that of the parameters or of mixed precision. Half of the digits therefore have to agree: it is
-    3.5e-4 for float32. The rounding error of a sum of :math:`n` numbers is at most :math:`n \varepsilon`, and usually
-    :math:`\sqrt{n} \varepsilon`. A wrong weight changes the first digits.
+    precision in use, that of the parameters or of mixed precision; this is 3.5e-4 for float32. In other words, half of
+    the digits have to agree. The rounding error of a sum of :math:`n` numbers is at most :math:`n \varepsilon`, and
+    usually :math:`\sqrt{n} \varepsilon`. A wrong weight changes the first digits.
 
     Args:
         make_trainer: Creates a trainer, with its own model and optimizer, on each call.
@@ -233,8 +233,8 @@ def _check_arguments(
         )
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise TypeError(
-            f"`dataset` is a {type(dataset).__name__}. Expected a dataset with a length and access by index, because "
-            "each split has to use the same samples. You can pass a list of samples."
+            f"`dataset` is of type {type(dataset).__name__}. Expected a dataset with a length and access by index, "
+            "because each split has to use the same samples. You can pass a list of samples."
         )
     if len(dataset) < num_updates * samples_per_update:
         raise ValueError(
@@ -411,14 +411,14 @@ def _compare(
     relative = absolute = product = square = 0.0
     parameter = ""
     for name in {**expected, **gradients}:
-        found, wanted = (_in_float32(side.get(name, torch.zeros(()))) for side in (gradients, expected))
-        difference = _largest_entry(found - wanted)
-        ratio = difference / max(_largest_entry(wanted), floor, _TINY) if math.isfinite(difference) else math.inf
+        split, full = (_in_float32(side.get(name, torch.zeros(()))) for side in (gradients, expected))
+        difference = _largest_entry(split - full)
+        ratio = difference / max(_largest_entry(full), floor, _TINY) if math.isfinite(difference) else math.inf
         if ratio > relative or not parameter:
             relative, parameter = ratio, name
         absolute = max(absolute, difference)
-        product += float((found * wanted).sum())
-        square += float((wanted * wanted).sum())
+        product += float((split * full).sum())
+        square += float((full * full).sum())
     return _GradientDifference(relative, absolute, parameter, product, square)
 
 
@@ -457,7 +457,7 @@ def _find_cause(
             "a loss or a gradient is NaN or infinite, so there is nothing to compare. Check that the model trains "
             "without a split."
         )
-    # 1 if the gradient of each batch is smaller than that of the full batch by as much as the batch itself is.
+    # 1 where the gradient is proportional to the batch size
     ratios = [split.factor * split.gradient_accumulation_steps * reference.num_processes for split in splits]
     if all(abs(ratio - 1) < _MAX_FACTOR_ERROR for ratio in ratios):
         return (
@@ -465,6 +465,16 @@ def _find_cause(
             "loss by the number of accumulated batches. Return the mean over `batch_size` items (or over "
             "`num_items_in_batch`)."
         )
+    return " Also: ".join(_inherent_causes(reference, repeat_with_other_seed)) or (
+        "the loss is not a mean over the number of items that the step returns. Return the number of samples as "
+        "`batch_size`. If the loss is the mean over other items, such as tokens without padding, return their number "
+        "as `num_items_in_batch`. (A loss that relates samples to each other, such as a contrastive loss, inherently "
+        "depends on the batch.)"
+    )
+
+
+def _inherent_causes(reference: _Reference, repeat_with_other_seed: Callable[[], SplitDifference]) -> list[str]:
+    """Return what in the step or the model inherently depends on the split."""
     causes = []
     if repeat_with_other_seed().largest > reference.tolerance:
         dropouts = _enumerate(_names_of(reference.model, _DROPOUT_MODULES, is_active=True))
@@ -477,12 +487,7 @@ def _find_cause(
             f"batch norm uses the mean and variance of each batch ({norms}). Keep it in evaluation mode for the check. "
             "If small batches have to train like large ones, use normalization over each sample, such as GroupNorm."
         )
-    return " Also: ".join(causes) or (
-        "the loss is not a mean over the number of items that the step returns. Return the number of samples as "
-        "`batch_size`. If the loss is the mean over other items, such as tokens without padding, return their number "
-        "as `num_items_in_batch`. (A loss that relates samples to each other, such as a contrastive loss, inherently "
-        "depends on the batch.)"
-    )
+    return causes
 
 
 def _names_of(model: nn.Module, classes: tuple[type[nn.Module], ...], is_active: bool = False) -> list[str]:
