@@ -213,7 +213,7 @@ def main():
     trainer.print(f"Entropy of the characters: {entropy(validation_dataset):.4f} nats")
     trainer.print(f"Validation loss:           {validation_loss:.4f} nats per character")
     if trainer.run_config.is_world_process_zero:  # once, not on every process
-        print("\nWhat it writes:\n")
+        print("\nGenerated code:\n")
         for prompt in ("def ", "class ", "import "):
             print(write_code(trainer.model, prompt))
 

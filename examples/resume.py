@@ -133,7 +133,7 @@ def main():
     uninterrupted = train(arguments)
     print(f"{uninterrupted.progress.num_updates} updates, uninterrupted:      {hash_weights(uninterrupted.model)}")
     is_same = hash_weights(trainer.model) == hash_weights(uninterrupted.model)
-    print("The weights are the same, bit by bit." if is_same else "The weights DIFFER.")
+    print("The weights are bit-identical." if is_same else "The weights DIFFER.")
 
 
 def parse_arguments():

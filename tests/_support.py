@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -165,6 +167,11 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return copy.deepcopy(model.state_dict())
 
 
+def gradients_of(trainer: Any) -> dict[str, torch.Tensor]:
+    """Return a copy of the gradients of a trainer's model, by parameter name."""
+    return {name: parameter.grad.clone() for name, parameter in trainer.get_model().named_parameters()}
+
+
 def assert_same_weights(left: Any, right: Any) -> None:
     """Assert that two states of a model are bit-identical."""
     assert left.keys() == right.keys()
@@ -270,7 +277,17 @@ def raiser(error: BaseException) -> Any:
     return react
 
 
-# --- processes ---------------------------------------------------------------------------------------------------
+# --- modules and processes ---------------------------------------------------------------------------------------
+
+
+def load_module(path: Path) -> ModuleType:
+    """Import a file that is not on the import path."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_python(

@@ -1,4 +1,4 @@
-"""Compiled models: the numbers of the plain ones, no graph break, and no compilation after the first epoch."""
+"""Compiled models: bit-identical to plain ones, no graph break, and no compilation after the first epoch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from _support import Probe, losses, make_dataset, make_trainer, mse
 from pytorch_accelerated import Trainer
 
 compiled = partial(torch.compile, backend="eager", fullgraph=True)
-"""Compiles without a C++ compiler; a graph break is an error."""
+"""Compiles without a C++ compiler, and raises an error for a graph break."""
 
 NUM_EPOCHS, BATCH_SIZE = 3, 4
 FULL, SHORT = 24, 22
-"""Samples of which the last batch is full, or short."""
+"""Numbers of samples with a full and with a short last batch."""
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +45,11 @@ def make_net():
 
 
 def run(trainer, num_samples=FULL, *, num_runs=2, drop_last=False, **kwargs):
-    """Train, evaluate and predict, several times over.
+    """Train, evaluate and predict, ``num_runs`` times.
 
     Returns:
-        What came out, in its order, and how many graphs were compiled until the end of each epoch and of all.
+        All losses, predictions and weights, in order, and the number of graphs compiled by the end of each epoch, and
+        by the end of everything.
     """
     results, graphs = [], []
     trainer.callback_handler.add_callback(Probe(on_training_run_epoch_end=lambda _: graphs.append(num_graphs())))
@@ -73,7 +74,7 @@ def run(trainer, num_samples=FULL, *, num_runs=2, drop_last=False, **kwargs):
 
 
 def train_with_states(folder, *, is_compiled, **kwargs):
-    """Train a model that draws at random, with a schedule, an average and augmented data; save a state each step."""
+    """Train a model with dropout, a schedule, weight averaging and random augmentation; save a state each step."""
     trainer = _runs.make_trainer(folder)
     plain = trainer.model
     if is_compiled:
@@ -85,7 +86,7 @@ def train_with_states(folder, *, is_compiled, **kwargs):
 
 
 @pytest.mark.parametrize("num_accumulated", [1, 4])
-def test_a_compiled_model_trains_to_the_bits_of_the_plain_one(tmp_path, num_accumulated):
+def test_a_compiled_model_ends_training_bit_identical_to_the_plain_one(tmp_path, num_accumulated):
     train = partial(train_with_states, gradient_accumulation_steps=num_accumulated)
     expected = train(tmp_path / "plain", is_compiled=False)
     assert num_graphs() == 0
@@ -94,13 +95,13 @@ def test_a_compiled_model_trains_to_the_bits_of_the_plain_one(tmp_path, num_accu
     assert _runs.differences(expected, found) == []
 
 
-def test_a_compiled_model_evaluates_and_predicts_as_the_plain_one():
+def test_a_compiled_model_evaluates_and_predicts_like_the_plain_one():
     expected, _ = run(make_trainer(make_net()), SHORT)
     found, _ = run(make_trainer(compiled(make_net())), SHORT)
     assert _runs.differences(expected, found) == []
 
 
-def test_gradients_of_a_compiled_backward_pass_are_those_of_the_plain_one():
+def test_a_compiled_backward_pass_trains_like_the_plain_one():
     expected, _ = run(make_trainer(make_net()), SHORT, gradient_accumulation_steps=3)
     model = torch.compile(make_net(), backend="aot_eager", fullgraph=True)
     found, _ = run(make_trainer(model), SHORT, gradient_accumulation_steps=3)
@@ -111,16 +112,18 @@ def test_gradients_of_a_compiled_backward_pass_are_those_of_the_plain_one():
 @pytest.mark.parametrize(
     ("is_compiled_before", "is_compiled_after", "step"), [(True, True, 5), (True, False, 6), (False, True, 8)]
 )
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path, is_compiled_before, is_compiled_after, step):
-    """Whichever part of it is compiled; within an accumulation window, at the end of an epoch, and after an update."""
+def test_a_resumed_run_is_bit_identical_whichever_part_is_compiled(
+    tmp_path, is_compiled_before, is_compiled_after, step
+):
+    """Resumed within an accumulation window, at the end of an epoch, and after an update."""
     train = partial(train_with_states, gradient_accumulation_steps=2)
-    expected = train(tmp_path / "whole", is_compiled=is_compiled_before)
-    state = tmp_path / "whole" / f"step_{step}"
+    expected = train(tmp_path / "uninterrupted", is_compiled=is_compiled_before)
+    state = tmp_path / "uninterrupted" / f"step_{step}"
     found = train(tmp_path / "resumed", is_compiled=is_compiled_after, resume_from=state)
     assert _runs.differences(expected, found) == []
 
 
-def test_what_is_saved_of_a_compiled_model_has_plain_names(tmp_path):
+def test_files_saved_for_a_compiled_model_have_the_parameter_names_of_the_plain_one(tmp_path):
     trainer = _runs.make_trainer(tmp_path)
     names = set(trainer.model.state_dict())
     trainer.model = compiled(trainer.model)
@@ -136,14 +139,14 @@ def test_what_is_saved_of_a_compiled_model_has_plain_names(tmp_path):
 
 @pytest.mark.parametrize(("num_samples", "drop_last", "num_accumulated"), [(FULL, False, 1), (SHORT, True, 3)])
 def test_a_model_is_compiled_once_to_train_and_once_to_evaluate(num_samples, drop_last, num_accumulated):
-    """In all epochs and runs together; predictions use what was compiled for evaluation."""
+    """In all epochs and runs together. Predictions use the graph that was compiled for evaluation."""
     trainer = make_trainer(compiled(make_net()))
     _, graphs = run(trainer, num_samples, drop_last=drop_last, gradient_accumulation_steps=num_accumulated)
     assert graphs == [2] * (2 * NUM_EPOCHS + 1)
 
 
-def test_for_short_last_batches_a_model_is_compiled_once_more_at_most():
-    """To train and to evaluate; PyTorch then makes the size of the batch a variable of the graph."""
+def test_short_last_batches_cause_at_most_one_more_compilation():
+    """One each to train and to evaluate. PyTorch then makes the batch size a variable of the graph."""
     _, graphs = run(make_trainer(compiled(make_net())), SHORT)
     assert 2 <= graphs[0] <= 4
     assert graphs == graphs[:1] * (2 * NUM_EPOCHS + 1)
@@ -152,8 +155,8 @@ def test_for_short_last_batches_a_model_is_compiled_once_more_at_most():
 # --- mixed precision ---------------------------------------------------------------------------------------------
 
 
-def test_a_compiled_model_has_the_bits_of_the_plain_one_in_bf16_too():
-    """In each run, for which Accelerate wraps it anew."""
+def test_a_compiled_model_is_bit_identical_to_the_plain_one_in_bf16():
+    """In each run: Accelerate wraps the model again for each."""
     exact, _ = run(make_trainer(make_net()))
     AcceleratorState._reset_state()
     expected, _ = run(make_trainer(make_net(), mixed_precision="bf16"))
@@ -164,7 +167,7 @@ def test_a_compiled_model_has_the_bits_of_the_plain_one_in_bf16_too():
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_a_run_leaves_the_model_within_a_compiled_one_as_it_was(mixed_precision):
+def test_a_run_adds_no_attributes_to_the_model_inside_a_compiled_one(mixed_precision):
     net = make_net()
     model = compiled(net)
     names = set(vars(net))
@@ -173,7 +176,7 @@ def test_a_run_leaves_the_model_within_a_compiled_one_as_it_was(mixed_precision)
     pickle.dumps(net)
 
 
-# --- Accelerate's own compilation --------------------------------------------------------------------------------
+# --- compilation by Accelerate -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -181,12 +184,12 @@ def test_a_run_leaves_the_model_within_a_compiled_one_as_it_was(mixed_precision)
     [{"dynamo_backend": "eager"}, {"dynamo_plugin": TorchDynamoPlugin(backend="eager", fullgraph=True)}],
     ids=["backend", "plugin"],
 )
-def test_accelerate_compiles_the_model_for_the_time_of_a_run(settings):
+def test_accelerate_compiles_the_model_for_a_run_and_the_plain_one_is_restored(settings):
     net, seen = make_net(), set()
     look = Probe(on_train_step_end=lambda trainer, **_: seen.add(trainer.model))
     trainer = make_trainer(net, accelerator=settings, callbacks=[look])
     found, graphs = run(trainer)
-    assert [model._orig_mod for model in seen] == [net, net], "two runs"
+    assert [model._orig_mod for model in seen] == [net, net], "one wrapper per run"
     assert trainer.model is net
     assert graphs == [2] * (2 * NUM_EPOCHS + 1)
     assert num_graph_breaks() == 0
@@ -194,7 +197,7 @@ def test_accelerate_compiles_the_model_for_the_time_of_a_run(settings):
     assert _runs.differences(expected, found) == []
 
 
-def test_a_compiler_that_comes_too_late_for_the_process_is_refused():
+def test_a_dynamo_backend_other_than_that_of_the_process_is_refused():
     make_trainer(make_net())
     for settings in ({"dynamo_backend": "eager"}, {"dynamo_plugin": TorchDynamoPlugin(backend="eager")}):
         with pytest.raises(ValueError, match="to compile with 'EAGER', but this process already uses 'NO'"):
@@ -203,7 +206,7 @@ def test_a_compiler_that_comes_too_late_for_the_process_is_refused():
 
 
 def test_accelerate_compiles_a_model_in_bf16():
-    """Once a run, because it wraps the model anew for each."""
+    """Once per run, because it wraps the model again for each."""
     net = make_net()
     trainer = make_trainer(net, accelerator={"dynamo_backend": "eager", "mixed_precision": "bf16"})
     found, graphs = run(trainer, num_runs=1)
@@ -220,7 +223,7 @@ def test_accelerate_compiles_a_model_in_bf16():
 
 
 def mean_square(outputs, targets):
-    return mse(outputs, targets)  # which older versions of PyTorch do not compile by itself
+    return mse(outputs, targets)  # older versions of PyTorch cannot compile `mse` itself
 
 
 @compiled
@@ -229,30 +232,31 @@ def loss_of(model, inputs, targets):
 
 
 class WithCompiledLoss(Trainer):
-    """Compiles model and loss function as one."""
+    """Compiles model and loss function together."""
 
     def calculate_train_batch_loss(self, batch):
         return {"loss": loss_of(self.model, *batch), "batch_size": len(batch[0])}
 
 
 class Compiled(Trainer):
-    """Compiles what the library does in a step."""
+    """Compiles the library's code of a step."""
 
     calculate_train_batch_loss = compiled(Trainer.calculate_train_batch_loss)
     calculate_eval_batch_loss = compiled(Trainer.calculate_eval_batch_loss)
     calculate_predictions = compiled(Trainer.calculate_predictions)
 
 
-# PyTorch hides this warning of its own, but cannot where warnings are errors.
+# PyTorch suppresses this warning, but not where warnings are errors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize(
     ("settings", "num_expected"),
     [({"loss_func": compiled(mean_square)}, 2), ({"cls": WithCompiledLoss}, 1), ({"cls": Compiled}, 3)],
     ids=["loss function", "model and loss", "steps"],
 )
-def test_a_compiled_part_of_the_step_gives_the_same_bits(settings, num_expected):
+def test_a_step_with_a_compiled_part_is_bit_identical(settings, num_expected):
     expected, _ = run(make_trainer(make_net()), gradient_accumulation_steps=3)
     found, graphs = run(make_trainer(make_net(), **settings), gradient_accumulation_steps=3)
     assert _runs.differences(expected, found) == []
     assert graphs[:NUM_EPOCHS] == graphs[:1] * NUM_EPOCHS
-    assert graphs[NUM_EPOCHS:] == [num_expected] * (NUM_EPOCHS + 1), "the first run ended with predictions"
+    # The first run ends with predictions. Everything is compiled by then.
+    assert graphs[NUM_EPOCHS:] == [num_expected] * (NUM_EPOCHS + 1)

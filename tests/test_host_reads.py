@@ -1,4 +1,4 @@
-"""A step reads no value of a tensor on the host between log points; on a GPU each read makes the host wait."""
+"""Between log points, a step reads no tensor value on the host: on a GPU, each read makes the host wait."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
 pytestmark = pytest.mark.usefixtures("_fresh_accelerate_state")
 
 # fmt: off
-READERS = {  # `to` is not among them: in these tests every device is the host
+READERS = {  # not `to`: in these tests, every device is the host
     torch.Tensor: (
         "__bool__", "__complex__", "__float__", "__index__", "__int__", "allclose", "cpu", "equal", "is_nonzero",
         "item", "nonzero", "numpy", "tolist",
@@ -31,13 +31,13 @@ READERS = {  # `to` is not among them: in these tests every device is the host
 # fmt: on
 NUM_EPOCHS, BATCH_SIZE, NUM_STEPS = 2, 3, 67
 DATASET = make_dataset(200)
-"""Its last batch is short, and it gives more losses than wait before the loop adds them up."""
+"""Its last batch is short, and it has more batches than the loop keeps losses of before it adds them up."""
 
 
 class Reads:
-    """Who reads values in a run, from the first step of each pass through the data to its last.
+    """Records who reads values in a run, from the first step of each pass through the data to its last.
 
-    What is read after the last step, where the means are recorded, is let go.
+    Reads after the last step, where the means are recorded, do not count.
     """
 
     def __init__(self):
@@ -45,15 +45,17 @@ class Reads:
         self._since_step = []
 
     def around(self, others):
-        """Put callbacks between those that tell where the steps are."""
+        """Return the callbacks, between two that mark the start and the end of each step."""
         first = Probe(
-            on_train_step_start=self._begin, on_eval_epoch_start=self._interrupt, on_eval_step_start=self._begin
+            on_train_step_start=self._begin,
+            on_eval_epoch_start=self._keep_before_intermediate,
+            on_eval_step_start=self._begin,
         )
         last = Probe(
             on_train_step_end=self._keep,
-            on_train_epoch_end=self._let_go,
+            on_train_epoch_end=self._discard,
             on_eval_step_end=self._keep,
-            on_eval_epoch_end=self._let_go,
+            on_eval_epoch_end=self._discard,
         )
         return [first, *others, last]
 
@@ -76,26 +78,26 @@ class Reads:
 
     def _begin(self, trainer, step, **_):
         if step == 0:
-            self._let_go()
+            self._discard()
 
-    def _interrupt(self, trainer, is_intermediate, **_):
-        if is_intermediate:  # and so within a step of training
+    def _keep_before_intermediate(self, trainer, is_intermediate, **_):
+        if is_intermediate:  # it interrupts a training step
             self._keep()
 
     def _keep(self, *_, **__):
         self.readers += self._since_step
-        self._let_go()
+        self._discard()
 
-    def _let_go(self, *_, **__):
+    def _discard(self, *_, **__):
         self._since_step = []
 
 
 def find_reader(frame):
-    """Return the callback and event that a frame is part of, or else the method of the library.
+    """Return the callback and event that a frame belongs to, or else the method of the library.
 
-    ``None`` where batches are loaded: indices and seeds are in host memory anyway.
+    ``None`` for the loading of batches: indices and seeds are in host memory anyway.
     """
-    of_library = None
+    library_method = None
     while frame is not None:
         owner, function, module = frame.f_locals.get("self"), frame.f_code.co_name, frame.f_globals.get("__name__", "")
         if module.startswith("torch.utils.data"):
@@ -103,13 +105,13 @@ def find_reader(frame):
         if isinstance(owner, TrainerCallback) and function in EVENTS:
             return f"{type(owner).__name__}.{function}"
         if owner is not None and module.startswith("pytorch_accelerated"):
-            of_library = of_library or f"{type(owner).__name__}.{function}"
+            library_method = library_method or f"{type(owner).__name__}.{function}"
         frame = frame.f_back
-    return of_library or "<user>"
+    return library_method or "<user>"
 
 
 def readers_in(others, *, cls=Trainer, mixed_precision=None, dataset=DATASET, **kwargs):
-    """Train with evaluation, evaluate, and return who read."""
+    """Train with evaluation, evaluate, and return who read values."""
     reads, loading = Reads(), {"num_workers": 0}
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.1), nn.Linear(4, 1))
     trainer = make_trainer(model, lr=0.01, callbacks=reads.around(others), cls=cls, mixed_precision=mixed_precision)
@@ -136,7 +138,7 @@ def no_log_point(monkeypatch):
     monkeypatch.setattr(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", float("inf"))
 
 
-# --- the watch ---------------------------------------------------------------------------------------------------
+# --- the tests of this file can fail -----------------------------------------------------------------------------
 
 
 class Curious(TrainerCallback):
@@ -154,7 +156,7 @@ class CuriousTrainer(Trainer):
             raise ValueError
 
 
-def test_a_callback_that_reads_is_named_with_the_event(no_log_point):
+def test_a_callback_that_reads_is_reported_with_the_event(no_log_point):
     readers = readers_in([*get_default_callbacks(), Curious()])
     with pytest.raises(
         AssertionError, match=rf"host: {{'Curious.on_train_step_end by item': {NUM_EPOCHS * NUM_STEPS}}}"
@@ -162,7 +164,7 @@ def test_a_callback_that_reads_is_named_with_the_event(no_log_point):
         assert_no_reads(readers)
 
 
-def test_a_step_that_reads_is_named(no_log_point):
+def test_a_step_that_reads_is_reported_with_the_method(no_log_point):
     with pytest.raises(AssertionError, match=r"'CuriousTrainer._loop_update by __bool__'"):
         assert_no_reads(readers_in(get_default_callbacks(), cls=CuriousTrainer))
 
@@ -177,7 +179,7 @@ def test_a_step_that_reads_is_named(no_log_point):
         *(lambda one: torch.is_nonzero(one), lambda one: torch.nonzero(one)),
     ],
 )
-def test_each_way_to_read_is_noticed(read):
+def test_every_way_to_read_a_value_is_recorded(read):
     reads, before = Reads(), dict(vars(torch.Tensor))
     with reads.watching():
         read(torch.tensor(1))
@@ -185,11 +187,11 @@ def test_each_way_to_read_is_noticed(read):
     assert dict(vars(torch.Tensor)) == before
 
 
-# --- what does not read ------------------------------------------------------------------------------------------
+# --- steps without reads -----------------------------------------------------------------------------------------
 
 
 class Measuring(Trainer):
-    """Returns a metric, and weighs each batch by a number that is on the device."""
+    """Returns a metric, and weighs each batch by a number on the device."""
 
     def calculate_train_batch_loss(self, batch):
         return self._measured(super().calculate_train_batch_loss(batch), batch)
@@ -202,7 +204,7 @@ class Measuring(Trainer):
         return {**output, "metrics": {"error": error}, "num_items_in_batch": (batch[1] > 0).sum()}
 
 
-@pytest.mark.parametrize("dataset", [DATASET, Samples(DATASET)], ids=["whole batches", "single samples"])
+@pytest.mark.parametrize("dataset", [DATASET, Samples(DATASET)], ids=["sliced batches", "collated batches"])
 @pytest.mark.parametrize("num_accumulated", [1, 3])
 @pytest.mark.parametrize(
     "settings",
@@ -215,9 +217,9 @@ class Measuring(Trainer):
         {"cls": Measuring},
         {"mixed_precision": "bf16"},
     ],
-    ids=["plain", "clipped by norm", "clipped by value", "scheduled", "scheduled by PyTorch", "measured", "bf16"],
+    ids=["plain", "clipped by norm", "clipped by value", "scheduled", "scheduled by PyTorch", "metrics", "bf16"],
 )
-def test_no_step_reads_with_the_default_callbacks(no_log_point, settings, num_accumulated, dataset):
+def test_a_step_with_the_default_callbacks_reads_nothing_on_the_host(no_log_point, settings, num_accumulated, dataset):
     readers = readers_in(
         get_default_callbacks(), dataset=dataset, gradient_accumulation_steps=num_accumulated, **settings
     )
@@ -225,7 +227,7 @@ def test_no_step_reads_with_the_default_callbacks(no_log_point, settings, num_ac
 
 
 STEP_EVENTS = [event for event in EVENTS if "_step_" in event or event == "on_backward_start"]
-WITH_STEPS = {
+STEP_CALLBACKS = {
     "GradientNormCallback": lambda folder: callbacks.GradientNormCallback(),
     "GradualUnfreezingCallback": lambda folder: callbacks.GradualUnfreezingCallback(),
     "ModelEmaCallback": lambda folder: callbacks.ModelEmaCallback(save_path=folder / "average.pt"),
@@ -233,10 +235,13 @@ WITH_STEPS = {
     "StepBasedEvaluationCallback": lambda folder: callbacks.StepBasedEvaluationCallback(40),
     "WSDCheckpointCallback": lambda folder: callbacks.WSDCheckpointCallback(folder),
 }
-"""What is saved has to be read: states at ends of epochs here; checkpoints by `torch.save`, which is not watched."""
+"""The callbacks that act in steps.
+
+Saving has to read values: states are saved at ends of epochs here, checkpoints by `torch.save`, which is not recorded.
+"""
 
 
-def test_all_callbacks_that_act_in_steps_are_tried():
+def test_every_callback_that_acts_in_steps_is_in_the_list():
     found = [
         name
         for name in callbacks.__all__
@@ -245,22 +250,22 @@ def test_all_callbacks_that_act_in_steps_are_tried():
             for event in STEP_EVENTS
         )
     ]
-    assert found == sorted(WITH_STEPS)
+    assert found == sorted(STEP_CALLBACKS)
 
 
-@pytest.mark.parametrize("name", WITH_STEPS)
-def test_no_callback_reads_in_a_step(no_log_point, tmp_path, name):
+@pytest.mark.parametrize("name", STEP_CALLBACKS)
+def test_a_step_with_a_callback_that_acts_in_it_reads_nothing_on_the_host(no_log_point, tmp_path, name):
     schedule = WSDLrScheduler.create_scheduler_fn()
-    others = [*get_default_callbacks(), WITH_STEPS[name](tmp_path)]
+    others = [*get_default_callbacks(), STEP_CALLBACKS[name](tmp_path)]
     assert_no_reads(readers_in(others, gradient_clip_norm=1.0, create_scheduler_fn=schedule))
 
 
 # --- log points --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dataset", [DATASET, Samples(DATASET)], ids=["whole batches", "single samples"])
-def test_a_log_point_reads_the_mean_once_for_all_callbacks(monkeypatch, dataset):
-    """With one after each step; the last of a pass lies behind its last step."""
+@pytest.mark.parametrize("dataset", [DATASET, Samples(DATASET)], ids=["sliced batches", "collated batches"])
+def test_a_log_point_reads_the_mean_loss_once_for_all_callbacks(monkeypatch, dataset):
+    """With a log point after each step. That of the last step of a pass comes after the last recorded read."""
     monkeypatch.setattr(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
     num_passes = 2 * NUM_EPOCHS + 1
     assert Counter(readers_in(get_default_callbacks(), dataset=dataset)) == {

@@ -13,15 +13,7 @@ from pytorch_accelerated._signals import PREEMPTION_SIGNALS, InterruptFlag, RunI
 
 SIGNALS = (signal.SIGINT, *PREEMPTION_SIGNALS)
 
-
-@pytest.fixture(autouse=True)
-def _handlers_stay():
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    after = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    assert after == before
+pytestmark = pytest.mark.usefixtures("_handlers_are_restored")
 
 
 @pytest.fixture(params=SIGNALS, ids=lambda number: number.name)
@@ -30,15 +22,16 @@ def number(request):
 
 
 def send(*numbers):
+    """Send real signals to this process."""
     for number in numbers:
         os.kill(os.getpid(), number)
 
 
-def test_these_signals_announce_that_a_process_has_to_go():
+def test_the_preemption_signals_are_sigterm_and_sigusr1():
     assert PREEMPTION_SIGNALS == (signal.SIGTERM, signal.SIGUSR1)
 
 
-def test_a_signal_raises_the_flag_which_stays_until_the_next_block(number):
+def test_a_signal_sets_the_flag_until_the_next_with_block(number):
     flag = InterruptFlag()
     for _ in range(2):
         with flag:
@@ -58,7 +51,7 @@ def test_a_signal_raises_the_flag_which_stays_until_the_next_block(number):
         (signal.SIGINT, signal.SIGTERM, signal.SIGTERM),
     ],
 )
-def test_the_flag_tells_the_first_signal_and_others_change_nothing(numbers):
+def test_the_flag_holds_the_first_signal_and_later_ones_do_not_change_it(numbers):
     with InterruptFlag() as flag:
         flag.listen_to(*PREEMPTION_SIGNALS)
         send(*numbers)
@@ -66,7 +59,7 @@ def test_the_flag_tells_the_first_signal_and_others_change_nothing(numbers):
 
 
 @pytest.mark.parametrize("between", [(), (signal.SIGTERM,)])
-def test_a_second_ctrl_c_interrupts_at_once_in_each_block(between):
+def test_a_second_ctrl_c_in_a_with_block_interrupts_immediately(between):
     flag = InterruptFlag()
 
     def press_twice():
@@ -83,7 +76,7 @@ def test_a_second_ctrl_c_interrupts_at_once_in_each_block(between):
         assert reached == [signal.SIGINT]
 
 
-def test_it_listens_to_further_signals_on_request_only():
+def test_the_flag_listens_to_signals_other_than_ctrl_c_only_on_request():
     before = [signal.getsignal(number) for number in PREEMPTION_SIGNALS]
     with InterruptFlag() as flag:
         assert [signal.getsignal(number) for number in PREEMPTION_SIGNALS] == before
@@ -92,7 +85,7 @@ def test_it_listens_to_further_signals_on_request_only():
         assert signal.getsignal(signal.SIGTERM) == before[0]
 
 
-def test_a_handler_of_the_program_is_called_each_time_and_put_back(number):
+def test_the_handler_of_the_program_is_called_for_each_signal_and_restored(number):
     calls = []
 
     def handler(received, frame):
@@ -102,7 +95,7 @@ def test_a_handler_of_the_program_is_called_each_time_and_put_back(number):
     try:
         with InterruptFlag() as flag:
             flag.listen_to(*PREEMPTION_SIGNALS)
-            flag.listen_to(*PREEMPTION_SIGNALS)  # callbacks do not know of each other
+            flag.listen_to(*PREEMPTION_SIGNALS)  # as several callbacks may do
             send(number)
             if number != signal.SIGINT:
                 send(number)
@@ -112,7 +105,7 @@ def test_a_handler_of_the_program_is_called_each_time_and_put_back(number):
     assert calls == [number] * (1 if number == signal.SIGINT else 2)
 
 
-def test_a_handler_of_the_system_is_put_back_not_called(number):
+def test_the_default_handler_is_restored_and_not_called(number):
     before = signal.signal(number, signal.SIG_DFL)
     try:
         with InterruptFlag() as flag:
@@ -124,7 +117,7 @@ def test_a_handler_of_the_system_is_put_back_not_called(number):
     assert flag.signal_number == number
 
 
-def test_a_signal_that_the_program_ignores_stays_ignored(number):
+def test_a_signal_that_the_program_ignores_does_not_set_the_flag(number):
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with InterruptFlag() as flag:
@@ -135,8 +128,8 @@ def test_a_signal_that_the_program_ignores_stays_ignored(number):
     assert flag.signal_number is None
 
 
-def test_a_handler_that_python_does_not_know_is_left_alone(monkeypatch):
-    """One that was installed from C could not be put back."""
+def test_a_handler_installed_from_c_is_not_replaced(monkeypatch):
+    """Python does not know it, so it could not be restored."""
     installed = []
     monkeypatch.setattr(signal, "getsignal", lambda number: None)
     monkeypatch.setattr(signal, "signal", lambda *arguments: installed.append(arguments))
@@ -147,7 +140,7 @@ def test_a_handler_that_python_does_not_know_is_left_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [LookupError, KeyboardInterrupt, SystemExit])
-def test_handlers_are_put_back_after_an_error(error):
+def test_handlers_are_restored_after_an_error(error):
     def fail():
         with InterruptFlag() as flag:
             flag.listen_to(*PREEMPTION_SIGNALS)
@@ -155,15 +148,15 @@ def test_handlers_are_put_back_after_an_error(error):
 
     with pytest.raises(error):
         fail()
-    # The fixture looks at the handlers.
+    # `_handlers_are_restored` checks the handlers.
 
 
-def test_a_signal_that_no_program_can_handle_is_refused():
+def test_listening_to_a_signal_that_no_program_can_handle_is_refused():
     with InterruptFlag() as flag, pytest.raises(ValueError, match="No program can handle SIGKILL, so a run cannot"):
         flag.listen_to(signal.SIGKILL)
 
 
-def test_another_thread_installs_nothing():
+def test_no_handler_is_installed_outside_the_main_thread():
     before = [signal.getsignal(number) for number in SIGNALS]
     seen = []
 
@@ -194,15 +187,15 @@ with InterruptFlag() as flag:
 
 
 @pytest.mark.parametrize(("handler", "code"), [("signal.SIG_DFL", -15), ("lambda *_: os._exit(7)", 7)])
-def test_sigterm_ends_a_forked_process_as_if_there_were_no_run(handler, code):
-    """`multiprocessing` relies on it."""
+def test_sigterm_ends_a_forked_process_as_it_would_without_a_run(handler, code):
+    """`multiprocessing` ends its processes with SIGTERM."""
     assert run_python(FORK.format(handler=handler)).split() == [str(code), "None"]
 
 
-# --- what a signal brings about ----------------------------------------------------------------------------------
+# --- the exception that ends an interrupted run ------------------------------------------------------------------
 
 
-def test_the_end_of_an_interrupted_run_names_the_signal():
+def test_the_error_that_ends_an_interrupted_run_names_the_signal():
     assert [str(RunInterruptedError(number)) for number in (*SIGNALS, 99)] == [
         "interrupted by Ctrl-C",
         "interrupted by SIGTERM",
@@ -211,7 +204,7 @@ def test_the_end_of_an_interrupted_run_names_the_signal():
     ]
 
 
-def test_ctrl_c_has_its_usual_consequence_and_others_end_the_process_with_their_code():
+def test_ctrl_c_becomes_a_keyboard_interrupt_and_other_signals_exit_with_128_plus_their_number():
     error = RunInterruptedError(signal.SIGINT).to_exit_exception()
     assert (type(error), str(error)) == (KeyboardInterrupt, "interrupted by Ctrl-C")
     for number in PREEMPTION_SIGNALS:

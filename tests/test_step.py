@@ -1,8 +1,9 @@
-"""The loss of a batch by default, and what the loop reads of a step's output."""
+"""The default step: the loss and the predictions of a batch, and what the loop reads of a step's output."""
 
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ from pytorch_accelerated._step import batch_loss, predictions, raise_bad_loss, r
 
 INPUTS, TARGETS = torch.arange(6.0).reshape(3, 2), torch.ones(3)
 
+Pair = namedtuple("Pair", ["left", "right"])
+
 
 @dataclass
 class Batch:
@@ -22,6 +25,9 @@ class Batch:
 
 def model_with_loss(inputs, factor=1.0):
     return SimpleNamespace(loss=inputs.sum() * factor)
+
+
+# --- the model and the loss function -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [tuple, list])
@@ -35,7 +41,7 @@ def test_with_a_loss_function_a_batch_is_inputs_and_targets(kind):
 
 
 @pytest.mark.parametrize("batch", [INPUTS, {"a": INPUTS}, (INPUTS,), None])
-def test_any_other_batch_is_explained(batch):
+def test_with_a_loss_function_any_other_batch_is_explained(batch):
     with pytest.raises(TypeError, match=r"batch is a .*pair of inputs and targets"):
         batch_loss(lambda inputs: inputs, lambda outputs, targets: outputs, batch)
 
@@ -62,13 +68,13 @@ def fail(*args, **kwargs):
         (lambda: predictions(fail, {"a": INPUTS}), "The model was called with a=float32 (3, 2)"),
     ],
 )
-def test_an_error_of_the_model_or_the_loss_tells_the_shapes(compute, note):
+def test_an_error_in_the_model_or_the_loss_function_gets_a_note_with_the_shapes(compute, note):
     with pytest.raises(IndexError, match="too small") as caught:
         compute()
     assert caught.value.__notes__ == [note]
 
 
-def test_the_keys_of_a_batch_may_be_any_names():
+def test_a_mapping_batch_may_have_any_keys():
     def of_all(model, name, function, args):
         return {"loss": model + name + function + args}
 
@@ -77,8 +83,8 @@ def test_the_keys_of_a_batch_may_be_any_names():
     assert predictions(of_all, batch)["loss"] == 6
 
 
-class Closed(list):
-    """Can be neither copied nor printed."""
+class Opaque(list):
+    """Can be neither iterated over nor printed."""
 
     def __iter__(self):
         raise LookupError
@@ -86,17 +92,17 @@ class Closed(list):
     __repr__ = __iter__
 
 
-def test_the_note_hides_no_error_and_is_not_endless():
+def test_the_note_never_hides_the_error_and_has_at_most_400_characters():
     with pytest.raises(IndexError, match="too small") as caught:
-        batch_loss(fail, len, (Closed(), TARGETS))
+        batch_loss(fail, len, (Opaque(), TARGETS))
     assert getattr(caught.value, "__notes__", []) == []
     with pytest.raises(IndexError, match="too small") as caught:
         batch_loss(fail, len, (["text"] * 1000, TARGETS))
     assert len(caught.value.__notes__[0]) == 400
 
 
-def test_the_death_of_a_worker_is_not_blamed_on_the_model():
-    """PyTorch raises it at any place."""
+def test_the_failure_of_a_worker_gets_no_note_about_the_model():
+    """PyTorch may raise it anywhere."""
 
     def die(inputs):
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
@@ -116,7 +122,7 @@ def test_the_death_of_a_worker_is_not_blamed_on_the_model():
         (Batch(INPUTS, 4.0), 4.0),
     ],
 )
-def test_without_a_loss_function_the_model_gets_the_whole_batch(batch, factor):
+def test_without_a_loss_function_the_model_gets_all_of_the_batch(batch, factor):
     output = batch_loss(model_with_loss, None, batch)
     assert output["loss"].item() == 15.0 * factor
     assert output["batch_size"] == 3
@@ -125,16 +131,34 @@ def test_without_a_loss_function_the_model_gets_the_whole_batch(batch, factor):
 @pytest.mark.parametrize(
     "outputs", [SimpleNamespace(loss=None), {"loss": None}, {}, INPUTS, None, SimpleNamespace(logits=INPUTS)]
 )
-def test_a_model_without_a_loss_is_explained(outputs):
+def test_model_outputs_without_a_loss_are_explained(outputs):
     with pytest.raises(ValueError, match=rf"returned a {type(outputs).__name__} without a loss.*pass a `loss_func`"):
         batch_loss(lambda inputs: outputs, None, INPUTS)
 
 
-def test_the_loss_is_taken_from_an_entry_if_there_is_no_attribute():
+def test_the_loss_may_be_an_entry_of_the_model_outputs():
     assert batch_loss(lambda inputs: {"loss": 5.0}, None, INPUTS)["loss"] == 5.0
 
 
-def test_the_weight_of_a_batch_is_its_items_or_else_its_size():
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ((1, 2), ((1,), {})),
+        ([1, 2], ((1,), {})),
+        (Pair(1, 2), ((1,), {})),
+        ({"a": 1, "b": 2}, ((), {"a": 1, "b": 2})),
+        (OrderedDict(a=1), ((), {"a": 1})),
+        (3, ((3,), {})),
+    ],
+)
+def test_for_predictions_the_model_gets_the_inputs_of_a_pair_or_all_entries_of_a_mapping(batch, expected):
+    assert predictions(lambda *args, **kwargs: (args, kwargs), batch) == expected
+
+
+# --- the output of a step ----------------------------------------------------------------------------------------
+
+
+def test_the_weight_of_a_batch_is_num_items_in_batch_or_else_batch_size():
     assert read_batch_output({"loss": 1, "batch_size": 4}, "hook") == (4, 4)
     assert read_batch_output({"loss": 1, "batch_size": 4, "num_items_in_batch": 9}, "hook") == (9, 4)
     assert read_batch_output({"loss": 1, "batch_size": torch.tensor(4)}, "hook") == (4, 4)
@@ -157,13 +181,13 @@ def test_the_weight_of_a_batch_is_its_items_or_else_its_size():
         (SimpleNamespace(loss=1), TypeError, "of type SimpleNamespace"),
     ],
 )
-def test_an_output_that_lacks_something_is_explained(output, error, words):
+def test_an_invalid_output_of_a_step_is_explained(output, error, words):
     with pytest.raises(error, match=words):
         read_batch_output(output, "hook")
 
 
-def test_a_loss_alone_is_explained_without_a_warning_of_pytorch():
-    torch.set_warn_always(True)  # else it warns of such an index once in a process
+def test_a_loss_returned_alone_is_explained_without_a_warning_of_pytorch():
+    torch.set_warn_always(True)  # by default, PyTorch warns of such an index once per process
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -174,7 +198,7 @@ def test_a_loss_alone_is_explained_without_a_warning_of_pytorch():
     assert caught == []
 
 
-def test_an_error_in_the_backward_pass_that_the_loss_is_not_to_blame_for_is_raised_as_it_is():
+def test_an_error_in_the_backward_pass_of_a_valid_loss_is_raised_unchanged():
     error = RuntimeError("mine")
     with pytest.raises(RuntimeError) as caught:
         raise_bad_loss(torch.ones(1, requires_grad=True).sum(), error)

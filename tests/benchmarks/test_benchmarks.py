@@ -1,4 +1,4 @@
-"""The benchmark runner knows what it has, measures it, and says plainly what was not measured."""
+"""The benchmarks: every framework has its files, workers measure, and the report says what was not measured."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def load(monkeypatch):
+    """Imports a module of the benchmarks by name."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     return importlib.import_module
 
@@ -50,7 +51,7 @@ def ratio(framework: str, value: float, row: str = "A") -> dict[str, Any]:
     return {"row": row, "framework": framework, "value": value}
 
 
-def test_every_framework_has_its_file_its_environment_and_known_cases(load):
+def test_every_framework_has_a_file_an_environment_and_known_cases(load):
     frameworks, cases = load("frameworks"), load("_cases")
     for name, framework in frameworks.FRAMEWORKS.items():
         assert (BENCHMARKS / "frameworks" / f"{framework.module or name}.py").is_file()
@@ -61,21 +62,21 @@ def test_every_framework_has_its_file_its_environment_and_known_cases(load):
             assert f"\n{framework.package}==" in pins
 
 
-def test_a_file_that_nothing_runs_is_not_left_behind(load):
+def test_every_file_of_a_framework_is_used(load):
     frameworks = load("frameworks").FRAMEWORKS
     files = {path.stem for path in (BENCHMARKS / "frameworks").glob("[!_]*.py")}
     assert files == {framework.module or name for name, framework in frameworks.items()}
 
 
 @pytest.mark.parametrize("module", ["run", "report"])
-def test_the_examples_in_docstrings_hold(load, module):
+def test_the_examples_in_docstrings_pass(load, module):
     outcome = doctest.testmod(load(module))
     assert outcome.attempted > 0
     assert outcome.failed == 0
 
 
-def test_a_worker_counts_what_a_step_does(tmp_path):
-    """Host reads at most at the end of an epoch; a number of calls that does not depend on the machine's speed."""
+def test_a_worker_counts_host_reads_and_calls_of_a_step(tmp_path):
+    """There are no host reads in a step, and the number of calls does not depend on the speed of the machine."""
     output = tmp_path / "results.json"
     run_script(str(BENCHMARKS / "_worker.py"), "hand_written", "S", "--output", str(output))
     results = json.loads(output.read_text())
@@ -91,7 +92,7 @@ def test_a_case_that_fails_is_reported_with_its_reason(tmp_path):
     assert list(json.loads(output.read_text())["errors"]) == ["S"]
 
 
-def test_the_table_tells_medians_extremes_and_missed_budgets(load):
+def test_the_table_shows_medians_extremes_missed_budgets_and_what_failed(load):
     figures = [ratio("pytorch_accelerated", 1.2), ratio("pytorch_accelerated", 1.4), ratio("hand_written", 1.0)]
     text = load("report").markdown(results_with(*figures))
     assert "| 1.300 (1.200 to 1.400) | 1.05 | **no** |" in text
@@ -100,19 +101,19 @@ def test_the_table_tells_medians_extremes_and_missed_budgets(load):
     assert "- keras A failed: ValueError: none" in text
 
 
-def test_peaks_of_memory_are_taken_over_that_of_the_loop_written_by_hand(load):
+def test_memory_peaks_are_relative_to_the_loop_written_by_hand(load):
     figures = [ratio("hand_written", 50.0, "M-peak"), ratio("pytorch_accelerated", 53.0, "M-peak")]
     found = load("report").spreads(results_with(*figures))
     assert found["M-peak", "pytorch_accelerated"].median == 3.0
     assert ("M-peak", "hand_written") not in found
 
 
-def test_the_page_is_complete(load):
+def test_the_page_has_no_placeholder_left_and_has_the_table(load):
     page = load("report").page(results_with(ratio("pytorch_accelerated", 1.2), ratio("hand_written", 1.0)))
     assert "$" not in page.replace("$ make", "")
     assert "| A |" in page
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which it would use")
-def test_without_a_gpu_its_benchmark_says_so():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which the benchmark would use")
+def test_without_a_gpu_the_gpu_benchmark_says_so():
     assert run_script(str(BENCHMARKS / "gpu.py")).startswith("There is no GPU")

@@ -1,4 +1,4 @@
-"""Describes the public names of the package and how they are called; run as a script it writes `surface.json`."""
+"""Describe the public names of the package and their signatures; as a script, write them to `surface.json`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def describe_module(module: Any) -> dict[str, Any]:
 def describe(value: Any, module_name: str) -> Any:
     """Describe a class by its bases, fields, properties and methods, a function by its arguments.
 
-    What another public module exports too is described there; what comes from another package is only named.
+    For a name that another public module defines, or another package, return only where it comes from.
     """
     if not (inspect.isclass(value) or inspect.isfunction(value)):
         return type(value).__name__
@@ -55,11 +55,11 @@ def _is_private(module_name: str) -> bool:
 
 
 def describe_class(cls: type) -> dict[str, Any]:
-    """Describe a class by its own members and those of its private bases."""
+    """Describe a class by its members and those of its private bases, which have no entry of their own."""
     description: dict[str, Any] = {"bases": [base.__name__ for base in cls.__mro__[1:-1]]}
     public_bases = [base for base in cls.__mro__[1:] if not _is_private(base.__module__)]
-    own = [cls, *(base for base in cls.__mro__ if _is_own_private(base) and not _is_among(base, public_bases))]
-    members = {name: value for base in reversed(own) for name, value in vars(base).items()}
+    private_bases = [base for base in cls.__mro__ if _is_of_private_module(base) and not _is_among(base, public_bases)]
+    members = {name: value for base in reversed([cls, *private_bases]) for name, value in vars(base).items()}
     if issubclass(cls, enum.Enum):
         description["members"] = list(cls.__members__)
         return description
@@ -76,7 +76,7 @@ def describe_class(cls: type) -> dict[str, Any]:
     return description
 
 
-def _is_own_private(base: type) -> bool:
+def _is_of_private_module(base: type) -> bool:
     return base.__module__.startswith("pytorch_accelerated.") and _is_private(base.__module__)
 
 
@@ -85,7 +85,7 @@ def _is_among(base: type, others: list[type]) -> bool:
 
 
 def arguments_of(function: Any) -> str:
-    """Return the arguments as they are written, without annotations: ``self, batch, *, step=0, **kwargs``."""
+    """Return the arguments of a signature, without annotations: ``self, batch, *, step=0, **kwargs``."""
     signature = inspect.signature(function)
     parameters = [
         parameter.replace(annotation=parameter.empty, default=_Default.of(parameter.default))

@@ -1,4 +1,4 @@
-"""Every Python block of the README and of the documentation runs, in order, as a reader would paste it."""
+"""Every Python block of the README and the documentation runs, in order, as if a reader pasted it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ assert x == 1
 assert x == 2
 ```
 """
-pytestmark = pytest.mark.usefixtures("_fresh_accelerate_state")  # a page may choose a precision
+pytestmark = pytest.mark.usefixtures("_fresh_accelerate_state")  # a page may set a precision
 FENCED_PYTHON = re.compile(r"^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -46,7 +46,7 @@ def run_page(page: Path) -> None:
     """Run the blocks of a page in one namespace; a failure names the page and the line."""
     namespace: dict[str, object] = {"__name__": "__docs__"}
     for block in python_blocks(page.read_text(encoding="utf-8")):
-        padded = "\n" * (block.first_line - 1) + block.code  # so that line numbers are those of the page
+        padded = "\n" * (block.first_line - 1) + block.code  # keeps the line numbers of the page
         try:
             exec(compile(padded, str(page), "exec"), namespace)
         except Exception as error:
@@ -54,7 +54,7 @@ def run_page(page: Path) -> None:
 
 
 def failing_line(error: BaseException, page: Path, block: Block) -> int:
-    """Return the line of the page that raised, or was not valid Python."""
+    """Return the line of the page that raised, or that is not valid Python."""
     if isinstance(error, SyntaxError) and error.filename == str(page):
         return error.lineno or block.first_line
     traceback, line = error.__traceback__, block.first_line
@@ -78,14 +78,14 @@ def test_a_failing_block_is_reported_with_page_and_line(tmp_path):
         run_page(page)
 
 
-def test_a_block_that_is_no_python_is_reported_with_page_and_line(tmp_path):
+def test_a_block_that_is_not_valid_python_is_reported_with_page_and_line(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("```python\nx = 1\ny = = 2\n```\n")
     with pytest.raises(pytest.fail.Exception, match=r"page\.md:3: SyntaxError"):
         run_page(page)
 
 
-def test_the_readme_names_the_two_commands():
+def test_the_readme_names_make_demo_and_make_test_which_exist():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in ("demo", "test"):

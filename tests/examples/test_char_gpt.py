@@ -1,14 +1,14 @@
-"""The language model learns, and its losses are the same in one process and in two."""
+"""The example of a language model learns, with the same losses on one process and on two."""
 
 from __future__ import annotations
 
 import math
 import re
-import socket
 from pathlib import Path
 
 import pytest
 
+from _processes import free_port
 from _starting import run, run_from_scratch
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "char_gpt.py"
@@ -24,7 +24,7 @@ def run_example(folder: Path, *launcher: str) -> str:
 
 
 def training_losses(output: str) -> list[float]:
-    """The printed means over three updates each."""
+    """Return the printed losses, each a mean over three updates."""
     lines = re.findall(r"^update +(\d+): loss (\d+\.\d{6})$", output, flags=re.MULTILINE)
     assert [int(update) for update, _ in lines] == list(range(3, 25, 3))
     return [float(loss) for _, loss in lines]
@@ -35,42 +35,36 @@ def value_of(label: str, output: str) -> float:
     return float(value)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    """What one process printed."""
+    """The output of the example on one process."""
     return run_example(tmp_path_factory.mktemp("one_process"))
 
 
-def test_the_loss_falls(output):
+def test_training_lowers_the_loss(output):
     losses = training_losses(output)
-    assert losses[0] == pytest.approx(math.log(128), abs=0.5), "nothing is known of the 128 tokens at first"
+    assert losses[0] == pytest.approx(math.log(128), abs=0.5), "an untrained model knows nothing of the 128 tokens"
     assert losses[-1] < losses[0] - 0.5
     assert value_of("eval_loss_epoch", output) < losses[0] - 0.5
 
 
-def test_loss_entropy_and_code_are_shown_at_the_end(output):
+def test_validation_loss_entropy_and_generated_code_are_printed_at_the_end(output):
     """The characters of code have an entropy of about 3 nats."""
     loss = value_of("Validation loss", output)
     assert loss == pytest.approx(value_of("eval_loss_epoch", output), abs=1e-4)
     assert 2.8 < value_of("Entropy of the characters", output) < 3.4
-    _, code = output.split("\nWhat it writes:\n\n")
+    _, code = output.split("\nGenerated code:\n\n")
     assert code.startswith("def ")
     assert "class " in code
     assert "import " in code
 
 
 @pytest.mark.distributed
-def test_two_processes_have_the_losses_of_one(output, tmp_path):
+def test_two_processes_print_the_losses_of_one(output, tmp_path):
     """24 updates of 8 pieces: 2 batches of 4 in one process, 2 batches of 2 in each of two."""
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()))
     distributed_output = run_example(tmp_path, *launcher)
     assert training_losses(distributed_output) == pytest.approx(training_losses(output), rel=0, abs=1e-4)
     for label in ("train_loss_epoch", "eval_loss_epoch"):
         assert value_of(label, distributed_output) == pytest.approx(value_of(label, output), rel=0, abs=1e-4)
-    assert distributed_output.count("What it writes:") == 1
+    assert distributed_output.count("Generated code:") == 1

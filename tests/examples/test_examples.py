@@ -1,4 +1,4 @@
-"""The examples run as a user would run them, only shorter."""
+"""The digits examples, run as a user would run them, with fewer epochs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def run_example(name: str, *arguments: str, folder: Path) -> CompletedProcess[st
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Where the digits example ran for three epochs, and what it printed."""
+    """The working directory of the digits example after three epochs, and its output."""
     folder = tmp_path_factory.mktemp("digits")
     return folder, run_example("train_digits.py", "--epochs", "3", folder=folder)
 
 
-def test_the_digits_are_learnt(trained):
+def test_train_digits_reaches_an_accuracy_of_90_percent(trained):
     _, result = trained
     last_line = result.stdout.splitlines()[-1]
     accuracy = re.fullmatch(r"Test accuracy of the best model: ([01]\.\d{4})", last_line)
@@ -38,14 +38,14 @@ def test_the_digits_are_learnt(trained):
     assert 0.9 < float(accuracy[1]) <= 1
 
 
-def test_the_loss_and_the_accuracy_of_each_epoch_are_shown(trained):
+def test_train_digits_prints_loss_and_accuracy_of_each_epoch(trained):
     _, result = trained
     for metric in ("train_loss_epoch", "train_accuracy", "eval_loss_epoch", "eval_accuracy"):
         assert len(re.findall(rf"^{metric}: \d", result.stdout, flags=re.MULTILINE)) == 3, metric
-    assert re.search(r"17/17 .*loss=\d\.\d{4}\]", result.stderr), "the progress bar with the running loss"
+    assert re.search(r"17/17 .*loss=\d\.\d{4}\]", result.stderr), "the progress bar shows the running loss"
 
 
-def test_the_best_model_and_the_learning_curves_are_written(trained):
+def test_train_digits_writes_the_best_model_and_the_learning_curves(trained):
     folder, _ = trained
     assert sorted(path.name for path in folder.iterdir()) == ["best_model.pt", "learning_curves.png"]
     checkpoint = torch.load(folder / "best_model.pt", weights_only=True)
@@ -56,14 +56,14 @@ def test_the_best_model_and_the_learning_curves_are_written(trained):
     assert len(png) > 10_000
 
 
-def test_the_files_go_to_the_output_folder(tmp_path):
+def test_train_digits_writes_only_to_the_output_folder(tmp_path):
     (tmp_path / "here").mkdir()
     run_example("train_digits.py", "--epochs", "1", "--output-dir", str(tmp_path / "there"), folder=tmp_path / "here")
     assert not list((tmp_path / "here").iterdir())
     assert {path.name for path in (tmp_path / "there").iterdir()} == {"best_model.pt", "learning_curves.png"}
 
 
-def test_fine_tuning_changes_only_what_is_unfrozen(tmp_path):
+def test_finetune_digits_changes_only_the_unfrozen_layer_groups(tmp_path):
     result = run_example("finetune_digits.py", "--epochs", "2", folder=tmp_path)
     header, *rows = [re.split(r"\s{2,}", line.strip()) for line in result.stdout.splitlines() if "  " in line]
     assert header == ["changed tensors", "stem", "lower", "upper", "head", "accuracy"]

@@ -1,4 +1,4 @@
-"""The example that kills itself, started a second time by the same command."""
+"""The example that kills itself and resumes when the same command is run again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run_example(folder: Path) -> CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_ends_with_the_weights_of_one_that_was_not(tmp_path):
+def test_a_killed_and_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(tmp_path):
     killed = run_example(tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert "the run starts from scratch" in killed.stdout
@@ -32,4 +32,4 @@ def test_a_run_that_was_killed_ends_with_the_weights_of_one_that_was_not(tmp_pat
     hashes = re.findall(r"^84 updates.*: +([0-9a-f]{16})$", resumed.stdout, flags=re.MULTILINE)
     assert len(hashes) == 2
     assert hashes[0] == hashes[1]
-    assert resumed.stdout.splitlines()[-1] == "The weights are the same, bit by bit."
+    assert resumed.stdout.splitlines()[-1] == "The weights are bit-identical."

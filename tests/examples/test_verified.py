@@ -1,8 +1,7 @@
-"""The examples, with random augmentation in two workers, can be interrupted and resumed to the same bits."""
+"""`verify_resume` passes for every example, with random augmentation in two workers."""
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
+from _support import load_module
 from pytorch_accelerated import TrainerPlaceholderValues
 from pytorch_accelerated.callbacks import GradualUnfreezingCallback
 from pytorch_accelerated.finetuning import ModelFreezer
@@ -23,15 +23,8 @@ WORKERS = {"num_workers": 2, "persistent_workers": True}
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 class Augmented(Dataset):
-    """Changes each sample by draws from all global generators."""
+    """Changes each sample by a function that draws from the global generators."""
 
     def __init__(self, dataset, change):
         self.dataset = dataset
@@ -54,8 +47,8 @@ def mask_characters(piece):
     return torch.where(torch.rand(len(piece)) < 0.02 * random.random(), 1 + np.random.randint(100), piece)
 
 
-def test_digits():
-    digits = load("train_digits")
+def test_train_digits_resumes_exactly():
+    digits = load_module(EXAMPLES / "train_digits.py")
     train, validation, _ = digits.load_datasets()
 
     def make_trainer():
@@ -76,8 +69,8 @@ def test_digits():
 
 
 @pytest.mark.parametrize("way", ["head only", "gradual"])
-def test_fine_tuning(way):
-    finetuning = load("finetune_digits")
+def test_finetune_digits_resumes_exactly(way):
+    finetuning = load_module(EXAMPLES / "finetune_digits.py")
     task, _ = finetuning.load_task(digits=[5, 6, 7, 8, 9], train_size=100)
 
     def make_trainer():
@@ -100,8 +93,8 @@ def test_fine_tuning(way):
     ).raise_if_different()
 
 
-def test_language_model():
-    char_gpt = load("char_gpt")
+def test_char_gpt_resumes_exactly():
+    char_gpt = load_module(EXAMPLES / "char_gpt.py")
     pieces, validation = char_gpt.load_datasets()
 
     def make_trainer():

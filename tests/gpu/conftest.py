@@ -1,4 +1,4 @@
-"""All tests of this folder need a GPU, and are skipped where there is none: ``pytest tests/gpu`` is the one command."""
+"""Marks all tests of this folder as GPU tests, which are skipped without a GPU. Run them with ``pytest tests/gpu``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# cuBLAS reads it when it is first used; without it, its results may differ from run to run.
+# cuBLAS reads this when it is first used. Without it, results may differ from run to run.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 

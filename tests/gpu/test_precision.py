@@ -1,4 +1,4 @@
-"""fp16 with a real gradient scaler, and bf16."""
+"""Mixed precision on a GPU: bf16, and fp16 with a gradient scaler."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from _support import Probe, make_dataset
+import _support
+from _support import Probe, losses, recorder_of
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback
 
 pytestmark = pytest.mark.usefixtures("_fresh_accelerate_state")
 
 NUM_UPDATES = 12
-"""In three epochs of eight batches, two to an update."""
+"""Three epochs of eight batches, with two batches per update."""
 
 
 def make_trainer(mixed_precision, callbacks=(), lr=0.05):
@@ -25,10 +26,14 @@ def make_trainer(mixed_precision, callbacks=(), lr=0.05):
     return Trainer(model, nn.MSELoss(), optimizer, callbacks, mixed_precision=mixed_precision, seed=1)
 
 
-def train(trainer, **kwargs):
-    defaults = {"num_epochs": 3, "per_device_batch_size": 8, "gradient_accumulation_steps": 2}
-    schedule = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
-    trainer.train(make_dataset(64), **{**defaults, "create_scheduler_fn": schedule, **kwargs})
+train = functools.partial(
+    _support.train,
+    dataset=64,
+    num_epochs=3,
+    per_device_batch_size=8,
+    gradient_accumulation_steps=2,
+    create_scheduler_fn=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
+)
 
 
 def assert_same(left, right):
@@ -38,23 +43,21 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize("mixed_precision", ["fp16", "bf16"])
-def test_the_loss_falls_and_the_weights_stay_in_single_precision(mixed_precision):
-    seen = []
-
-    def look(trainer, **_):
+def test_mixed_precision_lowers_the_loss_and_keeps_the_weights_in_fp32(mixed_precision):
+    def weight_dtype(trainer):
         with torch.autocast(trainer.device.type, enabled=False):
-            seen.append(trainer.model[0].weight.dtype)
+            return trainer.model[0].weight.dtype
 
-    trainer = make_trainer(mixed_precision, [Probe(on_train_step_end=look)])
+    probe, seen = recorder_of(weight_dtype, "on_train_step_end")
+    trainer = make_trainer(mixed_precision, [probe])
     train(trainer, num_epochs=20, create_scheduler_fn=None)
-    losses = trainer.run_history.get_metric_values("train_loss_epoch")
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses(trainer)[-1] < 0.5 * losses(trainer)[0]
     assert set(seen) == {torch.float32}
     assert (trainer._accelerator.scaler is not None) == (mixed_precision == "fp16")
 
 
 @pytest.mark.parametrize("limit", ["gradient_clip_norm", "gradient_clip_value"])
-def test_unscaled_gradients_are_clipped_once_per_update(limit):
+def test_gradients_are_unscaled_before_they_are_clipped_once_per_update(limit):
     norms, largest = [], []
 
     def look(trainer, **_):
@@ -67,12 +70,12 @@ def test_unscaled_gradients_are_clipped_once_per_update(limit):
     assert len(norms) == NUM_UPDATES
     values = [value for value in (norms if limit.endswith("norm") else largest) if value == value]
     assert values
-    assert max(values) == pytest.approx(0.01, rel=1e-2), "the bound is met, so the gradients were unscaled before it"
+    assert max(values) == pytest.approx(0.01, rel=1e-2), "the bound is reached, so the gradients were unscaled first"
 
 
-@pytest.mark.parametrize("skipped", [(3,), (0, 1)], ids=["in the midst", "the first"])
-def test_a_skipped_step_changes_no_weights_and_steps_no_scheduler(skipped):
-    """The gradients overflow, as with a scale that is too large."""
+@pytest.mark.parametrize("skipped", [(3,), (0, 1)], ids=["mid-run", "the first two"])
+def test_an_update_skipped_by_the_scaler_changes_no_weights_and_steps_no_scheduler(skipped):
+    """The gradients overflow, as they do if the scale is too large."""
     weights, rates = [], []
 
     class Overflowing(Trainer):
@@ -101,15 +104,17 @@ def test_a_skipped_step_changes_no_weights_and_steps_no_scheduler(skipped):
     assert trainer._accelerator.scaler.get_scale() <= 2**16 / 2 ** len(skipped)
 
 
-def test_a_resumed_run_has_the_same_weights_and_scale(tmp_path):
+def test_a_resumed_fp16_run_ends_with_the_same_weights_and_scale(tmp_path):
     torch.use_deterministic_algorithms(True)
     try:
-        whole = make_trainer("fp16", [SaveTrainingStateCallback(tmp_path, save_every_n_steps=5, save_at_end=False)])
-        train(whole)
-        for step in (5, 10, 20):  # five is within a window
+        uninterrupted = make_trainer(
+            "fp16", [SaveTrainingStateCallback(tmp_path, save_every_n_steps=5, save_at_end=False)]
+        )
+        train(uninterrupted)
+        for step in (5, 10, 20):  # step 5 is within an accumulation window
             resumed = make_trainer("fp16")
             train(resumed, resume_from=tmp_path / f"step_{step}")
-            assert_same(whole.model.state_dict(), resumed.model.state_dict())
-            assert_same(whole._accelerator.scaler.state_dict(), resumed._accelerator.scaler.state_dict())
+            assert_same(uninterrupted.model.state_dict(), resumed.model.state_dict())
+            assert_same(uninterrupted._accelerator.scaler.state_dict(), resumed._accelerator.scaler.state_dict())
     finally:
         torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""Whole runs on a GPU: exact resume, no waiting for the device, memory, transfers, compiled and sharded models."""
+"""Runs on a GPU: exact resume, no waiting for the device, transfers, memory, compiled and sharded models."""
 
 from __future__ import annotations
 
@@ -44,27 +44,27 @@ def make_trainer(callbacks=None, width=16):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_a_resumed_run_ends_the_same_bit_by_bit(tmp_path, accumulation, num_workers):
+def test_a_resumed_run_is_bit_identical(tmp_path, accumulation, num_workers):
     settings = {"gradient_accumulation_steps": accumulation, "num_workers": num_workers}
     with deterministic():
-        expected = _runs.train(_runs.make_trainer(tmp_path / "whole"), **settings)
+        expected = _runs.train(_runs.make_trainer(tmp_path / "uninterrupted"), **settings)
         for step in (1, 5, 6, 9, 17):
             trainer = _runs.make_trainer(tmp_path / f"from {step}")
-            resumed = _runs.train(trainer, **settings, resume_from=tmp_path / "whole" / f"step_{step}")
+            resumed = _runs.train(trainer, **settings, resume_from=tmp_path / "uninterrupted" / f"step_{step}")
             assert _runs.differences(expected, resumed) == []
 
 
-# --- the device does not wait ------------------------------------------------------------------------------------
+# --- waiting for the device --------------------------------------------------------------------------------------
 
 
-class Watch:
-    """Collects where the program waits for the device, from the first batch of an epoch to its last."""
+class SyncRecorder:
+    """Records where the program waits for the device, from the second step of an epoch to its last."""
 
     def __init__(self):
         self.places = []
 
     def start(self, trainer, step, **_):
-        if step == 1:  # the first step may set things up
+        if step == 1:  # the first step may wait, for example to create things
             torch.cuda.set_sync_debug_mode("warn")
 
     def end(self, trainer, **_):
@@ -83,46 +83,45 @@ class Watch:
 
     def _note(self, message, *_args, **_kwargs):
         if "synchronizing" in str(message):
-            frames = traceback.extract_stack()[:-1]
-            own = [
+            frames = [
                 frame
-                for frame in frames
+                for frame in traceback.extract_stack()[:-1]
                 if "site-packages" not in frame.filename and "warnings.py" not in frame.filename
             ]
-            names = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in own[-6:]]
+            names = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames[-6:]]
             self.places.append(" < ".join(reversed(names)))
 
 
 LOG_POINTS = ("progress_bar.py", "reporting.py", "_loss_monitor.py", "_add_epoch_loss_to_run_history")
-"""Where numbers are read at the end of an epoch, which somebody has to wait for."""
+"""Code that reads numbers at log points and at the end of an epoch, and so has to wait."""
 
 
 def test_a_run_with_the_default_callbacks_waits_for_the_device_only_where_numbers_are_shown():
-    watch = Watch()
-    probe = Probe(on_train_step_start=watch.start, on_train_epoch_end=watch.end)
+    syncs = SyncRecorder()
+    probe = Probe(on_train_step_start=syncs.start, on_train_epoch_end=syncs.end)
     trainer = make_trainer([*get_default_callbacks(), probe])
-    with watch.listening():
+    with syncs.listening():
         trainer.train(Samples(make_dataset(400)), 2, make_dataset(16), per_device_batch_size=4)
-    assert [place for place in watch.places if not any(point in place for point in LOG_POINTS)] == []
-    assert len(watch.places) < 20, "of 200 steps"
+    assert [place for place in syncs.places if not any(point in place for point in LOG_POINTS)] == []
+    assert len(syncs.places) < 20, "of 200 steps"
 
 
-def test_the_watch_names_who_waits():
-    """The test above can fail."""
-    watch = Watch()
-    probe = Probe(on_train_step_start=watch.start, on_train_epoch_end=watch.end)
-    asker = Probe(on_train_step_end=lambda trainer, batch_output, **_: batch_output["loss"].item())
-    with watch.listening():
-        make_trainer([probe, asker]).train(make_dataset(40), 1, per_device_batch_size=4)
-    assert len(watch.places) >= 8
-    assert any(Path(__file__).name in place for place in watch.places)
+def test_code_that_waits_in_every_step_is_recorded_with_its_file():
+    """This shows that the test above can fail."""
+    syncs = SyncRecorder()
+    probe = Probe(on_train_step_start=syncs.start, on_train_epoch_end=syncs.end)
+    reader = Probe(on_train_step_end=lambda trainer, batch_output, **_: batch_output["loss"].item())
+    with syncs.listening():
+        make_trainer([probe, reader]).train(make_dataset(40), 1, per_device_batch_size=4)
+    assert len(syncs.places) >= 8
+    assert any(Path(__file__).name in place for place in syncs.places)
 
 
 # --- data and memory ---------------------------------------------------------------------------------------------
 
 
-def test_batches_come_from_pinned_memory_to_the_device():
-    """That the copies do not hold up the host is part of the test of the default callbacks."""
+def test_loaders_pin_memory_and_batches_are_on_the_device():
+    """The test with the default callbacks checks that the host does not wait for the copies."""
     devices = []
     look = Probe(on_train_step_end=lambda trainer, batch, **_: devices.extend(part.device.type for part in batch))
     trainer = make_trainer([look])
@@ -132,8 +131,8 @@ def test_batches_come_from_pinned_memory_to_the_device():
     assert set(devices) == {"cuda"}
 
 
-def test_the_memory_of_a_run_is_free_when_it_has_ended():
-    """Also after an error: nothing keeps batches, losses or gradients."""
+def test_the_device_memory_of_a_run_is_free_after_its_end():
+    """Also after an error. Nothing keeps batches, losses or gradients."""
     for ends_with_error in (False, True):
         trainer = make_trainer([], width=4096)
         trainer.train(make_dataset(8), 1, per_device_batch_size=4)
@@ -163,8 +162,8 @@ def test_the_memory_of_a_run_is_free_when_it_has_ended():
 # --- compiled and sharded models ---------------------------------------------------------------------------------
 
 
-def test_a_compiled_model_is_not_compiled_again_for_each_short_last_batch():
-    """Once for the full batches, once for any other size."""
+def test_a_model_is_compiled_at_most_once_more_for_short_last_batches():
+    """Once for full batches, once for every other size."""
     torch._dynamo.reset()
     trainer = make_trainer([])
     compilations = []
@@ -181,8 +180,8 @@ def test_a_compiled_model_is_not_compiled_again_for_each_short_last_batch():
 
 
 @pytest.mark.distributed
-def test_states_of_a_sharded_model_resume_exactly(tmp_path):
-    """On as many GPUs as there are, at most two."""
+def test_a_sharded_model_resumed_from_a_state_is_bit_identical(tmp_path):
+    """On two GPUs, or on one if there is only one."""
     num_processes = min(2, torch.cuda.device_count())
     ended = launch(SHARDED_CASES, tmp_path, num_processes, "whole", ACCELERATE_USE_CPU="false", SHARDED_ON="gpu")
     outputs = "\n".join((tmp_path / f"output-{rank}.txt").read_text()[-3000:] for rank in range(num_processes))
