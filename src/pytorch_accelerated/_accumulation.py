@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from pytorch_accelerated.tracking import widened
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
+
+    from pytorch_accelerated._types import StateDict, StateMapping
 
 
 class AccumulationWindow:
@@ -61,11 +63,11 @@ class AccumulationWindow:
         self.total = self.num_samples = 0
         self.expected = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the sums of the window that is open."""
         return {"total": self.total, "num_samples": self.num_samples, "expected": self.expected}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore the open window that `state_dict` described."""
         self.total = state_dict["total"]
         self.num_samples = state_dict["num_samples"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from pytorch_accelerated._accumulation import scale_gradients
 from pytorch_accelerated._data.limits import LimitBatches
@@ -28,6 +29,18 @@ from pytorch_accelerated._nested import concatenate, find_batch_size, first_rows
 from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute
 from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated._step import batch_loss, predictions, raise_bad_loss, read_batch_output
+from pytorch_accelerated._types import (
+    Batch,
+    BatchOutput,
+    DataLoaderKwargs,
+    EvalLoaders,
+    Loader,
+    LossFunction,
+    MaybeNone,
+    ModelOutput,
+    Nested,
+    Scheduler,
+)
 from pytorch_accelerated._validation import check_run
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError, add_note
@@ -110,13 +123,13 @@ class TrainingLoop:
     gradient_norm = RunAttribute["torch.Tensor | None"]("gradient_norm")
     """The norm of all gradients before clipping, if the run clips by norm; new in ``on_optimizer_step_end``."""
 
-    train_dataloader = RunAttribute[Any]("train_loader")
+    train_dataloader = RunAttribute[Loader | None]("train_loader")
     """The training loader of the run; ``None`` in an evaluation."""
 
-    eval_dataloaders = RunAttribute["Mapping[str, Any]"]("eval_loaders")
+    eval_dataloaders = RunAttribute[Mapping[str, Loader]]("eval_loaders")
     """The evaluation loaders of the run by name, with ``""`` for a single dataset; empty without evaluation."""
 
-    current_dataloader = RunAttribute[Any]("current_pass.loader")
+    current_dataloader = RunAttribute[Loader | None]("current_pass.loader")
     """The loader of the training epoch or evaluation under way."""
 
     num_batches_done = RunAttribute[int]("current_pass.num_batches_done")
@@ -132,17 +145,23 @@ class TrainingLoop:
     """The mean loss of the epoch so far on this process, read from the device; NaN before the first batch."""
 
     # Programs written for 0.1.61 read and set these.
-    _train_dataloader = WritableRunAttribute[Any]("train_loader")
-    _eval_dataloader = WritableRunAttribute[Any]("eval_loader")
-    _train_dl_kwargs = WritableRunAttribute["dict[str, Any] | None"]("train_dl_kwargs")
-    _eval_dl_kwargs = WritableRunAttribute["dict[str, Any] | None"]("eval_dl_kwargs")
+    _train_dataloader = WritableRunAttribute[Loader | None]("train_loader")
+    _eval_dataloader = WritableRunAttribute[EvalLoaders | None]("eval_loader")
+    _train_dl_kwargs = WritableRunAttribute[DataLoaderKwargs | None]("train_dl_kwargs")
+    _eval_dl_kwargs = WritableRunAttribute[DataLoaderKwargs | None]("eval_dl_kwargs")
     _loss_tracker = WritableRunAttribute[LossTracker]("current_pass.means.loss")
 
-    def __init__(self, model: Any, loss_func: Any, optimizer: Any, run_history: RunHistory | None = None) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_func: LossFunction | None,
+        optimizer: Optimizer | None,
+        run_history: RunHistory | None = None,
+    ) -> None:
+        self.model: nn.Module | MaybeNone = model
         self.loss_func = loss_func
-        self.optimizer = optimizer
-        self.scheduler: Any = None
+        self.optimizer: Optimizer | MaybeNone = optimizer
+        self.scheduler: Scheduler | None = None
         self.run_history: RunHistory = InMemoryRunHistory() if run_history is None else run_history
         self._loop_run = Run()
 
@@ -155,7 +174,7 @@ class TrainingLoop:
         """Called at the start of each training epoch; puts the model into training mode."""
         self.model.train()
 
-    def calculate_train_batch_loss(self, batch: Any) -> Mapping[str, Any]:
+    def calculate_train_batch_loss(self, batch: Batch) -> BatchOutput:
         """Compute the loss of one training batch; called for each batch, on each process.
 
         By default the batch is a pair: the model is called with its first item, the loss function with the outputs and
@@ -206,12 +225,12 @@ class TrainingLoop:
         """Called at the start of each evaluation; puts the model into evaluation mode."""
         self.model.eval()
 
-    def calculate_eval_batch_loss(self, batch: Any) -> Mapping[str, Any]:
+    def calculate_eval_batch_loss(self, batch: Batch) -> BatchOutput:
         """Compute the loss of one evaluation batch, without gradients; see `calculate_train_batch_loss`."""
         with torch.no_grad():
             return batch_loss(self.model, self.loss_func, batch)
 
-    def calculate_predictions(self, batch: Any) -> Any:
+    def calculate_predictions(self, batch: Batch) -> ModelOutput:
         """Return the model's outputs for one batch of `Trainer.predict`, without gradients.
 
         By default the model is called with the batch's first item, or with all of it as keyword arguments if it is a
@@ -252,11 +271,11 @@ class TrainingLoop:
         """Whether the parameters of the model are split over the processes, as by FSDP and DeepSpeed."""
         return is_sharded(self._accelerator)
 
-    def print(self, *args: Any, **kwargs: Any) -> None:
+    def print(self, *args: object, **kwargs: object) -> None:
         """Print on the main process of each node only."""
         self._accelerator.print(*args, **kwargs)
 
-    def gather(self, tensor: Any, padding_value: float | None = None) -> Any:
+    def gather(self, tensor: Nested, padding_value: float | None = None) -> Nested:
         """Concatenate the tensors of all processes, in the order of their ranks. Must be called on every process.
 
         The processes may have different numbers of rows, including none.
@@ -292,13 +311,14 @@ class TrainingLoop:
             config.num_processes,
         )
 
-    def get_model(self, keep_torch_compile: bool = True) -> Any:
+    def get_model(self, keep_torch_compile: bool = True) -> nn.Module:
         """Return the model without the wrappers that Accelerate put around it.
 
         Args:
             keep_torch_compile: Whether a compiled model is returned as such.
         """
-        return self._accelerator.unwrap_model(self.model, keep_torch_compile=keep_torch_compile)
+        model: nn.Module = self._accelerator.unwrap_model(self.model, keep_torch_compile=keep_torch_compile)
+        return model
 
     def limit_batches(self, num_batches: int) -> None:
         """Use only the first batches of every loader of this run; call it in ``on_training_run_start``."""
@@ -401,7 +421,7 @@ class TrainingLoop:
             self._loop_run.progress.end_epoch()
             self.run_history._increment_epoch()  # noqa: SLF001 - a seam of 0.1.61 between the loop and its history
 
-    def _run_train_epoch(self, train_dl: Any) -> bool:
+    def _run_train_epoch(self, train_dl: Loader) -> bool:
         """Train on the batches of one epoch, and return whether the limit of updates was reached."""
         run = self._loop_run
         num_done = run.start_train_epoch(train_dl, self.run_history.current_epoch - 1)
@@ -428,7 +448,7 @@ class TrainingLoop:
         run.consensus.sync()
         return run.is_update_limit_reached
 
-    def _loop_train_steps(self, train_dl: Any, num_done: int) -> Iterator[tuple[int, Any, bool]]:
+    def _loop_train_steps(self, train_dl: Loader, num_done: int) -> Iterator[tuple[int, Batch, bool]]:
         """Yield index, batch, and whether it is the last, for the steps that are left of an epoch."""
         run = self._loop_run
         position, run.stream_position = run.stream_position, None
@@ -442,7 +462,7 @@ class TrainingLoop:
             rest = RestOfEpoch(train_dl, 0) if num_done else train_dl
         yield from enumerate_batches(rest, num_done)
 
-    def _perform_forward_and_backward_passes(self, batch: Any, step: int) -> None:
+    def _perform_forward_and_backward_passes(self, batch: Batch, step: int) -> None:
         """Process one batch: weigh it, scale its loss, compute the gradients, and record the loss."""
         run = self._loop_run
         self._loop_fire(TrainerCallback.on_train_step_start, batch=batch, step=step)
@@ -496,7 +516,7 @@ class TrainingLoop:
             norm = clip_functions.clip_grad_norm_(self.model.parameters(), config.gradient_clip_norm)
             self._loop_run.gradient_norm = norm
 
-    def _loop_end_train_step(self, batch: Any, step: int) -> None:
+    def _loop_end_train_step(self, batch: Batch, step: int) -> None:
         run = self._loop_run
         run.progress.num_batches_in_epoch = step + 1
         batch_output, run.batch_output = run.batch_output, None
@@ -542,7 +562,7 @@ class TrainingLoop:
             if not is_intermediate:  # in the middle of an epoch, the step is finished first
                 run.consensus.sync()
 
-    def _run_eval_epoch(self, valid_dl: Any, is_training: bool = True, is_intermediate: bool = False) -> None:
+    def _run_eval_epoch(self, valid_dl: Loader, is_training: bool = True, is_intermediate: bool = False) -> None:
         run = self._loop_run
         # An evaluation that a hook or a callback starts is finished: a resumed run would not start it again.
         is_repeatable, run.is_evaluation_repeatable = run.is_evaluation_repeatable, False
@@ -560,7 +580,7 @@ class TrainingLoop:
             self.eval_epoch_end()
             self._loop_fire(TrainerCallback.on_eval_epoch_end, is_intermediate=is_intermediate)
 
-    def _loop_eval_step(self, batch: Any, step: int) -> None:
+    def _loop_eval_step(self, batch: Batch, step: int) -> None:
         self._loop_fire(TrainerCallback.on_eval_step_start, batch=batch, step=step)
         batch_output = self.calculate_eval_batch_loss(batch)
         weight, _ = read_batch_output(batch_output, "calculate_eval_batch_loss")
@@ -571,7 +591,7 @@ class TrainingLoop:
         self._loop_end_step(step)
 
     @contextmanager
-    def _loop_suspend_training(self, loader: Any, is_intermediate: bool) -> Iterator[None]:
+    def _loop_suspend_training(self, loader: Loader, is_intermediate: bool) -> Iterator[None]:
         """Start the sums of an evaluation; if it interrupts a training epoch, restore the mode of each module."""
         run = self._loop_run
         modes = [(module, module.training) for module in self.model.modules()] if is_intermediate else []
@@ -586,7 +606,7 @@ class TrainingLoop:
             for module, mode in modes:
                 module.training = mode
 
-    def _loop_predict(self, on_every_process: bool, move_to_host: bool) -> Any:
+    def _loop_predict(self, on_every_process: bool, move_to_host: bool) -> ModelOutput:
         run = self._loop_run
         is_kept = on_every_process or self.run_config.is_world_process_zero
         outputs = []
@@ -604,14 +624,14 @@ class TrainingLoop:
 
     # --- what a run records --------------------------------------------------------------------------------------
 
-    def _loop_track(self, loss: Any, weight: Any, batch_output: Mapping[str, Any]) -> None:
+    def _loop_track(self, loss: float | torch.Tensor, weight: float | torch.Tensor, batch_output: BatchOutput) -> None:
         """Add loss and metrics of a step to the means of the epoch, unless its batch is a dummy."""
         current = self._loop_run.passes[-1]
         if not current.is_dummy_step:
             self._update_loss_tracker(loss, weight)
             current.means.update_metrics(batch_output, weight)
 
-    def _update_loss_tracker(self, loss: Any, batch_size: Any) -> None:
+    def _update_loss_tracker(self, loss: float | torch.Tensor, batch_size: float | torch.Tensor) -> None:
         self._loop_run.passes[-1].means.loss.update(loss, batch_size)
 
     def _add_epoch_loss_to_run_history(self, name: str) -> None:
@@ -625,7 +645,7 @@ class TrainingLoop:
 
     # --- events, and the end of a run ----------------------------------------------------------------------------
 
-    def _loop_fire(self, event: Callable[..., None], **kwargs: Any) -> None:
+    def _loop_fire(self, event: Callable[..., None], **kwargs: object) -> None:
         """Send an event, given as a method of `TrainerCallback`, to the callbacks that implement it."""
         name = event.__name__
         if name in self.callback_handler.events_without_listeners:

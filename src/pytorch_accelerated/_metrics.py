@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from pytorch_accelerated._types import StateDict, StateMapping
 
 
 def is_better(value: float, best: float | None, greater_is_better: bool, threshold: float = 0.0) -> bool:
@@ -65,11 +65,11 @@ class BestMetric:
         """Forget the best value."""
         self.value = self.epoch = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the value and the epoch, under the names that callbacks give them."""
         return {"best_metric": self.value, "best_metric_epoch": self.epoch}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
         self.record(state_dict["best_metric"], state_dict["best_metric_epoch"])
 

@@ -7,12 +7,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 
+from pytorch_accelerated._types import Batch, Nested
 
-def find_batch_size(batch: Any) -> int:
+Key = TypeVar("Key")
+Item = TypeVar("Item")
+
+
+def find_batch_size(batch: Nested) -> int:
     """Return the length of the first dimension of the first tensor in a batch, at any depth.
 
     Args:
@@ -37,7 +42,7 @@ def find_batch_size(batch: Any) -> int:
     )
 
 
-def tensors_in(batch: Any) -> Iterator[torch.Tensor]:
+def tensors_in(batch: Nested) -> Iterator[torch.Tensor]:
     """Yield the tensors in nested sequences, mappings and dataclasses, in order."""
     if isinstance(batch, torch.Tensor):
         yield batch
@@ -52,12 +57,13 @@ def tensors_in(batch: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(getattr(batch, field.name))
 
 
-def like_mapping(original: Mapping[str, Any], items: dict[str, Any]) -> Any:
+def like_mapping(original: Mapping[Key, Item], items: dict[Key, Item]) -> Mapping[Key, Item]:
     """Return ``items`` as a mapping of the type of ``original``; a plain dictionary for a `defaultdict`."""
-    return items if isinstance(original, defaultdict) else type(original)(items)  # type: ignore[call-arg]
+    create: Callable[..., Mapping[Key, Item]] = type(original)  # a mapping whose class takes a dictionary
+    return items if isinstance(original, defaultdict) else create(items)
 
 
-def rebuild(value: Any, change: Callable[[Any], Any]) -> Any:
+def rebuild(value: Nested, change: Callable[[Nested], Nested]) -> Nested:
     """Return a mapping, sequence or dataclass of the same type, with ``change`` applied to each item.
 
     Any other value is returned unchanged.
@@ -80,7 +86,7 @@ def rebuild(value: Any, change: Callable[[Any], Any]) -> Any:
     return value
 
 
-def move_to_device(batch: Any, device: torch.device, non_blocking: bool = False) -> Any:
+def move_to_device(batch: Batch, device: torch.device, non_blocking: bool = False) -> Batch:
     """Return a batch with everything that has a ``.to`` method on ``device``, at any depth.
 
     Args:
@@ -97,7 +103,7 @@ def move_to_device(batch: Any, device: torch.device, non_blocking: bool = False)
     return batch.to(device)
 
 
-def first_rows(value: Any, num_rows: int, num_kept: int) -> Any:
+def first_rows(value: Nested, num_rows: int, num_kept: int) -> Nested:
     """Return a nested structure in which every tensor of ``num_rows`` rows is cut to its first ``num_kept``.
 
     Example:
@@ -109,7 +115,7 @@ def first_rows(value: Any, num_rows: int, num_kept: int) -> Any:
     return rebuild(value, lambda item: first_rows(item, num_rows, num_kept))
 
 
-def repeat_rows(value: Any, num_rows: int, num_wanted: int) -> Any:
+def repeat_rows(value: Nested, num_rows: int, num_wanted: int) -> Nested:
     """Return a nested structure in which every tensor of ``num_rows`` rows is repeated until it has ``num_wanted``."""
     if isinstance(value, torch.Tensor):
         is_rows = value.ndim > 0 and value.shape[0] == num_rows
@@ -117,12 +123,12 @@ def repeat_rows(value: Any, num_rows: int, num_wanted: int) -> Any:
     return rebuild(value, lambda item: repeat_rows(item, num_rows, num_wanted))
 
 
-def on_host(outputs: Any) -> Any:
+def on_host(outputs: Nested) -> Nested:
     """Return outputs copied to host memory, which frees the memory of the device."""
     return move_to_device(outputs, torch.device("cpu"))
 
 
-def concatenate(parts: list[Any]) -> Any:
+def concatenate(parts: list[Nested]) -> Nested:
     """Join the outputs of consecutive batches along the first dimension, at any depth.
 
     Tensors without dimensions are stacked. Items that are not tensors become a list.

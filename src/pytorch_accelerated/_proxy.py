@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 
-def lookup_in_wrapped(wrapper: Any, wrapped_attribute: str, name: str) -> Any:
+def lookup_in_wrapped(wrapper: object, wrapped_attribute: str, name: str) -> Any:
     """Return an attribute of the wrapped object: the body of a wrapper's ``__getattr__``.
 
     Args:
@@ -41,7 +41,7 @@ class Proxy:
 
     _wrapped_attribute: ClassVar[str]
 
-    def __init_subclass__(cls, *, wraps: str, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, wraps: str, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         cls._wrapped_attribute = wraps
 
@@ -83,7 +83,7 @@ class Forwarded(Generic[Value]):
     @overload
     def __get__(self, instance: object, owner: type) -> Value: ...
 
-    def __get__(self, instance: Any, owner: type) -> Any:
+    def __get__(self, instance: object, owner: type) -> object:
         return self if instance is None else getattr(self._get_part(instance), self._name)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pytorch_accelerated._accumulation import AccumulationWindow
 from pytorch_accelerated._checkpoint.folder import Lineage
@@ -17,12 +17,20 @@ from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.tracking import EpochMeans
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
 
     from pytorch_accelerated._data.determinism import SeededLoader
     from pytorch_accelerated._distributed.accelerator import PreparedModel
+    from pytorch_accelerated._types import (
+        Batch,
+        BatchOutput,
+        DataLoaderKwargs,
+        EvalLoaders,
+        Loader,
+        MaybeNone,
+        RunSettings,
+        StateMapping,
+    )
     from pytorch_accelerated.run_config import TrainerRunConfig
 
 
@@ -36,7 +44,7 @@ class DataPass:
     """
 
     def __init__(
-        self, stage: Literal["training", "evaluation"], loader: Any = None, is_intermediate: bool = False
+        self, stage: Literal["training", "evaluation"], loader: Loader | MaybeNone = None, is_intermediate: bool = False
     ) -> None:
         self.stage = stage
         self.loader = loader
@@ -77,12 +85,12 @@ class Run:
         """The signal that ends the run; ``None`` if there was none."""
 
         # The model and the data.
-        self.train_loader: Any = None
-        self.eval_loader: Any = None
+        self.train_loader: Loader | MaybeNone = None
+        self.eval_loader: EvalLoaders | None = None
         """The evaluation loader, or a dictionary of them; ``None`` for no evaluation."""
 
-        self.train_dl_kwargs: dict[str, Any] | None = None
-        self.eval_dl_kwargs: dict[str, Any] | None = None
+        self.train_dl_kwargs: DataLoaderKwargs | None = None
+        self.eval_dl_kwargs: DataLoaderKwargs | None = None
         self.seeded_train_loaders: list[SeededLoader] = []
         self.seeded_eval_loaders: list[SeededLoader] = []
         self.prepared_model: PreparedModel | None = None
@@ -90,7 +98,7 @@ class Run:
 
         # The step under way.
         self.is_update_due = False
-        self.batch_output: Mapping[str, Any] | None = None
+        self.batch_output: BatchOutput | None = None
         self.gradient_norm: torch.Tensor | None = None
         self.consensus = StopConsensus(num_processes=1)
         # The epoch under way.
@@ -106,7 +114,7 @@ class Run:
         self.num_batches_to_skip = 0
         """Batches of the next epoch that were done before the run was resumed."""
 
-        self.stream_position: Mapping[str, Any] | None = None
+        self.stream_position: StateMapping | None = None
         self.is_epoch_cut_short = False
         self.is_evaluation_repeatable = False
         """Whether a run interrupted now would run the current evaluation again after a resume."""
@@ -119,7 +127,7 @@ class Run:
         self.window = AccumulationWindow()
         self.training_seed = seed
         self.lineage = Lineage()
-        self.settings: dict[str, Any] = {}
+        self.settings: RunSettings = {}
         self.early_stop_reason: str | None = None
 
     def inherit(self, previous: Run) -> None:
@@ -154,7 +162,7 @@ class Run:
         return self.passes[-1]
 
     @property
-    def eval_loaders(self) -> dict[str, Any]:
+    def eval_loaders(self) -> dict[str, Loader]:
         """The evaluation loaders by name; a single one has the name ``""``."""
         if isinstance(self.eval_loader, dict):
             return self.eval_loader
@@ -170,7 +178,7 @@ class Run:
         """Whether every sample trained on so far has entered an update."""
         return self.window.num_samples == 0
 
-    def start_train_epoch(self, loader: Any, index: int) -> int:
+    def start_train_epoch(self, loader: Loader, index: int) -> int:
         """Put sums, accumulation window and loader at the start of a training epoch.
 
         Args:
@@ -200,13 +208,13 @@ class Run:
         expected = None if is_last else self.window.expected
         self.consensus.start_exchange(self.window.total, self.window.num_samples, expected)
 
-    def resume_streams(self, position: Mapping[str, Any], num_batches: int) -> None:
+    def resume_streams(self, position: StateMapping, num_batches: int) -> None:
         """Put the streams that training reads from at the position after this number of batches."""
         for seeded_loader in self.seeded_train_loaders:
             if seeded_loader.stream is not None:
                 seeded_loader.stream.resume(position, num_batches)
 
-    def set_data_epoch(self, seeded_loaders: list[SeededLoader], loader: Any, epoch: int) -> None:
+    def set_data_epoch(self, seeded_loaders: list[SeededLoader], loader: Loader, epoch: int) -> None:
         """Put loaders before the first batch of an epoch, counted from 0."""
         for seeded_loader in seeded_loaders:
             seeded_loader.set_epoch(epoch, self.seed)
@@ -251,7 +259,7 @@ class Run:
             return False
         return not (self.is_update_limit_reached and self.progress.is_between_epochs())
 
-    def until_update_limit(self, steps: Iterator[tuple[int, Any, bool]]) -> Iterator[tuple[int, Any, bool]]:
+    def until_update_limit(self, steps: Iterator[tuple[int, Batch, bool]]) -> Iterator[tuple[int, Batch, bool]]:
         """Yield the steps of an epoch until the run has made its last update."""
         limit = self.update_limit
         self.is_epoch_cut_short = False

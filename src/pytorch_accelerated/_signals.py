@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytorch_accelerated.exceptions import StopTrainingError, add_note
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType
 
 
@@ -61,7 +62,7 @@ class InterruptFlag:
         """The first signal since the start of the last block; ``None`` for none."""
 
         self._was_ctrl_c_pressed = False
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
         self._process_id = 0
 
     def __enter__(self) -> InterruptFlag:

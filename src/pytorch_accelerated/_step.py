@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from typing import Any, NoReturn
+from typing import NoReturn, ParamSpec, TypeVar
 
 import torch
 
 from pytorch_accelerated._data.workers import is_worker_failure
 from pytorch_accelerated._nested import find_batch_size, rebuild
+from pytorch_accelerated._types import Batch, BatchOutput, LossFunction, ModelOutput, Nested
 from pytorch_accelerated.exceptions import add_note
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 _MAX_NOTE_LENGTH = 400  # characters
 
 
-def batch_loss(model: Callable[..., Any], loss_func: Callable[..., Any] | None, batch: Any) -> dict[str, Any]:
+def batch_loss(model: Callable[..., ModelOutput], loss_func: LossFunction | None, batch: Batch) -> BatchOutput:
     """Compute the loss of a batch.
 
     Args:
@@ -45,7 +49,7 @@ def batch_loss(model: Callable[..., Any], loss_func: Callable[..., Any] | None, 
     return {"loss": loss, "model_outputs": model_outputs, "batch_size": _batch_size_of(inputs)}
 
 
-def _loss_of_model(model: Callable[..., Any], batch: Any) -> dict[str, Any]:
+def _loss_of_model(model: Callable[..., ModelOutput], batch: Batch) -> BatchOutput:
     if is_dataclass(batch) and not isinstance(batch, type):
         batch = {field.name: getattr(batch, field.name) for field in fields(batch)}
     if isinstance(batch, Mapping):
@@ -66,24 +70,24 @@ def _loss_of_model(model: Callable[..., Any], batch: Any) -> dict[str, Any]:
     return {"loss": loss, "model_outputs": model_outputs, "batch_size": _batch_size_of(batch)}
 
 
-def _batch_size_of(batch: Any) -> int:
+def _batch_size_of(batch: Batch) -> int:
     is_plain = isinstance(batch, torch.Tensor) and batch.ndim > 0
     return batch.shape[0] if is_plain else find_batch_size(batch)
 
 
-def predictions(model: Callable[..., Any], batch: Any) -> Any:
+def predictions(model: Callable[..., ModelOutput], batch: Batch) -> ModelOutput:
     """Call a model with the inputs of a batch: all of a mapping, the first item of a tuple or list, or the batch."""
     if isinstance(batch, Mapping):
         return call_model(model, **batch)
     return call_model(model, batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
-def call_model(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def call_model(model: Callable[P, Result], /, *args: P.args, **kwargs: P.kwargs) -> Result:
     """Call a model; if it fails, note the types and shapes of its arguments on the error."""
     return _call("The model", model, *args, **kwargs)
 
 
-def _call(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def _call(name: str, function: Callable[P, Result], /, *args: P.args, **kwargs: P.kwargs) -> Result:
     try:
         return function(*args, **kwargs)
     except Exception as error:
@@ -94,7 +98,7 @@ def _call(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any)
         raise
 
 
-def _outline(value: Any) -> Any:
+def _outline(value: Nested) -> Nested:
     """Return types and shapes in place of the tensors of a batch.
 
     Example:
@@ -110,7 +114,7 @@ def _outline(value: Any) -> Any:
 # --- what a step returns -----------------------------------------------------------------------------------------
 
 
-def read_batch_output(batch_output: Any, hook: str) -> tuple[Any, int]:
+def read_batch_output(batch_output: BatchOutput | torch.Tensor, hook: str) -> tuple[float | torch.Tensor, int]:
     """Return the weight and the size of a batch.
 
     Args:
@@ -136,7 +140,7 @@ def read_batch_output(batch_output: Any, hook: str) -> tuple[Any, int]:
     return batch_output.get("num_items_in_batch", batch_size), int(batch_size)
 
 
-def _raise_bad_batch_output(batch_output: Any, hook: str) -> NoReturn:
+def _raise_bad_batch_output(batch_output: object, hook: str) -> NoReturn:
     needed = "Return a dictionary with `loss` (a scalar tensor) and `batch_size` (the number of samples)."
     if not isinstance(batch_output, Mapping):
         raise TypeError(f"`{hook}` returned {batch_output!r}, of type {type(batch_output).__name__}. {needed}")
@@ -145,7 +149,7 @@ def _raise_bad_batch_output(batch_output: Any, hook: str) -> NoReturn:
     raise ValueError(f"`{hook}` returned a dictionary without {' and '.join(missing)}; it has {present}. {needed}")
 
 
-def _check_is_one_number(loss: Any) -> None:
+def _check_is_one_number(loss: object) -> None:
     if loss is None:
         raise TypeError("The loss is None. Expected a tensor with one element; does the step return what it computes?")
     if isinstance(loss, torch.Tensor) and loss.numel() != 1:
@@ -155,7 +159,7 @@ def _check_is_one_number(loss: Any) -> None:
         )
 
 
-def raise_bad_loss(loss: Any, error: Exception) -> NoReturn:
+def raise_bad_loss(loss: object, error: Exception) -> NoReturn:
     """Explain why no gradient could be computed, or raise the error again if the loss is not to blame.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ def check_run(is_running: bool) -> None:
         )
 
 
-def check_positive_integer(name: str, value: Any, unit: str) -> None:
+def check_positive_integer(name: str, value: SupportsIndex, unit: str) -> None:
     """Raise unless ``value`` is an integer of at least 1.
 
     Raises:
@@ -60,7 +60,7 @@ def check_positive_integer(name: str, value: Any, unit: str) -> None:
         raise ValueError(f"`{name}` is {value!r}. Expected a whole number of {unit}, at least 1.")
 
 
-def check_positive_number(name: str, value: Any) -> None:
+def check_positive_number(name: str, value: float | None) -> None:
     """Raise unless ``value`` is ``None`` or a number above 0.
 
     Raises:
@@ -71,12 +71,12 @@ def check_positive_number(name: str, value: Any) -> None:
 
 
 def check_numbers_of_run(
-    num_epochs: Any,
-    per_device_batch_size: Any,
-    gradient_accumulation_steps: Any,
-    max_num_train_steps: Any,
-    gradient_clip_value: Any,
-    gradient_clip_norm: Any,
+    num_epochs: int,
+    per_device_batch_size: int,
+    gradient_accumulation_steps: int,
+    max_num_train_steps: int | None,
+    gradient_clip_value: float | None,
+    gradient_clip_norm: float | None,
 ) -> None:
     """Raise unless all numbers that a run is started with are valid.
 
@@ -93,7 +93,7 @@ def check_numbers_of_run(
     check_positive_number("gradient_clip_norm", gradient_clip_norm)
 
 
-def check_create_scheduler_fn(create_scheduler_fn: Any) -> None:
+def check_create_scheduler_fn(create_scheduler_fn: object) -> None:
     """Raise unless ``create_scheduler_fn`` is ``None`` or a function that could create a scheduler.
 
     Raises:
@@ -112,7 +112,7 @@ def check_create_scheduler_fn(create_scheduler_fn: Any) -> None:
     )
 
 
-def check_trainable(model: Any, loss_func: Any, optimizer: Any) -> None:
+def check_trainable(model: object, loss_func: object, optimizer: object) -> None:
     """Raise unless there is an optimizer, something to train, and both belong together.
 
     Objects that are not a PyTorch module or optimizer, such as test doubles, are not checked.
@@ -143,7 +143,7 @@ def check_trainable(model: Any, loss_func: Any, optimizer: Any) -> None:
         )
 
 
-def check_data_not_empty(name: str, data: Any) -> None:
+def check_data_not_empty(name: str, data: object) -> None:
     """Raise if a dataset is missing or known to be empty.
 
     Raises:
@@ -160,7 +160,7 @@ def check_data_not_empty(name: str, data: Any) -> None:
         )
 
 
-def check_reiterable(name: str, data: Any, num_epochs: int, max_num_train_steps: int | None) -> None:
+def check_reiterable(name: str, data: object, num_epochs: int, max_num_train_steps: int | None) -> None:
     """Raise if data that can be iterated over only once is needed in several epochs.
 
     Raises:
@@ -175,7 +175,7 @@ def check_reiterable(name: str, data: Any, num_epochs: int, max_num_train_steps:
         )
 
 
-def check_loader_not_empty(name: str, loader: Any) -> None:
+def check_loader_not_empty(name: str, loader: object) -> None:
     """Raise if the loader of a real dataset yields no batch.
 
     Raises:

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
+
+from pytorch_accelerated._types import ParameterGroup
 
 BN_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """The classes that count as batch norms, including their subclasses."""
@@ -137,7 +139,7 @@ class ModelFreezer:
 
     def unfreeze(
         self, from_index: int = -1, to_index: int = 0, set_modules_as_training: bool = True
-    ) -> list[dict[str, Any]]:
+    ) -> list[ParameterGroup]:
         """Unfreeze a range of layer groups; by default all.
 
         All parameters that can be trained become trainable, whatever froze them. Integer parameters, for example,
@@ -190,7 +192,7 @@ def group_parameters(model: nn.Module) -> list[list[nn.Parameter]]:
 
 def discriminative_parameter_groups(
     model: nn.Module, lr: float, decay_factor: float = 1 / 2.6, should_decay_1d_weights: bool = True
-) -> list[dict[str, Any]]:
+) -> list[ParameterGroup]:
     r"""Return parameter groups for an optimizer, with learning rates that decrease towards the input.
 
     Layer group :math:`g` of :math:`G`, numbered from 0 among the groups that have parameters, gets the learning rate
@@ -222,7 +224,7 @@ def discriminative_parameter_groups(
         [0.05, 0.1]
     """
     groups = [parameters for parameters in group_parameters(model) if parameters]
-    result: list[dict[str, Any]] = []
+    result: list[ParameterGroup] = []
     for idx, parameters in enumerate(groups):
         group_lr = lr * decay_factor ** (len(groups) - 1 - idx)
         decayed = [p for p in parameters if should_decay_1d_weights or p.ndim > 1]

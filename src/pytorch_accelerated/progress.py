@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from pytorch_accelerated._types import StateDict, StateMapping
 
 Phase = Literal["training", "evaluation", "end"]
 """The phase of an epoch: in its training batches, after them, or after its evaluation."""
@@ -63,11 +63,11 @@ class TrainingProgress:
             point.end_epoch()
         return point
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the counters as plain values."""
         return asdict(self)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned.
 
         Raises:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from pytorch_accelerated._types import DataLoaderKwargs
+
 
 @dataclass(frozen=True)
 class TrainerRunConfig:
@@ -40,9 +42,9 @@ class TrainerRunConfig:
 
     num_epochs: int
     train_per_device_batch_size: int | None
-    train_dl_kwargs: dict[str, Any] | None
+    train_dl_kwargs: DataLoaderKwargs | None
     eval_per_device_batch_size: int | None
-    eval_dl_kwargs: dict[str, Any] | None
+    eval_dl_kwargs: DataLoaderKwargs | None
     gradient_accumulation_steps: int
     gradient_clip_value: float | None
     train_total_batch_size: int | None

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
+
+    from pytorch_accelerated._types import BatchOutput, MetricValue, StateDict, StateMapping
 
 
 class RunHistory(ABC):
@@ -21,7 +23,7 @@ class RunHistory(ABC):
         """Return the names of all metrics recorded so far."""
 
     @abstractmethod
-    def get_metric_values(self, metric_name: str) -> Iterable[Any]:
+    def get_metric_values(self, metric_name: str) -> Iterable[MetricValue]:
         """Return all values of a metric, oldest first.
 
         Raises:
@@ -29,7 +31,7 @@ class RunHistory(ABC):
         """
 
     @abstractmethod
-    def get_latest_metric(self, metric_name: str) -> Any:
+    def get_latest_metric(self, metric_name: str) -> MetricValue:
         """Return the newest value of a metric.
 
         Raises:
@@ -37,7 +39,7 @@ class RunHistory(ABC):
         """
 
     @abstractmethod
-    def update_metric(self, metric_name: str, metric_value: Any) -> None:
+    def update_metric(self, metric_name: str, metric_value: MetricValue) -> None:
         """Record another value under `metric_name_prefix` + ``metric_name``.
 
         Args:
@@ -97,13 +99,13 @@ class InMemoryRunHistory(RunHistory):
     def __init__(self) -> None:
         self._current_epoch = 1
         self._metric_name_prefix = ""
-        self._values: defaultdict[str, list[Any]] = defaultdict(list)
+        self._values: defaultdict[str, list[MetricValue]] = defaultdict(list)
 
     def get_metric_names(self) -> set[str]:
         """Return the names of all metrics recorded so far."""
         return set(self._values)
 
-    def get_metric_values(self, metric_name: str) -> list[Any]:
+    def get_metric_values(self, metric_name: str) -> list[MetricValue]:
         """Return all values of a metric, oldest first, as a new list.
 
         Raises:
@@ -111,7 +113,7 @@ class InMemoryRunHistory(RunHistory):
         """
         return list(self._get_values(metric_name))
 
-    def get_latest_metric(self, metric_name: str) -> Any:
+    def get_latest_metric(self, metric_name: str) -> MetricValue:
         """Return the newest value of a metric.
 
         Raises:
@@ -119,7 +121,7 @@ class InMemoryRunHistory(RunHistory):
         """
         return self._get_values(metric_name)[-1]
 
-    def update_metric(self, metric_name: str, metric_value: Any) -> None:
+    def update_metric(self, metric_name: str, metric_value: MetricValue) -> None:
         """Record another value under `metric_name_prefix` + ``metric_name``."""
         self._values[self._metric_name_prefix + metric_name].append(metric_value)
 
@@ -157,21 +159,21 @@ class InMemoryRunHistory(RunHistory):
         self._current_epoch = 1
         self._values.clear()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return all metrics and the current epoch."""
         return {
             "current_epoch": self._current_epoch,
             "metrics": {name: list(values) for name, values in self._values.items()},
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateMapping) -> None:
         """Replace the contents of this history with what `state_dict` returned."""
         self._current_epoch = state_dict["current_epoch"]
         self._values.clear()
         for name, values in state_dict["metrics"].items():
             self._values[name] = list(values)
 
-    def _get_values(self, metric_name: str) -> list[Any]:
+    def _get_values(self, metric_name: str) -> list[MetricValue]:
         if metric_name not in self._values:
             raise ValueError(
                 f"Nothing was recorded under the metric name {metric_name!r}. Recorded so far: {sorted(self._values)}."
@@ -285,7 +287,7 @@ class LossTracker:
             weights = torch.tensor(self._weights, dtype=torch.float64)
         return weights.to(device, _wide_dtype(device), non_blocking=True)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the sums as tensors in host memory, and the buffered values that they do not include yet."""
         sums = {"total_loss": self._total, "running_count": self._count}
         return {
@@ -294,7 +296,7 @@ class LossTracker:
             "weights": [weight.cpu() if isinstance(weight, torch.Tensor) else weight for weight in self._weights],
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
         self.reset()
         self._total = float(state_dict["total_loss"])
@@ -326,7 +328,7 @@ class EpochMeans:
         self.first_step = 0
         """Index of the first step in these means; above 0 if the run was resumed mid-epoch."""
 
-    def update_metrics(self, batch_output: Mapping[str, Any], weight: float | torch.Tensor) -> None:
+    def update_metrics(self, batch_output: BatchOutput, weight: float | torch.Tensor) -> None:
         """Add the metrics of a batch, if its step returned any."""
         metrics = batch_output.get("metrics")
         if not metrics:
@@ -357,12 +359,12 @@ class EpochMeans:
         found = tracker.find_non_finite() if isinstance(tracker, LossTracker) else None
         return None if found is None else (self.first_step + found[0], found[1])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return all sums."""
         metrics = {name: tracker.state_dict() for name, tracker in self.metrics.items()}
         return {"loss": self.loss.state_dict(), "metrics": metrics}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
         self.loss.load_state_dict(state_dict["loss"])
         self.metrics = {name: LossTracker() for name in state_dict["metrics"]}
@@ -376,7 +378,7 @@ def weighted_mean(total: float | torch.Tensor, weight: float | torch.Tensor) -> 
     return total / weight if weight else float("nan")
 
 
-def as_number(value: Any) -> float:
+def as_number(value: MetricValue) -> float:
     """Return a recorded metric as a number.
 
     Raises:

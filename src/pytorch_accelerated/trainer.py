@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from pytorch_accelerated import _validation
@@ -46,10 +47,25 @@ from pytorch_accelerated._distributed.consensus import StopConsensus
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._loop import TrainingLoop
 from pytorch_accelerated._run import Run
+from pytorch_accelerated._types import (
+    CollateFunction,
+    Data,
+    DataLoaderKwargs,
+    EvalData,
+    Loader,
+    LossFunction,
+    ModelOutput,
+    Scheduler,
+    SchedulerFactory,
+    StateDict,
+    StateMapping,
+    TimmScheduler,
+)
 from pytorch_accelerated.callbacks import (
     CallbackHandler,
     LimitBatchesCallback,
     SaveTrainingStateCallback,
+    TrainerCallback,
     get_default_callbacks,
 )
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
@@ -102,10 +118,10 @@ class Trainer(TrainingLoop):
 
     def __init__(
         self,
-        model: Any,
-        loss_func: Any,
-        optimizer: Any,
-        callbacks: Iterable[Any] = DEFAULT_CALLBACKS,
+        model: nn.Module,
+        loss_func: LossFunction | None,
+        optimizer: Optimizer | None,
+        callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = DEFAULT_CALLBACKS,
         run_history: RunHistory | None = None,
         *,
         mixed_precision: str | None = None,
@@ -115,13 +131,13 @@ class Trainer(TrainingLoop):
         super().__init__(model, loss_func, optimizer, run_history)
         self.train_dataset: Any = None
         self.eval_dataset: Any = None
-        self.collate_fn: Callable[..., Any] | None = None
-        self.create_scheduler_fn: Callable[..., Any] | None = None
+        self.collate_fn: CollateFunction | None = None
+        self.create_scheduler_fn: SchedulerFactory | None = None
         self._loop_seed = seed
         self._loop_accelerator_source = accelerator
         self._loop_mixed_precision = mixed_precision
         self._loop_state_writer = StateWriter()
-        self._loop_pending_scheduler_state: Mapping[str, Any] | None = None
+        self._loop_pending_scheduler_state: StateDict | None = None
         self._accelerator = self._create_accelerator()
         if seed is not None:
             rank = self._accelerator.process_index
@@ -133,18 +149,18 @@ class Trainer(TrainingLoop):
 
     def train(
         self,
-        train_dataset: Any,
+        train_dataset: Data,
         num_epochs: int,
-        eval_dataset: Any = None,
+        eval_dataset: EvalData | None = None,
         per_device_batch_size: int = 8,
         max_num_train_steps: int | None = None,
         gradient_accumulation_steps: int = 1,
         gradient_clip_value: float | None = None,
-        create_scheduler_fn: Callable[..., Any] | None = None,
-        train_dataloader_kwargs: Mapping[str, Any] | None = None,
-        eval_dataloader_kwargs: Mapping[str, Any] | None = None,
+        create_scheduler_fn: SchedulerFactory | None = None,
+        train_dataloader_kwargs: DataLoaderKwargs | None = None,
+        eval_dataloader_kwargs: DataLoaderKwargs | None = None,
         reset_run_history: bool = True,
-        collate_fn: Callable[..., Any] | None = None,
+        collate_fn: CollateFunction | None = None,
         resume_from: str | os.PathLike[str] | bool | None = None,
         *,
         gradient_clip_norm: float | None = None,
@@ -232,10 +248,10 @@ class Trainer(TrainingLoop):
 
     def evaluate(
         self,
-        dataset: Any = None,
+        dataset: EvalData | None = None,
         per_device_batch_size: int = 8,
-        dataloader_kwargs: Mapping[str, Any] | None = None,
-        collate_fn: Callable[..., Any] | None = None,
+        dataloader_kwargs: DataLoaderKwargs | None = None,
+        collate_fn: CollateFunction | None = None,
     ) -> None:
         """Evaluate the model, before, after or without training; needs no optimizer.
 
@@ -258,14 +274,14 @@ class Trainer(TrainingLoop):
 
     def predict(
         self,
-        dataset: Any,
+        dataset: Data,
         per_device_batch_size: int = 8,
-        dataloader_kwargs: Mapping[str, Any] | None = None,
-        collate_fn: Callable[..., Any] | None = None,
+        dataloader_kwargs: DataLoaderKwargs | None = None,
+        collate_fn: CollateFunction | None = None,
         *,
         on_every_process: bool = True,
         move_to_host: bool = True,
-    ) -> Any:
+    ) -> ModelOutput:
         """Return the model's outputs for a dataset, in its order, once per sample. Must be called on every process.
 
         Args:
@@ -296,9 +312,7 @@ class Trainer(TrainingLoop):
         """Return the default keyword arguments of the evaluation loader; the user's are merged into them."""
         return {"shuffle": False, **self._loop_default_dl_kwargs(self.eval_dataset, batch_size)}
 
-    def create_train_dataloader(
-        self, batch_size: int, train_dl_kwargs: Mapping[str, Any] | None = None
-    ) -> Iterable[Any]:
+    def create_train_dataloader(self, batch_size: int, train_dl_kwargs: DataLoaderKwargs | None = None) -> Loader:
         """Create the loader of ``self.train_dataset``; any iterable of batches will do."""
         _validation.check_data_not_empty("train_dataset", self.train_dataset)
         if not is_dataset(self.train_dataset):
@@ -307,7 +321,7 @@ class Trainer(TrainingLoop):
         self._train_dl_kwargs = dl_kwargs = merge_dl_kwargs(defaults, train_dl_kwargs, self.train_dataset)
         return DataLoader(**loader_arguments(self.train_dataset, self.collate_fn, dl_kwargs))
 
-    def create_eval_dataloader(self, batch_size: int, eval_dl_kwargs: Mapping[str, Any] | None = None) -> Iterable[Any]:
+    def create_eval_dataloader(self, batch_size: int, eval_dl_kwargs: DataLoaderKwargs | None = None) -> Loader:
         """Create the loader of ``self.eval_dataset``; any iterable of batches will do."""
         _validation.check_data_not_empty("eval_dataset", self.eval_dataset)
         if not is_dataset(self.eval_dataset):
@@ -316,7 +330,7 @@ class Trainer(TrainingLoop):
         self._eval_dl_kwargs = dl_kwargs = merge_dl_kwargs(defaults, eval_dl_kwargs, self.eval_dataset)
         return DataLoader(**loader_arguments(self.eval_dataset, self.collate_fn, dl_kwargs))
 
-    def create_scheduler(self) -> Any:
+    def create_scheduler(self) -> Scheduler | None:
         """Create the learning-rate scheduler of a run; ``None`` for none."""
         if self.create_scheduler_fn is None:
             return None
@@ -327,7 +341,7 @@ class Trainer(TrainingLoop):
     def save_checkpoint(
         self,
         save_path: str | os.PathLike[str],
-        checkpoint_kwargs: Mapping[str, Any] | None = None,
+        checkpoint_kwargs: StateMapping | None = None,
         save_optimizer: bool = True,
         save_scheduler: bool = True,
         save_per_node: bool = True,
@@ -354,7 +368,7 @@ class Trainer(TrainingLoop):
 
     def load_checkpoint(
         self, checkpoint_path: str | os.PathLike[str], load_optimizer: bool = True, load_scheduler: bool = True
-    ) -> dict[str, Any]:
+    ) -> StateDict:
         """Load what `save_checkpoint` wrote, before, during or after training.
 
         Args:
@@ -379,10 +393,10 @@ class Trainer(TrainingLoop):
     def save_training_state(
         self,
         output_dir: str | os.PathLike[str],
-        checkpoint_kwargs: Mapping[str, Any] | None = None,
+        checkpoint_kwargs: StateMapping | None = None,
         *,
         in_background: bool = False,
-        and_then: Callable[[], Any] | None = None,
+        and_then: Callable[[], object] | None = None,
     ) -> None:
         """Write everything that ``train(..., resume_from=output_dir)`` needs. Must be called on every process.
 
@@ -417,7 +431,7 @@ class Trainer(TrainingLoop):
 
     def load_training_state(
         self, input_dir: str | os.PathLike[str], *, allow_other_num_processes: bool = False
-    ) -> dict[str, Any]:
+    ) -> StateDict:
         """Restore what `save_training_state` wrote. Must be called on every process.
 
         Args:
@@ -442,7 +456,7 @@ class Trainer(TrainingLoop):
         """Create the accelerator that serves all runs of this trainer."""
         return create_accelerator(self._loop_accelerator_source, self._loop_mixed_precision)
 
-    def _create_callback_handler(self, callbacks: Iterable[Any]) -> CallbackHandler:
+    def _create_callback_handler(self, callbacks: Iterable[TrainerCallback | type[TrainerCallback]]) -> CallbackHandler:
         limit = limit_from_environment()
         return CallbackHandler([*([] if limit is None else [LimitBatchesCallback(limit)]), *callbacks])
 
@@ -471,7 +485,7 @@ class Trainer(TrainingLoop):
 
     @contextmanager
     def _loop_evaluation_context(
-        self, batch_size: int, dl_kwargs: Mapping[str, Any] | None, collate_fn: Callable[..., Any] | None
+        self, batch_size: int, dl_kwargs: DataLoaderKwargs | None, collate_fn: CollateFunction | None
     ) -> Iterator[None]:
         """Prepare a pass over ``self.eval_dataset``, and clean up afterwards."""
         _validation.check_positive_integer("per_device_batch_size", batch_size, "samples")
@@ -498,14 +512,14 @@ class Trainer(TrainingLoop):
             print_fn=self.print,
         )
 
-    def _loop_make_train_loader(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
+    def _loop_make_train_loader(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:
         loader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
         _validation.check_loader_not_empty("train_dataset", loader)
         seeded_loader = self._loop_seed_loader(loader)
         self._loop_run.seeded_train_loaders = [seeded_loader]
         self._loop_run.train_loader = seeded_loader.loader
 
-    def _loop_make_eval_loaders(self, batch_size: int, dl_kwargs: Mapping[str, Any] | None) -> None:
+    def _loop_make_eval_loaders(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:
         datasets = self.eval_dataset
         if isinstance(datasets, dict):
             _validation.check_data_not_empty("eval_dataset", list(datasets))
@@ -520,10 +534,10 @@ class Trainer(TrainingLoop):
         self._loop_run.seeded_eval_loaders = list(seeded.values())
         self._loop_run.eval_loader = loaders if isinstance(datasets, dict) else loaders[""]
 
-    def _loop_seed_loader(self, loader: Any) -> SeededLoader:
+    def _loop_seed_loader(self, loader: Loader) -> SeededLoader:
         return rebuild_loader(loader, placement_of(self._accelerator))
 
-    def _loop_default_dl_kwargs(self, dataset: Any, batch_size: int) -> dict[str, Any]:
+    def _loop_default_dl_kwargs(self, dataset: Data, batch_size: int) -> dict[str, Any]:
         num_processes = num_local_processes(int(self._accelerator.num_processes))
         pin_memory = self._accelerator.device.type == "cuda"
         return default_dl_kwargs(dataset, batch_size, num_processes, pin_memory)
@@ -631,7 +645,7 @@ class Trainer(TrainingLoop):
             settings={**run.settings, "scheduler": resume.name_of(self.scheduler)},
         )
 
-    def _loop_restore(self, contents: StateContents) -> dict[str, Any]:
+    def _loop_restore(self, contents: StateContents) -> StateDict:
         parts, run = self._loop_state_parts(), self._loop_run
         restore_state(contents, self._accelerator, parts, self._loop_load_scheduler_state, self.print)
         run.seed = run.training_seed = contents.seed
@@ -639,7 +653,7 @@ class Trainer(TrainingLoop):
         run.lineage = Lineage(contents.saved)
         return contents.user_entries
 
-    def _loop_load_scheduler_state(self, state: Mapping[str, Any]) -> None:
+    def _loop_load_scheduler_state(self, state: StateDict) -> None:
         if self.scheduler is None:
             self._loop_pending_scheduler_state = state
         else:
@@ -664,7 +678,7 @@ class Trainer(TrainingLoop):
                 self._loop_run = outer
 
 
-def _clear_gradients(model: Any, optimizer: Any) -> None:
+def _clear_gradients(model: nn.Module, optimizer: Optimizer) -> None:
     """Discard the gradients left from before the run, also those of parameters that the optimizer does not hold."""
     if isinstance(model, nn.Module):
         model.zero_grad()
@@ -673,6 +687,8 @@ def _clear_gradients(model: Any, optimizer: Any) -> None:
 
 class TrainerWithTimmScheduler(Trainer):
     """A `Trainer` for the schedulers of timm, which take the number of updates, and of epochs, done so far."""
+
+    scheduler: TimmScheduler | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # the signature that subclasses were written for
         super().__init__(*args, **kwargs)

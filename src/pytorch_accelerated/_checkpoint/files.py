@@ -13,13 +13,16 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from pytorch_accelerated._data.workers import is_worker_failure
+from pytorch_accelerated._types import Nested, StateDict
 from pytorch_accelerated.exceptions import CheckpointError
+
+T = TypeVar("T")
 
 _STORABLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _BLOCK_SIZE = 1 << 20  # bytes
@@ -30,7 +33,7 @@ _FSYNC_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 # --- one file ----------------------------------------------------------------------------------------------------
 
 
-def save_file(contents: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def save_file(contents: Mapping[str, object], path: str | os.PathLike[str]) -> None:
     """Write a dictionary to one file atomically; if that fails, an older file survives.
 
     Missing parent folders are created. NumPy scalars and arrays are stored as numbers and tensors, so that the file can
@@ -82,7 +85,7 @@ def check_can_write(path: str | os.PathLike[str]) -> None:
         ) from error
 
 
-def load_file(path: str | os.PathLike[str], *, is_mapped: bool = False) -> dict[str, Any]:
+def load_file(path: str | os.PathLike[str], *, is_mapped: bool = False) -> StateDict:
     """Read a file that `save_file` wrote, or an older checkpoint, into host memory, without running code from it.
 
     Args:
@@ -155,7 +158,7 @@ def sha256_of(path: Path) -> str:
 # --- what a file may contain -------------------------------------------------------------------------------------
 
 
-def as_plain(value: Any, place: str = "") -> Any:
+def as_plain(value: Nested, place: str = "") -> Nested:
     """Convert a value to one that can be stored and read back without running code, including nested containers.
 
     NumPy scalars and arrays become numbers and tensors.
@@ -185,7 +188,7 @@ def as_plain(value: Any, place: str = "") -> Any:
     )
 
 
-def _with_plain_keys(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
+def _with_plain_keys(mapping: Mapping[Any, T]) -> dict[Any, T]:
     """Convert keys that are NumPy scalars to Python numbers."""
     return {key.item() if isinstance(key, np.generic) else key: item for key, item in mapping.items()}
 

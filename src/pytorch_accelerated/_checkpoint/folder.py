@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from pytorch_accelerated._checkpoint.files import create_folder, delete_folder, repair_folder
 from pytorch_accelerated._checkpoint.manifest import (
@@ -74,7 +74,7 @@ def _inspect(path: Path) -> SavedState | None:
 
 
 def find_newest_state(
-    folder: str | os.PathLike[str], on_skip: Callable[[str], Any] = lambda message: None
+    folder: str | os.PathLike[str], on_skip: Callable[[str], object] = lambda message: None
 ) -> SavedState | None:
     """Return the newest valid training state in a folder; ``None`` if there is none.
 
@@ -157,7 +157,7 @@ class Retention:
         return [*states[-self.num_newest :], *self._best_of(states)]
 
     def _best_of(self, states: Sequence[SavedState]) -> list[SavedState]:
-        first_with_value: dict[tuple[Any, ...], SavedState] = {}
+        first_with_value: dict[tuple[int, int, float], SavedState] = {}
         for state in states:
             value = state.metrics.get(self.metric)
             if isinstance(value, (int, float)) and state.position is not None:

@@ -6,11 +6,11 @@ import itertools
 import mmap
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import torch
 
 from pytorch_accelerated._nested import rebuild
+from pytorch_accelerated._types import Nested
 
 _ALIGNMENT = 64  # bytes, the same as PyTorch's own allocator
 
@@ -21,7 +21,7 @@ class HostMemory:
     def __init__(self) -> None:
         self._blocks: list[torch.Tensor] = []
 
-    def copy(self, value: Any) -> Any:
+    def copy(self, value: Nested) -> Nested:
         """Return a copy of a nested structure; it is valid until the next call.
 
         Example:
@@ -49,7 +49,7 @@ class HostMemory:
         return _map_tensors(value, lambda _: next(blocks))
 
 
-def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _map_tensors(value: Nested, function: Callable[[torch.Tensor], torch.Tensor]) -> Nested:
     """Return a nested structure with each tensor replaced by the result of a function."""
     if isinstance(value, torch.Tensor):
         return function(value)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
+from pytorch_accelerated._types import RunSettings, StateDict, StateMapping
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.tracking import EpochMeans, LossTracker
 
@@ -31,7 +31,7 @@ class BatchLayout:
         return self.num_processes, self.per_device_batch_size
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], num_processes: int) -> BatchLayout:
+    def from_settings(cls, settings: RunSettings, num_processes: int) -> BatchLayout:
         """Build the layout from the settings of a run; see `run_settings`."""
         names = ("per_device_batch_size", "gradient_accumulation_steps")
         return cls(num_processes, **{name: settings[name] for name in names if name in settings})
@@ -70,7 +70,7 @@ def translate_position(
     return replace(position, num_batches_in_epoch=num_updates * now.gradient_accumulation_steps)
 
 
-def sum_epoch_means(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def sum_epoch_means(states: Iterable[StateMapping]) -> StateDict:
     """Sum the epoch means of several processes.
 
     Args:
@@ -87,7 +87,7 @@ def sum_epoch_means(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def _sum(*states: Mapping[str, Any] | None) -> dict[str, Any]:
+def _sum(*states: StateMapping | None) -> StateDict:
     total = LossTracker().state_dict()
     for state in filter(None, states):
         part = LossTracker()

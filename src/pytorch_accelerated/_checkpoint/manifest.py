@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 from pytorch_accelerated._checkpoint.files import crc32_of, flush_to_disk, load_file, sha256_of
+from pytorch_accelerated._types import JsonObject, MetricValue, RunSettings, StateMapping
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.tracking import as_number
@@ -36,6 +37,17 @@ _READ_BY_ACCELERATE = re.compile(
 
 class NewerFormatError(CheckpointError):
     """A training state was written by a newer version of the library, so this version cannot interpret it."""
+
+
+class _FileSize(TypedDict):
+    size: int
+
+
+class FileMetadata(_FileSize, total=False):
+    """The entry of a file in the manifest: its size in bytes, and the checksum that its format uses."""
+
+    crc32: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -59,12 +71,12 @@ class SavedState:
     path: Path
     position: TrainingProgress | None = None
     metrics: dict[str, float | str] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: RunSettings = field(default_factory=dict)
     versions: dict[str, str | None] = field(default_factory=dict)
     num_processes: int = 1
     generation: int = 0
     number: int = 0
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, FileMetadata] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     problem: str | None = None
 
@@ -107,7 +119,7 @@ def _version_of(package: str) -> str | None:
         return None
 
 
-def as_json_scalar(value: Any) -> float | str:
+def as_json_scalar(value: MetricValue) -> float | str:
     """Return a finite number as it is, anything else as a short text."""
     try:
         number = as_number(value)
@@ -119,12 +131,14 @@ def as_json_scalar(value: Any) -> float | str:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-def file_metadata(path: Path) -> dict[str, Any]:
+def file_metadata(path: Path) -> FileMetadata:
     """Return the size and the checksum of a file for the manifest."""
     return {"size": path.stat().st_size, "crc32": crc32_of(path)}
 
 
-def write_manifest(directory: Path, metadata: Mapping[str, Any], checksums: Mapping[str, Any] | None = None) -> None:
+def write_manifest(
+    directory: Path, metadata: Mapping[str, object], checksums: Mapping[str, FileMetadata] | None = None
+) -> None:
     """Complete a directory: list its files in a manifest, apply the umask to all of them, and flush them to disk.
 
     Args:
@@ -154,7 +168,7 @@ def write_manifest(directory: Path, metadata: Mapping[str, Any], checksums: Mapp
         flush_to_disk(written)
 
 
-def _serialize(manifest: Mapping[str, Any]) -> str:
+def _serialize(manifest: Mapping[str, object]) -> str:
     """Return a manifest as text, with a checksum of itself."""
     checksum = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     return json.dumps({**manifest, "checksum": checksum}, indent=1, allow_nan=False)
@@ -191,7 +205,7 @@ def read_manifest(directory: Path) -> SavedState:
     )
 
 
-def _read_format_2(directory: Path, manifest: dict[str, Any], text: str) -> SavedState:
+def _read_format_2(directory: Path, manifest: JsonObject, text: str) -> SavedState:
     del manifest["checksum"]
     if _serialize(manifest) != text:
         raise ValueError("it was altered")
@@ -208,7 +222,7 @@ def _read_format_2(directory: Path, manifest: dict[str, Any], text: str) -> Save
     )
 
 
-def _read_format_1(directory: Path, manifest: dict[str, Any], _: str) -> SavedState:
+def _read_format_1(directory: Path, manifest: JsonObject, _: str) -> SavedState:
     """Read the first format, which has position and metrics only in its files."""
     position, metrics, problem = None, {}, None
     try:
@@ -233,16 +247,19 @@ def _read_format_1(directory: Path, manifest: dict[str, Any], _: str) -> SavedSt
 _READERS = {1: _read_format_1, 2: _read_format_2}
 
 
-def _parse_position(entries: Mapping[str, Any]) -> TrainingProgress:
+def _parse_position(entries: StateMapping) -> TrainingProgress:
     position = TrainingProgress(**entries)
     if position.phase not in _PHASES:
         raise ValueError(f"there is no phase {position.phase!r}")
     return position
 
 
-def _parse_files(manifest: Mapping[str, Any], checksum: str) -> dict[str, dict[str, Any]]:
-    listed = manifest["files"].items()
-    files = {str(name): {"size": int(file["size"]), checksum: str(file[checksum])} for name, file in listed}
+def _parse_files(manifest: JsonObject, checksum: Literal["crc32", "sha256"]) -> dict[str, FileMetadata]:
+    files: dict[str, FileMetadata] = {}
+    for name, file in manifest["files"].items():
+        metadata: FileMetadata = {"size": int(file["size"])}
+        metadata[checksum] = str(file[checksum])
+        files[str(name)] = metadata
     outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
         raise ValueError(f"{outside} are not in the directory")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +16,9 @@ from pytorch_accelerated.exceptions import CheckpointError
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
+    from torch.optim import Optimizer
+
+    from pytorch_accelerated._types import Nested, StateDict, Stateful, StateMapping
 
 _COMPILED_PREFIX = "_orig_mod."
 """What `torch.compile` puts before the names of a model's parameters."""
@@ -25,24 +27,25 @@ _COMPILED_PREFIX = "_orig_mod."
 # --- saving ------------------------------------------------------------------------------------------------------
 
 
-def unwrap_model(model: Any, accelerator: Accelerator) -> Any:
+def unwrap_model(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Return the user's model, without what Accelerate and `torch.compile` have wrapped around it."""
-    return accelerator.unwrap_model(model, keep_torch_compile=False)
+    unwrapped: nn.Module = accelerator.unwrap_model(model, keep_torch_compile=False)
+    return unwrapped
 
 
-def model_state_of(model: Any, accelerator: Accelerator) -> Mapping[str, Any]:
+def model_state_of(model: nn.Module, accelerator: Accelerator) -> StateMapping:
     """Return the complete state of a model, however it is wrapped. Must be called on every process."""
-    state: Mapping[str, Any] = (
+    state: StateMapping = (
         accelerator.get_state_dict(model) if is_sharded(accelerator) else unwrap_model(model, accelerator).state_dict()
     )
     return state
 
 
 def build_checkpoint(
-    model_state: Mapping[str, Any], optimizer: Any, scheduler: Any, extras: Mapping[str, Any] | None
-) -> dict[str, Any]:
+    model_state: StateMapping, optimizer: Stateful | None, scheduler: Stateful | None, extras: StateMapping | None
+) -> StateDict:
     """Build a checkpoint: one flat dictionary with our entries and the user's."""
-    checkpoint: dict[str, Any] = {"model_state_dict": portable_state_dict(model_state)}
+    checkpoint: StateDict = {"model_state_dict": portable_state_dict(model_state)}
     for name, part in (("optimizer_state_dict", optimizer), ("scheduler_state_dict", scheduler)):
         if part is not None:
             checkpoint[name] = with_full_tensors(part.state_dict())
@@ -50,7 +53,7 @@ def build_checkpoint(
 
 
 def save_checkpoint(
-    checkpoint: Mapping[str, Any], path: str | os.PathLike[str], is_writer: bool, num_processes: int
+    checkpoint: StateMapping, path: str | os.PathLike[str], is_writer: bool, num_processes: int
 ) -> None:
     """Write a checkpoint to a file. Must be called on every process.
 
@@ -80,14 +83,14 @@ def check_save_path(path: str | os.PathLike[str], is_writer: bool, num_processes
     run_on_all(lambda: check_can_write(path) if is_writer else None, num_processes)
 
 
-def with_full_tensors(state: Any) -> Any:
+def with_full_tensors(state: Nested) -> Nested:
     """Gather the sharded tensors in a state. Must be called on every process if there are any."""
     if isinstance(state, torch.Tensor):
         return state.full_tensor() if hasattr(state, "full_tensor") else state
     return rebuild(state, with_full_tensors)
 
 
-def portable_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def portable_state_dict(state_dict: StateMapping) -> StateDict:
     """Return a model's state with the parameter names that it has without `torch.compile`."""
     return {name.replace(_COMPILED_PREFIX, ""): value for name, value in state_dict.items()}
 
@@ -95,7 +98,7 @@ def portable_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
-def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Any) -> dict[str, Any]:
+def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer | None) -> StateDict:
     """Load a checkpoint's model, and its optimizer state if there is one, or reject it before anything changes.
 
     Args:
@@ -123,7 +126,7 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: A
     return checkpoint
 
 
-def take_model_state(checkpoint: dict[str, Any], source: str) -> Mapping[str, Any]:
+def take_model_state(checkpoint: StateDict, source: str) -> StateMapping:
     """Remove the model's state from a checkpoint, and return it.
 
     Args:
@@ -138,11 +141,11 @@ def take_model_state(checkpoint: dict[str, Any], source: str) -> Mapping[str, An
             f"{source} has no `model_state_dict`, only the entries {sorted(map(str, checkpoint))}. Expected a file "
             "written by `save_checkpoint`. A bare state dict can be loaded with `model.load_state_dict`."
         )
-    state: Mapping[str, Any] = checkpoint.pop("model_state_dict")
+    state: StateMapping = checkpoint.pop("model_state_dict")
     return state
 
 
-def load_model_state(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> None:
+def load_model_state(model: nn.Module, state_dict: StateMapping, source: str) -> None:
     """Load a model's state, or reject it before anything changes.
 
     Args:
@@ -159,7 +162,7 @@ def load_model_state(model: nn.Module, state_dict: Mapping[str, Any], source: st
     model.load_state_dict({name: state_dict[name.replace(_COMPILED_PREFIX, "")] for name in current})
 
 
-def check_same_model(current: Mapping[str, Any], saved: Mapping[str, Any], source: str) -> None:
+def check_same_model(current: StateMapping, saved: StateMapping, source: str) -> None:
     """Raise unless both states have the same names and shapes.
 
     Args:
@@ -187,7 +190,7 @@ def check_same_model(current: Mapping[str, Any], saved: Mapping[str, Any], sourc
         )
 
 
-def check_same_optimizer(optimizer: Any, state_dict: Mapping[str, Any], source: str) -> None:
+def check_same_optimizer(optimizer: Optimizer, state_dict: StateMapping, source: str) -> None:
     """Raise unless a saved optimizer has parameter groups of the same sizes.
 
     Args:
@@ -207,5 +210,5 @@ def check_same_optimizer(optimizer: Any, state_dict: Mapping[str, Any], source: 
         )
 
 
-def _shape(value: Any) -> tuple[int, ...] | None:
+def _shape(value: object) -> tuple[int, ...] | None:
     return tuple(value.shape) if hasattr(value, "shape") else None

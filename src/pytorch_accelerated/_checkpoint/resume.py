@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytorch_accelerated._checkpoint.files import restore_backup
 from pytorch_accelerated._checkpoint.folder import claim_folder, find_newest_state, list_states
@@ -23,6 +23,7 @@ from pytorch_accelerated._distributed.collectives import run_on_main
 from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
+    from pytorch_accelerated._types import RunSettings
     from pytorch_accelerated.run_config import TrainerRunConfig
 
 
@@ -36,7 +37,7 @@ def find_state_to_resume(
     is_main: bool,
     num_processes: int,
     allow_other_num_processes: bool,
-    print_fn: Callable[[str], Any],
+    print_fn: Callable[[str], object],
 ) -> SavedState | None:
     """Return the verified state that a run is resumed from; ``None`` if it starts from scratch.
 
@@ -162,8 +163,13 @@ _OF_VERSIONS = "results may differ in their last bits"
 
 
 def run_settings(
-    run_config: TrainerRunConfig, dataset: Any, loader: Any, optimizer: Any, loss_func: Any, seed: int | None
-) -> dict[str, Any]:
+    run_config: TrainerRunConfig,
+    dataset: object,
+    loader: object,
+    optimizer: object,
+    loss_func: object,
+    seed: int | None,
+) -> RunSettings:
     """Return the settings that a resumed run should share with the run that saved its state, as JSON can store them.
 
     Must be called before a scheduler or a loaded state changes the settings of the optimizer.
@@ -195,19 +201,19 @@ def run_settings(
     }
 
 
-def name_of(value: Any) -> str | None:
+def name_of(value: object) -> str | None:
     """Return the name of a function or of the class of an object; ``None`` for ``None``."""
     return None if value is None else getattr(value, "__name__", type(value).__name__)
 
 
-def warn_about_mismatch(saved: SavedState, settings: Mapping[str, Any]) -> None:
+def warn_about_mismatch(saved: SavedState, settings: RunSettings) -> None:
     """Warn the caller of `Trainer.train` if the configuration differs from that of the run that saved the state."""
     mismatch = describe_mismatch(saved, settings)
     if mismatch is not None:
         warnings.warn(mismatch, stacklevel=5)
 
 
-def describe_mismatch(saved: SavedState, settings: Mapping[str, Any]) -> str | None:
+def describe_mismatch(saved: SavedState, settings: RunSettings) -> str | None:
     """Return what differs between two runs, and the consequence of each difference; ``None`` if nothing differs.
 
     Args:
@@ -232,7 +238,9 @@ def describe_mismatch(saved: SavedState, settings: Mapping[str, Any]) -> str | N
     )
 
 
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any], consequence_of: Callable[[str], str]) -> list[str]:
+def _differences(
+    then: Mapping[str, object], now: Mapping[str, object], consequence_of: Callable[[str], str]
+) -> list[str]:
     return [
         f"{name}: {then[name]!r} -> {now[name]!r}: {consequence_of(name)}."
         for name in now
@@ -246,7 +254,7 @@ def _consequence_of(name: str) -> str:
     return _CONSEQUENCES.get(name, _OF_UPDATES)
 
 
-def _name_of_sampler(loader: Any) -> str | None:
+def _name_of_sampler(loader: object) -> str | None:
     """Return the name of the innermost sampler, inside everything that batches and shards its indices."""
     source = loader
     for _ in range(_MAX_NESTING):
@@ -255,7 +263,7 @@ def _name_of_sampler(loader: Any) -> str | None:
     return None if source is loader else name_of(source)
 
 
-def _hyperparameters_of(optimizer: Any) -> dict[str, Any]:
+def _hyperparameters_of(optimizer: object) -> dict[str, object]:
     groups = getattr(optimizer, "param_groups", None) or [{}]
     plain = {name: _as_json(value) for name, value in groups[0].items() if name != "params" and "lr" not in name}
     return {name: value for name, value in plain.items() if value is not _NOT_JSON}
@@ -264,7 +272,7 @@ def _hyperparameters_of(optimizer: Any) -> dict[str, Any]:
 _NOT_JSON = object()
 
 
-def _as_json(value: Any) -> Any:
+def _as_json(value: object) -> object:
     """Return a number, text or sequence of these in the form in which JSON returns it."""
     if isinstance(value, (tuple, list)):
         items = [_as_json(item) for item in value]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -41,6 +41,9 @@ from pytorch_accelerated.tracking import EpochMeans, RunHistory
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
+    from torch.optim import Optimizer
+
+    from pytorch_accelerated._types import RunSettings, StateDict, Stateful, StateMapping
 
 WEIGHTS, OPTIMIZER, SCALER = "model.pt", "optimizer.pt", "scaler.pt"
 
@@ -66,26 +69,26 @@ class Parts:
         settings: The settings of the run; see `run_settings`.
     """
 
-    model: Any
-    optimizer: Any
-    scheduler: Any
+    model: nn.Module
+    optimizer: Optimizer | None
+    scheduler: Stateful | None
     progress: TrainingProgress
     run_history: RunHistory
-    callbacks: Any
+    callbacks: Stateful
     means: EpochMeans
     window: AccumulationWindow
     stream: TrackedStream | None
     seed: int
     stop_reason: str | None
-    settings: Mapping[str, Any]
+    settings: RunSettings
 
     @property
-    def shared(self) -> dict[str, Any]:
+    def shared(self) -> dict[str, object]:
         """The parts with a ``state_dict`` that is identical on every process."""
         return {"progress": self.progress, "run_history": self.run_history, "callbacks": self.callbacks}
 
     @property
-    def local(self) -> dict[str, Any]:
+    def local(self) -> dict[str, Stateful]:
         """The parts with a ``state_dict`` that differs between processes."""
         return {"means": self.means, "window": self.window}
 
@@ -94,7 +97,7 @@ class Parts:
 
 
 def collect_state(
-    parts: Parts, accelerator: Accelerator, extras: Mapping[str, Any] | None, on_collect: Callable[[], Any]
+    parts: Parts, accelerator: Accelerator, extras: StateMapping | None, on_collect: Callable[[], object]
 ) -> CollectedState:
     """Collect the state of a trainer. Must be called on every process.
 
@@ -115,7 +118,7 @@ def collect_state(
     return run_on_all(collect, int(accelerator.num_processes))
 
 
-def _collect_state(parts: Parts, accelerator: Accelerator, extras: Mapping[str, Any] | None) -> CollectedState:
+def _collect_state(parts: Parts, accelerator: Accelerator, extras: StateMapping | None) -> CollectedState:
     position = parts.progress.resume_point()
     stream = None if parts.stream is None else parts.stream.position(_num_batches_read(position))
     model = unwrap_model(parts.model, accelerator)
@@ -140,8 +143,8 @@ def _collect_state(parts: Parts, accelerator: Accelerator, extras: Mapping[str, 
 
 
 def _shared_state(
-    parts: Parts, position: TrainingProgress, stream: Mapping[str, Any] | None, extras: Mapping[str, Any] | None
-) -> dict[str, Any]:
+    parts: Parts, position: TrainingProgress, stream: StateMapping | None, extras: StateMapping | None
+) -> StateDict:
     num_epochs_ahead = position.num_epochs_completed - parts.progress.num_epochs_completed
     return {
         **(extras or {}),
@@ -155,7 +158,7 @@ def _shared_state(
     }
 
 
-def _model_files(parts: Parts, model: nn.Module, accelerator: Accelerator) -> dict[str, dict[str, Any]]:
+def _model_files(parts: Parts, model: nn.Module, accelerator: Accelerator) -> dict[str, StateDict]:
     if is_sharded(accelerator):
         return {}
     files = {WEIGHTS: as_plain(portable_state_dict(model.state_dict()))}
@@ -203,12 +206,12 @@ def latest_metrics(history: RunHistory) -> dict[str, float | str]:
     return {name: as_json_scalar(history.get_latest_metric(name)) for name in sorted(history.get_metric_names())}
 
 
-def state_dicts_of(parts: Mapping[str, Any]) -> dict[str, Any]:
+def state_dicts_of(parts: Mapping[str, object]) -> StateDict:
     """Return the ``state_dict`` of each part that has one."""
     return {name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")}
 
 
-def load_state_dicts(parts: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+def load_state_dicts(parts: Mapping[str, object], states: StateMapping) -> None:
     """Restore what `state_dicts_of` returned, where a part has ``load_state_dict``."""
     for name, part in parts.items():
         if name in states and hasattr(part, "load_state_dict"):
@@ -245,11 +248,11 @@ class StateContents:
     """
 
     saved: SavedState
-    trainer_state: dict[str, Any]
-    process_state: dict[str, Any]
-    weights: dict[str, Any] | None
-    optimizer: dict[str, Any] | None
-    scaler: dict[str, Any] | None
+    trainer_state: StateDict
+    process_state: StateDict
+    weights: StateDict | None
+    optimizer: StateDict | None
+    scaler: StateDict | None
 
     @property
     def seed(self) -> int:
@@ -263,14 +266,14 @@ class StateContents:
         return reason
 
     @property
-    def user_entries(self) -> dict[str, Any]:
+    def user_entries(self) -> StateDict:
         """What `Trainer.load_training_state` returns: ``current_epoch`` and the user's entries."""
         return {name: value for name, value in self.trainer_state.items() if name != "trainer"}
 
     @property
-    def stream_position(self) -> Mapping[str, Any] | None:
+    def stream_position(self) -> StateMapping | None:
         """Where the stream of training data resumes; ``None`` if batches have to be skipped instead."""
-        position: Mapping[str, Any] | None = self.process_state["stream"]
+        position: StateMapping | None = self.process_state["stream"]
         return position
 
 
@@ -326,13 +329,13 @@ def _read_state(saved: SavedState, accelerator: Accelerator, parts: Parts) -> St
     return StateContents(saved, trainer_state, process_state, weights, optimizer, _read_if_listed(saved, SCALER))
 
 
-def _check_entries(state: Mapping[str, Any], *names: str) -> None:
+def _check_entries(state: StateMapping, *names: str) -> None:
     missing = [name for name in names if name not in state]
     if missing:
         raise KeyError(*missing)
 
 
-def _read_process_state(saved: SavedState, process_index: int, num_processes: int) -> dict[str, Any]:
+def _read_process_state(saved: SavedState, process_index: int, num_processes: int) -> StateDict:
     if saved.num_processes == num_processes:
         return load_file(saved.path / process_file(process_index))
     states = [load_file(saved.path / process_file(index)) for index in range(saved.num_processes)]
@@ -342,28 +345,28 @@ def _read_process_state(saved: SavedState, process_index: int, num_processes: in
     return {**states[0], "means": means, "rng": rng}
 
 
-def _read_if_listed(saved: SavedState, name: str) -> dict[str, Any] | None:
+def _read_if_listed(saved: SavedState, name: str) -> StateDict | None:
     name = _NAMES_IN_FORMAT_1.get(name, name) if saved.format_version == 1 else name
     return _load_large(saved.path / name) if name in saved.files else None
 
 
-def _load_large(path: Path) -> dict[str, Any]:
+def _load_large(path: Path) -> StateDict:
     # Reading into memory that the system allocates page by page takes four times as long.
-    contents: dict[str, Any] = HostMemory().copy(load_file(path, is_mapped=True))
+    contents: StateDict = HostMemory().copy(load_file(path, is_mapped=True))
     return contents
 
 
-def _read_weights(saved: SavedState, model: nn.Module) -> dict[str, Any]:
+def _read_weights(saved: SavedState, model: nn.Module) -> StateDict:
     current = portable_state_dict(model.state_dict())
     weights = _load_large(saved.path / WEIGHTS) if saved.format_version > 1 else _read_safetensors(saved, current)
     check_same_model(current, weights, name_state(saved.path))
     return weights
 
 
-def _read_safetensors(saved: SavedState, current: Mapping[str, Any]) -> dict[str, Any]:
+def _read_safetensors(saved: SavedState, current: StateMapping) -> StateDict:
     from safetensors.torch import load_file as load_safetensors  # a dependency of accelerate
 
-    weights: dict[str, Any] = load_safetensors(saved.path / _NAMES_IN_FORMAT_1[WEIGHTS])
+    weights: dict[str, torch.Tensor] = load_safetensors(saved.path / _NAMES_IN_FORMAT_1[WEIGHTS])
     by_pointer = {current[name].data_ptr(): weights[name] for name in weights if name in current}
     # Of several tensors that share memory, the file contains only one.
     tied = {name: by_pointer[value.data_ptr()] for name, value in current.items() if value.data_ptr() in by_pointer}
@@ -377,7 +380,7 @@ def restore_state(
     contents: StateContents,
     accelerator: Accelerator,
     parts: Parts,
-    load_scheduler_state: Callable[[Mapping[str, Any]], None],
+    load_scheduler_state: Callable[[StateDict], None],
     print_fn: Callable[[str], None],
 ) -> None:
     """Restore what was read. Must be called on every process.
@@ -431,9 +434,7 @@ def _restore_rng(contents: StateContents, process_index: int) -> None:
     seed_generators(derive_seed(contents.seed, "rank", process_index, "update", update))
 
 
-def _try_scheduler(
-    saved: SavedState, state: Mapping[str, Any], load_scheduler_state: Callable[[Mapping[str, Any]], None]
-) -> None:
+def _try_scheduler(saved: SavedState, state: StateDict, load_scheduler_state: Callable[[StateDict], None]) -> None:
     try:
         load_scheduler_state(state)
     except Exception as error:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import distributed
@@ -27,9 +26,10 @@ from pytorch_accelerated._checkpoint.files import (
 )
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._checkpoint.host_memory import HostMemory
-from pytorch_accelerated._checkpoint.manifest import file_metadata, name_state, write_manifest
+from pytorch_accelerated._checkpoint.manifest import FileMetadata, file_metadata, name_state, write_manifest
 from pytorch_accelerated._data.workers import defer_worker_errors, is_worker_failure
 from pytorch_accelerated._distributed.collectives import PROCESS_TIMEOUT, run_on_all
+from pytorch_accelerated._types import StateDict
 from pytorch_accelerated.exceptions import CheckpointError, add_note
 
 _POLL_SECONDS = 0.1
@@ -48,9 +48,9 @@ class CollectedState:
         save_shards: Writes sharded objects to a directory; ``None`` if nothing is sharded.
     """
 
-    files: Mapping[str, Any]
-    local_files: Mapping[str, Any]
-    metadata: Mapping[str, Any]
+    files: Mapping[str, StateDict]
+    local_files: Mapping[str, StateDict]
+    metadata: Mapping[str, object]
     save_shards: Callable[[Path], None] | None = field(default=None, repr=False)
 
     def copied_to(self, memory: HostMemory) -> CollectedState:
@@ -70,7 +70,7 @@ class BackgroundWriter:
         self._is_done = threading.Event()
         self._error: Exception | None = None
 
-    def start(self, write: Callable[[], Any]) -> None:
+    def start(self, write: Callable[[], object]) -> None:
         """Call a function in the background. The previous call must have been waited for."""
         with defer_worker_errors():
             self._is_done.clear()
@@ -97,7 +97,7 @@ class BackgroundWriter:
         if error is not None:
             raise error
 
-    def _run(self, write: Callable[[], Any]) -> None:
+    def _run(self, write: Callable[[], object]) -> None:
         try:
             write()
         except Exception as error:
@@ -123,7 +123,7 @@ class StateWriter:
         is_main: bool,
         num_processes: int,
         in_background: bool,
-        on_complete: Callable[[], Any] | None,
+        on_complete: Callable[[], object] | None,
     ) -> None:
         """Write a state. Must be called on every process.
 
@@ -197,7 +197,7 @@ def write_state(
     lineage: Lineage,
     is_main: bool,
     num_processes: int,
-    on_complete: Callable[[], Any] | None = None,
+    on_complete: Callable[[], object] | None = None,
     group: distributed.ProcessGroup | None = None,
 ) -> None:
     """Write a state. Must be called on every process.
@@ -218,7 +218,7 @@ def write_state(
         CheckpointError: The state could not be written, on this process or another.
     """
     temporary = temporary_path(target)
-    checksums: dict[str, Any] = {}
+    checksums: dict[str, FileMetadata] = {}
 
     def begin() -> None:
         if is_main:
@@ -260,13 +260,13 @@ def _check_files_of_others(directory: Path, checked: Iterable[str]) -> None:
             check_zip_is_complete(path)
 
 
-def _write_files(directory: Path, files: Mapping[str, Any]) -> dict[str, Any]:
+def _write_files(directory: Path, files: Mapping[str, StateDict]) -> dict[str, FileMetadata]:
     """Write files, flush them to disk, and return size and checksum of each.
 
     While one file is written, threads flush the previous ones and read them again for their checksums.
     """
     flushes: list[Future[None]] = []
-    checksums: dict[str, Future[dict[str, Any]]] = {}
+    checksums: dict[str, Future[FileMetadata]] = {}
     threads = ThreadPoolExecutor(max_workers=2)
     try:
         for name, contents in files.items():
@@ -283,7 +283,7 @@ def _write_files(directory: Path, files: Mapping[str, Any]) -> dict[str, Any]:
         return {name: checksum.result() for name, checksum in checksums.items()}
 
 
-def _write_file(path: Path, contents: Any) -> None:
+def _write_file(path: Path, contents: StateDict) -> None:
     try:
         with _without_checksums_of_pytorch():
             torch.save(contents, str(path))  # with a file object, it would block the other threads

@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.utils import InitProcessGroupKwargs, PrecisionType
+from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from pytorch_accelerated._data.build import Placement, shard_loader
@@ -22,6 +24,7 @@ from pytorch_accelerated._data.workers import shut_down_workers
 from pytorch_accelerated._distributed.collectives import PROCESS_TIMEOUT, broadcast_from_main
 from pytorch_accelerated._distributed.fast_path import FastPathLoader, can_use_fast_path, wrap_optimizer
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
+from pytorch_accelerated._types import EvalLoaders, Loader, MaybeNone
 
 _SHARDED_TYPES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -161,13 +164,13 @@ class PreparedModel:
         plain: The model before the run; it may be compiled.
     """
 
-    def __init__(self, plain: Any) -> None:
+    def __init__(self, plain: nn.Module) -> None:
         self.plain = plain
         module = getattr(plain, "_orig_mod", None)  # of a compiled model
         self._attributes = [(part, AcceleratorRegistry.forward_attributes(part)) for part in (plain, module)]
-        self.prepared: Any = plain
+        self.prepared = plain
 
-    def restore(self, accelerator: Accelerator, model: Any) -> Any:
+    def restore(self, accelerator: Accelerator, model: nn.Module) -> nn.Module:
         """Return the plain model with its original ``forward``, ready to be called, pickled or prepared again.
 
         Args:
@@ -181,8 +184,12 @@ class PreparedModel:
 
 
 def prepare(
-    accelerator: Accelerator, model: Any, optimizer: Any, train_dl: Any, eval_dl: Any
-) -> tuple[Any, Any, Any, Any]:
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    train_dl: Loader | None,
+    eval_dl: EvalLoaders | None,
+) -> tuple[nn.Module, Optimizer | MaybeNone, Loader | MaybeNone, EvalLoaders | None]:
     """Let Accelerate wrap model, optimizer and loaders for the way in which the program was launched.
 
     Args:
@@ -206,7 +213,8 @@ def prepare(
     # DeepSpeed and FSDP have to see all objects at once. A single object is not returned in a tuple.
     results = accelerator.prepare(*present)
     prepared = iter(results if len(present) > 1 else (results,))
-    model, optimizer, train_dl, *loaders = [None if item is None else next(prepared) for item in objects]
+    wrapped: list[MaybeNone] = [None if item is None else next(prepared) for item in objects]
+    model, optimizer, train_dl, *loaders = wrapped
     placed = {name: _place(accelerator, loader) for name, loader in zip(eval_dls, loaders, strict=True)}
     return model, optimizer, _place(accelerator, train_dl), placed if isinstance(eval_dl, dict) else placed.get("")
 
@@ -230,7 +238,7 @@ def placement_of(accelerator: Accelerator) -> Placement:
     )
 
 
-def _activate(loader: Any, placement: Placement) -> Any:
+def _activate(loader: Loader | None, placement: Placement) -> Loader | None:
     """Return a loader that Accelerate leaves as it is, unless Accelerate shards the data itself."""
     if not isinstance(loader, FastPathLoader):
         loader = shard_loader(loader, placement)  # a subclass may have replaced the loader of the run
@@ -239,27 +247,28 @@ def _activate(loader: Any, placement: Placement) -> Any:
     return loader
 
 
-def _place(accelerator: Accelerator, loader: Any) -> Any:
+def _place(accelerator: Accelerator, loader: Loader | MaybeNone) -> Loader | MaybeNone:
     if isinstance(loader, DataLoaderDispatcher):
         return TrimmedDispatcher(loader, accelerator.process_index)
     needs_placing = not isinstance(loader, DataLoader) and hasattr(loader, "__iter__")
     return PlacedBatches(loader, accelerator.device) if needs_placing and accelerator.device.type != "cpu" else loader
 
 
-def skip_batches(accelerator: Accelerator, loader: Any, num_batches: int) -> Any:
+def skip_batches(accelerator: Accelerator, loader: Loader, num_batches: int) -> Loader:
     """Return the rest of a loader's epoch. Skipped batches are not loaded, unless the loader has no indices."""
     if num_batches == 0:
         return loader
-    if not is_shardable(loader):
+    if not isinstance(loader, DataLoader) or not is_shardable(loader):
         return RestOfEpoch(loader, num_batches)
     if num_batches >= len(loader):  # older versions of Accelerate fail if no batch is left
         return ()
     if isinstance(loader, FastPathLoader):
         return loader.skip_first(num_batches)
-    return accelerator.skip_first_batches(loader, num_batches)
+    rest: Loader = accelerator.skip_first_batches(loader, num_batches)
+    return rest
 
 
-def release(accelerator: Accelerator, *prepared: Any) -> None:
+def release(accelerator: Accelerator, *prepared: object) -> None:
     """Shut down the workers of prepared loaders, and let Accelerate drop its references to these objects.
 
     Args:

@@ -10,13 +10,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from torch import distributed
 
 from pytorch_accelerated._nested import rebuild
+from pytorch_accelerated._types import MaybeNone, Nested
 from pytorch_accelerated.exceptions import CheckpointError
 
 PROCESS_TIMEOUT = timedelta(minutes=10)
@@ -42,7 +43,7 @@ def run_on_main(func: Callable[[], T], is_main: bool, num_processes: int) -> T:
         is_main: Whether this is the main process.
         num_processes: The world size.
     """
-    result: Any = None
+    result: T | MaybeNone = None
     error: Exception | None = None
     if is_main:
         try:
@@ -52,7 +53,7 @@ def run_on_main(func: Callable[[], T], is_main: bool, num_processes: int) -> T:
     result, error = broadcast_from_main((result, error), num_processes)
     if error is not None:
         raise error
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def run_on_all(func: Callable[[], T], num_processes: int, group: distributed.ProcessGroup | None = None) -> T:
@@ -72,7 +73,7 @@ def run_on_all(func: Callable[[], T], num_processes: int, group: distributed.Pro
     if num_processes == 1 or not distributed.is_initialized():
         return func()
 
-    result: Any = None
+    result: T | MaybeNone = None
     error: Exception | None = None
     try:
         result = func()
@@ -84,7 +85,7 @@ def run_on_all(func: Callable[[], T], num_processes: int, group: distributed.Pro
     message = next((message for message in messages if message is not None), None)
     if message is not None:
         raise CheckpointError(message) from error
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def broadcast_from_main(value: T, num_processes: int) -> T:
@@ -130,7 +131,7 @@ def sum_over_processes(
     return {name: (total, weight) for name, (total, weight) in zip(names, totals.unbind(), strict=True)}
 
 
-def gather_uneven(value: Any, padding_value: float | None = None) -> Any:
+def gather_uneven(value: Nested, padding_value: float | None = None) -> Nested:
     """Concatenate the rows of all processes in rank order; the number of rows may differ between processes.
 
     Rows are padded for the exchange. The padding is removed by row count, so real values may equal it.

@@ -22,7 +22,7 @@ _STOP_REASONS: dict[str, type[Exception]] = {
 }
 """The exceptions that stop all ranks, in order of precedence: if ranks have several, all raise the first kind."""
 
-_host_group_of_world: list[Any] = []
+_host_group_of_world: list[distributed.ProcessGroup | None] = []
 """The default process group and the gloo group next to it. All runs share that one, because each holds sockets."""
 
 
@@ -32,11 +32,10 @@ def _host_group() -> distributed.ProcessGroup | None:
     world = distributed.group.WORLD
     if not _host_group_of_world or _host_group_of_world[0] is not world:
         _host_group_of_world[:] = world, distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
-    group: distributed.ProcessGroup = _host_group_of_world[1]
-    return group
+    return _host_group_of_world[1]
 
 
-def _serialize(reason: Exception) -> tuple[str, tuple[Any, ...]]:
+def _serialize(reason: Exception) -> tuple[str, tuple[object, ...]]:
     """Return the kind of a reason and the arguments that create it again on another rank."""
     kind = next(name for name, error in reversed(_STOP_REASONS.items()) if isinstance(reason, error))
     if isinstance(reason, RunInterruptedError):
@@ -222,5 +221,5 @@ def overrides_any(instance: object, methods: Iterable[str]) -> bool:
     return any(name in vars(instance) or not _is_own(getattr(type(instance), name)) for name in methods)
 
 
-def _is_own(method: Callable[..., Any]) -> bool:
+def _is_own(method: Callable[..., object]) -> bool:
     return method.__module__.partition(".")[0] == __name__.partition(".")[0]

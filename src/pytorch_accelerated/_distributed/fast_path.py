@@ -25,6 +25,7 @@ from pytorch_accelerated._data.sharding import ShardedBatchSampler
 from pytorch_accelerated._data.workers import iterate
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._nested import move_to_device, tensors_in
+from pytorch_accelerated._types import Batch
 
 _SUPPORTED_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 _SUPPORTED_PRECISIONS = ("no", "bf16", "fp16")
@@ -43,8 +44,8 @@ def can_use_fast_path(accelerator: Accelerator) -> bool:
 
 
 def choose_no_sync(
-    accelerator: Accelerator, model: Any, uses_fast_path: bool
-) -> Callable[[], AbstractContextManager[Any]]:
+    accelerator: Accelerator, model: torch.nn.Module, uses_fast_path: bool
+) -> Callable[[], AbstractContextManager[object]]:
     """Return a factory of contexts in which DDP does not all-reduce gradients, for batches that only accumulate."""
     return getattr(model, "no_sync", nullcontext) if uses_fast_path else partial(accelerator.no_sync, model)
 
@@ -65,7 +66,7 @@ class FastPathOptimizer(AcceleratedOptimizer):  # type: ignore[misc]  # Accelera
         has_option = "set_to_none" in inspect.signature(optimizer.zero_grad).parameters
         self._zero_grad_kwargs = {"set_to_none": True} if has_option else {}
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """Update the parameters, unless this batch only accumulates."""
         if self.gradient_state.sync_gradients:
             self.optimizer.step(closure)
@@ -78,10 +79,11 @@ class FastPathOptimizer(AcceleratedOptimizer):  # type: ignore[misc]  # Accelera
             self.optimizer.zero_grad(**self._zero_grad_kwargs)
 
 
-def wrap_optimizer(accelerator: Accelerator, optimizer: Any) -> Any:
+def wrap_optimizer(accelerator: Accelerator, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
     """Return a PyTorch optimizer ready for the fast path; prepared optimizers and other objects as they are."""
-    is_plain = isinstance(optimizer, torch.optim.Optimizer) and not AcceleratorRegistry.is_prepared(optimizer)
-    if not is_plain or type(optimizer).__module__.startswith(_LOMO_PACKAGE):
+    if not isinstance(optimizer, torch.optim.Optimizer) or AcceleratorRegistry.is_prepared(optimizer):
+        return optimizer
+    if type(optimizer).__module__.startswith(_LOMO_PACKAGE):
         return optimizer
     wrapped = FastPathOptimizer(optimizer, accelerator.device if accelerator.device_placement else None)
     AcceleratorRegistry.mark_as_prepared(wrapped)
@@ -131,11 +133,11 @@ class FastPathLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate has n
             rest.activate()
         return rest
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         is_active = AcceleratorRegistry.is_prepared(self)
         return self._iterate_on_device() if is_active else iterate(self.base_dataloader)
 
-    def _iterate_on_device(self) -> Iterator[Any]:
+    def _iterate_on_device(self) -> Iterator[Batch]:
         self.begin()
         try:
             for batch, is_last in self._transferred(_batches_of(self.base_dataloader)):
@@ -145,7 +147,7 @@ class FastPathLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate has n
         finally:
             self.end()
 
-    def _transferred(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+    def _transferred(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
         if self.device is None or self.device.type == "cpu":
             return mark_last(batches)
         if self.device.type == "cuda":
@@ -153,19 +155,19 @@ class FastPathLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate has n
         return mark_last(move_to_device(batch, self.device) for batch in batches)
 
 
-def _batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
+def _batches_of(loader: DataLoader[Any]) -> Iterator[Batch]:
     whole_batches = whole_batches_of(loader)
     return iterate(loader) if whole_batches is None else whole_batches
 
 
-def _prefetch_to_device(batches: Iterator[Any], device: torch.device) -> Iterator[tuple[Any, bool]]:
+def _prefetch_to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[tuple[Batch, bool]]:
     """Copy each batch on a separate CUDA stream while the device computes. Its consumers wait for the copy.
 
     The host never waits, if the batches are in pinned memory.
     """
     copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def start_copy(batch: Any) -> tuple[Any, torch.cuda.Event]:
+    def start_copy(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
         # Operations queued so far may still read the memory of batches that the host has released.
         copy_stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(copy_stream):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
 
 _PREPARED_OBJECTS = ("_models", "_optimizers", "_dataloaders", "_schedulers")
 _SAVED_OBJECTS = (*_PREPARED_OBJECTS, "_custom_objects")
@@ -28,7 +32,7 @@ class AcceleratorRegistry:
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
 
-    def forget(self, *objects: Any) -> None:
+    def forget(self, *objects: object) -> None:
         """Remove these objects from the lists, and no others: the user may have prepared some, too.
 
         `Accelerator.free_memory` removes all objects, and runs a full garbage collection that can take longer than a
@@ -40,7 +44,7 @@ class AcceleratorRegistry:
             setattr(self._accelerator, name, kept)
 
     @contextmanager
-    def restricted_to(self, model: Any, optimizer: Any) -> Iterator[None]:
+    def restricted_to(self, model: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
         """Let `Accelerator.save_state` and `load_state` see only this model and this optimizer.
 
         Args:
@@ -58,23 +62,23 @@ class AcceleratorRegistry:
                 setattr(self._accelerator, name, objects)
 
     @staticmethod
-    def mark_as_prepared(item: Any) -> None:
+    def mark_as_prepared(item: object) -> None:
         """Let `Accelerator.prepare` register an object without wrapping it."""
         setattr(item, _PREPARED_MARK, True)
 
     @staticmethod
-    def is_prepared(item: Any) -> bool:
+    def is_prepared(item: object) -> bool:
         """Tell whether `Accelerator.prepare` leaves an object as it is."""
         return bool(getattr(item, _PREPARED_MARK, False))
 
     @staticmethod
-    def forward_attributes(model: Any) -> dict[str, Any]:
+    def forward_attributes(model: object) -> dict[str, object]:
         """Return those of a model's instance attributes that `Accelerator.prepare` sets or replaces."""
         attributes = getattr(model, "__dict__", {})
         return {name: attributes[name] for name in _FORWARD_ATTRIBUTES if name in attributes}
 
     @classmethod
-    def restore_forward(cls, model: Any, attributes: Mapping[str, Any]) -> None:
+    def restore_forward(cls, model: object, attributes: Mapping[str, object]) -> None:
         """Undo what `Accelerator.prepare` did to a model's instance attributes.
 
         Args:

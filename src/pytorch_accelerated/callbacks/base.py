@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from pytorch_accelerated._types import Batch, BatchOutput
     from pytorch_accelerated.trainer import Trainer
 
 
@@ -43,7 +42,7 @@ class TrainerCallback:
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Called at the start of each training epoch. The model is in training mode."""
 
-    def on_train_step_start(self, trainer: Trainer, *, batch: Any = None, step: int = 0, **kwargs: Any) -> None:
+    def on_train_step_start(self, trainer: Trainer, *, batch: Batch = None, step: int = 0, **kwargs: Any) -> None:
         """Called before each training batch is processed.
 
         Args:
@@ -54,7 +53,7 @@ class TrainerCallback:
         """
 
     def on_backward_start(
-        self, trainer: Trainer, batch: Any, batch_output: Mapping[str, Any], *, step: int = 0, **kwargs: Any
+        self, trainer: Trainer, batch: Batch, batch_output: BatchOutput, *, step: int = 0, **kwargs: Any
     ) -> None:
         """Called between the forward and the backward pass.
 
@@ -68,7 +67,7 @@ class TrainerCallback:
         """Called once per update. Parameters and learning rate are updated; the gradients still exist."""
 
     def on_train_step_end(
-        self, trainer: Trainer, batch: Any, batch_output: Mapping[str, Any], *, step: int = 0, **kwargs: Any
+        self, trainer: Trainer, batch: Batch, batch_output: BatchOutput, *, step: int = 0, **kwargs: Any
     ) -> None:
         """Called at the end of each training step, after the update if the step made one.
 
@@ -100,11 +99,11 @@ class TrainerCallback:
             **kwargs: Reserved for later arguments.
         """
 
-    def on_eval_step_start(self, trainer: Trainer, *, batch: Any = None, step: int = 0, **kwargs: Any) -> None:
+    def on_eval_step_start(self, trainer: Trainer, *, batch: Batch = None, step: int = 0, **kwargs: Any) -> None:
         """Called before each evaluation batch is processed."""
 
     def on_eval_step_end(
-        self, trainer: Trainer, batch: Any, batch_output: Mapping[str, Any], *, step: int = 0, **kwargs: Any
+        self, trainer: Trainer, batch: Batch, batch_output: BatchOutput, *, step: int = 0, **kwargs: Any
     ) -> None:
         """Called after each evaluation batch, with what ``calculate_eval_batch_loss`` returned."""
 

@@ -8,8 +8,7 @@ from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.tracking import LossTracker
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from pytorch_accelerated._types import StateDict, StateMapping
     from pytorch_accelerated.trainer import Trainer
 
 
@@ -52,10 +51,10 @@ class GradientNormCallback(TrainerCallback):
         trainer.run_history.update_metric(self.metric_name, self._norms.average)
         self._norms.reset()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the sum and the number of this epoch's norms so far."""
         return self._norms.state_dict()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
         self._norms.load_state_dict(state_dict)

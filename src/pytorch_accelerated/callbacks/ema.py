@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from pytorch_accelerated._types import StateDict, StateMapping
     from pytorch_accelerated.trainer import Trainer
 
 _PREFIX = "ema_model_"
@@ -75,7 +76,7 @@ class ModelEmaCallback(TrainerCallback):
         watch_metric: str = "ema_model_eval_loss_epoch",
         greater_is_better: bool = False,
         model_ema: Callable[[nn.Module, float], ModelEma] = ModelEma,
-        callbacks: Iterable[Any] = (),
+        callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = (),
         update_every_n_updates: int = 1,
     ) -> None:
         check_positive_integer("update_every_n_updates", update_every_n_updates, "updates")
@@ -91,7 +92,7 @@ class ModelEmaCallback(TrainerCallback):
         self._has_saved = False
         self._callback_handler = CallbackHandler(callbacks)
         self._initial_numbers: dict[str, float] = {}
-        self._waiting_state: Mapping[str, Any] | None = None
+        self._waiting_state: StateMapping | None = None
         self._models: tuple[nn.Module, nn.Module] | None = None
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -151,7 +152,7 @@ class ModelEmaCallback(TrainerCallback):
         """Release the reference to the model."""
         self._models = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the average, the counters of a `ModelEma` subclass, and which average was the best."""
         if self.ema_model is None:
             return {}
@@ -166,11 +167,11 @@ class ModelEmaCallback(TrainerCallback):
             "callbacks": self._callback_handler.state_dict(),
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateMapping) -> None:
         """Keep what `state_dict` returned until the next run starts and creates the average."""
         self._waiting_state = state_dict or None
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
+    def _restore(self, state: StateMapping) -> None:
         average = self._average()
         average.load_state_dict(state["ema_model"])
         for name, number in state["ema_model_numbers"].items():

@@ -8,6 +8,7 @@ from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:
+    from pytorch_accelerated._types import Batch, BatchOutput
     from pytorch_accelerated.trainer import Trainer
 
 
@@ -43,7 +44,7 @@ class StepBasedEvaluationCallback(TrainerCallback):
                 "Pass one, or remove the callback."
             )
 
-    def on_train_step_end(self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any) -> None:
+    def on_train_step_end(self, trainer: Trainer, batch: Batch, batch_output: BatchOutput, **kwargs: Any) -> None:
         """Evaluate if this step made an update after which an evaluation is due."""
         num_updates = trainer.progress.num_updates
         if num_updates == self._num_updates_seen:

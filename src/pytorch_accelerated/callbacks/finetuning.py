@@ -13,6 +13,7 @@ from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.finetuning import ModelFreezer, discriminative_parameter_groups, group_parameters
 
 if TYPE_CHECKING:
+    from pytorch_accelerated._types import StateDict, StateMapping
     from pytorch_accelerated.trainer import Trainer
 
 
@@ -105,11 +106,11 @@ class GradualUnfreezingCallback(TrainerCallback):
         for parameter in self._untrained_parameters:
             parameter.grad = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the index of the first trained layer group."""
         return {"first_trained_group": self._first_trained_group}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned. Layer groups that were trained stay trainable."""
         self._first_trained_group = state_dict["first_trained_group"]
 

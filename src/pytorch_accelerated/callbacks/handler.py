@@ -13,7 +13,9 @@ from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
 from pytorch_accelerated.exceptions import StopTrainingError, add_note
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator
+
+    from pytorch_accelerated._types import StateDict, StateMapping
 
 _SIMILAR_ENOUGH = 0.8
 
@@ -31,8 +33,8 @@ class CallbackHandler:
         ValueError: The same object was passed twice.
     """
 
-    def __init__(self, callbacks: Iterable[Any]) -> None:
-        self.callbacks: list[Any] = []
+    def __init__(self, callbacks: Iterable[object]) -> None:
+        self.callbacks: list[object] = []
         self.events_without_listeners: set[str] = set()
         """Names of events known to have no listener: the loop may skip `call_event` for them."""
 
@@ -44,12 +46,12 @@ class CallbackHandler:
         """The class names of the callbacks, one per line."""
         return "\n".join(type(callback).__name__ for callback in self.callbacks)
 
-    def add_callbacks(self, callbacks: Iterable[Any]) -> None:
+    def add_callbacks(self, callbacks: Iterable[object]) -> None:
         """Append several callbacks, in order."""
         for callback in callbacks:
             self.add_callback(callback)
 
-    def add_callback(self, callback: Any) -> None:
+    def add_callback(self, callback: object) -> None:
         """Append one callback.
 
         Args:
@@ -79,7 +81,7 @@ class CallbackHandler:
         self._listeners = {}
         self.events_without_listeners.clear()
 
-    def call_event(self, event: str, *args: Any, **kwargs: Any) -> None:
+    def call_event(self, event: str, *args: object, **kwargs: object) -> None:
         """Call the method named ``event`` of every callback that implements it.
 
         Any name is allowed, so subclasses of the trainer can define their own events. Callbacks without such a method
@@ -111,7 +113,7 @@ class CallbackHandler:
         if stop_request is not None:
             raise stop_request
 
-    def call_event_on_all(self, event: str, *args: Any, **kwargs: Any) -> list[Exception]:
+    def call_event_on_all(self, event: str, *args: object, **kwargs: object) -> list[Exception]:
         """Call ``event`` on every callback, even if some fail, and return their errors. Used for clean-up."""
         errors: list[Exception] = []
         for method, accepted, _ in self._find_listeners(event):
@@ -121,7 +123,7 @@ class CallbackHandler:
                 errors.append(error)
         return errors
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the state of each callback that has one, by class name and index among callbacks of that class."""
         return {
             name: callback.state_dict()
@@ -129,7 +131,7 @@ class CallbackHandler:
             if callable(getattr(callback, "state_dict", None))
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned. Callbacks without an entry keep their state."""
         for name, callback in self._named_callbacks():
             if name in state_dict:
@@ -156,25 +158,25 @@ class CallbackHandler:
 
 
 class _Listener(NamedTuple):
-    method: Callable[..., Any]
+    method: Callable[..., object]
     accepted: frozenset[str] | None
     """Names of the keyword arguments that the method accepts; ``None`` if it accepts all."""
 
-    callback: Any
+    callback: object
 
 
-def _implements(callback: Any, event: str) -> bool:
+def _implements(callback: object, event: str) -> bool:
     method = getattr(callback, event, None)
     if not callable(method):
         return False
     return getattr(method, "__func__", method) is not getattr(TrainerCallback, event, None)
 
 
-def _only(accepted: frozenset[str], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _only(accepted: frozenset[str], kwargs: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in kwargs.items() if name in accepted}
 
 
-def _accepted_keywords(method: Callable[..., Any]) -> frozenset[str] | None:
+def _accepted_keywords(method: Callable[..., object]) -> frozenset[str] | None:
     # Some callbacks omit ``**kwargs``; they receive only the arguments they name.
     function = getattr(method, "__func__", method)
     if (
@@ -192,27 +194,28 @@ def _accepted_keywords(method: Callable[..., Any]) -> frozenset[str] | None:
     return frozenset(parameters)
 
 
-def _as_instance(callback: Any) -> Any:
+def _as_instance(callback: object) -> object:
+    instance = callback
     if inspect.isclass(callback):
         try:
-            callback = callback()
+            instance = callback()
         except TypeError as error:
             raise TypeError(
                 f"The callback class `{callback.__name__}` cannot be instantiated without arguments ({error}). "
                 f"Pass an instance instead, such as `{callback.__name__}(...)`."
             ) from error
-    is_callback = isinstance(callback, TrainerCallback) or any(
-        callable(getattr(callback, event, None)) for event in EVENTS
+    is_callback = isinstance(instance, TrainerCallback) or any(
+        callable(getattr(instance, event, None)) for event in EVENTS
     )
     if not is_callback:
         raise TypeError(
-            f"{callback!r} is not a callback. Expected a `TrainerCallback` (an instance or a class), or an object with "
+            f"{instance!r} is not a callback. Expected a `TrainerCallback` (an instance or a class), or an object with "
             "at least one of its events. Define one, such as `on_train_epoch_end(self, trainer, **kwargs)`."
         )
-    return callback
+    return instance
 
 
-def _warn_about_misspelled_events(callback: Any) -> None:
+def _warn_about_misspelled_events(callback: object) -> None:
     for name in dir(type(callback)):
         if not name.startswith("on_") or name in EVENTS:
             continue
@@ -226,7 +229,7 @@ def _warn_about_misspelled_events(callback: Any) -> None:
             )
 
 
-def _describe_origin(callback: Any, event: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def _describe_origin(callback: object, event: str, args: tuple[object, ...], kwargs: dict[str, object]) -> str:
     place = f"raised by the callback `{type(callback).__name__}` in `{event}`"
     history = getattr(args[0], "run_history", None) if args else None
     epoch = getattr(history, "current_epoch", None)

@@ -20,7 +20,7 @@ class ProgressBarCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._bar: Any = None
+        self._bar: tqdm | None = None
         self._num_shown = 0
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:

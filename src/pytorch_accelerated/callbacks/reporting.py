@@ -9,6 +9,7 @@ from pytorch_accelerated.callbacks.base import TrainerCallback
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from pytorch_accelerated._types import MetricValue
     from pytorch_accelerated.tracking import RunHistory
     from pytorch_accelerated.trainer import Trainer
 
@@ -67,7 +68,7 @@ class LogMetricsCallback(TrainerCallback):
         """Log all other new metrics."""
         self._log_new_metrics(trainer, lambda name: not name.startswith("train"))
 
-    def log_metrics(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
+    def log_metrics(self, trainer: Trainer, metrics: Mapping[str, MetricValue]) -> None:
         """Print one line per metric.
 
         Args:

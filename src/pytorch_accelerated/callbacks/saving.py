@@ -22,8 +22,9 @@ from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
+    from pytorch_accelerated._types import Batch, BatchOutput, StateDict, StateMapping
     from pytorch_accelerated.progress import TrainingProgress
     from pytorch_accelerated.run_config import TrainerRunConfig
     from pytorch_accelerated.trainer import Trainer
@@ -119,11 +120,11 @@ class SaveBestModelCallback(TrainerCallback):
         )
         trainer.load_checkpoint(self.save_path, load_optimizer=self.save_optimizer, load_scheduler=self.save_scheduler)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the best value, its epoch, and whether a checkpoint was saved."""
         return {**self._best.state_dict(), "has_saved": self._has_saved}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
         self._best.load_state_dict(state_dict)
         self._has_saved = state_dict["has_saved"]
@@ -232,7 +233,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         if self.save_on_preemption:
             trainer.end_run_on_signals(*PREEMPTION_SIGNALS)
 
-    def on_train_step_end(self, trainer: Trainer, batch: Any, batch_output: Any, **kwargs: Any) -> None:
+    def on_train_step_end(self, trainer: Trainer, batch: Batch, batch_output: BatchOutput, **kwargs: Any) -> None:
         """Save a state if one is due.
 
         Sharded training cannot save between the batches of an update, so the save is delayed to the end of the update.
@@ -272,11 +273,11 @@ class SaveTrainingStateCallback(TrainerCallback):
         """Unlock the folder."""
         release_folder(self.save_dir)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the number of steps of the run so far."""
         return {"num_steps": self._num_steps}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
         self._num_steps = state_dict["num_steps"]
 

@@ -12,8 +12,7 @@ from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from pytorch_accelerated._types import BatchOutput, StateDict, StateMapping
     from pytorch_accelerated.trainer import Trainer
 
 
@@ -46,7 +45,7 @@ class TerminateOnNaNCallback(TrainerCallback):
         """Check the losses so far."""
         self._check(trainer)
 
-    def check_for_nan_after_batch(self, batch_output: Mapping[str, Any], step: Any = None) -> None:
+    def check_for_nan_after_batch(self, batch_output: BatchOutput, step: object = None) -> None:
         """Check the loss of a single batch immediately.
 
         Args:
@@ -120,14 +119,14 @@ class EarlyStoppingCallback(TrainerCallback):
                 f"for {self._counter.num_without_improvement} epochs"
             )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the best value and the number of epochs without improvement."""
         return {
             "best": self._counter.best.value,
             "num_without_improvement": self._counter.num_without_improvement,
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
         self._counter.best.record(state_dict["best"])
         self._counter.num_without_improvement = state_dict["num_without_improvement"]

@@ -12,6 +12,7 @@ from pytorch_accelerated.schedulers.wsd_scheduler import WSDLrScheduler
 if TYPE_CHECKING:
     from os import PathLike
 
+    from pytorch_accelerated._types import StateDict
     from pytorch_accelerated.trainer import Trainer
 
 
@@ -83,11 +84,11 @@ class WSDCheckpointCallback(TrainerCallback):
         if trainer.progress.num_updates >= scheduler.total_steps:
             self._save_due_checkpoints(trainer, scheduler, scheduler.total_steps)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the schedule position up to which all checkpoints have been saved."""
         return {"last_seen_step": self._last_seen_step}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore what `state_dict` returned."""
         self._last_seen_step = state_dict["last_seen_step"]
 

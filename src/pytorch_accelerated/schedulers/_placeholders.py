@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from pytorch_accelerated._data.loaders import num_batches_of, total_num_batches_of
 
@@ -34,6 +34,9 @@ KnownValues: TypeAlias = "Mapping[TrainerPlaceholderValues, Number | None]"
 
 
 _Operation: TypeAlias = "Callable[[_Arithmetic, NumberOrPlaceholder], PlaceholderExpression]"
+
+
+Template = TypeVar("Template")
 
 
 _FUNCTIONS: dict[str, Callable[[Any, Any], Number]] = {
@@ -200,7 +203,7 @@ def _are_same(new: Iterable[object], old: Iterable[object]) -> bool:
     return all(new_item is old_item for new_item, old_item in zip(new, old, strict=True))
 
 
-def replace_trainer_placeholder_values(trainer: Trainer, instance: Any) -> Any:
+def replace_trainer_placeholder_values(trainer: Trainer, instance: Template) -> Template:
     """Replace `TrainerPlaceholderValues` with the numbers of a run.
 
     Args:
@@ -221,4 +224,5 @@ def replace_trainer_placeholder_values(trainer: Trainer, instance: Any) -> Any:
         TrainerPlaceholderValues.TRAIN_DATALOADER_LEN: num_batches_of(trainer.train_dataloader),
         TrainerPlaceholderValues.EVAL_DATALOADER_LEN: total_num_batches_of(trainer.eval_dataloaders),
     }
-    return resolve_placeholders(instance, values)
+    resolved: Template = resolve_placeholders(instance, values)
+    return resolved

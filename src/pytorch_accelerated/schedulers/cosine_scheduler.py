@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from typing_extensions import Self
 
+    from pytorch_accelerated._types import StateDict
+
 
 def cosine_lr(
     update: float,
@@ -174,7 +176,7 @@ class CosineLrScheduler(StatefulSchedulerBase):
         """Return the learning rate of each parameter group after ``num_updates`` updates."""
         return [self._lr(num_updates, base_lr) for base_lr in self.base_values]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore the position and the base values, and set the learning rates for that position.
 
         Settings are not restored, so a resumed run may be longer than originally planned.

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +14,8 @@ from pytorch_accelerated.exceptions import SchedulerSettingsError
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+
+    from pytorch_accelerated._types import ParameterGroup, StateDict
 
 
 class SchedulerBase(ABC):
@@ -93,11 +95,11 @@ class SchedulerBase(ABC):
         for group, value in zip(groups, values, strict=True):
             self._set_value(group, float(value))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return what changes during a run, as plain numbers, lists and strings."""
         return {"base_values": self.base_values}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore the base values.
 
         Parameter groups beyond those in the state keep their own base values. Base values of groups that the optimizer
@@ -122,7 +124,7 @@ class SchedulerBase(ABC):
             value = group.setdefault(self._initial_field, float(group[self.param_group_field]))
             self._base_values.append(float(value))
 
-    def _set_value(self, group: dict[str, Any], value: float) -> None:
+    def _set_value(self, group: ParameterGroup, value: float) -> None:
         present = group[self.param_group_field]
         if isinstance(present, torch.Tensor):
             present.fill_(value)  # a compiled or captured optimizer step reads this tensor object
@@ -153,11 +155,11 @@ class StatefulSchedulerBase(SchedulerBase):
         self.num_updates += 1
         self.step_update(self.num_updates)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the position (``num_updates``) and the base values."""
         return {**super().state_dict(), "num_updates": self.num_updates}
 
-    def load_state_dict(self, scheduler_state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, scheduler_state_dict: StateDict) -> None:
         """Restore the position and the base values, and set the values for that position.
 
         Args:

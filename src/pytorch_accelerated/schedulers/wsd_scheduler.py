@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from typing_extensions import Self
 
+    from pytorch_accelerated._types import StateDict
+
 
 class DecayInfo(TypedDict):
     """One decay phase, in updates from the start of the run.
@@ -347,7 +349,7 @@ class WSDLrScheduler(StatefulSchedulerBase):
         """Return the number of updates done, as counted by :meth:`step`; -1 before its first call."""
         return self.num_updates
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the position and the base values; for information also the kind and length of the run."""
         return {
             **super().state_dict(),
@@ -355,7 +357,7 @@ class WSDLrScheduler(StatefulSchedulerBase):
             "total_steps": self.total_steps,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore the position and the base values, and set the learning rates for that position.
 
         Everything else stays as this scheduler was configured, including the length of the run and whether it is a

@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset, Subset
 from pytorch_accelerated import _validation
 from pytorch_accelerated._data.rng import preserve_rng_state, seed_generators
 from pytorch_accelerated._distributed.collectives import broadcast_from_main
+from pytorch_accelerated._types import CollateFunction, Samples, StateMapping
 from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.finetuning import BN_MODULES
 from pytorch_accelerated.tracking import InMemoryRunHistory
@@ -134,13 +135,13 @@ class InvarianceReport:
 
 def check_invariance(
     make_trainer: Callable[[], Trainer],
-    dataset: Any,
+    dataset: Samples,
     *,
     num_updates: int = 3,
     samples_per_update: int = 16,
     splits: Sequence[int] | None = None,
     tolerance: float | None = None,
-    collate_fn: Callable[..., Any] | None = None,
+    collate_fn: CollateFunction | None = None,
     modules_in_eval_mode: tuple[type[nn.Module], ...] = SPLIT_DEPENDENT_MODULES,
     seed: int = 0,
 ) -> InvarianceReport:
@@ -216,7 +217,7 @@ def check_invariance(
 
 
 def _check_arguments(
-    dataset: Any, num_updates: int, samples_per_update: int, splits: Sequence[int] | None, tolerance: float | None
+    dataset: Samples, num_updates: int, samples_per_update: int, splits: Sequence[int] | None, tolerance: float | None
 ) -> None:
     _validation.check_positive_integer("num_updates", num_updates, "updates")
     _validation.check_positive_integer("samples_per_update", samples_per_update, "samples")
@@ -250,7 +251,7 @@ class _Reference(NamedTuple):
     """The results of training on full batches, with which each split is compared."""
 
     model: nn.Module
-    initial_state: Mapping[str, Any]
+    initial_state: StateMapping
     num_processes: int
     tolerance: float
     losses: list[float]
@@ -264,7 +265,7 @@ class _Experiment:
     make_trainer: Callable[[], Trainer]
     dataset: Any
     blocks: list[range]
-    collate_fn: Callable[..., Any] | None
+    collate_fn: CollateFunction | None
     modules_in_eval_mode: tuple[type[nn.Module], ...]
     seed: int
 

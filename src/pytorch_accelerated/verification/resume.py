@@ -17,6 +17,7 @@ from pytorch_accelerated import _validation
 from pytorch_accelerated._data.loaders import num_batches_of
 from pytorch_accelerated._data.rng import get_rng_state, preserve_rng_state
 from pytorch_accelerated._distributed.collectives import all_gather_objects, broadcast_from_main
+from pytorch_accelerated._types import Batch, BatchOutput, Data
 from pytorch_accelerated.callbacks import (
     LogMetricsCallback,
     PrintProgressCallback,
@@ -120,7 +121,7 @@ class ResumeReport:
 
 def verify_resume(
     make_trainer: Callable[[], Trainer],
-    train_dataset: Any,
+    train_dataset: Data,
     *,
     stops: Sequence[int] | None = None,
     num_epochs: int = 2,
@@ -206,7 +207,7 @@ class _Experiment:
     """What all runs have in common. Its methods must be called on every process."""
 
     make_trainer: Callable[[], Trainer]
-    train_dataset: Any
+    train_dataset: Data
     train_arguments: Mapping[str, Any]
 
     def run(self, seed: int, recorder: _Recorder, resume_from: Path | None = None) -> None:
@@ -270,11 +271,11 @@ class _Recorder(TrainerCallback):
         self.num_processes = trainer.run_config.num_processes
         self.digests[_AT_START] = _digests_of(trainer)
 
-    def on_train_step_start(self, trainer: Trainer, *, batch: Any = None, step: int = 0, **kwargs: Any) -> None:
+    def on_train_step_start(self, trainer: Trainer, *, batch: Batch = None, step: int = 0, **kwargs: Any) -> None:
         self._digests_at_step_start = [_Digest("batch", "the batch", _digest(batch)), *_rng_digests()]
 
     def on_train_step_end(
-        self, trainer: Trainer, batch: Any, batch_output: Mapping[str, Any], *, step: int = 0, **kwargs: Any
+        self, trainer: Trainer, batch: Batch, batch_output: BatchOutput, *, step: int = 0, **kwargs: Any
     ) -> None:
         self.num_steps += 1
         loss = _Digest("loss", "the loss", _digest(batch_output["loss"]))
@@ -326,7 +327,7 @@ class _SavingRecorder(_Recorder):
             self._requested_stops = _default_stops(trainer.train_dataloader, trainer.run_config.num_epochs)
 
     def on_train_step_end(
-        self, trainer: Trainer, batch: Any, batch_output: Mapping[str, Any], *, step: int = 0, **kwargs: Any
+        self, trainer: Trainer, batch: Batch, batch_output: BatchOutput, *, step: int = 0, **kwargs: Any
     ) -> None:
         super().on_train_step_end(trainer, batch, batch_output)
         if self.num_steps in (self._requested_stops or ()):
@@ -334,7 +335,7 @@ class _SavingRecorder(_Recorder):
             self.digests_at_stops[self.num_steps] = _digests_of(trainer)
 
 
-def _default_stops(loader: Any, num_epochs: int) -> list[int]:
+def _default_stops(loader: object, num_epochs: int) -> list[int]:
     num_batches = num_batches_of(loader)
     if num_batches is None:
         raise ValueError(
@@ -382,14 +383,14 @@ def _rng_digests() -> list[_Digest]:
     ]
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     """Return a digest of nested values; tensors enter with their dtype, shape and bits."""
     digest = hashlib.blake2b(digest_size=16)
     _update(digest, value)
     return digest.hexdigest()
 
 
-def _update(digest: hashlib.blake2b, value: Any) -> None:
+def _update(digest: hashlib.blake2b, value: object) -> None:
     if isinstance(value, torch.Tensor):
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.detach().to_dense().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
