@@ -49,8 +49,8 @@ def test_a_window_of_one_batch_costs_nothing():
 
 
 def test_the_last_window_of_an_epoch_may_be_short():
-    window = AccumulationWindow(3)
-    window.start_epoch(5)
+    window = AccumulationWindow()
+    window.start_epoch(3, num_batches_per_epoch=5)
     assert [window.add(8, step=step) for step in range(3)] == [pytest.approx(1 / 3)] * 3
     assert window.close() is None
     assert [window.add(8, step=3), window.add(8, step=4), window.close()] == [0.5, 0.5, None]
@@ -74,15 +74,14 @@ def test_a_window_starts_without_what_was_left_of_the_one_before():
     assert window.close() is None
 
 
-# --- with a nominal weight, as for several processes ---------------------------------------------------------------------
+# --- with a nominal weight, as for several processes ----------------------------------------------------------------
 
 
 def effective_weights_of_processes(weights_by_process, num_expected, nominal_weight):
     """Return what each batch's gradient is multiplied by in the end, the average over the processes included."""
     windows = [AccumulationWindow(num_expected, nominal_weight) for _ in weights_by_process]
     shares = [
-        [window.add(weight) for weight in weights]
-        for window, weights in zip(windows, weights_by_process, strict=True)
+        [window.add(weight) for weight in weights] for window, weights in zip(windows, weights_by_process, strict=True)
     ]
     total = float(sum(window.total for window in windows))
     num_processes = len(windows)

@@ -84,5 +84,7 @@ def test_a_non_finite_loss_of_a_resumed_epoch_is_reported_with_its_step_in_the_w
 
 def test_no_error_is_found_where_every_loss_is_finite():
     found = []
-    train(make_trainer(callbacks=[Probe(on_train_epoch_end=lambda trainer: found.append(trainer.find_non_finite_loss()))]))
+    train(
+        make_trainer(callbacks=[Probe(on_train_epoch_end=lambda trainer: found.append(trainer.find_non_finite_loss()))])
+    )
     assert found == [None]

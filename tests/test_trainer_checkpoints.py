@@ -248,3 +248,14 @@ def test_a_state_saved_after_a_stopped_evaluation_in_a_callback_resumes_training
     resumed = make_trainer()
     resumed.train(make_dataset(8), num_epochs=3, resume_from=tmp_path / "state")
     assert resumed.progress.num_epochs_completed == 3
+
+
+def test_a_state_saved_after_a_stopped_evaluation_resumes_training(tmp_path):
+    stop = Probe(on_evaluation_run_start=raiser(StopTrainingError("enough")))
+    trainer = make_trainer(callbacks=[stop])
+    trainer.train(make_dataset(8), num_epochs=1)
+    trainer.evaluate(make_dataset(4))
+    trainer.save_training_state(tmp_path / "state")
+    resumed = make_trainer()
+    resumed.train(make_dataset(8), num_epochs=3, resume_from=tmp_path / "state")
+    assert resumed.progress.num_epochs_completed == 3

@@ -50,13 +50,15 @@ class AccumulationWindow:
         self.expected: float | torch.Tensor | None = None
         """What `total` will be if all batches have the nominal weight; ``None`` while nothing is weighed."""
 
-    def start_epoch(self, num_batches: int | None) -> None:
-        """Tell the window after how many batches the epoch ends, because its last window may be short.
+    def start_epoch(self, num_batches: int, num_batches_per_epoch: int | None) -> None:
+        """Set the length of the windows of an epoch, of which the last may be short.
 
         Args:
-            num_batches: Batches per epoch on this rank; ``None`` if that is not certain.
+            num_batches: Batches of this rank that make one update.
+            num_batches_per_epoch: Batches per epoch on this rank; ``None`` if that is not certain.
         """
-        self._num_batches_per_epoch = num_batches
+        self._num_batches = num_batches
+        self._num_batches_per_epoch = num_batches_per_epoch
 
     def reset(self) -> None:
         """Forget the batches since the last update."""

@@ -21,7 +21,7 @@ from pytorch_accelerated._data.loaders import (
 )
 from pytorch_accelerated._data.rng import preserve_rng_state
 from pytorch_accelerated._data.sharding import sharding_of, without_samples
-from pytorch_accelerated._distributed.accelerator import is_sharded, skip_batches
+from pytorch_accelerated._distributed.accelerator import skip_batches
 from pytorch_accelerated._distributed.collectives import gather_uneven, run_on_main, sum_over_processes
 from pytorch_accelerated._distributed.consensus import can_skip_exchange, overrides_any
 from pytorch_accelerated._distributed.fast_path import choose_no_sync
@@ -62,7 +62,11 @@ STEP_EVENTS = frozenset(
         "on_train_step_end",
     }
 )
-"""The events of a training step."""
+"""The events that come with each training step, in which a callback may ask to stop at that very update.
+
+If no callback listens to them, and no method below is overridden, ranks need not talk to each other at each update; see
+`can_skip_exchange`. (Log points come by the clock, so what is asked for there may wait.)
+"""
 
 STEP_METHODS = (
     "_perform_forward_and_backward_passes",
@@ -76,15 +80,17 @@ STEP_METHODS = (
     "optimizer_zero_grad",
     "_loop_end_train_step",
 )
-"""The methods that a training step calls. If a subclass overrides one of them, the step is no longer the library's."""
+"""The methods of a training step that a subclass may override."""
 
 
 class TrainingLoop:
     """Trains and evaluates a model that has been prepared; `Trainer` prepares it.
 
     This class declares the hooks, and calls them and the events of the callbacks in order. Read it from `_run_training`
-    down. Everything that belongs to one run is in one object, `Run`. Private names that begin with ``_loop_`` are the
-    library's own; a subclass may use any other.
+    down. What belongs to one run is in one object, `Run`; many attributes below show a part of it.
+
+    A subclass may use any name that 0.1.61 does not use for attributes of its own. Therefore private names begin with
+    ``_loop_``, and the loop and the callbacks of the library read the run, not the attributes below that show it.
 
     Args:
         model: The model.
@@ -97,13 +103,13 @@ class TrainingLoop:
     _accelerator: Accelerator
 
     run_config = WritableRunAttribute[TrainerRunConfig]("config")
-    """The configuration of the run under way, or of the last one; ``None`` before the first."""
+    """The configuration of the run under way, or of the last one; not there (``None``) before the first."""
 
     progress = RunAttribute[TrainingProgress]("progress")
     """How far training has come."""
 
     stop_reason = RunAttribute["str | None"]("stop_reason")
-    """Why the run ended; ``None`` while it is under way."""
+    """Why the run ended; ``None`` until then. Known in the events at the end of a run."""
 
     is_resumed = RunAttribute[bool]("is_resumed")
     """Whether the run continues from a training state."""
@@ -112,10 +118,16 @@ class TrainingLoop:
     """Whether a signal, such as that of Ctrl-C, ends the run; known from ``on_stop_training_error`` on."""
 
     is_evaluating = RunAttribute[bool]("is_evaluating")
-    """Whether an evaluation is under way."""
+    """Whether a pass over evaluation data is under way, from ``on_eval_epoch_start`` to ``on_eval_epoch_end``."""
 
-    is_intermediate_evaluation = RunAttribute[bool]("current_pass.is_intermediate")
-    """Whether an evaluation in the middle of a training epoch is under way."""
+    is_intermediate_evaluation = RunAttribute[bool]("is_intermediate_evaluation")
+    """Whether the evaluation under way is in the middle of a training epoch."""
+
+    process_index = RunAttribute[int]("process_index")
+    """The rank of this process, from 0."""
+
+    is_sharded = RunAttribute[bool]("is_sharded")
+    """Whether the parameters of the model are split over the processes, as by FSDP and DeepSpeed."""
 
     is_between_updates = RunAttribute[bool]("is_between_updates")
     """Whether every sample trained on so far has entered an update; if not, batches are being accumulated."""
@@ -123,33 +135,33 @@ class TrainingLoop:
     gradient_norm = RunAttribute["torch.Tensor | None"]("gradient_norm")
     """The norm of all gradients before clipping, if the run clips by norm; new in ``on_optimizer_step_end``."""
 
-    train_dataloader = RunAttribute[Loader | None]("train_loader")
-    """The training loader of the run; ``None`` in an evaluation."""
+    train_dataloader = RunAttribute[Loader | None]("train_dataloader")
+    """The training loader of the run; ``None`` in a call of `evaluate` or `predict`."""
 
-    eval_dataloaders = RunAttribute[Mapping[str, Loader]]("eval_loaders")
+    eval_dataloaders = RunAttribute[Mapping[str, Loader]]("eval_dataloaders")
     """The evaluation loaders of the run by name, with ``""`` for a single dataset; empty without evaluation."""
 
-    current_dataloader = RunAttribute[Loader | None]("current_pass.loader")
-    """The loader of the training epoch or evaluation under way."""
+    current_dataloader = RunAttribute[Loader | None]("current_dataloader")
+    """The loader of the training epoch or evaluation under way; ``None`` where there is none, as in `predict`."""
 
-    num_batches_done = RunAttribute[int]("current_pass.num_batches_done")
+    num_batches_done = RunAttribute[int]("num_batches_done")
     """The number of batches done in the training epoch or evaluation under way, on this process."""
 
-    recent_loss = RunAttribute["float | None"]("current_pass.monitor.mean")
+    recent_loss = RunAttribute["float | None"]("recent_loss")
     """The mean loss of the epoch so far, as of the last ``on_log_point``; reading it never waits for the device.
 
     On a CUDA device it is the value of the log point before. ``None`` until it is known.
     """
 
-    mean_loss = RunAttribute[float]("current_pass.means.loss.average")
+    mean_loss = RunAttribute[float]("mean_loss")
     """The mean loss of the epoch so far on this process, read from the device; NaN before the first batch."""
 
     # Programs written for 0.1.61 read and set these.
-    _train_dataloader = WritableRunAttribute[Loader | None]("train_loader")
-    _eval_dataloader = WritableRunAttribute[EvalLoaders | None]("eval_loader")
+    _train_dataloader = WritableRunAttribute[Loader | None]("train_dataloader")
+    _eval_dataloader = WritableRunAttribute[EvalLoaders | None]("eval_dataloader")
     _train_dl_kwargs = WritableRunAttribute[DataLoaderKwargs | None]("train_dl_kwargs")
     _eval_dl_kwargs = WritableRunAttribute[DataLoaderKwargs | None]("eval_dl_kwargs")
-    _loss_tracker = WritableRunAttribute[LossTracker]("current_pass.means.loss")
+    _loss_tracker = WritableRunAttribute[LossTracker]("training.current_pass.means.loss")
 
     def __init__(
         self,
@@ -261,16 +273,6 @@ class TrainingLoop:
         """The device of this process, where the model runs and batches are moved to."""
         return self._accelerator.device  # type: ignore[no-any-return]
 
-    @property
-    def process_index(self) -> int:
-        """The rank of this process, from 0."""
-        return int(self._accelerator.process_index)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether the parameters of the model are split over the processes, as by FSDP and DeepSpeed."""
-        return is_sharded(self._accelerator)
-
     def print(self, *args: object, **kwargs: object) -> None:
         """Print on the main process of each node only."""
         self._accelerator.print(*args, **kwargs)
@@ -304,7 +306,7 @@ class TrainingLoop:
         Raises:
             ValueError: Nothing was recorded under this name, or the value is not a single number.
         """
-        config = self.run_config
+        config = self._loop_run.config
         return run_on_main(
             lambda: as_number(self.run_history.get_latest_metric(metric_name)),
             config.is_world_process_zero,
@@ -321,37 +323,70 @@ class TrainingLoop:
         return model
 
     def limit_batches(self, num_batches: int) -> None:
-        """Use only the first batches of every loader of this run; call it in ``on_training_run_start``."""
+        """Use only the first batches of every loader of this run; call it in ``on_training_run_start``.
+
+        Raises:
+            RuntimeError: No run is under way.
+        """
         run, limit = self._loop_run, LimitBatches(num_batches)
-        if run.train_loader is not None:
-            run.train_loader = limit(run.train_loader)
-        if isinstance(run.eval_loader, dict):
-            run.eval_loader = {name: limit(loader) for name, loader in run.eval_loader.items()}
-        elif run.eval_loader is not None:
-            run.eval_loader = limit(run.eval_loader)
+        check_run(run.is_active, "limit_batches", "on_training_run_start")
+        if run.train_dataloader is not None:
+            run.train_dataloader = limit(run.train_dataloader)
+        run.eval_dataloaders = {name: limit(loader) for name, loader in run.eval_dataloaders.items()}
 
     def limit_eval_steps(self, num_eval_steps: int) -> None:
-        """End the current evaluation after this number of batches; call it in ``on_eval_epoch_start``."""
-        self._loop_run.current_pass.max_num_steps = num_eval_steps
+        """End the current evaluation after this number of batches; call it in ``on_eval_epoch_start``.
+
+        Raises:
+            RuntimeError: No evaluation is under way.
+        """
+        check_run(self._loop_run.is_evaluating, "limit_eval_steps", "on_eval_epoch_start")
+        self._loop_run.training.current_pass.max_num_steps = num_eval_steps
 
     def evaluate_now(self) -> None:
         """Evaluate in the middle of a training epoch; call it in ``on_train_step_end``, on every process.
 
         Metrics are recorded under their names with ``intermediate_`` in front, next to ``intermediate_update``, the
         number of updates so far. Training then continues as if there had been no evaluation.
+
+        Raises:
+            RuntimeError: No training run with evaluation data is under way.
         """
+        run = self._loop_run
+        check_run(
+            run.is_active and bool(run.eval_dataloaders), "evaluate_now", "on_train_step_end", "with `eval_dataset` "
+        )
         self._loop_evaluate(is_intermediate=True)
 
-    def repeat_evaluation(self) -> None:
-        """Evaluate again on the same data; call it in ``on_eval_epoch_end``, on every process."""
-        self._run_eval_epoch(self._loop_run.current_pass.loader)
+    def evaluate_another(self, model: nn.Module, callback_handler: CallbackHandler, metric_name_prefix: str) -> None:
+        """Evaluate another model on the data of the evaluation under way; call it in ``on_eval_epoch_end``.
+
+        Must be called on every process. The trainer's own callbacks get no events of it, so it does not repeat itself.
+
+        Args:
+            model: The model, such as an average of the weights.
+            callback_handler: Has the callbacks that get the events of this evaluation.
+            metric_name_prefix: Put in front of the names of its metrics.
+
+        Raises:
+            RuntimeError: No evaluation is under way.
+        """
+        check_run(self._loop_run.is_evaluating, "evaluate_another", "on_eval_epoch_end")
+        evaluation = self._loop_run.training.current_pass
+        trained_model, handler = self.model, self.callback_handler
+        self.model, self.callback_handler = model, callback_handler
+        try:
+            with _metric_prefix(self.run_history, metric_name_prefix):
+                self._run_eval_epoch(evaluation.loader, is_training=evaluation.loss_name == "eval_loss_epoch")
+        finally:
+            self.model, self.callback_handler = trained_model, handler
 
     def find_non_finite_loss(self) -> NonFiniteLossError | None:
-        """Return an error that names the first loss of the epoch that is NaN or infinite; ``None`` if all are finite.
+        """Return an error that names the first loss that is NaN or infinite; ``None`` if all are finite.
 
-        Covers the losses of this process, and reads them from the device.
+        Covers the losses of this process in the current training epoch and evaluation. Reads them from the device.
         """
-        return self._loop_find_non_finite_loss()
+        return self._loop_run.find_non_finite_loss()
 
     def end_run_on_signals(self, *signals: int) -> None:
         """End this training run gracefully when one of these signals arrives; call it in ``on_training_run_start``.
@@ -368,7 +403,7 @@ class TrainingLoop:
             RuntimeError: No training run is under way.
             ValueError: The system does not let programs handle the signal.
         """
-        check_run(self._loop_run.interrupt.is_active)
+        check_run(self._loop_run.interrupt.is_active, "end_run_on_signals", "on_training_run_start")
         self._loop_run.interrupt.listen_to(*signals)
 
     # --- training ------------------------------------------------------------------------------------------------
@@ -384,64 +419,68 @@ class TrainingLoop:
             except StopTrainingError as stop:
                 self._loop_stop(stop)
             self._loop_end_run(self.training_run_end, TrainerCallback.on_training_run_end)
-        self._loop_end_epoch()  # that a signal interrupted: a state saved until now continues within it
+        self._loop_count_epoch()  # an interrupted epoch only now: states saved in the events above resume within it
         self._loop_check_late_signal()
 
     def _loop_epochs(self) -> None:
         run = self._loop_run
-        if run.early_stop_reason is not None:  # the run was stopped for good before it was resumed
-            raise StopTrainingError(run.early_stop_reason)
+        progress, reason = run.training.progress, run.training.early_stop_reason
+        if reason is not None:  # the run was stopped for good before it was resumed
+            raise StopTrainingError(reason)
         while run.should_continue():
             self._loop_epoch()
-        if run.is_epoch_cut_short or run.progress.num_epochs_completed < run.total_num_epochs:
-            run.stop_reason = f"{run.progress.num_updates} updates are done (`max_num_train_steps`)"
+        if run.is_epoch_cut_short or progress.num_epochs_completed < run.total_num_epochs:
+            run.stop_reason = f"{progress.num_updates} updates are done (`max_num_train_steps`)"
         else:
-            run.stop_reason = f"{run.progress.num_epochs_completed} epochs are done"
+            run.stop_reason = f"{progress.num_epochs_completed} epochs are done"
 
     def _loop_epoch(self) -> None:
         """Train on one epoch, then evaluate."""
-        run = self._loop_run
+        run, progress = self._loop_run, self._loop_run.training.progress
         try:
-            if run.progress.phase == "training":  # else a resumed run has only evaluation left
-                run.is_last_epoch = self._run_train_epoch(run.train_loader)
+            if progress.phase == "training":  # otherwise a resumed run has only evaluation left
+                run.was_last_epoch = self._run_train_epoch(run.train_dataloader)
             self._loop_evaluate()
-            run.progress.phase = "end"
+            progress.phase = "end"
             self.training_run_epoch_end()
             self._loop_fire(TrainerCallback.on_training_run_epoch_end)
             run.consensus.sync()
         except RunInterruptedError:
             raise  # a state saved from now on continues within the epoch
         except BaseException:
-            self._loop_end_epoch()
+            self._loop_count_epoch()
             raise
-        self._loop_end_epoch()
+        self._loop_count_epoch()
 
-    def _loop_end_epoch(self) -> None:
-        if self._loop_run.progress.phase != "training":  # an epoch counts once its training is done
-            self._loop_run.progress.end_epoch()
+    def _loop_count_epoch(self) -> None:
+        """Count the current epoch, if its training is done."""
+        progress = self._loop_run.training.progress
+        if progress.phase != "training":
+            progress.end_epoch()
             self.run_history._increment_epoch()  # noqa: SLF001 - a seam of 0.1.61 between the loop and its history
 
     def _run_train_epoch(self, train_dl: Loader) -> bool:
         """Train on the batches of one epoch, and return whether the limit of updates was reached."""
-        run = self._loop_run
-        num_done = run.start_train_epoch(train_dl, self.run_history.current_epoch - 1)
+        run, config = self._loop_run, self._loop_run.config
+        num_done = run.start_train_epoch(train_dl)
         self.train_epoch_start()
         self._loop_fire(TrainerCallback.on_train_epoch_start)
 
-        epoch, sharding = run.passes[0], sharding_of(train_dl)
-        num_accumulated = run.config.gradient_accumulation_steps
-        sync, no_sync = nullcontext(), choose_no_sync(self._accelerator, self.model, run.uses_fast_path)
+        epoch, sharding = run.training.epoch, sharding_of(train_dl)
+        no_sync = choose_no_sync(self._accelerator, self.model, run.uses_fast_path)
+        is_last = num_done == run.num_batches_per_epoch
         for step, batch, is_last in run.until_update_limit(self._loop_train_steps(train_dl, num_done)):
-            run.is_update_due = is_last or (step + 1) % num_accumulated == 0
+            run.is_update_due = is_last or (step + 1) % config.gradient_accumulation_steps == 0
             self._accelerator.sync_gradients = run.is_update_due
             epoch.is_dummy_step = sharding is not None and sharding.dummy_step == step
-            with sync if run.is_update_due else no_sync():
+            with nullcontext() if run.is_update_due else no_sync():
                 self._perform_forward_and_backward_passes(batch, step)
             if run.is_update_due:
                 self._loop_update()
             self._loop_end_train_step(batch, step)
 
-        run.progress.phase = "evaluation"
+        run.is_epoch_cut_short = run.is_update_limit_reached and not is_last
+        run.training.progress.phase = "evaluation"
         self._add_epoch_loss_to_run_history("train_loss_epoch")
         self.train_epoch_end()
         self._loop_fire(TrainerCallback.on_train_epoch_end)
@@ -464,15 +503,15 @@ class TrainingLoop:
 
     def _perform_forward_and_backward_passes(self, batch: Batch, step: int) -> None:
         """Process one batch: weigh it, scale its loss, compute the gradients, and record the loss."""
-        run = self._loop_run
+        run, training = self._loop_run, self._loop_run.training
         self._loop_fire(TrainerCallback.on_train_step_start, batch=batch, step=step)
         batch_output = self.calculate_train_batch_loss(batch)
         weight, batch_size = read_batch_output(batch_output, "calculate_train_batch_loss")
-        if run.passes[-1].is_dummy_step:
+        if training.current_pass.is_dummy_step:
             weight = batch_size = 0
         self._loop_fire(TrainerCallback.on_backward_start, batch=batch, batch_output=batch_output, step=step)
         loss = batch_output["loss"]
-        scale = run.window.add(weight, batch_size, step)
+        scale = training.window.add(weight, batch_size, step)
         if run.is_update_due and run.consensus.is_needed:
             run.start_exchange(step)
         self.backward_step(loss if scale is None else loss * scale)
@@ -486,8 +525,8 @@ class TrainingLoop:
         self._loop_fire(TrainerCallback.on_optimizer_step_start)
         self._clip_gradients()
         self.optimizer_step()
-        run.progress.num_updates += 1
-        run.progress.num_samples += num_samples
+        run.training.progress.num_updates += 1
+        run.training.progress.num_samples += num_samples
         if run.uses_fast_path or self._accelerator.optimizer_step_was_skipped is not True:
             self.scheduler_step()
         self._loop_fire(TrainerCallback.on_optimizer_step_end)
@@ -495,11 +534,11 @@ class TrainingLoop:
 
     def _loop_complete_gradients(self) -> int:
         """Make the gradients those of the mean over the window on all ranks; return how many samples it holds."""
-        run = self._loop_run
-        total_weight, num_samples = None, run.window.num_samples
+        run, window = self._loop_run, self._loop_run.training.window
+        total_weight, num_samples = None, window.num_samples
         if run.consensus.is_needed:
             total_weight, num_samples = run.consensus.finish_exchange()
-        correction = run.window.close(total_weight, run.config.num_processes)
+        correction = window.close(total_weight, run.config.num_processes)
         if correction is not None:
             scale_gradients(self.model.parameters(), correction)
         if not run.uses_fast_path and self._accelerator.scaler is not None:
@@ -518,20 +557,20 @@ class TrainingLoop:
 
     def _loop_end_train_step(self, batch: Batch, step: int) -> None:
         run = self._loop_run
-        run.progress.num_batches_in_epoch = step + 1
+        run.training.progress.num_batches_in_epoch = step + 1
         batch_output, run.batch_output = run.batch_output, None
-        if batch_output is not None:  # else a subclass has replaced the whole step
-            if run.passes[-1].is_dummy_step:
+        if batch_output is not None:  # otherwise a subclass has replaced the step, and fires the event if it wants it
+            if run.training.current_pass.is_dummy_step:
                 batch, batch_output = without_samples(batch, batch_output)
             self._loop_fire(TrainerCallback.on_train_step_end, batch=batch, batch_output=batch_output, step=step)
-        self._loop_end_step(step)
+        self._loop_count_step(step)
         run.check_signals()
         if run.consensus.is_needed:
             run.consensus.raise_if_stopped()
 
-    def _loop_end_step(self, step: int) -> None:
+    def _loop_count_step(self, step: int) -> None:
         """Count a step of training or evaluation, and fire a log point if one is due."""
-        current = self._loop_run.passes[-1]
+        current = self._loop_run.training.current_pass
         current.num_batches_done = step + 1
         if current.monitor.is_due():
             current.monitor.look(current.means.loss)
@@ -550,33 +589,34 @@ class TrainingLoop:
 
     def _loop_evaluate(self, is_training: bool = True, is_intermediate: bool = False) -> None:
         """Evaluate on each evaluation dataset; the name of a dataset goes in front of the names of its metrics."""
-        run = self._loop_run
+        run, progress = self._loop_run, self._loop_run.training.progress
         ends_epoch = is_training and not is_intermediate
-        num_done = run.progress.num_evaluations_in_epoch if ends_epoch else 0  # before the run was resumed
-        for name, loader in islice(run.eval_loaders.items(), num_done, None):
+        num_done = progress.num_evaluations_in_epoch if ends_epoch else 0  # before the run was resumed
+        for name, loader in islice(run.eval_dataloaders.items(), num_done, None):
             run.is_evaluation_repeatable = ends_epoch
             with _metric_prefix(self.run_history, f"{name}_" if name else ""):
                 self._run_eval_epoch(loader, is_training, is_intermediate)
             if ends_epoch:
-                run.progress.num_evaluations_in_epoch += 1
-            if not is_intermediate:  # in the middle of an epoch, the step is finished first
+                progress.num_evaluations_in_epoch += 1
+            if not is_intermediate:  # otherwise a stop waits for the end of the training step
                 run.consensus.sync()
 
     def _run_eval_epoch(self, valid_dl: Loader, is_training: bool = True, is_intermediate: bool = False) -> None:
         run = self._loop_run
-        # An evaluation that a hook or a callback starts is finished: a resumed run would not start it again.
         is_repeatable, run.is_evaluation_repeatable = run.is_evaluation_repeatable, False
-        with self._loop_suspend_training(valid_dl, is_intermediate), preserve_rng_state():
-            run.set_data_epoch(run.seeded_eval_loaders, valid_dl, 0)
+        evaluation = DataPass("evaluation", valid_dl, is_intermediate)
+        evaluation.loss_name = "eval_loss_epoch" if is_training else "evaluation_loss"
+        with self._loop_suspend_training(evaluation), preserve_rng_state():
+            run.set_data_epoch(run.seeded_eval_loaders, valid_dl, 0, run.seed)
             self.eval_epoch_start()
             self._loop_fire(TrainerCallback.on_eval_epoch_start, is_intermediate=is_intermediate)
-            evaluation, sharding = run.current_pass, sharding_of(valid_dl)
+            sharding = sharding_of(valid_dl)
             for step, batch, _ in islice(enumerate_batches(valid_dl), evaluation.max_num_steps):
                 evaluation.is_dummy_step = sharding is not None and sharding.dummy_step == step
                 self._loop_eval_step(batch, step)
                 if is_repeatable:
                     run.check_signals()
-            self._add_epoch_loss_to_run_history("eval_loss_epoch" if is_training else "evaluation_loss")
+            self._add_epoch_loss_to_run_history(evaluation.loss_name)
             self.eval_epoch_end()
             self._loop_fire(TrainerCallback.on_eval_epoch_end, is_intermediate=is_intermediate)
 
@@ -585,35 +625,37 @@ class TrainingLoop:
         batch_output = self.calculate_eval_batch_loss(batch)
         weight, _ = read_batch_output(batch_output, "calculate_eval_batch_loss")
         self._loop_track(batch_output["loss"], weight, batch_output)
-        if self._loop_run.passes[-1].is_dummy_step:
+        if self._loop_run.training.current_pass.is_dummy_step:
             batch, batch_output = without_samples(batch, batch_output)
         self._loop_fire(TrainerCallback.on_eval_step_end, batch=batch, batch_output=batch_output, step=step)
-        self._loop_end_step(step)
+        self._loop_count_step(step)
 
     @contextmanager
-    def _loop_suspend_training(self, loader: Loader, is_intermediate: bool) -> Iterator[None]:
-        """Start the sums of an evaluation; if it interrupts a training epoch, restore the mode of each module."""
-        run = self._loop_run
+    def _loop_suspend_training(self, evaluation: DataPass) -> Iterator[None]:
+        """Make an evaluation the current pass; after an intermediate one, restore the mode of each module."""
+        training, is_intermediate = self._loop_run.training, evaluation.is_intermediate
         modes = [(module, module.training) for module in self.model.modules()] if is_intermediate else []
-        run.passes.append(DataPass("evaluation", loader, is_intermediate))
         try:
-            with _metric_prefix(self.run_history, "intermediate_" if is_intermediate else ""):
+            with (
+                training.suspended_by(evaluation),
+                _metric_prefix(self.run_history, "intermediate_" if is_intermediate else ""),
+            ):
                 if is_intermediate:
-                    self.run_history.update_metric("update", run.progress.num_updates)
+                    self.run_history.update_metric("update", training.progress.num_updates)
                 yield
         finally:
-            run.passes.pop()
             for module, mode in modes:
                 module.training = mode
 
     def _loop_predict(self, on_every_process: bool, move_to_host: bool) -> ModelOutput:
         run = self._loop_run
-        is_kept = on_every_process or self.run_config.is_world_process_zero
+        is_kept = on_every_process or run.config.is_world_process_zero
         outputs = []
         with preserve_rng_state():
             self.eval_epoch_start()
-            sharding = sharding_of(run.eval_loader)
-            for step, batch, _ in enumerate_batches(run.eval_loader):
+            loader = run.eval_dataloaders[""]
+            sharding = sharding_of(loader)
+            for step, batch, _ in enumerate_batches(loader):
                 local = self.calculate_predictions(batch)
                 if sharding is not None and sharding.dummy_step == step:
                     local = first_rows(local, find_batch_size(local), 0)
@@ -626,19 +668,20 @@ class TrainingLoop:
 
     def _loop_track(self, loss: float | torch.Tensor, weight: float | torch.Tensor, batch_output: BatchOutput) -> None:
         """Add loss and metrics of a step to the means of the epoch, unless its batch is a dummy."""
-        current = self._loop_run.passes[-1]
+        current = self._loop_run.training.current_pass
         if not current.is_dummy_step:
             self._update_loss_tracker(loss, weight)
             current.means.update_metrics(batch_output, weight)
 
     def _update_loss_tracker(self, loss: float | torch.Tensor, batch_size: float | torch.Tensor) -> None:
-        self._loop_run.passes[-1].means.loss.update(loss, batch_size)
+        # What 0.1.61 calls the batch size is the weight of the batch.
+        self._loop_run.training.current_pass.means.loss.update(loss, batch_size)
 
     def _add_epoch_loss_to_run_history(self, name: str) -> None:
         """Record the means over the epoch and all processes; that of the loss as ``name``."""
         sums: Mapping[str, tuple[float | torch.Tensor, float | torch.Tensor]]
-        sums = self._loop_run.current_pass.means.sums(name)
-        if self.run_config.is_distributed:
+        sums = self._loop_run.training.current_pass.means.sums(name)
+        if self._loop_run.config.is_distributed:
             sums = sum_over_processes(sums, self._accelerator.device)
         for metric, (total, weight) in sums.items():
             self.run_history.update_metric(metric, weighted_mean(total, weight))
@@ -653,11 +696,7 @@ class TrainingLoop:
         try:
             self.callback_handler.call_event(name, self, **kwargs)
         except (StopTrainingError, NonFiniteLossError) as reason:
-            self._loop_run.end_together(reason)
-
-    def _loop_find_non_finite_loss(self) -> NonFiniteLossError | None:
-        epoch, process_index = self.run_history.current_epoch, int(self._accelerator.process_index)
-        return self._loop_run.find_non_finite_loss(epoch, process_index)
+            self._loop_run.stop_on_all_ranks(reason)
 
     def _loop_can_skip_exchange(self) -> bool:
         """Return whether each rank knows the weights of the others, and no code of the user's can end the run here."""
@@ -690,8 +729,8 @@ class TrainingLoop:
         run.stop_reason = str(stop) or "a callback asked to stop"
         if isinstance(stop, RunInterruptedError):
             run.interruption = stop
-        else:
-            run.early_stop_reason = run.stop_reason
+        elif run.is_training_run:
+            run.training.early_stop_reason = run.stop_reason
         with suppress(StopTrainingError):  # the run is being stopped already
             self._loop_fire(TrainerCallback.on_stop_training_error)
             run.consensus.sync()

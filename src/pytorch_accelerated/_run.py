@@ -1,9 +1,10 @@
-"""The state of one run, held by one object."""
+"""The state of one run, held by one object, and how it shows on the trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 from pytorch_accelerated._accumulation import AccumulationWindow
 from pytorch_accelerated._checkpoint.folder import Lineage
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from pytorch_accelerated._data.determinism import SeededLoader
     from pytorch_accelerated._distributed.accelerator import PreparedModel
+    from pytorch_accelerated._loop import TrainingLoop
     from pytorch_accelerated._types import (
         Batch,
         BatchOutput,
@@ -47,6 +49,9 @@ class DataPass:
         self, stage: Literal["training", "evaluation"], loader: Loader | MaybeNone = None, is_intermediate: bool = False
     ) -> None:
         self.stage = stage
+        self.loss_name = "train_loss_epoch"
+        """The name under which the mean loss is recorded."""
+
         self.loader = loader
         self.is_intermediate = is_intermediate
         self.means = EpochMeans()
@@ -63,31 +68,89 @@ class DataPass:
         """Whether the batch of the current step is a dummy, which counts for nothing."""
 
 
+class TrainingPosition:
+    """How far training has come, and what else a training state consists of next to model, optimizer and scheduler.
+
+    It outlives the run that trains: an evaluation shares it with the run before, or with the run that it is nested in.
+
+    Args:
+        seed: The seed of the order of the training data.
+        num_epochs_completed: Epochs done before.
+        window: The accumulation window of the run.
+    """
+
+    def __init__(self, seed: int = 0, num_epochs_completed: int = 0, window: AccumulationWindow | None = None) -> None:
+        self.seed = seed
+        self.progress = TrainingProgress(num_epochs_completed=num_epochs_completed)
+        self.window = AccumulationWindow() if window is None else window
+        self.epoch = DataPass("training")
+        """The training epoch under way, or the last one."""
+
+        self.current_pass = self.epoch
+        """The pass under way: the training epoch, or an evaluation that suspends it."""
+
+        self.suspended_passes: list[DataPass] = []
+        """The passes that the current one suspends, the outermost first."""
+
+        self.lineage = Lineage()
+        """Numbers the training states of this training."""
+
+        self.settings: RunSettings = {}
+        """What a run that is resumed from here ought to have in common with this one."""
+
+        self.early_stop_reason: str | None = None
+        """Why a callback stopped the training for good; ``None`` if none did."""
+
+    def start_epoch(self, loader: Loader, num_done: int) -> None:
+        """Start a training epoch, or the rest of one of which a resumed run has done some batches before."""
+        epoch = DataPass("training", loader)
+        epoch.num_batches_done = num_done
+        if num_done > 0:
+            epoch.means = self.epoch.means
+        else:
+            self.window.reset()
+        epoch.means.first_step = num_done
+        self.epoch = self.current_pass = epoch
+
+    @contextmanager
+    def suspended_by(self, evaluation: DataPass) -> Iterator[None]:
+        """Make an evaluation the current pass while the body runs."""
+        self.suspended_passes.append(self.current_pass)
+        self.current_pass = evaluation
+        try:
+            yield
+        finally:
+            self.current_pass = self.suspended_passes.pop()
+
+
 class Run:
     """Everything that belongs to one call of `train`, `evaluate` or `predict`.
 
     Args:
         seed: The seed of the data order.
+        process_index: The rank of this process.
+        is_sharded: Whether the model is split over the processes.
+        previous: The run before this one, or the run that this one is nested in.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(
+        self, seed: int = 0, process_index: int = 0, is_sharded: bool = False, previous: Run | None = None
+    ) -> None:
         self.seed = seed
+        self.process_index = process_index
+        self.is_sharded = is_sharded
+        self.training: TrainingPosition = TrainingPosition(seed) if previous is None else previous.training
         self.is_active = False
         """Whether the run is under way."""
 
         self.config: TrainerRunConfig = None  # type: ignore[assignment]  # created when the loaders are prepared
         self.is_resumed = False
         self.stop_reason: str | None = None
-        self.interrupt = InterruptFlag()
-        """Raised by a signal; checked after each step."""
 
-        self.interruption: RunInterruptedError | None = None
-        """The signal that ends the run; ``None`` if there was none."""
-
-        # The model and the data.
-        self.train_loader: Loader | MaybeNone = None
-        self.eval_loader: EvalLoaders | None = None
-        """The evaluation loader, or a dictionary of them; ``None`` for no evaluation."""
+        # Model and data.
+        self.train_dataloader: Loader | MaybeNone = None
+        self.eval_dataloaders: dict[str, Loader] = {}
+        """The evaluation loaders by the name of their dataset; a single one has the name ``""``."""
 
         self.train_dl_kwargs: DataLoaderKwargs | None = None
         self.eval_dl_kwargs: DataLoaderKwargs | None = None
@@ -96,117 +159,73 @@ class Run:
         self.prepared_model: PreparedModel | None = None
         self.uses_fast_path = False
 
-        # The step under way.
-        self.is_update_due = False
-        self.batch_output: BatchOutput | None = None
-        self.gradient_norm: torch.Tensor | None = None
-        self.consensus = StopConsensus(num_processes=1)
-        # The epoch under way.
+        # The epochs of training.
         self.total_num_epochs = 0
         """The number of completed epochs at which training ends."""
-
-        self.is_last_epoch = False
-        """Whether the run ends with the epoch that was trained last."""
-
-        self.num_batches_per_epoch: int | None = None
-        """Training batches per epoch; ``None`` unless that is certain."""
 
         self.num_batches_to_skip = 0
         """Batches of the next epoch that were done before the run was resumed."""
 
         self.stream_position: StateMapping | None = None
+        """Where the streams of the next epoch resume; ``None`` if batches are skipped instead."""
+
+        self.num_batches_per_epoch: int | None = None
+        """Training batches per epoch; ``None`` unless that is certain."""
+
         self.is_epoch_cut_short = False
+        """Whether the limit of updates ended the last epoch before its last batch."""
+
+        self.was_last_epoch = False
+        """Whether `_run_train_epoch` returned that no epoch follows."""
+
         self.is_evaluation_repeatable = False
-        """Whether a run interrupted now would run the current evaluation again after a resume."""
+        """Whether the evaluation that starts now would start again after a resume.
 
-        # The position in training: what a training state consists of, next to model, optimizer and scheduler.
-        self.progress = TrainingProgress()
-        self.passes = [DataPass("training")]
-        """The training epoch, then the evaluations that suspend it, the innermost last."""
-
-        self.window = AccumulationWindow()
-        self.training_seed = seed
-        self.lineage = Lineage()
-        self.settings: RunSettings = {}
-        self.early_stop_reason: str | None = None
-
-    def inherit(self, previous: Run) -> None:
-        """Keep the position in training where the previous run left it; a call of `train` then starts its own."""
-        self.config = previous.config
-        self.gradient_norm = previous.gradient_norm
-        self.progress = previous.progress
-        self.passes = previous.passes
-        self.window = previous.window
-        self.training_seed = previous.training_seed
-        self.lineage = previous.lineage
-        self.settings = previous.settings
-        self.early_stop_reason = previous.early_stop_reason
-        if previous.is_active:  # the run is nested in a callback of the other
-            self.interrupt = previous.interrupt
-
-    def start_training(self, num_epochs_completed: int, num_epochs: int, window: AccumulationWindow) -> None:
-        """Put the run before the first batch of its first epoch."""
-        self.window = window
-        self.progress = TrainingProgress(num_epochs_completed=num_epochs_completed)
-        self.total_num_epochs = num_epochs_completed + num_epochs
-        self.passes = [DataPass("training")]
-        self.training_seed = self.seed
-        self.lineage = Lineage()
-        self.early_stop_reason = None
-
-    # --- passes over the data ------------------------------------------------------------------------------------
-
-    @property
-    def current_pass(self) -> DataPass:
-        """The pass under way, or the last training epoch."""
-        return self.passes[-1]
-
-    @property
-    def eval_loaders(self) -> dict[str, Loader]:
-        """The evaluation loaders by name; a single one has the name ``""``."""
-        if isinstance(self.eval_loader, dict):
-            return self.eval_loader
-        return {} if self.eval_loader is None else {"": self.eval_loader}
-
-    @property
-    def is_evaluating(self) -> bool:
-        """Whether an evaluation is under way."""
-        return self.passes[-1].stage == "evaluation"
-
-    @property
-    def is_between_updates(self) -> bool:
-        """Whether every sample trained on so far has entered an update."""
-        return self.window.num_samples == 0
-
-    def start_train_epoch(self, loader: Loader, index: int) -> int:
-        """Put sums, accumulation window and loader at the start of a training epoch.
-
-        Args:
-            loader: Yields its batches.
-            index: Index of the epoch, from 0.
-
-        Returns:
-            How many of its batches a resumed run has done before.
+        Set by `_loop_evaluate` for `_run_eval_epoch`, whose arguments are those of 0.1.61.
         """
-        num_done, self.num_batches_to_skip = self.num_batches_to_skip, 0
-        epoch = DataPass("training", loader)
-        epoch.num_batches_done = num_done
-        if num_done > 0:
-            epoch.means = self.passes[0].means
-        else:
-            self.window.reset()
-        epoch.means.first_step = num_done
-        self.passes[0] = epoch
-        self.num_batches_per_epoch = reliable_num_batches_of(loader)
-        self.window.start_epoch(self.num_batches_per_epoch)
-        self.set_data_epoch(self.seeded_train_loaders, loader, index)
-        return num_done
 
-    def start_exchange(self, step: int) -> None:
-        """Tell the other ranks the weight of this rank's share of the update, while the backward pass runs."""
-        is_last = step + 1 == self.num_batches_per_epoch
-        expected = None if is_last else self.window.expected
-        self.consensus.start_exchange(self.window.total, self.window.num_samples, expected)
+        # The step under way.
+        self.is_update_due = False
+        self.batch_output: BatchOutput | None = None
+        self.gradient_norm: torch.Tensor | None = None
+
+        # The end of the run.
+        self.consensus = StopConsensus(num_processes=1)
+        self.interrupt = InterruptFlag()
+        """Raised by a signal; checked after each step."""
+
+        self.interruption: RunInterruptedError | None = None
+        """The signal that ends the run; ``None`` if there was none."""
+
+        if previous is not None:
+            self.config = previous.config
+            self.gradient_norm = previous.gradient_norm
+            if previous.is_active:  # this run is nested in a callback of the other, which signals end
+                self.interrupt = previous.interrupt
+
+    # --- model and data ------------------------------------------------------------------------------------------
+
+    @property
+    def is_training_run(self) -> bool:
+        """Whether this is a call of `train`."""
+        return self.train_dataloader is not None
+
+    @property
+    def eval_dataloader(self) -> EvalLoaders | None:
+        """The loader of a single evaluation dataset, or a dictionary: how programs written for 0.1.61 know them."""
+        return self.eval_dataloaders.get("", self.eval_dataloaders or None)
+
+    @eval_dataloader.setter
+    def eval_dataloader(self, loaders: EvalLoaders | None) -> None:
+        named_loaders = loaders if isinstance(loaders, dict) else {"": loaders}
+        self.eval_dataloaders = {name: loader for name, loader in named_loaders.items() if loader is not None}
+
+    def set_data_epoch(self, seeded_loaders: list[SeededLoader], loader: Loader, epoch: int, seed: int) -> None:
+        """Put loaders before the first batch of an epoch, counted from 0."""
+        for seeded_loader in seeded_loaders:
+            seeded_loader.set_epoch(epoch, seed)
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
 
     def resume_streams(self, position: StateMapping, num_batches: int) -> None:
         """Put the streams that training reads from at the position after this number of batches."""
@@ -214,23 +233,86 @@ class Run:
             if seeded_loader.stream is not None:
                 seeded_loader.stream.resume(position, num_batches)
 
-    def set_data_epoch(self, seeded_loaders: list[SeededLoader], loader: Loader, epoch: int) -> None:
-        """Put loaders before the first batch of an epoch, counted from 0."""
-        for seeded_loader in seeded_loaders:
-            seeded_loader.set_epoch(epoch, self.seed)
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch)
+    # --- what callbacks ask --------------------------------------------------------------------------------------
 
-    def find_non_finite_loss(self, epoch: int, process_index: int) -> NonFiniteLossError | None:
-        """Return an error that names the first loss of the epoch that is NaN or infinite; ``None`` if all are finite.
+    @property
+    def progress(self) -> TrainingProgress:
+        """How far training has come."""
+        return self.training.progress
 
-        Reads from the device.
+    @property
+    def is_between_updates(self) -> bool:
+        """Whether every sample trained on so far has entered an update."""
+        return self.training.window.num_samples == 0
+
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether a pass over evaluation data is under way."""
+        return self.training.current_pass.stage == "evaluation"
+
+    @property
+    def is_intermediate_evaluation(self) -> bool:
+        """Whether the evaluation under way is in the middle of a training epoch."""
+        return self.training.current_pass.is_intermediate
+
+    @property
+    def current_dataloader(self) -> Loader | MaybeNone:
+        """The loader of the training epoch or evaluation under way."""
+        return self.training.current_pass.loader
+
+    @property
+    def num_batches_done(self) -> int:
+        """The number of batches done in the training epoch or evaluation under way."""
+        return self.training.current_pass.num_batches_done
+
+    @property
+    def recent_loss(self) -> float | None:
+        """The mean loss of the epoch so far, as of the last log point; ``None`` until it is known."""
+        return self.training.current_pass.monitor.mean
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean loss of the epoch so far on this rank, read from the device."""
+        return self.training.current_pass.means.loss.average
+
+    # --- epochs and passes ---------------------------------------------------------------------------------------
+
+    def start_training(self, num_epochs_completed: int, num_epochs: int, window: AccumulationWindow) -> None:
+        """Start a training of its own, in place of the position that the previous run left."""
+        settings = self.training.settings
+        self.training = TrainingPosition(self.seed, num_epochs_completed, window)
+        self.training.settings = settings
+        self.total_num_epochs = num_epochs_completed + num_epochs
+
+    def start_train_epoch(self, loader: Loader) -> int:
+        """Start an epoch, or the rest of one; return how many of its batches a resumed run has done before."""
+        training = self.training
+        num_done, self.num_batches_to_skip = self.num_batches_to_skip, 0
+        training.start_epoch(loader, num_done)
+        self.num_batches_per_epoch = reliable_num_batches_of(loader)
+        training.window.start_epoch(self.config.gradient_accumulation_steps, self.num_batches_per_epoch)
+        epoch = training.progress.num_epochs_completed
+        self.set_data_epoch(self.seeded_train_loaders, loader, epoch, training.seed)
+        return num_done
+
+    def start_exchange(self, step: int) -> None:
+        """Tell the other ranks the weight of this rank's share of the update, while the backward pass runs."""
+        window = self.training.window
+        is_last = step + 1 == self.num_batches_per_epoch
+        self.consensus.start_exchange(window.total, window.num_samples, None if is_last else window.expected)
+
+    def find_non_finite_loss(self) -> NonFiniteLossError | None:
+        """Return an error that names the first loss that is NaN or infinite; ``None`` if all are finite.
+
+        Looks at the passes under way, the training epoch first. Reads from the device.
         """
-        for data_pass in self.passes:
+        training = self.training
+        for data_pass in (*training.suspended_passes, training.current_pass):
             found = data_pass.means.find_non_finite()
             if found is not None:
                 step, loss = found
-                place = f" in {data_pass.stage}, epoch {epoch}, step {step}, rank {process_index}"
+                epoch = training.progress.num_epochs_completed + 1
+                place = f" in {data_pass.stage}, epoch {epoch}, step {step}, rank {self.process_index}"
                 return NonFiniteLossError(describe_non_finite_loss(loss, place), step)
         return None
 
@@ -243,55 +325,66 @@ class Run:
 
     @property
     def update_limit(self) -> int | None:
-        """The number of updates that ends the run, if `max_num_train_steps` asked for one."""
-        config = self.config
-        return config.max_num_train_steps if config.is_limited_by_steps else None
+        """The number of updates that ends the run, if `max_num_train_steps` was given; ``None`` without a limit.
+
+        Without a limit, `TrainerRunConfig.max_num_train_steps` is the number of updates that the epochs make.
+        """
+        return self.config.max_num_train_steps if self.config.is_limited_by_steps else None
 
     @property
     def is_update_limit_reached(self) -> bool:
-        """Whether the run has made as many updates as were asked for."""
+        """Whether the run has made as many updates as `max_num_train_steps` allows."""
         limit = self.update_limit
-        return limit is not None and self.progress.num_updates >= limit
+        return limit is not None and self.training.progress.num_updates >= limit
 
     def should_continue(self) -> bool:
         """Return whether there is an epoch left to run, or the rest of one."""
-        if self.is_last_epoch or self.progress.num_epochs_completed >= self.total_num_epochs:
+        progress = self.training.progress
+        if self.was_last_epoch or progress.num_epochs_completed >= self.total_num_epochs:
             return False
-        return not (self.is_update_limit_reached and self.progress.is_between_epochs())
+        return not (self.is_update_limit_reached and progress.is_between_epochs())
 
     def until_update_limit(self, steps: Iterator[tuple[int, Batch, bool]]) -> Iterator[tuple[int, Batch, bool]]:
-        """Yield the steps of an epoch until the run has made its last update."""
+        """Yield the steps of an epoch, but fetch no further one once the run has made its last update."""
         limit = self.update_limit
-        self.is_epoch_cut_short = False
         if limit is None:
             yield from steps
             return
-        is_last = self.current_pass.num_batches_done == self.num_batches_per_epoch
-        while self.progress.num_updates < limit:
+        progress = self.training.progress
+        while progress.num_updates < limit:
             step = next(steps, None)
             if step is None:
                 return
-            is_last = step[-1]
             yield step
-        self.is_epoch_cut_short = not is_last
 
-    def end_together(self, reason: Exception) -> None:
-        """End the run at the same place on every rank: at once if this is the only one."""
+    def stop_on_all_ranks(self, reason: Exception) -> None:
+        """Stop the run: at once if this is the only rank, otherwise with the next exchange."""
         if not self.consensus.is_needed:
             raise reason
         self.consensus.request_stop(reason)
 
     def check_signals(self) -> None:
-        """End the run if a signal has arrived."""
+        """Stop the run if a signal has arrived."""
         if self.interrupt.signal_number is not None:
-            self.end_together(RunInterruptedError(self.interrupt.signal_number))
+            self.stop_on_all_ranks(RunInterruptedError(self.interrupt.signal_number))
+
+
+def run_of(trainer: TrainingLoop) -> Run:
+    """Return the run of a trainer, for callbacks of the library.
+
+    They do not read the public attributes of the trainer, because a subclass may use these names for something else. A
+    test double of the trainer, which has no run, shows the attributes itself.
+    """
+    double: Any = trainer
+    run: Run = getattr(double, "_loop_run", double)
+    return run
 
 
 class RunAttribute(Forwarded[Value]):
     """A read-only attribute of the trainer that lives in its run.
 
     Args:
-        path: Where it is in `Run`, such as ``"current_pass.loader"``.
+        path: Where it is in `Run`, such as ``"training.progress"``.
     """
 
     def __init__(self, path: str) -> None:

@@ -28,16 +28,22 @@ def check_no_run(is_running: bool) -> None:
         )
 
 
-def check_run(is_running: bool) -> None:
-    """Raise unless a training run is under way.
+def check_run(is_under_way: bool, method: str, event: str, more: str = "") -> None:
+    """Raise unless what a method of the trainer acts on is under way.
+
+    Args:
+        is_under_way: Whether it is.
+        method: The method.
+        event: Where to call it: an event of a callback.
+        more: What else the run needs, such as ``"with `eval_dataset` "``.
 
     Raises:
-        RuntimeError: `TrainingLoop.end_run_on_signals` was called too early, too late or in an evaluation.
+        RuntimeError: It is not.
     """
-    if not is_running:
+    if not is_under_way:
+        kind = "evaluation" if "eval_epoch" in event else "training run"
         raise RuntimeError(
-            "`end_run_on_signals` was called while no training run is under way. Call it in a callback's "
-            "`on_training_run_start`, or in the hook `training_run_start`."
+            f"`{method}` was called while no {kind} {more}is under way. Call it in a callback's `{event}`."
         )
 
 
@@ -157,6 +163,18 @@ def check_data_not_empty(name: str, data: object) -> None:
     if isinstance(data, (Dataset, Sequence, DataLoader)) and num_batches_of(data) == 0:
         raise ValueError(
             f"`{name}` is empty: its length is 0. Expected at least one sample. Check how it was built or filtered."
+        )
+
+
+def check_single_dataset(dataset: object) -> None:
+    """Raise if several datasets are given for predictions.
+
+    Raises:
+        TypeError: It is a dictionary.
+    """
+    if isinstance(dataset, dict):
+        raise TypeError(
+            "`dataset` is a dictionary. `predict` returns the outputs for one dataset. Call it once for each of them."
         )
 
 

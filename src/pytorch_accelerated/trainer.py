@@ -38,6 +38,7 @@ from pytorch_accelerated._distributed.accelerator import (
     choose_seed,
     create_accelerator,
     disable_loss_scaling,
+    is_sharded,
     placement_of,
     prepare,
     release,
@@ -88,7 +89,7 @@ DEFAULT_CALLBACKS = get_default_callbacks()
 class Trainer(TrainingLoop):
     """Trains and evaluates a model, on one process or many, and lets subclasses and callbacks take part.
 
-    The trainer asks nothing of its parts when it is created; they are checked when a run starts. Override the methods
+    Creating a trainer checks nothing; its parts are checked when a run starts. Override the methods
     below to change what a step does. Write a :class:`~pytorch_accelerated.callbacks.TrainerCallback` to act alongside
     it.
 
@@ -139,8 +140,9 @@ class Trainer(TrainingLoop):
         self._loop_state_writer = StateWriter()
         self._loop_pending_scheduler_state: StateDict | None = None
         self._accelerator = self._create_accelerator()
+        rank = int(self._accelerator.process_index)
+        self._loop_run = Run(0, rank, is_sharded(self._accelerator))
         if seed is not None:
-            rank = self._accelerator.process_index
             seed_generators(derive_seed(seed, "rank", rank) if rank else seed)
         self.callback_handler = self._create_callback_handler(callbacks)
         self.callback_handler.call_event("on_init_end", self)
@@ -233,13 +235,13 @@ class Trainer(TrainingLoop):
         self.eval_dataset = eval_dataset
         self.collate_fn = collate_fn
         self.create_scheduler_fn = create_scheduler_fn
-        with self._loop_context() as run:
+        with self._loop_run_context() as run:
             saved = self._loop_find_state(resume_from, allow_other_num_processes)
             self._loop_make_train_loader(per_device_batch_size, train_dataloader_kwargs)
             if eval_dataset is not None:
                 self._loop_make_eval_loaders(per_device_batch_size, eval_dataloader_kwargs)
             self._prepare_model_optimizer_and_dataloaders()
-            self.run_config = self._create_run_config(**numbers)
+            run.config = self.run_config = self._create_run_config(**numbers)
             self._loop_set_up_training(num_epochs, saved, reset_run_history)
             self._run_training()
             self.wait_for_training_state()
@@ -294,7 +296,11 @@ class Trainer(TrainingLoop):
 
         Returns:
             What `calculate_predictions` returns, with the rows of all batches: shape ``(samples, ...)``.
+
+        Raises:
+            TypeError: The dataset is a dictionary.
         """
+        _validation.check_single_dataset(dataset)
         eval_dataset, self.eval_dataset = self.eval_dataset, dataset
         try:
             with self._loop_evaluation_context(per_device_batch_size, dataloader_kwargs, collate_fn):
@@ -414,7 +420,7 @@ class Trainer(TrainingLoop):
         self._loop_state_writer.write(
             output_dir,
             collected,
-            self._loop_run.lineage,
+            self._loop_run.training.lineage,
             is_main=self._accelerator.is_main_process,
             num_processes=int(self._accelerator.num_processes),
             in_background=in_background,
@@ -461,13 +467,13 @@ class Trainer(TrainingLoop):
         return CallbackHandler([*([] if limit is None else [LimitBatchesCallback(limit)]), *callbacks])
 
     @contextmanager
-    def _loop_context(self) -> Iterator[Run]:
-        """Start a run, report an exception to the callbacks, and clean up; a run that this one is nested in resumes."""
+    def _loop_run_context(self) -> Iterator[Run]:
+        """Start a run. At its end, report an exception to the callbacks, clean up, and return to an outer run."""
         outer, accelerator = self._loop_run, self._accelerator
-        run = Run(choose_seed(self._loop_seed, int(accelerator.process_index), int(accelerator.num_processes)))
-        run.inherit(outer)
+        rank, num_processes = int(accelerator.process_index), int(accelerator.num_processes)
+        seed = choose_seed(self._loop_seed, rank, num_processes)
+        run = self._loop_run = Run(seed, rank, is_sharded(accelerator), previous=outer)
         run.is_active = True
-        self._loop_run = run
         self.callback_handler.refresh()
         try:
             with restore_generators():
@@ -490,10 +496,11 @@ class Trainer(TrainingLoop):
         """Prepare a pass over ``self.eval_dataset``, and clean up afterwards."""
         _validation.check_positive_integer("per_device_batch_size", batch_size, "samples")
         self.collate_fn = collate_fn
-        with self._loop_context() as run:
+        with self._loop_run_context() as run:
             self._loop_make_eval_loaders(batch_size, dl_kwargs)
             self._prepare_model_optimizer_and_dataloaders()
-            self.run_config = self._create_run_config(num_epochs=1, per_device_batch_size=batch_size)
+            run.config = self._create_run_config(num_epochs=1, per_device_batch_size=batch_size)
+            self.run_config = run.config
             self._check_eval_batch_size()
             run.consensus = self._loop_create_consensus()
             yield
@@ -517,22 +524,23 @@ class Trainer(TrainingLoop):
         _validation.check_loader_not_empty("train_dataset", loader)
         seeded_loader = self._loop_seed_loader(loader)
         self._loop_run.seeded_train_loaders = [seeded_loader]
-        self._loop_run.train_loader = seeded_loader.loader
+        self._loop_run.train_dataloader = seeded_loader.loader
 
     def _loop_make_eval_loaders(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:
-        datasets = self.eval_dataset
+        run, datasets = self._loop_run, self.eval_dataset
         if isinstance(datasets, dict):
             _validation.check_data_not_empty("eval_dataset", list(datasets))
-        loaders = {}
+        named_datasets = datasets if isinstance(datasets, dict) else {"": datasets}
         try:
-            for name, self.eval_dataset in (datasets if isinstance(datasets, dict) else {"": datasets}).items():
-                loaders[name] = self.create_eval_dataloader(batch_size=batch_size, eval_dl_kwargs=dl_kwargs)
+            for name, dataset in named_datasets.items():
+                self.eval_dataset = dataset  # which the hook reads
+                loader = self.create_eval_dataloader(batch_size=batch_size, eval_dl_kwargs=dl_kwargs)
+                if loader is not None:
+                    seeded_loader = self._loop_seed_loader(loader)
+                    run.seeded_eval_loaders.append(seeded_loader)
+                    run.eval_dataloaders[name] = seeded_loader.loader
         finally:
             self.eval_dataset = datasets
-        seeded = {name: self._loop_seed_loader(loader) for name, loader in loaders.items()}
-        loaders = {name: seeded_loader.loader for name, seeded_loader in seeded.items()}
-        self._loop_run.seeded_eval_loaders = list(seeded.values())
-        self._loop_run.eval_loader = loaders if isinstance(datasets, dict) else loaders[""]
 
     def _loop_seed_loader(self, loader: Loader) -> SeededLoader:
         return rebuild_loader(loader, placement_of(self._accelerator))
@@ -545,8 +553,8 @@ class Trainer(TrainingLoop):
     def _prepare_model_optimizer_and_dataloaders(self) -> None:
         run = self._loop_run
         run.prepared_model = PreparedModel(self.model)
-        self.model, self.optimizer, run.train_loader, run.eval_loader = prepare(
-            self._accelerator, self.model, self.optimizer, run.train_loader, run.eval_loader
+        self.model, self.optimizer, run.train_dataloader, run.eval_dataloaders = prepare(
+            self._accelerator, self.model, self.optimizer, run.train_dataloader, run.eval_dataloaders
         )
         run.prepared_model.prepared = self.model
         run.uses_fast_path = can_use_fast_path(self._accelerator)
@@ -563,15 +571,15 @@ class Trainer(TrainingLoop):
         run, accelerator = self._loop_run, self._accelerator
         return derive_run_config(
             num_epochs=num_epochs,
-            num_batches_per_epoch=num_batches_of(run.train_loader),
+            num_batches_per_epoch=num_batches_of(run.train_dataloader),
             gradient_accumulation_steps=gradient_accumulation_steps,
             max_num_train_steps=max_num_train_steps,
             num_processes=int(accelerator.num_processes),
             gradient_clip_value=gradient_clip_value,
             gradient_clip_norm=gradient_clip_norm,
-            train_per_device_batch_size=batch_size_of(run.train_loader, run.train_dl_kwargs, per_device_batch_size),
+            train_per_device_batch_size=batch_size_of(run.train_dataloader, run.train_dl_kwargs, per_device_batch_size),
             train_dl_kwargs=run.train_dl_kwargs,
-            eval_per_device_batch_size=batch_size_of(run.eval_loader, run.eval_dl_kwargs, per_device_batch_size),
+            eval_per_device_batch_size=batch_size_of(run.eval_dataloader, run.eval_dl_kwargs, per_device_batch_size),
             eval_dl_kwargs=run.eval_dl_kwargs,
             is_local_process_zero=accelerator.is_local_main_process,
             is_world_process_zero=accelerator.is_main_process,
@@ -581,14 +589,18 @@ class Trainer(TrainingLoop):
 
     def _loop_create_consensus(self) -> StopConsensus:
         """Create what lets all processes end the run together. Must be called on every process."""
-        return StopConsensus(
-            self._loop_run.config.num_processes, self._loop_find_non_finite_loss, self._loop_can_skip_exchange
-        )
+        run = self._loop_run
+        return StopConsensus(run.config.num_processes, run.find_non_finite_loss, self._loop_can_skip_exchange)
 
     def _loop_set_up_training(self, num_epochs: int, saved: SavedState | None, reset_run_history: bool) -> None:
-        run, config = self._loop_run, self.run_config
-        run.settings = resume.run_settings(
-            config, self.train_dataset, run.train_loader, self.optimizer, self.loss_func, self._loop_seed
+        """Prepare everything that a training run needs next to model and loaders.
+
+        The order matters: settings are taken before a scheduler changes the optimizer; a state that does not fit is
+        refused before anything of the previous run is forgotten; it is restored when there is a scheduler to restore.
+        """
+        run, config = self._loop_run, self._loop_run.config
+        run.training.settings = resume.run_settings(
+            config, self.train_dataset, run.train_dataloader, self.optimizer, self.loss_func, self._loop_seed
         )
         contents = None if saved is None else read_state(saved, self._accelerator, self._loop_state_parts())
         if reset_run_history:
@@ -613,44 +625,46 @@ class Trainer(TrainingLoop):
             self._loop_load_scheduler_state(state)
 
     def _loop_resume(self, contents: StateContents, num_epochs: int) -> None:
-        run = self._loop_run
-        state = self._loop_restore(contents)
-        self.run_history._set_epoch(state["current_epoch"])  # noqa: SLF001 - a seam of 0.1.61
-        run.num_batches_to_skip = run.progress.num_batches_in_epoch if run.progress.phase == "training" else 0
+        run, progress = self._loop_run, self._loop_run.training.progress
+        user_entries = self._loop_restore(contents)
+        self.run_history._set_epoch(user_entries["current_epoch"])  # noqa: SLF001 - a seam of 0.1.61
+        run.num_batches_to_skip = progress.num_batches_in_epoch if progress.phase == "training" else 0
         run.stream_position = contents.stream_position
         run.total_num_epochs = num_epochs
         run.is_resumed = True
-        if self.run_config.is_world_process_zero:
+        if run.config.is_world_process_zero:
             resume.warn_about_mismatch(contents.saved, self._loop_state_parts().settings)
 
     def _check_eval_batch_size(self) -> None:
         """Refuse evaluation data that yields no batch; a subclass may demand more."""
-        for loader in self._loop_run.eval_loaders.values():
+        for loader in self._loop_run.eval_dataloaders.values():
             _validation.check_loader_not_empty("eval_dataset", loader)
 
     def _loop_state_parts(self) -> Parts:
-        run = self._loop_run
+        run, training = self._loop_run, self._loop_run.training
         return Parts(
             model=self.model,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
-            progress=run.progress,
+            progress=training.progress,
             run_history=self.run_history,
             callbacks=self.callback_handler,
-            means=run.passes[0].means,
-            window=run.window,
+            means=training.epoch.means,
+            window=training.window,
             stream=next((loader.stream for loader in run.seeded_train_loaders), None),
-            seed=run.training_seed,
-            stop_reason=run.early_stop_reason,
-            settings={**run.settings, "scheduler": resume.name_of(self.scheduler)},
+            seed=training.seed,
+            stop_reason=training.early_stop_reason,
+            settings={**training.settings, "scheduler": resume.name_of(self.scheduler)},
         )
 
     def _loop_restore(self, contents: StateContents) -> StateDict:
-        parts, run = self._loop_state_parts(), self._loop_run
+        """Restore what was read, and return the user's entries."""
+        run, training = self._loop_run, self._loop_run.training
+        parts = self._loop_state_parts()
         restore_state(contents, self._accelerator, parts, self._loop_load_scheduler_state, self.print)
-        run.seed = run.training_seed = contents.seed
-        run.early_stop_reason = contents.stop_reason
-        run.lineage = Lineage(contents.saved)
+        run.seed = training.seed = contents.seed
+        training.early_stop_reason = contents.stop_reason
+        training.lineage = Lineage(contents.saved)
         return contents.user_entries
 
     def _loop_load_scheduler_state(self, state: StateDict) -> None:
@@ -664,14 +678,16 @@ class Trainer(TrainingLoop):
         try:
             for seeded_loader in (*run.seeded_train_loaders, *run.seeded_eval_loaders):
                 seeded_loader.end_run()
-            release(self._accelerator, run.train_loader, *run.eval_loaders.values())
+            release(self._accelerator, run.train_dataloader, *run.eval_dataloaders.values())
             model, run.prepared_model = run.prepared_model, None
             if model is not None:
                 if not outer.is_active:
                     self._loop_state_writer.release()
                     release(self._accelerator, self.optimizer, model.prepared, model.plain)
                 self.model = model.restore(self._accelerator, self.model)
-            run.consensus = StopConsensus(num_processes=1)  # the other one refers to the trainer
+            if not outer.is_active:
+                run.training.epoch.loader = None  # and with it the data
+            run.consensus = StopConsensus(num_processes=1)  # that of the run would keep the trainer alive
             run.batch_output = None
         finally:
             if outer.is_active:
@@ -690,13 +706,13 @@ class TrainerWithTimmScheduler(Trainer):
 
     scheduler: TimmScheduler | None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # the signature that subclasses were written for
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # 0.1.61 has this signature
         super().__init__(*args, **kwargs)
 
     @property
     def num_updates(self) -> int:
         """The number of updates the run has made."""
-        return self.progress.num_updates
+        return self._loop_run.training.progress.num_updates
 
     def scheduler_step(self) -> None:
         """Pass the number of updates to the scheduler: 1, 2, 3, ..."""

@@ -199,19 +199,19 @@ def test_prepare_returns_each_object_in_its_place(accelerator):
     assert len(accelerator._dataloaders) == 2
 
 
-@pytest.mark.parametrize("eval_dl", [None, {}, [1, 2]])
-def test_prepare_returns_none_for_a_missing_object(accelerator, eval_dl):
+@pytest.mark.parametrize("eval_dls", [{}, {"": [1, 2]}])
+def test_prepare_returns_none_for_a_missing_object(accelerator, eval_dls):
     model = make_model()
-    assert prepare(accelerator, model, None, None, eval_dl) == (model, None, None, eval_dl)
+    assert prepare(accelerator, model, None, None, eval_dls) == (model, None, None, eval_dls)
 
 
 def test_a_rebuilt_loader_is_prepared_as_it_is_also_a_second_time(accelerator):
     loader = rebuild_loader(DataLoader(Samples(make_dataset(4))), placement_of(accelerator)).loader
     assert type(loader) is FastPathLoader
     for _ in range(2):
-        _, _, train_dl, eval_dl = prepare(accelerator, make_model(), None, loader, loader)
+        _, _, train_dl, eval_dls = prepare(accelerator, make_model(), None, loader, {"": loader})
         assert train_dl is loader
-        assert eval_dl is loader
+        assert eval_dls[""] is loader
     assert accelerator._dataloaders == [loader]
 
 

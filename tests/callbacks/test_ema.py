@@ -169,7 +169,7 @@ def test_the_average_is_evaluated_with_its_own_weights_in_mixed_precision():
 
 
 def test_a_sharded_model_is_rejected(monkeypatch):
-    monkeypatch.setattr(Trainer, "is_sharded", True)
+    monkeypatch.setattr("pytorch_accelerated.trainer.is_sharded", lambda accelerator: True)
     with pytest.raises(RuntimeError, match=r"needs the full model on each process, but FSDP or DeepSpeed shards it"):
         train(make_trainer([ModelEmaCallback()]))
 

@@ -473,6 +473,6 @@ def test_a_trainer_with_the_model_of_an_earlier_one_is_rejected():
 
 
 def test_a_sharded_model_is_rejected(monkeypatch):
-    monkeypatch.setattr("pytorch_accelerated._loop.is_sharded", lambda accelerator: True)
+    monkeypatch.setattr("pytorch_accelerated.trainer.is_sharded", lambda accelerator: True)
     with pytest.raises(ValueError, match="shards its model"):
         check_invariance(trainer_of(), DATASET)

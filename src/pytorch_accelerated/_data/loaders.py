@@ -61,14 +61,9 @@ def reliable_num_batches_of(loader: Any) -> int | None:
     return num_batches_of(loader) if _is_random_access(loader) else None
 
 
-def loaders_in(loaders: Any) -> list[Any]:
-    """Return the loaders of a dictionary, or the single loader that takes the place of a dictionary."""
-    return list(loaders.values()) if isinstance(loaders, dict) else [loaders]
-
-
 def total_num_batches_of(loaders: Any) -> int | None:
     """Return the number of batches of a loader, or of all loaders in a dictionary; ``None`` if it is unknown."""
-    numbers = [num_batches_of(loader) for loader in loaders_in(loaders)]
+    numbers = [num_batches_of(loader) for loader in (loaders.values() if isinstance(loaders, dict) else [loaders])]
     return None if None in numbers else sum(number for number in numbers if number is not None)
 
 

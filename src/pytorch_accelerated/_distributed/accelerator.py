@@ -24,7 +24,7 @@ from pytorch_accelerated._data.workers import shut_down_workers
 from pytorch_accelerated._distributed.collectives import PROCESS_TIMEOUT, broadcast_from_main
 from pytorch_accelerated._distributed.fast_path import FastPathLoader, can_use_fast_path, wrap_optimizer
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
-from pytorch_accelerated._types import EvalLoaders, Loader, MaybeNone
+from pytorch_accelerated._types import Loader, MaybeNone
 
 _SHARDED_TYPES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -188,8 +188,8 @@ def prepare(
     model: nn.Module,
     optimizer: Optimizer | None,
     train_dl: Loader | None,
-    eval_dl: EvalLoaders | None,
-) -> tuple[nn.Module, Optimizer | MaybeNone, Loader | MaybeNone, EvalLoaders | None]:
+    eval_dls: Mapping[str, Loader],
+) -> tuple[nn.Module, Optimizer | MaybeNone, Loader | MaybeNone, dict[str, Loader]]:
     """Let Accelerate wrap model, optimizer and loaders for the way in which the program was launched.
 
     Args:
@@ -197,13 +197,12 @@ def prepare(
         model: The model.
         optimizer: The optimizer or ``None``.
         train_dl: The training loader or ``None``.
-        eval_dl: The evaluation loader, a dictionary of loaders, or ``None``.
+        eval_dls: The evaluation loaders by name.
 
     Returns:
         All four, prepared. Iterables of batches that are not a `DataLoader` are not sharded; their batches are moved to
         the device.
     """
-    eval_dls = eval_dl if isinstance(eval_dl, dict) else {} if eval_dl is None else {"": eval_dl}
     placement = placement_of(accelerator)
     train_dl, *active_eval_dls = (_activate(loader, placement) for loader in (train_dl, *eval_dls.values()))
     if can_use_fast_path(accelerator):
@@ -216,7 +215,7 @@ def prepare(
     wrapped: list[MaybeNone] = [None if item is None else next(prepared) for item in objects]
     model, optimizer, train_dl, *loaders = wrapped
     placed = {name: _place(accelerator, loader) for name, loader in zip(eval_dls, loaders, strict=True)}
-    return model, optimizer, _place(accelerator, train_dl), placed if isinstance(eval_dl, dict) else placed.get("")
+    return model, optimizer, _place(accelerator, train_dl), placed
 
 
 def placement_of(accelerator: Accelerator) -> Placement:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated._run import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.tracking import LossTracker
 
@@ -38,13 +39,14 @@ class GradientNormCallback(TrainerCallback):
                 "`gradient_clip_norm` is None, but `GradientNormCallback` records the norm that `train` clips by. Pass "
                 'a bound, or `gradient_clip_norm=float("inf")` to measure the norm without clipping.'
             )
-        if not trainer.is_resumed:
+        if not run_of(trainer).is_resumed:
             self._norms.reset()
 
     def on_optimizer_step_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Add the norm of this update."""
-        if trainer.gradient_norm is not None:
-            self._norms.update(trainer.gradient_norm)
+        norm = run_of(trainer).gradient_norm
+        if norm is not None:
+            self._norms.update(norm)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Record the mean over the epoch."""

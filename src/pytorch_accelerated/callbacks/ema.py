@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,13 +10,14 @@ from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._ema import ModelEma
 from pytorch_accelerated._metrics import BestMetric
 from pytorch_accelerated._proxy import WritableForwarded
+from pytorch_accelerated._run import run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.handler import CallbackHandler
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import nn
 
@@ -103,7 +103,7 @@ class ModelEmaCallback(TrainerCallback):
             CheckpointError: The checkpoint cannot be written to ``save_path``.
         """
         config = trainer.run_config
-        if trainer.is_sharded:
+        if run_of(trainer).is_sharded:
             raise RuntimeError(
                 f"`{type(self).__name__}` needs the full model on each process, but FSDP or DeepSpeed shards it. Use "
                 "plain data parallelism, or remove the callback."
@@ -119,18 +119,16 @@ class ModelEmaCallback(TrainerCallback):
 
     def on_optimizer_step_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Update the average."""
-        if trainer.progress.num_updates % self.update_every_n_updates == 0:
+        if run_of(trainer).progress.num_updates % self.update_every_n_updates == 0:
             self._average().update(self._plain_model(trainer))
 
     def on_eval_epoch_end(self, trainer: Trainer, is_intermediate: bool = False, **kwargs: Any) -> None:
         """Evaluate the average on the data that the model has just been evaluated on."""
-        is_in_training = trainer.train_dataloader is not None
-        if not (self.evaluate_during_training and is_in_training) or is_intermediate:
+        if not (self.evaluate_during_training and run_of(trainer).is_training_run) or is_intermediate:
             return
         if trainer.run_config.is_distributed:
             _broadcast_buffers(self._average())
-        with self._swapped_in(trainer):
-            trainer.repeat_evaluation()
+        trainer.evaluate_another(self._average().module, self._callback_handler, _PREFIX)
         self._save_if_best(trainer)
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -139,13 +137,13 @@ class ModelEmaCallback(TrainerCallback):
         Raises:
             ValueError: Nothing was recorded under its name, or the value is not a number.
         """
-        if self.evaluate_during_training and trainer.eval_dataloaders:
+        if self.evaluate_during_training and run_of(trainer).eval_dataloaders:
             trainer.get_agreed_metric(self.watch_metric)
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the average if this run has not saved one."""
         if not self._has_saved:
-            self._save(trainer, {"epoch": trainer.progress.num_epochs_completed})
+            self._save(trainer, {"epoch": run_of(trainer).progress.num_epochs_completed})
         self._models = None
 
     def on_exception(self, trainer: Trainer, exception: BaseException, **kwargs: Any) -> None:
@@ -190,19 +188,6 @@ class ModelEmaCallback(TrainerCallback):
             self._models = trainer.model, trainer.get_model(keep_torch_compile=False)
         return self._models[1]
 
-    @contextmanager
-    def _swapped_in(self, trainer: Trainer) -> Iterator[None]:
-        history = trainer.run_history
-        model, handler, prefix = trainer.model, trainer.callback_handler, history.metric_name_prefix
-        trainer.model = self._average().module
-        trainer.callback_handler = self._callback_handler
-        history.set_metric_name_prefix(prefix + _PREFIX)
-        try:
-            yield
-        finally:
-            trainer.model, trainer.callback_handler = model, handler
-            history.set_metric_name_prefix(prefix)
-
     def _save_if_best(self, trainer: Trainer) -> None:
         try:
             value = trainer.get_agreed_metric(self.watch_metric)
@@ -214,8 +199,11 @@ class ModelEmaCallback(TrainerCallback):
             self._best.record(value, epoch)
 
     def _save(self, trainer: Trainer, entries: Mapping[str, float]) -> None:
-        with self._swapped_in(trainer):
+        model, trainer.model = trainer.model, self._average().module
+        try:
             trainer.save_checkpoint(self.save_path, entries, save_optimizer=False, save_scheduler=False)
+        finally:
+            trainer.model = model
         self._has_saved = True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated._run import run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
@@ -37,8 +38,8 @@ class StepBasedEvaluationCallback(TrainerCallback):
         Raises:
             ValueError: The run has no evaluation dataset.
         """
-        self._num_updates_seen = trainer.progress.num_updates
-        if not trainer.eval_dataloaders:
+        self._num_updates_seen = run_of(trainer).progress.num_updates
+        if not run_of(trainer).eval_dataloaders:
             raise ValueError(
                 "`StepBasedEvaluationCallback` has nothing to evaluate on: `train` was called without `eval_dataset`. "
                 "Pass one, or remove the callback."
@@ -46,7 +47,7 @@ class StepBasedEvaluationCallback(TrainerCallback):
 
     def on_train_step_end(self, trainer: Trainer, batch: Batch, batch_output: BatchOutput, **kwargs: Any) -> None:
         """Evaluate if this step made an update after which an evaluation is due."""
-        num_updates = trainer.progress.num_updates
+        num_updates = run_of(trainer).progress.num_updates
         if num_updates == self._num_updates_seen:
             return
         self._num_updates_seen = num_updates

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from pytorch_accelerated._run import run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.finetuning import ModelFreezer, discriminative_parameter_groups, group_parameters
@@ -86,7 +87,7 @@ class GradualUnfreezingCallback(TrainerCallback):
         if trainer.run_config.is_distributed:
             self._check_wrapper(trainer.model)
         self._complete_optimizer(trainer)
-        if not trainer.is_resumed:
+        if not run_of(trainer).is_resumed:
             self._first_trained_group = None
         self._first_trained_group = self._group_due(trainer)
         self._freeze_before(self._first_trained_group, trainer.model, trainer.run_config.is_distributed)

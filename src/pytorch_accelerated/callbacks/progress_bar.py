@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from pytorch_accelerated._data.loaders import num_batches_of
+from pytorch_accelerated._run import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class ProgressBarCallback(TrainerCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Show the mean loss of the epoch, and close the bar."""
-        self._close(trainer, trainer.mean_loss)
+        self._close(trainer, run_of(trainer).mean_loss)
 
     def on_eval_epoch_start(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
         """Open the bar of the evaluation. An intermediate evaluation has none: the bar of the training epoch stays."""
@@ -39,12 +40,12 @@ class ProgressBarCallback(TrainerCallback):
     def on_eval_epoch_end(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
         """Show the mean loss of the evaluation, and close the bar."""
         if not is_intermediate:
-            self._close(trainer, trainer.mean_loss)
+            self._close(trainer, run_of(trainer).mean_loss)
 
     def on_log_point(self, trainer: Trainer, **kwargs: Any) -> None:
         """Show the number of finished batches and their mean loss."""
-        if not trainer.is_intermediate_evaluation:
-            self._show(trainer, trainer.recent_loss)
+        if not run_of(trainer).is_intermediate_evaluation:
+            self._show(trainer, run_of(trainer).recent_loss)
 
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
         """Close the bar, if one is open."""
@@ -56,9 +57,9 @@ class ProgressBarCallback(TrainerCallback):
 
     def _open(self, trainer: Trainer) -> None:
         self._close(trainer, None)
-        self._num_shown = trainer.num_batches_done  # above 0 if a resumed run starts within the epoch
+        self._num_shown = run_of(trainer).num_batches_done  # above 0 if a resumed run starts within the epoch
         self._bar = tqdm(
-            total=num_batches_of(trainer.current_dataloader),
+            total=num_batches_of(run_of(trainer).current_dataloader),
             initial=self._num_shown,
             disable=not trainer.run_config.is_local_process_zero,
             dynamic_ncols=True,
@@ -69,7 +70,8 @@ class ProgressBarCallback(TrainerCallback):
             return
         if loss is not None:
             self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        num_new, self._num_shown = trainer.num_batches_done - self._num_shown, trainer.num_batches_done
+        num_done = run_of(trainer).num_batches_done
+        num_new, self._num_shown = num_done - self._num_shown, num_done
         self._bar.update(num_new)
 
     def _close(self, trainer: Trainer, loss: float | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated._run import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class PrintProgressCallback(TrainerCallback):
 
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
         """Print why the run stops early."""
-        trainer.print(f"\nStopping: {trainer.stop_reason}")
+        trainer.print(f"\nStopping: {run_of(trainer).stop_reason}")
 
 
 class LogMetricsCallback(TrainerCallback):

@@ -14,6 +14,7 @@ from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._distributed.collectives import run_on_main
 from pytorch_accelerated._metrics import BestMetric
 from pytorch_accelerated._proxy import WritableForwarded
+from pytorch_accelerated._run import run_of
 from pytorch_accelerated._signals import PREEMPTION_SIGNALS
 from pytorch_accelerated._validation import check_positive_integer, check_positive_number
 from pytorch_accelerated.callbacks.base import TrainerCallback
@@ -81,7 +82,7 @@ class SaveBestModelCallback(TrainerCallback):
         config = trainer.run_config
         check_watched_metric(trainer, self.watch_metric, type(self).__name__)
         check_save_path(self.save_path, config.is_local_process_zero, config.num_processes)
-        if trainer.is_resumed:
+        if run_of(trainer).is_resumed:
             self._check_saved_model()
             return
         self._has_saved = False
@@ -223,9 +224,9 @@ class SaveTrainingStateCallback(TrainerCallback):
         run_on_main(lambda: claim_folder(self.save_dir), config.is_world_process_zero, config.num_processes)
         if self.keep_best is not None:
             check_watched_metric(trainer, self.watch_metric, type(self).__name__)
-        if not trainer.is_resumed:
+        if not run_of(trainer).is_resumed:
             self._num_steps = 0
-        self._num_updates = trainer.progress.num_updates
+        self._num_updates = run_of(trainer).progress.num_updates
         self._timer.restart(self._num_updates)
         self._saved = None
         self._written = []
@@ -240,7 +241,8 @@ class SaveTrainingStateCallback(TrainerCallback):
         """
         self._num_steps += 1
         is_due = self._is_due(trainer) or self._is_delayed
-        self._is_delayed = is_due and not trainer.is_between_updates and trainer.is_sharded
+        run = run_of(trainer)
+        self._is_delayed = is_due and run.is_sharded and not run.is_between_updates
         if is_due and not self._is_delayed:
             self._save(trainer, f"step_{self._num_steps}", in_background=self.in_background)
 
@@ -252,10 +254,10 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save a state if a signal ends the run, before the end-of-run events change anything."""
-        if not self.save_on_preemption or trainer.is_interrupted is not True:
+        if not self.save_on_preemption or run_of(trainer).is_interrupted is not True:
             return
         self._wait(trainer)
-        position = trainer.progress.resume_point()
+        position = run_of(trainer).progress.resume_point()
         if self._saved is None or self._saved[0] != position:
             self._save(trainer, f"step_{self._num_steps}")
         if self._saved is not None and self._saved[0] == position:
@@ -264,7 +266,7 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the final state, and unlock the folder."""
-        if self.save_at_end and trainer.is_interrupted is not True:
+        if self.save_at_end and run_of(trainer).is_interrupted is not True:
             self._save(trainer, "final")
         self._wait(trainer)
         release_folder(self.save_dir)
@@ -282,7 +284,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._num_steps = state_dict["num_steps"]
 
     def _is_due(self, trainer: Trainer) -> bool:
-        num_updates, self._num_updates = self._num_updates, trainer.progress.num_updates
+        num_updates, self._num_updates = self._num_updates, run_of(trainer).progress.num_updates
         if _is_multiple(self._num_steps, self.save_every_n_steps):
             return True
         if self._num_updates == num_updates:
@@ -303,8 +305,8 @@ class SaveTrainingStateCallback(TrainerCallback):
             else:
                 trainer.save_training_state(str(path))
                 run_on_main(self._rotate, config.is_world_process_zero, config.num_processes)
-            self._saved = trainer.progress.resume_point(), path
-        self._timer.restart(trainer.progress.num_updates)
+            self._saved = run_of(trainer).progress.resume_point(), path
+        self._timer.restart(run_of(trainer).progress.num_updates)
 
     def _wait(self, trainer: Trainer) -> None:
         with self._handled_save_error(trainer):

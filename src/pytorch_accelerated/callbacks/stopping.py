@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated._loss_monitor import describe_non_finite_loss
 from pytorch_accelerated._metrics import PatienceCounter
+from pytorch_accelerated._run import run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
@@ -26,7 +27,8 @@ class TerminateOnNaNCallback(TrainerCallback):
 
     def on_log_point(self, trainer: Trainer, **kwargs: Any) -> None:
         """Check the losses so far if their mean is not finite."""
-        if trainer.recent_loss is not None and not math.isfinite(trainer.recent_loss):
+        recent_loss = run_of(trainer).recent_loss
+        if recent_loss is not None and not math.isfinite(recent_loss):
             self._check(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -60,7 +62,7 @@ class TerminateOnNaNCallback(TrainerCallback):
             raise NonFiniteLossError(describe_non_finite_loss(loss, "" if step is None else f" at step {step}"))
 
     def _check(self, trainer: Trainer) -> None:
-        error = trainer.find_non_finite_loss()
+        error = run_of(trainer).find_non_finite_loss()
         if error is not None:
             raise error
 
@@ -103,7 +105,7 @@ class EarlyStoppingCallback(TrainerCallback):
             ValueError: The run will not record the metric.
         """
         check_watched_metric(trainer, self.watch_metric, type(self).__name__)
-        if self.reset_on_train and not trainer.is_resumed:
+        if self.reset_on_train and not run_of(trainer).is_resumed:
             self._counter.reset()
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -138,7 +140,7 @@ def check_watched_metric(trainer: Trainer, watch_metric: str, callback_name: str
     Raises:
         ValueError: `train` was called without ``eval_dataset``, or with several datasets.
     """
-    names = trainer.eval_dataloaders.keys()
+    names = run_of(trainer).eval_dataloaders.keys()
     if watch_metric != "eval_loss_epoch" or "" in names:  # a single dataset has no name
         return
     if names:

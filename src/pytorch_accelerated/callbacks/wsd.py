@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytorch_accelerated._run import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import SchedulerSettingsError
 from pytorch_accelerated.schedulers.wsd_scheduler import WSDLrScheduler
@@ -63,7 +64,7 @@ class WSDCheckpointCallback(TrainerCallback):
         """
         scheduler = _get_scheduler(trainer)
         self.save_dir.mkdir(parents=True, exist_ok=True)
-        if not trainer.is_resumed:
+        if not run_of(trainer).is_resumed:
             self._last_seen_step = -1
             if self.initial_checkpoint is not None:
                 self._check_not_overwritten(self.initial_checkpoint, scheduler)
@@ -81,7 +82,7 @@ class WSDCheckpointCallback(TrainerCallback):
         The schedule falls behind when mixed precision skips updates, which it does not count.
         """
         scheduler = _get_scheduler(trainer)
-        if trainer.progress.num_updates >= scheduler.total_steps:
+        if run_of(trainer).progress.num_updates >= scheduler.total_steps:
             self._save_due_checkpoints(trainer, scheduler, scheduler.total_steps)
 
     def state_dict(self) -> StateDict:

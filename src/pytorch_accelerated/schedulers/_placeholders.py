@@ -217,12 +217,14 @@ def replace_trainer_placeholder_values(trainer: Trainer, instance: Template) -> 
         ValueError: A placeholder needs the length of a loader that has none.
     """
     run_config = trainer.run_config
+    # Test doubles of the trainer that were written for 0.1.61 have these private attributes.
+    train_loader, eval_loader = trainer._train_dataloader, trainer._eval_dataloader  # noqa: SLF001
     values = {
         TrainerPlaceholderValues.NUM_EPOCHS: run_config.num_epochs,
         TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH: run_config.num_update_steps_per_epoch,
         TrainerPlaceholderValues.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH: run_config.num_local_update_steps_per_epoch,
-        TrainerPlaceholderValues.TRAIN_DATALOADER_LEN: num_batches_of(trainer.train_dataloader),
-        TrainerPlaceholderValues.EVAL_DATALOADER_LEN: total_num_batches_of(trainer.eval_dataloaders),
+        TrainerPlaceholderValues.TRAIN_DATALOADER_LEN: num_batches_of(train_loader),
+        TrainerPlaceholderValues.EVAL_DATALOADER_LEN: total_num_batches_of(eval_loader),
     }
     resolved: Template = resolve_placeholders(instance, values)
     return resolved
