@@ -84,15 +84,13 @@ class AccumulationWindow:
             step: Index of the batch in its epoch.
         """
         self.num_samples += num_samples
-        if self.expected is None:
-            num_batches = self._size_at(step)
-            if num_batches == 1 and self._nominal_weight is None:
-                return None
+        if self.expected is None and self._nominal_weight is None and self._size_at(step) == 1:
+            return None  # an update of one batch of one rank: there is nothing to weigh
         if isinstance(weight, torch.Tensor):
             weight = widened(weight)
         if self.expected is None:
             nominal_weight = _at_least_one(weight) if self._nominal_weight is None else self._nominal_weight
-            self.expected = num_batches * nominal_weight
+            self.expected = self._size_at(step) * nominal_weight
         self.total = self.total + weight
         return None if _are_equal_numbers(weight, self.expected) else weight / self.expected
 

@@ -180,7 +180,7 @@ class TrainingLoop:
     # --- hooks: override them to change what happens -------------------------------------------------------------
 
     def training_run_start(self) -> None:
-        """Called once when a training run starts, before the event of the same moment."""
+        """Called once when a training run starts, before ``on_training_run_start``."""
 
     def train_epoch_start(self) -> None:
         """Called at the start of each training epoch; puts the model into training mode."""
@@ -190,8 +190,9 @@ class TrainingLoop:
         """Compute the loss of one training batch; called for each batch, on each process.
 
         By default the batch is a pair: the model is called with its first item, the loss function with the outputs and
-        the second item. Without a loss function the model is called with the whole batch (as keyword arguments if it is
-        a mapping) and must return its loss as ``outputs.loss`` or ``outputs["loss"]``.
+        the second item. Without a loss function the model is called with the whole batch, whose items become its
+        arguments (keyword arguments if it is a mapping or a dataclass), and must return its loss as ``outputs.loss`` or
+        ``outputs["loss"]``.
 
         Args:
             batch: The batch from the loader, on the training device.
@@ -222,7 +223,7 @@ class TrainingLoop:
         self.optimizer.step()
 
     def scheduler_step(self) -> None:
-        """Step the scheduler; called after each update, unless mixed precision skipped it."""
+        """Step the scheduler; called after each update that was not skipped because of infinite fp16 gradients."""
         if self.scheduler is not None:
             self.scheduler.step()
 
@@ -234,7 +235,7 @@ class TrainingLoop:
         """Called at the end of each training epoch; the training loss is in the run history."""
 
     def eval_epoch_start(self) -> None:
-        """Called at the start of each evaluation; puts the model into evaluation mode."""
+        """Called at the start of each evaluation, and of `predict`; puts the model into evaluation mode."""
         self.model.eval()
 
     def calculate_eval_batch_loss(self, batch: Batch) -> BatchOutput:

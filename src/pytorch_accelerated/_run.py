@@ -81,6 +81,8 @@ class TrainingPosition:
 
     def __init__(self, seed: int = 0, num_epochs_completed: int = 0, window: AccumulationWindow | None = None) -> None:
         self.seed = seed
+        """That of the run which trains, or, after a resume, the one in the training state."""
+
         self.progress = TrainingProgress(num_epochs_completed=num_epochs_completed)
         self.window = AccumulationWindow() if window is None else window
         self.epoch = DataPass("training")

@@ -129,7 +129,7 @@ def read_batch_output(batch_output: BatchOutput | torch.Tensor, hook: str) -> tu
         TypeError: It is not a mapping, or the loss is ``None``.
         ValueError: ``loss`` or ``batch_size`` is missing, or the loss is not a single number.
     """
-    if isinstance(batch_output, torch.Tensor):
+    if isinstance(batch_output, torch.Tensor):  # which PyTorch would warn about before it refuses the index
         _raise_bad_batch_output(batch_output, hook)
     try:
         loss = batch_output["loss"]

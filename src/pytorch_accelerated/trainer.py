@@ -479,7 +479,7 @@ class Trainer(TrainingLoop):
             with restore_generators():
                 yield run
         except BaseException as error:
-            with defer_worker_errors():  # the run has its error already
+            with defer_worker_errors():  # the run has failed with another error already
                 try:
                     self._loop_state_writer.finish(error)
                     self._loop_report_exception(error)
