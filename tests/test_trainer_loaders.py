@@ -116,24 +116,36 @@ def test_batches_of_streams_and_lists_are_not_sliced():
 INDEXED = make_indexed_dataset(8)
 
 
+def collate(samples):
+    return torch.utils.data.default_collate(samples)
+
+
 @pytest.mark.parametrize(
-    ("dl_kwargs", "collate_fn", "expected"),
+    ("dl_kwargs", "collate_fn", "is_sliced", "expected"),
     [
-        ({"sampler": [3, 1, 2, 0]}, None, [[3, 1, 2, 0]]),
-        ({"batch_sampler": [[7, 0], [1, 1, 1]]}, None, [[7, 0], [1, 1, 1]]),
-        ({"batch_sampler": BatchSampler(SequentialSampler(INDEXED), 3, drop_last=True)}, None, [[0, 1, 2], [3, 4, 5]]),
-        ({"shuffle": False}, torch.utils.data.default_collate, [[0, 1, 2, 3], [4, 5, 6, 7]]),
-        ({"shuffle": False, "collate_fn": torch.utils.data.default_collate}, None, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ({"sampler": [3, 1, 2, 0]}, None, False, [[3, 1, 2, 0]]),
+        ({"batch_sampler": [[7, 0], [1, 1, 1]]}, None, False, [[7, 0], [1, 1, 1]]),
+        ({"shuffle": False}, collate, False, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ({"shuffle": False, "collate_fn": collate}, None, False, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ({"shuffle": False}, torch.utils.data.default_collate, True, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (
+            {"batch_sampler": BatchSampler(SequentialSampler(INDEXED), 3, drop_last=True)},
+            None,
+            True,
+            [[0, 1, 2], [3, 4, 5]],
+        ),
     ],
-    ids=["sampler", "batch_sampler", "sized batch_sampler", "collate_fn", "collate_fn in kwargs"],
+    ids=["sampler", "batch_sampler", "collate_fn", "collate_fn in kwargs", "PyTorch's collation", "PyTorch's sampler"],
 )
-def test_a_sampler_or_collate_function_of_the_user_is_used_and_batches_are_not_sliced(dl_kwargs, collate_fn, expected):
+def test_samplers_and_collate_functions_are_used_and_batches_sliced_only_if_they_are_pytorchs(
+    dl_kwargs, collate_fn, is_sliced, expected
+):
     probe, values = recorder_of(slices_batches, "on_training_run_start")
     seen = []
     recorder = Probe(on_train_step_start=lambda trainer, batch, **k: seen.append(batch[0].flatten().int().tolist()))
     trainer = make_trainer(make_model(1), callbacks=[probe, recorder])
     train(trainer, INDEXED, train_dataloader_kwargs=dl_kwargs, collate_fn=collate_fn)
-    assert values == [False]
+    assert values == [is_sliced]
     assert seen == expected
 
 

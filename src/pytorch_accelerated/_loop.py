@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -474,10 +474,12 @@ class TrainingLoop:
             run.is_update_due = is_last or (step + 1) % config.gradient_accumulation_steps == 0
             self._accelerator.sync_gradients = run.is_update_due
             epoch.is_dummy_step = sharding is not None and sharding.dummy_step == step
-            with nullcontext() if run.is_update_due else no_sync():
-                self._perform_forward_and_backward_passes(batch, step)
             if run.is_update_due:
+                self._perform_forward_and_backward_passes(batch, step)
                 self._loop_update()
+            else:
+                with no_sync():
+                    self._perform_forward_and_backward_passes(batch, step)
             self._loop_end_train_step(batch, step)
 
         run.is_epoch_cut_short = run.is_update_limit_reached and not is_last
@@ -489,7 +491,7 @@ class TrainingLoop:
         return run.is_update_limit_reached
 
     def _loop_train_steps(self, train_dl: Loader, num_done: int) -> Iterator[tuple[int, Batch, bool]]:
-        """Yield index, batch, and whether it is the last, for the steps that are left of an epoch."""
+        """Return index, batch, and whether it is the last, for the steps that are left of an epoch."""
         run = self._loop_run
         position, run.stream_position = run.stream_position, None
         if num_done > 0:
@@ -500,7 +502,7 @@ class TrainingLoop:
         else:
             run.resume_streams(position, num_done)
             rest = RestOfEpoch(train_dl, 0) if num_done else train_dl
-        yield from enumerate_batches(rest, num_done)
+        return enumerate_batches(rest, num_done)
 
     def _perform_forward_and_backward_passes(self, batch: Batch, step: int) -> None:
         """Process one batch: weigh it, scale its loss, compute the gradients, and record the loss."""
@@ -672,7 +674,8 @@ class TrainingLoop:
         current = self._loop_run.training.current_pass
         if not current.is_dummy_step:
             self._update_loss_tracker(loss, weight)
-            current.means.update_metrics(batch_output, weight)
+            if "metrics" in batch_output:
+                current.means.update_metrics(batch_output, weight)
 
     def _update_loss_tracker(self, loss: float | torch.Tensor, batch_size: float | torch.Tensor) -> None:
         # What 0.1.61 calls the batch size is the weight of the batch.

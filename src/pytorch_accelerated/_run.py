@@ -348,16 +348,10 @@ class Run:
 
     def until_update_limit(self, steps: Iterator[tuple[int, Batch, bool]]) -> Iterator[tuple[int, Batch, bool]]:
         """Yield the steps of an epoch, but fetch no further one once the run has made its last update."""
-        limit = self.update_limit
+        limit, progress = self.update_limit, self.training.progress
         if limit is None:
-            yield from steps
-            return
-        progress = self.training.progress
-        while progress.num_updates < limit:
-            step = next(steps, None)
-            if step is None:
-                return
-            yield step
+            return steps
+        return iter(lambda: next(steps, None) if progress.num_updates < limit else None, None)
 
     def stop_on_all_ranks(self, reason: Exception) -> None:
         """Stop the run: at once if this is the only rank, otherwise with the next exchange."""

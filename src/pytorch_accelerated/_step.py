@@ -45,7 +45,11 @@ def batch_loss(model: Callable[..., ModelOutput], loss_func: LossFunction | None
         )
     inputs, targets = batch[0], batch[1]
     model_outputs = call_model(model, inputs)
-    loss = _call("The loss function", loss_func, model_outputs, targets)
+    try:
+        loss = loss_func(model_outputs, targets)
+    except Exception as error:
+        _note_arguments(error, "The loss function", model_outputs, targets)
+        raise
     return {"loss": loss, "model_outputs": model_outputs, "batch_size": _batch_size_of(inputs)}
 
 
@@ -84,18 +88,19 @@ def predictions(model: Callable[..., ModelOutput], batch: Batch) -> ModelOutput:
 
 def call_model(model: Callable[P, Result], /, *args: P.args, **kwargs: P.kwargs) -> Result:
     """Call a model; if it fails, note the types and shapes of its arguments on the error."""
-    return _call("The model", model, *args, **kwargs)
-
-
-def _call(name: str, function: Callable[P, Result], /, *args: P.args, **kwargs: P.kwargs) -> Result:
     try:
-        return function(*args, **kwargs)
+        return model(*args, **kwargs)
     except Exception as error:
-        if not is_worker_failure(error):
-            with suppress(Exception):  # the user's types may not be copied or printed
-                given = [*map(str, map(_outline, args)), *(f"{key}={_outline(kwargs[key])}" for key in kwargs)]
-                add_note(error, f"{name} was called with {', '.join(given)}"[:_MAX_NOTE_LENGTH])
+        _note_arguments(error, "The model", *args, **kwargs)
         raise
+
+
+def _note_arguments(error: Exception, name: str, /, *args: Nested, **kwargs: Nested) -> None:
+    if is_worker_failure(error):
+        return
+    with suppress(Exception):  # the user's types may not be copied or printed
+        given = [*map(str, map(_outline, args)), *(f"{key}={_outline(kwargs[key])}" for key in kwargs)]
+        add_note(error, f"{name} was called with {', '.join(given)}"[:_MAX_NOTE_LENGTH])
 
 
 def _outline(value: Nested) -> Nested:
@@ -132,8 +137,7 @@ def read_batch_output(batch_output: BatchOutput | torch.Tensor, hook: str) -> tu
     if isinstance(batch_output, torch.Tensor):  # which PyTorch would warn about before it refuses the index
         _raise_bad_batch_output(batch_output, hook)
     try:
-        loss = batch_output["loss"]
-        batch_size = batch_output["batch_size"]
+        loss, batch_size = batch_output["loss"], batch_output["batch_size"]
     except (KeyError, TypeError, IndexError):
         _raise_bad_batch_output(batch_output, hook)
     _check_is_one_number(loss)

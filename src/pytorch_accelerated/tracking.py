@@ -220,7 +220,7 @@ class LossTracker:
     @property
     def running_count(self) -> float | torch.Tensor:
         """The sum of the weights so far."""
-        if any(isinstance(weight, torch.Tensor) for weight in self._weights):
+        if _has_tensors(self._weights):
             return self._weights_on(_device_of(self._weights)).sum() + self._count
         return sum(self._weights, start=self._count)
 
@@ -281,7 +281,7 @@ class LossTracker:
         return {**vars(self), "_slots": ()}  # copies would not be views of the block
 
     def _weights_on(self, device: torch.device) -> torch.Tensor:
-        if any(isinstance(weight, torch.Tensor) for weight in self._weights):
+        if _has_tensors(self._weights):
             weights = torch.stack([torch.as_tensor(weight, device=device).reshape(()) for weight in self._weights])
         else:
             weights = torch.tensor(self._weights, dtype=torch.float64)
@@ -400,6 +400,10 @@ def widened(value: torch.Tensor) -> torch.Tensor:
 
 def _wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def _has_tensors(numbers: Iterable[float | torch.Tensor]) -> bool:
+    return any(issubclass(kind, torch.Tensor) for kind in set(map(type, numbers)))
 
 
 def _device_of(numbers: Iterable[float | torch.Tensor]) -> torch.device:

@@ -27,7 +27,7 @@ from pytorch_accelerated._checkpoint.state import (
 )
 from pytorch_accelerated._checkpoint.writer import StateWriter
 from pytorch_accelerated._data.build import rebuild_loader
-from pytorch_accelerated._data.defaults import default_dl_kwargs, loader_arguments, merge_dl_kwargs
+from pytorch_accelerated._data.defaults import default_dl_kwargs, merge_dl_kwargs
 from pytorch_accelerated._data.determinism import SeededLoader
 from pytorch_accelerated._data.limits import LIMIT_BATCHES_ENV_VAR, limit_from_environment
 from pytorch_accelerated._data.loaders import batch_size_of, is_dataset, num_batches_of
@@ -325,7 +325,7 @@ class Trainer(TrainingLoop):
             return self.train_dataset  # type: ignore[no-any-return]
         defaults = self.get_default_train_dl_kwargs(batch_size)
         self._train_dl_kwargs = dl_kwargs = merge_dl_kwargs(defaults, train_dl_kwargs, self.train_dataset)
-        return DataLoader(**loader_arguments(self.train_dataset, self.collate_fn, dl_kwargs))
+        return DataLoader(self.train_dataset, **{"collate_fn": self.collate_fn, **dl_kwargs})
 
     def create_eval_dataloader(self, batch_size: int, eval_dl_kwargs: DataLoaderKwargs | None = None) -> Loader:
         """Create the loader of ``self.eval_dataset``; any iterable of batches will do."""
@@ -334,7 +334,7 @@ class Trainer(TrainingLoop):
             return self.eval_dataset  # type: ignore[no-any-return]
         defaults = self.get_default_eval_dl_kwargs(batch_size)
         self._eval_dl_kwargs = dl_kwargs = merge_dl_kwargs(defaults, eval_dl_kwargs, self.eval_dataset)
-        return DataLoader(**loader_arguments(self.eval_dataset, self.collate_fn, dl_kwargs))
+        return DataLoader(self.eval_dataset, **{"collate_fn": self.collate_fn, **dl_kwargs})
 
     def create_scheduler(self) -> Scheduler | None:
         """Create the learning-rate scheduler of a run; ``None`` for none."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from _support import Batches, Samples, Stream, make_dataset
 from pytorch_accelerated._data.build import Placement, rebuild_loader, shard_loader
 from pytorch_accelerated._data.determinism import SeededDataset, SeededSampler
+from pytorch_accelerated._data.in_memory import WholeBatchDataset
 from pytorch_accelerated._data.sharding import ShardedBatchSampler
 from pytorch_accelerated._data.streams import TrackedStream
 
@@ -24,6 +25,10 @@ class GlobalSampler(Sampler):
 
     def __iter__(self):
         return iter(torch.randperm(12).tolist())
+
+
+class GroupedSampler(BatchSampler):
+    """May group samples in any way."""
 
 
 class CountingLoader(DataLoader):
@@ -237,3 +242,45 @@ def test_a_stream_is_not_wrapped_as_samples_and_its_workers_are_seeded():
         seeded.set_epoch(epoch, seed=3)
         seeds.append(seeded.loader.generator.initial_seed())
     assert seeds[0] != seeds[1]
+
+
+# --- data in memory --------------------------------------------------------------------------------------------------
+
+
+def slices(dataset, **settings):
+    return isinstance(rebuild_loader(DataLoader(dataset, **settings), Placement()).loader.dataset, WholeBatchDataset)
+
+
+def test_a_loader_of_tensors_in_memory_is_rebuilt_to_slice_whole_batches():
+    assert slices(DATASET)
+    assert slices(DATASET, batch_size=4, shuffle=True, drop_last=True)
+    assert slices(DATASET, sampler=RandomSampler(DATASET, replacement=True))
+    assert slices(DATASET, num_workers=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"collate_fn": list},
+        {"sampler": [3, 1]},
+        {"sampler": GlobalSampler()},
+        {"batch_sampler": [[0, 1], [2]]},
+        {"batch_sampler": GroupedSampler(SequentialSampler(DATASET), 2, drop_last=False)},
+        {"batch_size": None},
+    ],
+    ids=str,
+)
+def test_a_loader_whose_batches_the_user_determines_is_not_rebuilt_to_slice_them(settings):
+    assert not slices(DATASET, **settings)
+
+
+def test_a_loader_of_samples_is_not_rebuilt_to_slice_batches():
+    assert not slices(Samples(DATASET))
+    assert not slices(list(DATASET))
+
+
+def test_a_batch_size_of_none_keeps_the_samples_of_the_plain_loader():
+    loader = rebuild_loader(DataLoader(DATASET, batch_size=None), Placement()).loader
+    for sample, expected in zip(loader, DataLoader(DATASET, batch_size=None), strict=True):
+        assert type(sample) is type(expected)
+        assert all(torch.equal(one, other) for one, other in zip(sample, expected, strict=True))

@@ -1,4 +1,4 @@
-"""The arguments of a `DataLoader`: defaults, merging with the user's, whole batches."""
+"""The arguments of a `DataLoader`: defaults, and merging with the user's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from _support import Samples, Stream, make_dataset
 from pytorch_accelerated._data import defaults
@@ -77,25 +77,3 @@ def test_the_users_arguments_win_and_remove_contradicting_defaults(given, droppe
 
 def test_a_stream_is_not_shuffled():
     assert "shuffle" not in merge_dl_kwargs(DEFAULTS, {}, Stream(make_dataset(4)))
-
-
-# --- whole batches ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["collate_fn", "sampler", "batch_sampler"])
-def test_whole_batches_are_not_used_if_the_user_determines_the_batches(name):
-    dataset = make_dataset(4)
-    arguments = defaults.loader_arguments(dataset, None, {name: [0]})
-    assert arguments["dataset"] is dataset
-    assert arguments[name] == [0]
-    assert defaults.loader_arguments(dataset, len, {})["collate_fn"] is len
-    assert defaults.loader_arguments(dataset, len, {"collate_fn": max})["collate_fn"] is max
-    assert defaults.loader_arguments(dataset, None, {name: None})["dataset"].dataset is dataset
-
-
-def test_with_a_batch_size_of_none_the_samples_are_those_of_the_plain_loader():
-    dataset = make_dataset(3)
-    loader = DataLoader(**defaults.loader_arguments(dataset, None, {"batch_size": None}))
-    for sample, expected in zip(loader, DataLoader(dataset, batch_size=None), strict=True):
-        assert type(sample) is type(expected)
-        assert all(torch.equal(one, other) for one, other in zip(sample, expected, strict=True))

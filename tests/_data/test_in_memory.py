@@ -59,6 +59,7 @@ IN_MEMORY = {
     "a part of a part, with negative indices": Subset(Subset(MIXED, range(2, 9)), [-1, 5, 0, -2]),
     "a part by an array": Subset(MIXED, np.array([3, 1, 7])),
     "more batches than are split at once": TensorDataset(torch.arange(5000)),
+    "several batches of a selection": TensorDataset(torch.randn(300, 16), torch.arange(300)),
 }
 
 
@@ -80,6 +81,41 @@ def test_writing_to_a_whole_batch_does_not_change_the_dataset():
     for inputs, _ in in_memory.whole_batches_of(loader_of(dataset, SequentialSampler)):
         inputs.zero_()
     assert torch.equal(dataset.tensors[0], before)
+
+
+def test_writing_to_a_whole_batch_does_not_invalidate_the_graph_of_another():
+    weights = torch.ones(16, requires_grad=True)
+    dataset = TensorDataset(torch.randn(64, 16))
+    (first,), (second,), *_ = in_memory.whole_batches_of(loader_of(dataset, batch_size=8))
+    loss = (first * weights).sum()
+    second.zero_()
+    loss.backward()
+    assert torch.equal(weights.grad, first.sum(dim=0))
+    assert not second.any()
+
+
+@pytest.mark.parametrize("num_features", [1, 3, 5, 16])
+def test_whole_batches_are_aligned_like_new_tensors(num_features):
+    batches = list(in_memory.whole_batches_of(loader_of(TensorDataset(torch.randn(64, num_features)), batch_size=8)))
+    assert len(batches) == 8
+    assert {inputs.data_ptr() % 64 for (inputs,) in batches} == {0}
+
+
+def test_a_batch_that_is_kept_keeps_at_most_half_a_megabyte_of_others():
+    dataset = TensorDataset(torch.zeros(64, 4096))
+    (inputs,), *_ = in_memory.whole_batches_of(loader_of(dataset, batch_size=8))
+    assert inputs.untyped_storage().nbytes() == 2**19
+    dataset = TensorDataset(torch.zeros(16, 2**17))
+    (inputs,), *_ = in_memory.whole_batches_of(loader_of(dataset, batch_size=4))
+    assert inputs.untyped_storage().nbytes() == inputs.nbytes
+
+
+def test_tensors_that_the_program_replaces_between_epochs_are_used():
+    dataset = TensorDataset(torch.zeros(8))
+    loader = loader_of(dataset)
+    dataset.tensors = (torch.ones(8),)
+    assert all(bool(values.all()) for (values,) in in_memory.whole_batches_of(loader))
+    assert all(bool(values.all()) for (values,) in loader)
 
 
 def test_loaders_with_other_data_or_orders_have_no_whole_batches():

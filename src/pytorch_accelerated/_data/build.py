@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from pytorch_accelerated._data.determinism import (
     Seeded,
@@ -18,7 +18,7 @@ from pytorch_accelerated._data.determinism import (
     seed_order,
     uses_no_randomness,
 )
-from pytorch_accelerated._data.in_memory import unchanged
+from pytorch_accelerated._data.in_memory import WholeBatchDataset, sliceable_tensors, unchanged
 from pytorch_accelerated._data.loaders import has_state, is_shardable, is_stream, loader_settings, num_batches_of
 from pytorch_accelerated._data.sharding import ShardedBatchSampler
 from pytorch_accelerated._data.streams import TrackedStream
@@ -97,13 +97,22 @@ def _build_stream(
 def _build_seeded(loader: DataLoader[Any], settings: dict[str, Any], placement: Placement) -> tuple[Any, list[Seeded]]:
     dataset: Any = loader.dataset
     order, sources = seed_order(loader)
-    if not uses_no_randomness(loader):
+    if _can_slice(loader):
+        dataset = WholeBatchDataset(dataset)
+        settings |= {"collate_fn": unchanged}
+    elif not uses_no_randomness(loader):
         dataset = SeededDataset(dataset, loader.collate_fn, loader.num_workers > 0)
         settings |= {"collate_fn": unchanged}
         sources.append(dataset)
     if not is_shardable(loader):
         return DataLoader(dataset, batch_size=None, sampler=order, **settings), sources
     return _build(dataset, order, settings, placement), sources
+
+
+def _can_slice(loader: DataLoader[Any]) -> bool:
+    """Tell whether indexing the data in memory by whole batches gives the batches that the loader would collate."""
+    is_default = loader.collate_fn is default_collate and loader.batch_sampler is not None and has_known_order(loader)
+    return is_default and sliceable_tensors(loader.dataset) is not None
 
 
 def _build(dataset: Any, batch_sampler: Any, settings: dict[str, Any], placement: Placement) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from pytorch_accelerated._data.in_memory import WholeBatchDataset, sliceable_tensors, unchanged
+from pytorch_accelerated._data.in_memory import sliceable_tensors
 
 _MAX_DEFAULT_WORKERS = 8
 
@@ -68,21 +68,3 @@ def merge_dl_kwargs(defaults: Mapping[str, Any], given: Mapping[str, Any] | None
     if given.get("num_workers") == 0:
         contradicted |= {"persistent_workers", "prefetch_factor"}
     return {name: value for name, value in defaults.items() if name not in contradicted} | given
-
-
-def loader_arguments(
-    dataset: Any, collate_fn: Callable[..., Any] | None, dl_kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return all arguments for a `DataLoader`. In-memory data is fetched in whole batches if the result is the same.
-
-    Args:
-        dataset: The dataset.
-        collate_fn: Collates samples to a batch, unless ``dl_kwargs`` has one.
-        dl_kwargs: The merged keyword arguments.
-    """
-    arguments = {"dataset": dataset, "collate_fn": collate_fn, **dl_kwargs}
-    is_customized = any(arguments.get(name) is not None for name in ("collate_fn", "sampler", "batch_sampler"))
-    is_customized |= arguments.get("batch_size", 1) is None
-    if not is_customized and sliceable_tensors(dataset) is not None:
-        arguments |= {"dataset": WholeBatchDataset(dataset), "collate_fn": unchanged}
-    return arguments

@@ -9,6 +9,9 @@ import torch
 from torch.utils.data import BatchSampler, Dataset, RandomSampler, SequentialSampler, Subset, TensorDataset
 
 _BATCHES_PER_PART = 1024
+_BATCHES_PER_SELECTION = 8  # they are read this far ahead of training
+_MAX_BYTES_PER_SELECTION = 2**19  # all of it stays in memory as long as one of its batches
+_ALIGNMENT = 64  # bytes; what PyTorch aligns new tensors on the host to
 
 
 def sliceable_tensors(dataset: Any) -> tuple[torch.Tensor, ...] | None:
@@ -38,7 +41,11 @@ class WholeBatchDataset(Dataset[list[torch.Tensor]]):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self.tensors = sliceable_tensors(dataset) or ()
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that the samples are rows of. The program may replace them between epochs."""
+        return sliceable_tensors(self.dataset) or ()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -66,12 +73,30 @@ class WholeBatchDataset(Dataset[list[torch.Tensor]]):
         while isinstance(dataset, Subset):
             order = torch.as_tensor(dataset.indices)[order]
             dataset = dataset.dataset
-        order = order.to(self.tensors[0].device)
+        tensors = self.tensors
+        order = order.to(tensors[0].device)
+        selection_size = batch_size * _num_batches_per_selection(tensors, batch_size)
         # Part by part, so that the first of millions of batches does not wait until all are split.
         for part in torch.split(order, _BATCHES_PER_PART * batch_size) if len(order) else ():
             part_rows = part.where(part >= 0, part + len(dataset))
-            for rows in torch.split(part_rows, batch_size):
-                yield [tensor.index_select(0, rows) for tensor in self.tensors]
+            for rows in torch.split(part_rows, selection_size):
+                selected = [tensor.index_select(0, rows) for tensor in tensors]
+                if len(rows) <= batch_size:
+                    yield selected
+                else:  # batches from `split` would be views, and writing to one would count as writing to the others
+                    yield from map(list, zip(*(rows.unsafe_split(batch_size) for rows in selected), strict=True))
+
+
+def _num_batches_per_selection(tensors: Sequence[torch.Tensor], batch_size: int) -> int:
+    """Return how many batches to select with one operation, which takes less time than one after the other.
+
+    If a batch would then begin at an address that no new tensor has, it is 1: kernels choose their instructions by the
+    alignment of their inputs, and results might differ in the last bit.
+    """
+    bytes_per_batch = [batch_size * tensor[:1].nbytes for tensor in tensors]
+    if any(num_bytes % _ALIGNMENT for num_bytes in bytes_per_batch):
+        return 1
+    return min(_BATCHES_PER_SELECTION, max(1, _MAX_BYTES_PER_SELECTION // max(1, sum(bytes_per_batch))))
 
 
 def unchanged(batch: Any) -> Any:
