@@ -22,7 +22,7 @@ class Framework:
     """The virtual environment that it is installed in. `requirements-NAME.txt` lists what the environment holds."""
     module: str = ""
     """Name of its file in this folder, if it differs from the framework's name."""
-    cases: str = "A A-off B C D E M S"
+    cases: str = "A A-off A-single B C D E M S"
     """The cases that it is measured in."""
 
 
@@ -36,12 +36,14 @@ FRAMEWORKS = {
         "pytorch-accelerated",
         "from pytorch_accelerated import Trainer",
         "own",
-        cases="A A' A-off B B' C D E F G H M R R-2 S Z scaling",
+        cases="A A' A-off A-single B B' C D E F G H M R R-2 S Z scaling",
     ),
-    "ignite": Framework("Ignite", "pytorch-ignite", "from ignite.engine import Engine", cases="A A-off B C D E G M S"),
+    "ignite": Framework(
+        "Ignite", "pytorch-ignite", "from ignite.engine import Engine", cases="A A-off A-single B C D E G M S"
+    ),
     "skorch": Framework("skorch", "skorch", "from skorch import NeuralNet"),
     "accelerate_loop": Framework(
-        "Accelerate loop", "accelerate", "from accelerate import Accelerator", cases="A A-off B C D E G H M S"
+        "Accelerate loop", "accelerate", "from accelerate import Accelerator", cases="A A-off A-single B C D E G H M S"
     ),
     "previous": Framework(
         "0.1.61",
@@ -49,14 +51,14 @@ FRAMEWORKS = {
         "from pytorch_accelerated import Trainer",
         "previous",
         module=OURS,
-        cases="A A-off B C D E G H M S",
+        cases="A A-off A-single B C D E G H M S",
     ),
     "torchtnt": Framework("torchtnt", "torchtnt", "from torchtnt.framework import train", "older"),
     "transformers": Framework(
-        "HF Trainer", "transformers", "from transformers import Trainer", cases="A A-off B C D E G M S"
+        "HF Trainer", "transformers", "from transformers import Trainer", cases="A A-off A-single B C D E G M S"
     ),
     "fastai": Framework("fastai", "fastai", "from fastai.learner import Learner"),
-    "lightning": Framework("Lightning", "lightning", "import lightning", cases="A A-off B C D E G H M S"),
+    "lightning": Framework("Lightning", "lightning", "import lightning", cases="A A-off A-single B C D E G H M S"),
     "composer": Framework("Composer", "mosaicml", "import frameworks.composer", "older"),
     "keras": Framework("Keras (torch)", "keras", "import os; os.environ['KERAS_BACKEND'] = 'torch'; import keras"),
 }

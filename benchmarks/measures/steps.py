@@ -63,6 +63,10 @@ def exact_job(num_processes: int = 1) -> Job:
     return Job(make_wide_mlp, dataset, num_epochs=3, batch_size=64, is_distributed=num_processes > 1)
 
 
+def single_samples_job() -> Job:
+    return Job(make_mlp, SingleSamples(32 * 200, num_features=64), num_epochs=3)
+
+
 def distributed_job() -> Job:
     return Job(make_mlp, make_dataset(2 * 32 * 200), num_epochs=3, is_distributed=True)
 
@@ -71,6 +75,7 @@ PLANS = {
     "A": Plan(step_of_training, mlp_job, num_pairs=20),
     "A'": Plan(step_of_training, partial(mlp_job, has_own_loader=True), num_pairs=20),
     "A-off": Plan(step_of_training, partial(mlp_job, is_quiet=True), num_pairs=20),
+    "A-single": Plan(step_of_training, single_samples_job, num_pairs=20),
     "B": Plan(step_of_evaluation, evaluation_job, num_pairs=20),
     "B'": Plan(step_of_evaluation, partial(evaluation_job, has_own_loader=True), num_pairs=20),
     "C": Plan(whole_call, partial(mlp_job, num_steps=16, num_epochs=20, has_own_loader=True), num_pairs=9),

@@ -51,6 +51,17 @@ def test_a_page_names_only_files_that_exist(page):
     assert {name for name in unknown if not any(SOURCE.rglob(name)) and not any((ROOT / "tests").rglob(name))} == set()
 
 
+def test_each_private_name_of_a_dependency_has_a_test_that_exists():
+    decisions = (ROOT / "docs" / "design-decisions.md").read_text()
+    rows = [line.split("|") for line in decisions.splitlines() if line.startswith(("| `_", "| |"))]
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(rows) > 10
+    for _, _, name, _, noticed_by, _ in rows:
+        names = re.findall(r"`(test_\w+)`", noticed_by)
+        assert names, name
+        assert [test for test in names if f"def {test}(" not in tests] == []
+
+
 def test_a_path_is_found_in_a_sentence_and_in_a_command():
     text = "See `tests/_golden.py`, or run\n    python examples/resume.py --help; call `a.py()`? https://x.y/z.py"
     found = [match[0] for match in PATH.finditer(re.sub(r"https?://\S+", "", text))]
