@@ -347,7 +347,7 @@ class Run:
         return not (self.is_update_limit_reached and progress.is_between_epochs())
 
     def until_update_limit(self, steps: Iterator[tuple[int, Batch, bool]]) -> Iterator[tuple[int, Batch, bool]]:
-        """Yield the steps of an epoch, but fetch no further one once the run has made its last update."""
+        """Return the steps of an epoch; none is fetched once the run has made its last update."""
         limit, progress = self.update_limit, self.training.progress
         if limit is None:
             return steps

@@ -140,8 +140,6 @@ def keeps_every_sample(loader: DataLoader[Any]) -> bool:
 # --- the order ---------------------------------------------------------------------------------------------------
 
 _SHUFFLING_SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-
-
 _KNOWN_SAMPLERS = (SequentialSampler, *_SHUFFLING_SAMPLERS)
 
 

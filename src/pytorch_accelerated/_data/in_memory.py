@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, Dataset, RandomSampler, SequentialSam
 _BATCHES_PER_PART = 1024
 _BATCHES_PER_SELECTION = 8  # they are read this far ahead of training
 _MAX_BYTES_PER_SELECTION = 2**19  # all of it stays in memory as long as one of its batches
-_ALIGNMENT = 64  # bytes; what PyTorch aligns new tensors on the host to
+_ALIGNMENT = 64  # bytes, as new tensors in host memory have it
 
 
 def sliceable_tensors(dataset: Any) -> tuple[torch.Tensor, ...] | None:

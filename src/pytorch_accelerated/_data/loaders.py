@@ -105,11 +105,7 @@ def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
 
 
 EXACT = "The data continue exactly where they stopped."
-
-
 _SAME_IF_ORDER_IS = "Completed batches are read again and skipped, so the data are the same if their order is."
-
-
 _POSITION_ONLY = (
     "The same number of batches is skipped, whatever they contain, because an iterator cannot be restarted."
 )

@@ -34,8 +34,6 @@ def worker_init_fn(worker_id: int) -> None:
 
 
 _GRACE_SECONDS = 30
-
-
 _SECONDS_BETWEEN_CHECKS = 0.1
 
 

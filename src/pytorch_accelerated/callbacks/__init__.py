@@ -1,9 +1,9 @@
 """The events of a run, the handler that dispatches them, and the callbacks that ship with the library.
 
 Each module covers one subject: `stopping`, `saving`, `evaluation`, `reporting` and so on. A new callback goes into the
-module of its subject, or into a new one; its name is exported here. It reads the run through public attributes of the
-trainer only. If it keeps state between events, it defines ``state_dict`` and ``load_state_dict``, so that a resumed run
-continues with that state.
+module of its subject, or into a new one; its name is exported here. It reads the run through `run_of(trainer)`, because
+a subclass of the trainer may use the names of the public attributes. If it keeps state between events, it defines
+``state_dict`` and ``load_state_dict``, so that a resumed run continues with that state.
 """
 
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
