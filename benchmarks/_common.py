@@ -117,7 +117,10 @@ class PythonCallCounter(_Counter):
 
 
 class HostReadCounter(_Counter):
-    """Counts how often the host reads the value of a tensor. On a GPU, each read waits for the device."""
+    """Counts how often the host reads the value of a tensor. On a GPU, each read waits for the device.
+
+    Meanwhile, tensors do not say that they are in host memory, where a read is free.
+    """
 
     READERS = ("__bool__", "__complex__", "__float__", "__index__", "__int__", "cpu", "item", "numpy", "tolist")
 
@@ -127,9 +130,11 @@ class HostReadCounter(_Counter):
         originals = {name: getattr(torch.Tensor, name) for name in self.READERS}
         for name, original in originals.items():
             setattr(torch.Tensor, name, self._counting(original))
+        torch.Tensor.is_cpu = False
         try:
             yield
         finally:
+            del torch.Tensor.is_cpu  # the attribute of its base class appears again
             for name, original in originals.items():
                 setattr(torch.Tensor, name, original)
 

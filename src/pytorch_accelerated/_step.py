@@ -140,7 +140,8 @@ def read_batch_output(batch_output: BatchOutput | torch.Tensor, hook: str) -> tu
         loss, batch_size = batch_output["loss"], batch_output["batch_size"]
     except (KeyError, TypeError, IndexError):
         _raise_bad_batch_output(batch_output, hook)
-    _check_is_one_number(loss)
+    if loss is None or (isinstance(loss, torch.Tensor) and loss.numel() != 1):
+        _raise_not_one_number(loss)
     return batch_output.get("num_items_in_batch", batch_size), int(batch_size)
 
 
@@ -153,14 +154,12 @@ def _raise_bad_batch_output(batch_output: object, hook: str) -> NoReturn:
     raise ValueError(f"`{hook}` returned a dictionary without {' and '.join(missing)}; it has {present}. {needed}")
 
 
-def _check_is_one_number(loss: object) -> None:
+def _raise_not_one_number(loss: torch.Tensor | None) -> NoReturn:
     if loss is None:
         raise TypeError("The loss is None. Expected a tensor with one element; does the step return what it computes?")
-    if isinstance(loss, torch.Tensor) and loss.numel() != 1:
-        raise ValueError(
-            f"The loss has the shape {tuple(loss.shape)}. Expected a single number. Reduce it, for example with "
-            "`.mean()`."
-        )
+    raise ValueError(
+        f"The loss has the shape {tuple(loss.shape)}. Expected a single number. Reduce it, for example with `.mean()`."
+    )
 
 
 def raise_bad_loss(loss: object, error: Exception) -> NoReturn:
@@ -176,7 +175,8 @@ def raise_bad_loss(loss: object, error: Exception) -> NoReturn:
             f"The loss is {loss!r}, of type {type(loss).__name__}. Expected a tensor that depends on the model's "
             "parameters. Do not call `.item()` or `float()` on it."
         ) from error
-    _check_is_one_number(loss)
+    if loss.numel() != 1:
+        _raise_not_one_number(loss)
     if not loss.requires_grad:
         raise ValueError(
             "The loss does not depend on any parameter that has `requires_grad`, so there is no gradient. Check if "

@@ -181,12 +181,12 @@ class InMemoryRunHistory(RunHistory):
         return self._values[metric_name]
 
 
-_BLOCK_SIZE = 64  # values
-_MAX_RETAINED_BLOCKS = 256
+_BUFFER_SIZE = 64  # values
+_MAX_RETAINED_BUFFERS = 256
 
 
 class LossTracker:
-    """A weighted mean that stays on the device until it is read.
+    """A weighted mean. Values on an accelerator stay there until it is read; those in host memory cost nothing to read.
 
     Example:
         >>> tracker = LossTracker()
@@ -203,44 +203,42 @@ class LossTracker:
         """Forget all values."""
         self._total: float | torch.Tensor = 0.0
         self._count: float | torch.Tensor = 0
-        # A sum takes several tensor operations, so values are buffered in a block and summed a block at a time.
-        self._block = torch.empty(0)
-        self._slots: Sequence[torch.Tensor] = ()  # views of the block, one per value
-        self._weights: list[float | torch.Tensor] = []
-        self._summed_blocks: deque[torch.Tensor] = deque(maxlen=_MAX_RETAINED_BLOCKS)
+        # A sum takes several tensor operations, so values are buffered and summed a buffer at a time.
+        self._buffer: _HostBuffer | _DeviceBuffer = _HostBuffer()
+        self._summed_buffers: deque[_HostBuffer | _DeviceBuffer] = deque(maxlen=_MAX_RETAINED_BUFFERS)
         self._num_summed = 0
 
     @property
     def total_loss(self) -> float | torch.Tensor:
         """The weighted sum so far."""
-        if not self._weights:
-            return self._total
-        return (self._values * self._weights_on(self._block.device)).sum() + self._total
+        return self._buffer.total() + self._total if self._buffer.weights else self._total
 
     @property
     def running_count(self) -> float | torch.Tensor:
         """The sum of the weights so far."""
-        if _has_tensors(self._weights):
-            return self._weights_on(_device_of(self._weights)).sum() + self._count
-        return sum(self._weights, start=self._count)
+        return self._buffer.count(self._count)
 
     def update(self, loss_batch_value: float | torch.Tensor, batch_size: float | torch.Tensor = 1) -> None:
-        """Add the mean of one batch, without reading it from the device.
+        """Add the mean of one batch, without reading it from an accelerator.
 
         Args:
             loss_batch_value: The mean over the batch: a number, or a tensor with one element.
             batch_size: The weight of the batch: the number of samples, tokens or other items that the mean is over.
         """
-        if not isinstance(loss_batch_value, torch.Tensor):
-            self._add_number(loss_batch_value, batch_size)
+        value, weight = loss_batch_value, batch_size
+        if isinstance(value, torch.Tensor) and value.is_cpu:  # otherwise the host would wait for the device
+            value = value.item()
+        if isinstance(weight, torch.Tensor) and weight.is_cpu:
+            weight = weight.item()
+        if len(self._buffer.weights) == _BUFFER_SIZE:
+            self._sum_buffer()
+        if isinstance(value, torch.Tensor) or isinstance(weight, torch.Tensor):
+            self._add_on_device(value, weight)
             return
-        if len(self._weights) == _BLOCK_SIZE:
-            self._sum_block()
-        if not self._slots:
-            self._create_block(loss_batch_value.device)
-        value = loss_batch_value.detach() if loss_batch_value.requires_grad else loss_batch_value
-        self._slots[len(self._weights)].copy_(value.reshape(()) if value.ndim else value)
-        self._weights.append(batch_size.detach().clone() if isinstance(batch_size, torch.Tensor) else batch_size)
+        if isinstance(self._buffer, _DeviceBuffer):
+            self._sum_buffer()
+            self._buffer = _HostBuffer()
+        self._buffer.add(value, weight)
 
     def find_non_finite(self) -> tuple[int, float] | None:
         """Return the index of the first value that is NaN or infinite, and the value; ``None`` if there is none.
@@ -249,51 +247,36 @@ class LossTracker:
         """
         if math.isfinite(float(self.total_loss)):  # finite only if all values are
             return None
-        values = [value for block in (*self._summed_blocks, self._values) for value in block.tolist()]
-        first_index = self._num_summed + len(self._weights) - len(values)
+        values = [value for buffer in (*self._summed_buffers, self._buffer) for value in buffer.numbers()]
+        first_index = self._num_summed + len(self._buffer.weights) - len(values)
         of_first = ((i, value) for i, value in enumerate(values, first_index) if not math.isfinite(value))
         return next(of_first, None)
 
-    def _add_number(self, value: float, weight: float | torch.Tensor) -> None:
-        self._sum_block()
-        self._total, self._count = self._total + value * weight, self._count + weight
-        self._summed_blocks.append(torch.tensor([value], dtype=torch.float64))
-        self._num_summed += 1
+    def _add_on_device(self, value: float | torch.Tensor, weight: float | torch.Tensor) -> None:
+        device = _device_of([value, weight])
+        if isinstance(self._buffer, _DeviceBuffer) and self._buffer.device != device:
+            self._sum_buffer()
+            self._buffer = _HostBuffer()
+        if not isinstance(self._buffer, _DeviceBuffer):
+            self._buffer = _DeviceBuffer(device, self._buffer)
+        self._buffer.add(value, weight)
 
-    @property
-    def _values(self) -> torch.Tensor:
-        return self._block[: len(self._weights)]
-
-    def _create_block(self, device: torch.device) -> None:
-        """Create a block on the device, and copy the buffered values to it, which are on the host after a resume."""
-        block = torch.empty(_BLOCK_SIZE, dtype=_wide_dtype(device), device=device)
-        block[: len(self._weights)] = self._values
-        self._block, self._slots = block, block.unbind()
-
-    def _sum_block(self) -> None:
-        if self._weights:
+    def _sum_buffer(self) -> None:
+        if self._buffer.weights:
             self._total, self._count = self.total_loss, self.running_count
-            self._summed_blocks.append(self._values.clone())
-            self._num_summed += len(self._weights)
-            self._weights = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_slots": ()}  # copies would not be views of the block
-
-    def _weights_on(self, device: torch.device) -> torch.Tensor:
-        if _has_tensors(self._weights):
-            weights = torch.stack([torch.as_tensor(weight, device=device).reshape(()) for weight in self._weights])
-        else:
-            weights = torch.tensor(self._weights, dtype=torch.float64)
-        return weights.to(device, _wide_dtype(device), non_blocking=True)
+            self._summed_buffers.append(self._buffer)
+            self._num_summed += len(self._buffer.weights)
+            self._buffer = self._buffer.new()
 
     def state_dict(self) -> StateDict:
         """Return the sums as tensors in host memory, and the buffered values that they do not include yet."""
         sums = {"total_loss": self._total, "running_count": self._count}
         return {
             **{name: torch.as_tensor(value, dtype=torch.float64).cpu() for name, value in sums.items()},
-            "values": self._values.cpu().clone(),
-            "weights": [weight.cpu() if isinstance(weight, torch.Tensor) else weight for weight in self._weights],
+            "values": torch.tensor(self._buffer.numbers(), dtype=torch.float64),
+            "weights": [
+                weight.cpu() if isinstance(weight, torch.Tensor) else weight for weight in self._buffer.weights
+            ],
         }
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
@@ -301,14 +284,106 @@ class LossTracker:
         self.reset()
         self._total = float(state_dict["total_loss"])
         self._count = float(state_dict["running_count"])
-        self._weights = list(state_dict.get("weights", ()))  # states of the first versions have no buffered values
-        self._block = torch.tensor([float(value) for value in state_dict.get("values", ())], dtype=torch.float64)
-        self._num_summed = -len(self._weights)  # so that the first value after a resume has index 0
+        buffer = self._buffer = _HostBuffer()
+        # States of the first versions have no buffered values.
+        for value, weight in zip(state_dict.get("values", ()), state_dict.get("weights", ()), strict=True):
+            buffer.add(float(value), weight if isinstance(weight, int) else float(weight))
+        self._num_summed = -len(self._buffer.weights)  # so that the first value after a resume has index 0
 
     @property
     def average(self) -> float:
         """The weighted mean so far; NaN before the first value. Reads from the device."""
         return weighted_mean(self.total_loss, self.running_count)
+
+
+class _HostBuffer:
+    """Values in host memory, and their weights."""
+
+    def __init__(self) -> None:
+        self._values: list[float] = []
+        self.weights: list[float] = []
+        self._known_total: tuple[int, float] = (0, 0.0)  # of this number of values
+
+    def new(self) -> _HostBuffer:
+        """Return an empty buffer of this kind."""
+        return _HostBuffer()
+
+    def add(self, value: float, weight: float) -> None:
+        self._values.append(value)
+        self.weights.append(weight)
+
+    def numbers(self) -> list[float]:
+        """Return the values."""
+        return self._values
+
+    def total(self) -> float:
+        """Return the weighted sum."""
+        if self._known_total[0] != len(self._values):
+            products = _wide_tensor(self._values) * _wide_tensor(self.weights)
+            self._known_total = len(self._values), products.sum().item()
+        return self._known_total[1]
+
+    def count(self, start: float | torch.Tensor) -> float | torch.Tensor:
+        """Return the sum of the weights and ``start``."""
+        return sum(self.weights, start)
+
+
+class _DeviceBuffer:
+    """Values on an accelerator, and their weights.
+
+    Args:
+        device: Where the values are.
+        first: What is buffered already.
+    """
+
+    def __init__(self, device: torch.device, first: _HostBuffer | None = None) -> None:
+        self.device = device
+        self.weights: list[float | torch.Tensor] = []
+        self._values = torch.empty(_BUFFER_SIZE, dtype=_wide_dtype(device), device=device)
+        self._slots = self._values.unbind()  # views, which take less time than indexing
+        if first is not None:
+            self.weights = [*first.weights]
+            self._values[: len(self.weights)] = _wide_tensor(first.numbers())
+
+    def new(self) -> _DeviceBuffer:
+        """Return an empty buffer on this device."""
+        return _DeviceBuffer(self.device)
+
+    def add(self, value: float | torch.Tensor, weight: float | torch.Tensor) -> None:
+        slot = self._slots[len(self.weights)]
+        if isinstance(value, torch.Tensor):
+            slot.copy_(value.detach().reshape(()))
+        else:
+            slot.fill_(value)
+        self.weights.append(weight.detach().clone() if isinstance(weight, torch.Tensor) else weight)
+
+    def numbers(self) -> list[float]:
+        """Read the values from the device."""
+        numbers: list[float] = self._values[: len(self.weights)].tolist()
+        return numbers
+
+    def total(self) -> torch.Tensor:
+        """Return the weighted sum."""
+        return (self._values[: len(self.weights)] * self._weights_on(self.device)).sum()
+
+    def count(self, start: float | torch.Tensor) -> float | torch.Tensor:
+        """Return the sum of the weights and ``start``."""
+        has_tensors = any(isinstance(weight, torch.Tensor) for weight in self.weights)
+        return self._weights_on(_device_of(self.weights)).sum() + start if has_tensors else sum(self.weights, start)
+
+    def _weights_on(self, device: torch.device) -> torch.Tensor:
+        numbers = [weight for weight in self.weights if not isinstance(weight, torch.Tensor)]
+        if len(numbers) == len(self.weights):
+            weights = _wide_tensor(numbers)
+        else:
+            weights = torch.stack([torch.as_tensor(weight, device=device).reshape(()) for weight in self.weights])
+        return weights.to(device, _wide_dtype(device), non_blocking=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_slots"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _slots=state["_values"].unbind())  # copies would not be views
 
 
 class EpochMeans:
@@ -402,9 +477,9 @@ def _wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
-def _has_tensors(numbers: Iterable[float | torch.Tensor]) -> bool:
-    return any(issubclass(kind, torch.Tensor) for kind in set(map(type, numbers)))
-
-
 def _device_of(numbers: Iterable[float | torch.Tensor]) -> torch.device:
     return next(number.device for number in numbers if isinstance(number, torch.Tensor))
+
+
+def _wide_tensor(numbers: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import tqdm
 
 from _support import Batches, Probe, make_dataset, make_trainer, raiser, train
 from pytorch_accelerated import Trainer, _loss_monitor
@@ -74,6 +75,21 @@ def test_the_running_loss_is_shown_at_each_log_point(bars, monkeypatch):
     assert len(losses) == 8
     assert bars[0].losses == [losses[2], losses[5], losses[7]]
     assert bars[0].count == 8
+
+
+def test_an_empty_bar_is_drawn_unless_the_epoch_before_was_short(monkeypatch):
+    """Seconds between two readings of the clock: 1, then 0.01, so that the second epoch is short."""
+    drawn, times = [], itertools.accumulate([0, 1, 0, 0.01, 0, 1])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(tqdm.tqdm, "refresh", lambda bar, **_: drawn.append(bar.n))
+    train(make_trainer(callbacks=[ProgressBarCallback]), num_epochs=3)
+    assert drawn == [0, 0]
+
+
+def test_a_bar_that_was_not_drawn_when_empty_is_drawn_when_it_closes(capsys):
+    train(make_trainer(callbacks=[ProgressBarCallback]), num_epochs=2)
+    drawn = capsys.readouterr().err
+    assert (drawn.count("0/4"), drawn.count("4/4")) == (1, 2)
 
 
 def test_the_bar_has_no_total_if_the_data_have_no_length(bars):

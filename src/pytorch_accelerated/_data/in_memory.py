@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import BatchSampler, Dataset, RandomSampler, SequentialSampler, Subset, TensorDataset
 
 _BATCHES_PER_PART = 1024
-_BATCHES_PER_SELECTION = 8  # they are read this far ahead of training
+_BATCHES_PER_SELECTION = 16  # they are read this far ahead of training
 _MAX_BYTES_PER_SELECTION = 2**19  # all of it stays in memory as long as one of its batches
 _ALIGNMENT = 64  # bytes, as new tensors in host memory have it
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -13,6 +14,9 @@ from pytorch_accelerated.callbacks.base import TrainerCallback
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
 
+_SHORT_EPOCH = 0.5  # seconds; after such an epoch, the next bar is drawn once there is something to show
+_NO_EMPTY_BAR = 1e-9  # seconds of delay, with which `tqdm` does not draw a new bar before its first update
+
 
 class ProgressBarCallback(TrainerCallback):
     """Shows a progress bar over the batches of each epoch, with the mean loss so far, on the main process of each node.
@@ -23,6 +27,8 @@ class ProgressBarCallback(TrainerCallback):
     def __init__(self) -> None:
         self._bar: tqdm | None = None
         self._num_shown = 0
+        self._opened_at = 0.0
+        self._is_epoch_short = False
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Open the bar of the training epoch."""
@@ -58,11 +64,13 @@ class ProgressBarCallback(TrainerCallback):
     def _open(self, trainer: Trainer) -> None:
         self._close(trainer, None)
         self._num_shown = run_of(trainer).num_batches_done  # above 0 if a resumed run starts within the epoch
+        self._opened_at = time.perf_counter()
         self._bar = tqdm(
             total=num_batches_of(run_of(trainer).current_dataloader),
             initial=self._num_shown,
             disable=not trainer.run_config.is_local_process_zero,
             dynamic_ncols=True,
+            delay=_NO_EMPTY_BAR if self._is_epoch_short else 0,
         )
 
     def _show(self, trainer: Trainer, loss: float | None) -> None:
@@ -77,5 +85,6 @@ class ProgressBarCallback(TrainerCallback):
     def _close(self, trainer: Trainer, loss: float | None) -> None:
         if self._bar is not None:
             self._show(trainer, loss)
+            self._is_epoch_short = time.perf_counter() - self._opened_at < _SHORT_EPOCH
             self._bar.close()
             self._bar = None
