@@ -71,6 +71,22 @@ class WeightedTextTrainer(TextTrainer):
     is_weighted = True
 
 
+class LossWithParameters(nn.Module):
+    """A mean squared error with a scale, and an offset that gets no gradient from batches without a negative target."""
+
+    def __init__(self, start: float = 0.0) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(1) + start)
+        self.offset = nn.Parameter(torch.zeros(1))
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        errors = (outputs - targets) ** 2
+        if targets.min() < 0:
+            errors = errors + (targets < 0) * (self.offset - 1) ** 2
+        return (torch.exp(-self.log_scale) * errors + self.log_scale).mean()
+
+
 def gradients_of(model: nn.Module) -> list[torch.Tensor]:
     return [parameter.grad.detach().cpu().clone() for parameter in model.parameters()]
 

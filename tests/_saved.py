@@ -94,6 +94,10 @@ def assert_equal(left: Any, right: Any, place: str = "") -> None:
         assert left.keys() == right.keys(), place
         for name in left:
             assert_equal(left[name], right[name], f"{place} {name}")
+    elif isinstance(left, (tuple, list)):
+        assert len(left) == len(right), place
+        for index, (left_item, right_item) in enumerate(zip(left, right, strict=True)):
+            assert_equal(left_item, right_item, f"{place} {index}")
     elif isinstance(left, torch.Tensor):
         assert torch.equal(left, right), place
     else:

@@ -1,17 +1,21 @@
-"""Gradient accumulation: the weights of the batches that make one update."""
+"""Gradient accumulation: the weights of the batches that make one update, and the parameters that it changes."""
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from pytorch_accelerated.tracking import widened
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
-    from pytorch_accelerated._types import StateDict, StateMapping
+    from torch.optim import Optimizer
+
+    from pytorch_accelerated._types import MaybeNone, StateDict, StateMapping
 
 
 class AccumulationWindow:
@@ -131,3 +135,45 @@ def scale_gradients(parameters: Iterable[torch.Tensor], factor: float | torch.Te
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, factor)
+
+
+# --- the parameters ----------------------------------------------------------------------------------------------
+
+
+class OutsideParameters:
+    """The parameters outside the model: what the optimizer holds besides, such as those of a loss function.
+
+    They are trained like the model's. Only, DDP does not know them.
+
+    Args:
+        model: The prepared model.
+        optimizer: The optimizer.
+    """
+
+    def __init__(self, model: nn.Module | MaybeNone = None, optimizer: Optimizer | None = None) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._num_groups = -1
+        self._parameters: list[torch.Tensor] = []
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        num_groups = len(getattr(self._optimizer, "param_groups", ()))
+        if num_groups != self._num_groups:  # groups are only ever added
+            self._parameters = parameters_outside(self._model, self._optimizer)
+            self._num_groups = num_groups
+        return iter(self._parameters)
+
+    def together_with(self, model: nn.Module) -> Iterator[torch.Tensor]:
+        """Return the parameters of the model, and these."""
+        return chain(model.parameters(), self)
+
+
+def parameters_outside(model: nn.Module | MaybeNone, optimizer: Optimizer | None) -> list[torch.Tensor]:
+    """Return the parameters that an optimizer holds and a model does not, in the order of the optimizer.
+
+    There are none if the optimizer holds no parameter of the model: then it trains another one.
+    """
+    held = [parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
+    in_model = {id(parameter) for parameter in model.parameters()} if isinstance(model, nn.Module) else set()
+    outside = [parameter for parameter in held if id(parameter) not in in_model]
+    return outside if len(outside) < len(held) else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,12 @@ from pytorch_accelerated._data.loaders import (
 from pytorch_accelerated._data.rng import preserve_rng_state
 from pytorch_accelerated._data.sharding import sharding_of, without_samples
 from pytorch_accelerated._distributed.accelerator import skip_batches
-from pytorch_accelerated._distributed.collectives import gather_uneven, run_on_main, sum_over_processes
+from pytorch_accelerated._distributed.collectives import (
+    average_gradients,
+    gather_uneven,
+    run_on_main,
+    sum_over_processes,
+)
 from pytorch_accelerated._distributed.consensus import can_skip_exchange, overrides_any
 from pytorch_accelerated._distributed.fast_path import choose_no_sync
 from pytorch_accelerated._nested import concatenate, find_batch_size, first_rows, on_host
@@ -161,6 +166,9 @@ class TrainingLoop:
     _eval_dataloader = WritableRunAttribute[EvalLoaders | None]("eval_dataloader")
     _train_dl_kwargs = WritableRunAttribute[DataLoaderKwargs | None]("train_dl_kwargs")
     _eval_dl_kwargs = WritableRunAttribute[DataLoaderKwargs | None]("eval_dl_kwargs")
+    left_out_of_states: Collection[str] = ()
+    """Names of attributes that training states should not contain, such as a large teacher model that never changes."""
+
     _loss_tracker = WritableRunAttribute[LossTracker]("training.current_pass.means.loss")
 
     def __init__(
@@ -416,6 +424,7 @@ class TrainingLoop:
                 self.training_run_start()
                 self._loop_fire(TrainerCallback.on_training_run_start)
                 run.consensus.sync()
+                run.complete_resume()
                 self._loop_epochs()
             except StopTrainingError as stop:
                 self._loop_stop(stop)
@@ -542,20 +551,22 @@ class TrainingLoop:
         if run.consensus.is_needed:
             total_weight, num_samples = run.consensus.finish_exchange()
         correction = window.close(total_weight, run.config.num_processes)
+        if run.config.is_distributed:
+            average_gradients(run.outside_parameters, run.config.num_processes)
         if correction is not None:
-            scale_gradients(self.model.parameters(), correction)
+            scale_gradients(run.outside_parameters.together_with(self.model), correction)
         if not run.uses_fast_path and self._accelerator.scaler is not None:
             self._accelerator.unscale_gradients(self.optimizer)
         return num_samples
 
     def _clip_gradients(self) -> None:
-        config = self._loop_run.config
+        config, outside = self._loop_run.config, self._loop_run.outside_parameters
         # The gradients are unscaled already. With a scaler, Accelerate's functions would unscale them a second time.
         clip_functions: Any = self._accelerator if self._accelerator.scaler is None else nn.utils
         if config.gradient_clip_value is not None:
-            clip_functions.clip_grad_value_(self.model.parameters(), config.gradient_clip_value)
+            clip_functions.clip_grad_value_(outside.together_with(self.model), config.gradient_clip_value)
         if config.gradient_clip_norm is not None:
-            norm = clip_functions.clip_grad_norm_(self.model.parameters(), config.gradient_clip_norm)
+            norm = clip_functions.clip_grad_norm_(outside.together_with(self.model), config.gradient_clip_norm)
             self._loop_run.gradient_norm = norm
 
     def _loop_end_train_step(self, batch: Batch, step: int) -> None:

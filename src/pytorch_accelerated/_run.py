@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytorch_accelerated._accumulation import AccumulationWindow
+from pytorch_accelerated._accumulation import AccumulationWindow, OutsideParameters
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._data.loaders import reliable_num_batches_of
 from pytorch_accelerated._distributed.consensus import StopConsensus
@@ -159,6 +159,9 @@ class Run:
         self.seeded_train_loaders: list[SeededLoader] = []
         self.seeded_eval_loaders: list[SeededLoader] = []
         self.prepared_model: PreparedModel | None = None
+        self.outside_parameters = OutsideParameters()
+        """The parameters that the optimizer holds and the model does not."""
+
         self.uses_fast_path = False
 
         # The epochs of training.
@@ -173,6 +176,9 @@ class Run:
 
         self.num_batches_per_epoch: int | None = None
         """Training batches per epoch; ``None`` unless that is certain."""
+
+        self.complete_resume: Callable[[], None] = do_nothing
+        """Restores what the program creates only when the run starts; called after ``on_training_run_start``."""
 
         self.is_epoch_cut_short = False
         """Whether the limit of updates ended the last epoch before its last batch."""
@@ -363,6 +369,10 @@ class Run:
         """Stop the run if a signal has arrived."""
         if self.interrupt.signal_number is not None:
             self.stop_on_all_ranks(RunInterruptedError(self.interrupt.signal_number))
+
+
+def do_nothing() -> None:
+    """Do nothing."""
 
 
 def run_of(trainer: TrainingLoop) -> Run:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,10 +15,16 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from pytorch_accelerated import _validation
-from pytorch_accelerated._accumulation import AccumulationWindow
+from pytorch_accelerated._accumulation import AccumulationWindow, OutsideParameters, parameters_outside
 from pytorch_accelerated._checkpoint import portable, resume
+from pytorch_accelerated._checkpoint.companions import (
+    Companions,
+    attributes_without_state,
+    complete_restore,
+    find_companions,
+)
 from pytorch_accelerated._checkpoint.folder import Lineage
-from pytorch_accelerated._checkpoint.manifest import SavedState
+from pytorch_accelerated._checkpoint.manifest import SavedState, name_state
 from pytorch_accelerated._checkpoint.state import (
     Parts,
     StateContents,
@@ -43,11 +50,12 @@ from pytorch_accelerated._distributed.accelerator import (
     prepare,
     release,
 )
-from pytorch_accelerated._distributed.collectives import num_local_processes
+from pytorch_accelerated._distributed.collectives import broadcast_values, num_local_processes
 from pytorch_accelerated._distributed.consensus import StopConsensus
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
+from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._loop import TrainingLoop
-from pytorch_accelerated._run import Run
+from pytorch_accelerated._run import Run, do_nothing
 from pytorch_accelerated._types import (
     CollateFunction,
     Data,
@@ -367,7 +375,8 @@ class Trainer(TrainingLoop):
         model_state = portable.model_state_of(self.model, self._accelerator)
         optimizer = self.optimizer if save_optimizer else None
         scheduler = self.scheduler if save_scheduler else None
-        checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, checkpoint_kwargs)
+        extras = {**self._loop_companions().trained_state(), **(checkpoint_kwargs or {})}
+        checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, extras)
         accelerator = self._accelerator
         is_writer = accelerator.is_local_main_process if save_per_node else accelerator.is_main_process
         portable.save_checkpoint(checkpoint, save_path, is_writer, accelerator.num_processes)
@@ -390,7 +399,11 @@ class Trainer(TrainingLoop):
             CheckpointError: It is damaged, or belongs to another model; nothing has been changed.
         """
         optimizer = self.optimizer if load_optimizer else None
-        checkpoint = portable.load_checkpoint(checkpoint_path, self.get_model(), optimizer)
+        companions = self._loop_companions()
+        checkpoint = portable.load_checkpoint(
+            checkpoint_path, self.get_model(), optimizer, check=companions.check_trained_state
+        )
+        companions.load_trained_state(checkpoint)
         scheduler_state = checkpoint.pop("scheduler_state_dict", None)
         if load_scheduler and scheduler_state is not None:
             self._loop_load_scheduler_state(scheduler_state)
@@ -509,10 +522,9 @@ class Trainer(TrainingLoop):
         self, resume_from: str | os.PathLike[str] | bool | None, allow_other_num_processes: bool
     ) -> SavedState | None:
         """Return the state that the run continues from; ``None`` if it starts from scratch."""
-        callbacks = self.callback_handler.callbacks
         return resume.find_state_to_resume(
             resume_from,
-            {callback.save_dir for callback in callbacks if isinstance(callback, SaveTrainingStateCallback)},
+            _folders_of_states(self.callback_handler),
             is_main=self._accelerator.is_main_process,
             num_processes=int(self._accelerator.num_processes),
             allow_other_num_processes=allow_other_num_processes,
@@ -608,11 +620,16 @@ class Trainer(TrainingLoop):
         self._check_eval_batch_size()
         run.consensus = self._loop_create_consensus()
         _clear_gradients(self.model, self.optimizer)
+        if not run.is_sharded:  # otherwise the optimizer has other parameters than the model, which stand for the same
+            run.outside_parameters = OutsideParameters(self.model, self.optimizer)
+        if config.is_distributed:
+            broadcast_values(run.outside_parameters)
         disable_loss_scaling(self._accelerator, config.gradient_accumulation_steps)
         self._loop_set_up_scheduler()
         nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
         window = AccumulationWindow(config.gradient_accumulation_steps, nominal_weight)
         run.start_training(self.run_history.current_epoch - 1, num_epochs, window)
+        self._loop_companions().check_before_run(bool(_folders_of_states(self.callback_handler)), config.is_distributed)
         if contents is not None:
             self._loop_resume(contents, num_epochs)
 
@@ -655,13 +672,31 @@ class Trainer(TrainingLoop):
             seed=training.seed,
             stop_reason=training.early_stop_reason,
             settings={**training.settings, "scheduler": resume.name_of(self.scheduler)},
+            companions=self._loop_companions(),
         )
+
+    def _loop_companions(self) -> Companions:
+        """Find what else has a state among the attributes of the trainer and its callbacks, and at Accelerate."""
+        callbacks, model = self.callback_handler.callbacks, portable.unwrap_model(self.model, self._accelerator)
+        saved = (model, self.model, self.optimizer, self.scheduler, self.run_history, self.callback_handler, *callbacks)
+        left_out = self.left_out_of_states
+        owners = {
+            "": {name: value for name, value in vars(self).items() if name not in left_out},
+            **attributes_without_state(callbacks),
+            "accelerator.": {"registered": AcceleratorRegistry(self._accelerator).registered_objects()},
+        }
+        outside = [] if self._loop_run.is_sharded else parameters_outside(self.model, self.optimizer)
+        return find_companions(owners, outside, saved)
 
     def _loop_restore(self, contents: StateContents) -> StateDict:
         """Restore what was read, and return the user's entries."""
         run, training = self._loop_run, self._loop_run.training
         parts = self._loop_state_parts()
         restore_state(contents, self._accelerator, parts, self._loop_load_scheduler_state, self.print)
+        source = name_state(contents.saved.path)
+        run.complete_resume = partial(
+            complete_restore, parts.companions, self._loop_companions, *contents.companions, source
+        )
         run.seed = training.seed = contents.seed
         training.early_stop_reason = contents.stop_reason
         training.lineage = Lineage(contents.saved)
@@ -687,11 +722,18 @@ class Trainer(TrainingLoop):
                 self.model = model.restore(self._accelerator, self.model)
             if not outer.is_active:
                 run.training.epoch.loader = None  # and with it the data
+            run.outside_parameters, run.complete_resume = OutsideParameters(), do_nothing
             run.consensus = StopConsensus(num_processes=1)  # that of the run would keep the trainer alive
             run.batch_output = None
         finally:
             if outer.is_active:
                 self._loop_run = outer
+
+
+def _folders_of_states(callback_handler: CallbackHandler) -> set[Path]:
+    """Return the folders in which a run saves training states."""
+    callbacks = callback_handler.callbacks
+    return {callback.save_dir for callback in callbacks if isinstance(callback, SaveTrainingStateCallback)}
 
 
 def _clear_gradients(model: nn.Module, optimizer: Optimizer) -> None:

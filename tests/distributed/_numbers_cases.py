@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections import OrderedDict
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 import _numbers
-from _numbers import IN_ORDER, Pair, TextTrainer, gradients_of, make_net, make_texts
+from _numbers import IN_ORDER, LossWithParameters, Pair, TextTrainer, gradients_of, make_net, make_texts
 from _processes import NUM_REPEATS, WAIT_SECONDS, run_cases
 from _support import (
     EventRecorder,
@@ -154,6 +155,41 @@ def clipped_by_hand(batches: Any, kind: str, limit: float) -> dict[str, Any]:
         seen["norms"].append(norm)
         seen["num_clipped"] += any(not torch.equal(*pair) for pair in zip(gradients, clipped, strict=True))
     return {**seen, "weights": [parameter.detach() for parameter in net.parameters()]}
+
+
+def case_parameters_outside_the_model_get_the_gradient_of_the_update(rank: int, directory: Path) -> Any:
+    """Compare with a hand-written loop over the samples of each update, in their order."""
+    results = {}
+    dataset = make_dataset(29)
+    for accumulation, limit in ((1, None), (3, None), (1, 0.3), (3, 0.3)):
+        model, loss_func = (
+            torch.nn.Linear(3, 1),
+            LossWithParameters(start=float(rank)),
+        )  # rank 0 gives the others its value
+        parameters = [*model.parameters(), *loss_func.parameters()]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(0.1)
+        trainer = Trainer(model, loss_func, torch.optim.SGD(parameters, lr=0.1, weight_decay=0.1), callbacks=())
+        trainer.train(
+            dataset,
+            num_epochs=2,
+            per_device_batch_size=2,
+            gradient_accumulation_steps=accumulation,
+            gradient_clip_norm=limit,
+            train_dataloader_kwargs=IN_ORDER,
+        )
+        results[accumulation, limit] = [parameter.detach().clone() for parameter in parameters]
+    return results
+
+
+def case_a_second_optimizer_that_nobody_synchronizes_is_named(rank: int, directory: Path) -> Any:
+    trainer = make_trainer()
+    trainer.critic_optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(trainer, make_dataset(12))
+    return [str(warning.message) for warning in caught if "critic_optimizer" in str(warning.message)]
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 
 import _numbers
 from _processes import NUM_REPEATS, launch, read_results
+from _support import make_dataset
 
 pytestmark = pytest.mark.distributed
 
@@ -130,6 +131,41 @@ def test_gradients_are_clipped_once_per_update(results):
         else:
             assert result["norms"] == [None] * num_updates, place
         assert (result["num_clipped"] > 0) == (limit < 1), place  # a low bound takes effect, a high one does not
+
+
+def trained_by_hand(num_processes, accumulation, limit):
+    """Train on the samples of each update as one batch."""
+    dataset = make_dataset(29)
+    model, loss_func = torch.nn.Linear(3, 1), _numbers.LossWithParameters()
+    parameters = [*model.parameters(), *loss_func.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.1)
+    optimizer = torch.optim.SGD(parameters, lr=0.1, weight_decay=0.1)
+    size = num_processes * 2 * accumulation
+    for _ in range(2):
+        for start in range(0, 29, size):
+            inputs, targets = dataset[start : start + size]
+            optimizer.zero_grad()
+            loss_func(model(inputs), targets).backward()
+            if limit is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, limit)
+            optimizer.step()
+    return parameters
+
+
+def test_parameters_outside_the_model_get_the_gradient_of_the_update(results, num_processes):
+    assert_identical(results)
+    for (accumulation, limit), parameters in results[0].items():
+        expected = trained_by_hand(num_processes, accumulation, limit)
+        for got, by_hand in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(got, by_hand, rtol=1e-5, atol=1e-6)
+        assert torch.equal(parameters[-1], torch.ones(2))  # a parameter without a gradient is not even decayed
+
+
+def test_a_second_optimizer_that_nobody_synchronizes_is_named(results):
+    for messages in results:
+        assert len(messages) == 1
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,13 +99,19 @@ def portable_state_dict(state_dict: StateMapping) -> StateDict:
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
-def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer | None) -> StateDict:
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    check: Callable[[StateMapping, str], None] = lambda checkpoint, source: None,
+) -> StateDict:
     """Load a checkpoint's model, and its optimizer state if there is one, or reject it before anything changes.
 
     Args:
         path: The file.
         model: The model.
         optimizer: The optimizer; ``None`` to skip its state.
+        check: Called with the checkpoint, and with how messages refer to it, before anything changes.
 
     Returns:
         The other entries of the file.
@@ -115,6 +122,7 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module, optimizer: O
     """
     checkpoint = load_file(path)
     source = f"The checkpoint {os.fspath(path)!r}"
+    check(checkpoint, source)
     model_state = take_model_state(checkpoint, source)
     optimizer_state = checkpoint.pop("optimizer_state_dict", None)
     if optimizer is None or optimizer_state is None:

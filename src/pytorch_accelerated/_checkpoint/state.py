@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from pytorch_accelerated._accumulation import AccumulationWindow
+from pytorch_accelerated._checkpoint.companions import Companions, gradients_of, load_gradients
 from pytorch_accelerated._checkpoint.files import as_plain, load_file
 from pytorch_accelerated._checkpoint.host_memory import HostMemory
 from pytorch_accelerated._checkpoint.layout import BatchLayout, sum_epoch_means, translate_position
@@ -67,6 +68,7 @@ class Parts:
         seed: The seed of the data order.
         stop_reason: Why the run was stopped for good; ``None`` if it was not.
         settings: The settings of the run; see `run_settings`.
+        companions: What else has a state.
     """
 
     model: nn.Module
@@ -81,6 +83,7 @@ class Parts:
     seed: int
     stop_reason: str | None
     settings: RunSettings
+    companions: Companions = field(default_factory=Companions)
 
     @property
     def shared(self) -> dict[str, object]:
@@ -127,6 +130,7 @@ def _collect_state(parts: Parts, accelerator: Accelerator, extras: StateMapping 
         "gradients": gradients_of(model) if parts.window.total else {},
         "rng": get_rng_state(),
         "stream": stream,
+        "companions": parts.companions.local_state(),
     }
     shared_state = _shared_state(parts, position, stream, extras)
     return CollectedState(
@@ -154,6 +158,7 @@ def _shared_state(
             "seed": parts.seed,
             "stopped": parts.stop_reason,
             "knows_stream": stream is not None and stream["state"] is not None,
+            "companions": parts.companions.shared_state(),
         },
     }
 
@@ -218,18 +223,6 @@ def load_state_dicts(parts: Mapping[str, object], states: StateMapping) -> None:
             part.load_state_dict(states[name])
 
 
-def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the gradients of a model, which are part of its state while an accumulation window is open."""
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-def load_gradients(model: nn.Module, gradients: Mapping[str, torch.Tensor]) -> None:
-    """Restore what `gradients_of` returned."""
-    gradients = portable_state_dict(gradients)
-    for name, parameter in model.named_parameters():
-        parameter.grad = gradients[name].to(parameter.device) if name in gradients else None
-
-
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +262,12 @@ class StateContents:
     def user_entries(self) -> StateDict:
         """What `Trainer.load_training_state` returns: ``current_epoch`` and the user's entries."""
         return {name: value for name, value in self.trainer_state.items() if name != "trainer"}
+
+    @property
+    def companions(self) -> tuple[StateMapping, StateMapping]:
+        """The states of the companions: what is shared between the ranks, and what is not."""
+        shared = self.trainer_state["trainer"].get("companions") or Companions().shared_state()
+        return shared, self.process_state.get("companions") or Companions().local_state()
 
     @property
     def stream_position(self) -> StateMapping | None:
@@ -320,6 +319,8 @@ def _read_state(saved: SavedState, accelerator: Accelerator, parts: Parts) -> St
     num_batches = parts.settings.get("num_batches_per_epoch")
     if num_batches is not None and progress["phase"] == "training":  # the epoch may have become shorter
         progress["num_batches_in_epoch"] = min(progress["num_batches_in_epoch"], num_batches)
+    if "companions" in trainer_state["trainer"]:  # earlier versions did not save them
+        parts.companions.check(trainer_state["trainer"]["companions"], name_state(saved.path))
     if is_sharded(accelerator):
         return StateContents(saved, trainer_state, process_state, None, None, None)
     weights = _read_weights(saved, unwrap_model(parts.model, accelerator))
@@ -342,7 +343,8 @@ def _read_process_state(saved: SavedState, process_index: int, num_processes: in
     # The means are summed over all processes at the end of the epoch, so one process can take all of them.
     means = sum_epoch_means([state["means"] for state in states] if process_index == 0 else [])
     rng = states[process_index]["rng"] if process_index < saved.num_processes else None
-    return {**states[0], "means": means, "rng": rng}
+    companions = states[min(process_index, saved.num_processes - 1)].get("companions")
+    return {**states[0], "means": means, "rng": rng, "companions": companions}
 
 
 def _read_if_listed(saved: SavedState, name: str) -> StateDict | None:
@@ -414,6 +416,7 @@ def restore_state(
     load_state_dicts(parts.shared, entries)
     load_state_dicts(parts.local, process_state)
     load_gradients(model, process_state["gradients"])
+    parts.companions.load(*contents.companions, name_state(saved.path))
     if scheduler_state is not None:
         load_scheduler_state(scheduler_state)  # again, because the optimizer's state has changed the learning rate
     if saved.num_processes != accelerator.num_processes:

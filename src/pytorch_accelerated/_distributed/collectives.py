@@ -7,7 +7,7 @@ called on every process.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -129,6 +129,42 @@ def sum_over_processes(
     stacked = torch.stack([torch.as_tensor(number, dtype=dtype, device=device) for number in numbers])
     totals = reduce(stacked, reduction="sum").view(-1, 2)
     return {name: (total, weight) for name, (total, weight) in zip(names, totals.unbind(), strict=True)}
+
+
+def broadcast_values(parameters: Iterable[torch.Tensor]) -> None:
+    """Give parameters the values of the main process, as DDP does with those of its model."""
+    for parameter in parameters:
+        distributed.broadcast(parameter.data, src=0)
+
+
+def average_gradients(parameters: Iterable[torch.Tensor], num_processes: int) -> None:
+    """Average gradients over the processes, as DDP does with those of its model.
+
+    A gradient that is missing on some processes counts as zeros there. If it is missing on all, it stays missing.
+
+    Args:
+        parameters: The same parameters on every process.
+        num_processes: The world size.
+    """
+    for (device, dtype), group in _by_device_and_dtype(parameters).items():
+        has_gradient = torch.tensor([parameter.grad is not None for parameter in group], dtype=dtype, device=device)
+        gradients = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in group]
+        parts = [has_gradient, *(gradient.to_dense().flatten() for gradient in gradients)]
+        total = torch.cat(parts)
+        distributed.all_reduce(total)
+        counts, *sums = torch.split(total, [len(part) for part in parts])
+        for parameter, count, gradient_sum in zip(group, counts.tolist(), sums, strict=True):
+            if count > 0:
+                parameter.grad = (gradient_sum / num_processes).view_as(parameter)
+
+
+def _by_device_and_dtype(
+    tensors: Iterable[torch.Tensor],
+) -> dict[tuple[torch.device, torch.dtype], list[torch.Tensor]]:
+    groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return groups
 
 
 def gather_uneven(value: Nested, padding_value: float | None = None) -> Nested:

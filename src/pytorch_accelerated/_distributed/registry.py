@@ -61,6 +61,10 @@ class AcceleratorRegistry:
             for name, objects in previous.items():
                 setattr(self._accelerator, name, objects)
 
+    def registered_objects(self) -> list[object]:
+        """Return what the user passed to `Accelerator.register_for_checkpointing`."""
+        return list(getattr(self._accelerator, "_custom_objects", ()))
+
     @staticmethod
     def mark_as_prepared(item: object) -> None:
         """Let `Accelerator.prepare` register an object without wrapping it."""
