@@ -177,3 +177,25 @@ def parameters_outside(model: nn.Module | MaybeNone, optimizer: Optimizer | None
     in_model = {id(parameter) for parameter in model.parameters()} if isinstance(model, nn.Module) else set()
     outside = [parameter for parameter in held if id(parameter) not in in_model]
     return outside if len(outside) < len(held) else []
+
+
+def are_gradients_finite(optimizer: Optimizer) -> bool:
+    """Tell whether no gradient that an optimizer would use has a NaN or an infinity. Reads from the device."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    is_found = torch.zeros(1)
+    try:
+        # The operation of gradient scalers, one for all gradients. It also multiplies them by 1.
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, is_found, torch.ones(1))
+    except RuntimeError:  # sparse or complex gradients, or another device
+        return are_finite(gradients)
+    return is_found.item() == 0
+
+
+def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Tell whether no tensor has a NaN or an infinity. Reads from the device."""
+    flags: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        values = tensor.coalesce().values() if tensor.is_sparse else tensor
+        flags.setdefault(tensor.device, []).append(torch.isfinite(values).all())
+    return all(bool(torch.stack(flags_of_device).all()) for flags_of_device in flags.values())

@@ -457,10 +457,22 @@ class TrainingLoop:
             run.consensus.sync()
         except RunInterruptedError:
             raise  # a state saved from now on continues within the epoch
+        except StopTrainingError:
+            if progress.phase == "training":
+                self._loop_cut_epoch_short()
+            self._loop_count_epoch()
+            raise
         except BaseException:
             self._loop_count_epoch()
             raise
         self._loop_count_epoch()
+
+    def _loop_cut_epoch_short(self) -> None:
+        """End the training part of an epoch before its last batch: record the means of what was trained."""
+        progress = self._loop_run.training.progress
+        if progress.num_batches_in_epoch > 0:
+            self._add_epoch_loss_to_run_history("train_loss_epoch")
+        progress.phase = "evaluation"
 
     def _loop_count_epoch(self) -> None:
         """Count the current epoch, if its training is done."""
@@ -557,6 +569,8 @@ class TrainingLoop:
             scale_gradients(run.outside_parameters.together_with(self.model), correction)
         if not run.uses_fast_path and self._accelerator.scaler is not None:
             self._accelerator.unscale_gradients(self.optimizer)
+        if run.guards_updates:
+            run.check_gradients(self.model, self.optimizer)
         return num_samples
 
     def _clip_gradients(self) -> None:

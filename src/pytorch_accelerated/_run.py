@@ -6,11 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytorch_accelerated._accumulation import AccumulationWindow, OutsideParameters
+from pytorch_accelerated._accumulation import AccumulationWindow, OutsideParameters, are_finite, are_gradients_finite
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._data.loaders import reliable_num_batches_of
 from pytorch_accelerated._distributed.consensus import StopConsensus
-from pytorch_accelerated._loss_monitor import LossMonitor, describe_non_finite_loss
+from pytorch_accelerated._loss_monitor import (
+    LossMonitor,
+    describe_non_finite_gradient,
+    describe_non_finite_loss,
+    describe_non_finite_parameters,
+)
 from pytorch_accelerated._proxy import Forwarded, Value, WritableForwarded
 from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError
@@ -19,6 +24,8 @@ from pytorch_accelerated.tracking import EpochMeans
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+    from torch.optim import Optimizer
 
     from pytorch_accelerated._data.determinism import SeededLoader
     from pytorch_accelerated._distributed.accelerator import PreparedModel
@@ -197,6 +204,12 @@ class Run:
         self.batch_output: BatchOutput | None = None
         self.gradient_norm: torch.Tensor | None = None
 
+        self.can_guard_updates = False
+        """Whether gradients can be checked before each update: on a CPU, where the host waits for nothing."""
+
+        self.guards_updates = False
+        """Whether they are, so that none that is NaN or infinite changes a parameter."""
+
         # The end of the run.
         self.consensus = StopConsensus(num_processes=1)
         self.interrupt = InterruptFlag()
@@ -323,6 +336,33 @@ class Run:
                 place = f" in {data_pass.stage}, epoch {epoch}, step {step}, rank {self.process_index}"
                 return NonFiniteLossError(describe_non_finite_loss(loss, place), step)
         return None
+
+    def find_non_finite_value(self, model: nn.Module) -> NonFiniteLossError | None:
+        """Return an error if a parameter, or a gradient that waits for an update, is NaN or infinite."""
+        parameters = list(model.parameters())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        place = f", epoch {self.training.progress.num_epochs_completed + 1}, rank {self.process_index}"
+        if not self.is_between_updates and not are_finite(gradients):
+            return NonFiniteLossError(describe_non_finite_gradient(model, place))
+        if not self.guards_updates and not are_finite(parameters):
+            return NonFiniteLossError(describe_non_finite_parameters(place))
+        return None
+
+    def check_gradients(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Stop the run, on all ranks, if a gradient or a loss of this epoch is not finite.
+
+        All ranks have the same gradients, so all stop here. If only a loss is not finite, other ranks learn it later.
+
+        Raises:
+            NonFiniteLossError: It names the first loss that is not finite, or else the parameter.
+        """
+        if not are_gradients_finite(optimizer):
+            place = f" in training, epoch {self.training.progress.num_epochs_completed + 1}, rank {self.process_index}"
+            error = self.find_non_finite_loss() or NonFiniteLossError(describe_non_finite_gradient(model, place))
+            self.stop_on_all_ranks(error)
+            self.consensus.sync()
+        elif getattr(self.training.epoch.means.loss, "is_known_non_finite", False):  # it may be the user's
+            self.stop_on_all_ranks(self.find_non_finite_loss() or NonFiniteLossError())
 
     # --- the end of a run ----------------------------------------------------------------------------------------
 

@@ -207,6 +207,8 @@ class LossTracker:
         self._buffer: _HostBuffer | _DeviceBuffer = _HostBuffer()
         self._summed_buffers: deque[_HostBuffer | _DeviceBuffer] = deque(maxlen=_MAX_RETAINED_BUFFERS)
         self._num_summed = 0
+        self.is_known_non_finite = False
+        """Whether a value in host memory was NaN or infinite; says nothing of values on an accelerator."""
 
     @property
     def total_loss(self) -> float | torch.Tensor:
@@ -238,6 +240,8 @@ class LossTracker:
         if isinstance(self._buffer, _DeviceBuffer):
             self._sum_buffer()
             self._buffer = _HostBuffer()
+        if not math.isfinite(value):
+            self.is_known_non_finite = True
         self._buffer.add(value, weight)
 
     def find_non_finite(self) -> tuple[int, float] | None:

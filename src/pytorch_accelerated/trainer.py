@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
@@ -570,6 +571,8 @@ class Trainer(TrainingLoop):
         )
         run.prepared_model.prepared = self.model
         run.uses_fast_path = can_use_fast_path(self._accelerator)
+        is_free_to_read = torch.empty(0, device=self._accelerator.device).is_cpu
+        run.can_guard_updates = is_free_to_read and self._accelerator.scaler is None and not run.is_sharded
 
     def _create_run_config(
         self,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import re
 
 import pytest
 import torch
 
-from _support import IMPOSSIBLE_COUNTS, EventRecorder, Probe, make_dataset, make_trainer
+from _saved import assert_equal
+from _support import IMPOSSIBLE_COUNTS, EventRecorder, Probe, make_dataset, make_trainer, train
 from pytorch_accelerated import _loss_monitor
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
@@ -155,7 +158,14 @@ def test_a_non_finite_training_loss_ends_the_run_with_an_error_that_names_the_fi
         trainer.run()
 
 
-def test_a_non_finite_loss_is_found_at_the_next_log_point(scripted, spoil, monkeypatch):
+@pytest.fixture
+def on_an_accelerator(monkeypatch):
+    """Let no tensor say that it is in host memory, where reading it is free."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False, raising=False)
+
+
+@pytest.mark.usefixtures("on_an_accelerator")
+def test_on_an_accelerator_a_non_finite_loss_is_found_at_the_next_log_point(scripted, spoil, monkeypatch):
     monkeypatch.setattr(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
     trainer = scripted([1, 1, 1], [spoil(NAN), TerminateOnNaNCallback])
     with pytest.raises(NonFiniteLossError, match="in training, epoch 2, step 1"):
@@ -163,12 +173,166 @@ def test_a_non_finite_loss_is_found_at_the_next_log_point(scripted, spoil, monke
     assert trainer.progress.num_updates == 4
 
 
-def test_no_training_state_is_saved_after_a_non_finite_loss(scripted, spoil, tmp_path):
+@pytest.mark.parametrize("where", ["on a CPU", "on an accelerator"])
+def test_no_training_state_is_saved_after_a_non_finite_loss(scripted, spoil, tmp_path, where, request):
+    if where == "on an accelerator":
+        request.getfixturevalue("on_an_accelerator")
     states = SaveTrainingStateCallback(tmp_path, save_every_n_steps=1)
     trainer = scripted([1, 1, 1], [states, spoil(NAN), TerminateOnNaNCallback])
     with pytest.raises(NonFiniteLossError, match="in training, epoch 2, step 1"):
         trainer.run()
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["step_1", "step_2", "step_3"]
+
+
+class Rooted(torch.nn.Module):
+    """A model whose gradient is NaN, although its output is finite, where ``is_bad``: the square root at 0."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(3, 1)
+        self.embedding = torch.nn.Embedding(4, 1)
+        self.is_bad = False
+
+    def forward(self, inputs):
+        outputs = self.layer(inputs) + self.embedding(torch.zeros(len(inputs), dtype=torch.long))
+        return outputs + torch.sqrt(self.layer.weight.sum() * 0) if self.is_bad else outputs
+
+
+def train_rooted(bad_update=None, callbacks=(), optimizer_class=torch.optim.SGD, model=None, **kwargs):
+    """Train for 2 epochs of 4 batches, with a NaN gradient in one update; return the trainer and the error."""
+    model = Rooted() if model is None else model
+
+    def prepare(trainer, **_):
+        model.is_bad = trainer.progress.num_updates == bad_update
+
+    trainer = make_trainer(model, callbacks=[Probe(on_train_step_start=prepare), TerminateOnNaNCallback, *callbacks])
+    settings = {"momentum": 0.9} if optimizer_class is torch.optim.SGD and not model.embedding.sparse else {}
+    trainer.optimizer = optimizer_class(model.parameters(), lr=0.1, **settings)
+    try:
+        trainer.train(make_dataset(16), num_epochs=2, per_device_batch_size=4, **kwargs)
+    except NonFiniteLossError as error:
+        return trainer, error
+    return trainer, None
+
+
+def values_of(trainer):
+    return copy.deepcopy((trainer.get_model().state_dict(), trainer.optimizer.state_dict()["state"]))
+
+
+@pytest.mark.parametrize("bad_update", [0, 2, 4, 7])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"optimizer_class": torch.optim.Adam},
+        {"gradient_clip_norm": 1.0},
+        {"gradient_clip_value": 0.1},
+        {"gradient_accumulation_steps": 2, "bad_update": 3},
+    ],
+    ids=str,
+)
+def test_on_a_cpu_a_bad_gradient_changes_neither_parameters_nor_optimizer_and_no_state_is_saved(
+    settings, bad_update, tmp_path
+):
+    """The error comes in the bad update itself, even if it is the last of the run."""
+    seen = []
+    keep = Probe(
+        on_training_run_start=lambda trainer, **_: seen.append(values_of(trainer)),
+        on_optimizer_step_end=lambda trainer, **_: seen.append(values_of(trainer)),
+    )
+    states = SaveTrainingStateCallback(tmp_path, save_every_n_steps=1)
+    settings = {"bad_update": bad_update, **settings}
+    trainer, error = train_rooted(callbacks=[keep, states], **settings)
+    assert re.match(r"The gradient of `layer.weight`( \(and of \d more\))? is NaN or infinite", str(error))
+    assert trainer.progress.num_updates == settings["bad_update"]
+    assert_equal(values_of(trainer), seen[-1])
+    for path in tmp_path.glob("*/model.pt"):
+        assert all(value.isfinite().all() for value in torch.load(path).values())
+
+
+@pytest.mark.parametrize("has_finite_gradient", [False, True])
+@pytest.mark.parametrize("loss", [NAN, math.inf])
+def test_on_a_cpu_no_update_follows_a_bad_loss(loss, has_finite_gradient):
+    def spoil(trainer, batch_output, **kwargs):
+        if trainer.progress.num_updates == 3:
+            batch_output["loss"] = batch_output["loss"] + loss if has_finite_gradient else batch_output["loss"] * loss
+
+    trainer = make_trainer(callbacks=[Probe(on_backward_start=spoil), TerminateOnNaNCallback])
+    with pytest.raises(NonFiniteLossError, match=r"The loss is (nan|inf) in training, epoch 1, step 3"):
+        train(trainer, make_dataset(32), gradient_accumulation_steps=1)
+    assert trainer.progress.num_updates == 3
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex", "float64 and float32"])
+def test_gradients_of_any_kind_are_checked(kind):
+    class Special(Rooted):
+        def __init__(self):
+            super().__init__()
+            if kind == "sparse":
+                self.embedding = torch.nn.Embedding(4, 1, sparse=True)
+            elif kind == "complex":
+                self.phase = torch.nn.Parameter(torch.ones(1, dtype=torch.complex64))
+            else:
+                self.factor = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+        def forward(self, inputs):
+            outputs = super().forward(inputs)
+            if kind == "complex":
+                outputs = outputs * self.phase.real
+            return outputs * self.factor.float() if hasattr(self, "factor") else outputs
+
+    model = Special()
+    trainer, error = train_rooted(2, model=model)
+    assert "layer.weight" in str(error)
+    assert trainer.progress.num_updates == 2
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_parameters_outside_the_model_are_checked():
+    scale = torch.nn.Parameter(torch.zeros(1))
+    trainer = make_trainer(
+        loss_func=lambda outputs, targets: outputs.mean() + scale.sqrt().sum(), callbacks=[TerminateOnNaNCallback]
+    )
+    trainer.optimizer.add_param_group({"params": [scale]})
+    with pytest.raises(NonFiniteLossError, match="The gradient of a parameter outside the model is NaN or infinite"):
+        trainer.train(make_dataset(8), num_epochs=1)
+    assert scale.item() == 0
+
+
+@pytest.mark.usefixtures("on_an_accelerator")
+def test_on_an_accelerator_a_state_with_spoilt_parameters_is_not_saved(tmp_path):
+    """The gradient is NaN, and no loss has shown it yet."""
+    states = SaveTrainingStateCallback(tmp_path, save_every_n_steps=1)
+    _, error = train_rooted(2, callbacks=[states])
+    assert str(error).startswith("A parameter of the model is NaN or infinite, epoch 1, rank 0, although the losses")
+    assert {path.name for path in tmp_path.glob("step_*")} == {"step_1", "step_2"}
+
+
+@pytest.mark.usefixtures("on_an_accelerator")
+def test_on_an_accelerator_a_bad_gradient_in_the_last_update_ends_the_run_with_an_error():
+    _, error = train_rooted(7)
+    assert str(error).startswith("A parameter of the model is NaN or infinite, epoch 2")
+
+
+def test_without_the_callback_nothing_is_checked():
+    model = Rooted()
+    model.is_bad = True
+    make_trainer(model).train(make_dataset(8), num_epochs=1)
+    assert model.layer.weight.isnan().all()
+
+
+def test_gradients_that_wait_for_an_update_are_checked_before_a_state_is_saved(tmp_path):
+    class Mid(SaveTrainingStateCallback):
+        def on_train_step_end(self, trainer, **kwargs):
+            trainer.save_training_state(tmp_path / "mid")
+
+    model = Rooted()
+    model.is_bad = True
+    trainer = make_trainer(model, callbacks=[TerminateOnNaNCallback, Mid(tmp_path / "states")])
+    with pytest.raises(NonFiniteLossError, match="The gradient of"):
+        trainer.train(make_dataset(16), 1, per_device_batch_size=4, gradient_accumulation_steps=4)
+    assert not (tmp_path / "mid").exists()
 
 
 def test_a_non_finite_training_loss_is_not_attributed_to_an_intermediate_evaluation(scripted, spoil):

@@ -192,6 +192,30 @@ def case_a_second_optimizer_that_nobody_synchronizes_is_named(rank: int, directo
     return [str(warning.message) for warning in caught if "critic_optimizer" in str(warning.message)]
 
 
+def case_a_bad_gradient_on_one_rank_is_applied_on_none(rank: int, directory: Path) -> Any:
+    """Rank 1 gets a NaN loss in update 2, or a NaN gradient of a finite loss, or a NaN while a state is saved."""
+    results = {}
+    for kind, accumulation in (("loss", 1), ("gradient", 1), ("loss", 3), ("gradient", 3), ("saved", 3)):
+
+        def spoil(trainer: Any, batch_output: Any, step: int, kind: str = kind, **_: Any) -> None:
+            if rank == 1 and trainer.progress.num_updates == 2:
+                zero = 0 * trainer.model.module.weight.sum()
+                batch_output["loss"] = batch_output["loss"] + (zero.sqrt() if kind == "gradient" else zero * math.nan)
+
+        def save(trainer: Any, step: int, kind: str = kind, **_: Any) -> None:
+            if kind == "saved" and step % 3 == 1:
+                trainer.save_training_state(directory / "saved")
+
+        probe = Probe(on_backward_start=spoil, on_train_step_end=save)
+        trainer = make_trainer(callbacks=[probe, TerminateOnNaNCallback])
+        try:
+            train(trainer, make_dataset(80), gradient_accumulation_steps=accumulation)
+        except Exception as error:
+            results[kind, accumulation] = (type(error).__name__, str(error), trainer.progress.num_updates)
+            assert all(torch.isfinite(parameter).all() for parameter in trainer.get_model().parameters())
+    return results
+
+
 # --- evaluation --------------------------------------------------------------------------------------------------
 
 

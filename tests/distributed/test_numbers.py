@@ -168,6 +168,19 @@ def test_a_second_optimizer_that_nobody_synchronizes_is_named(results):
         assert len(messages) == 1
 
 
+def test_a_bad_gradient_on_one_rank_is_applied_on_none(results):
+    assert_identical(results)
+    for (kind, accumulation), (name, message, num_updates) in results[0].items():
+        place = f"{kind}, accumulation {accumulation}"
+        assert name == "NonFiniteLossError", place
+        assert num_updates == 2, place
+        is_gradient = kind == "gradient"
+        start = "The gradient of `" if is_gradient else "The loss is nan in training, epoch 1, step "
+        assert message.startswith(start), place
+        assert is_gradient or ", rank 1. " in message, place
+    assert len(results[0]) == 5
+
+
 # --- evaluation --------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from torch import distributed
 
 from pytorch_accelerated._nested import rebuild
 from pytorch_accelerated._types import MaybeNone, Nested
-from pytorch_accelerated.exceptions import CheckpointError
+from pytorch_accelerated.exceptions import CheckpointError, NonFiniteLossError, StopTrainingError
 
 PROCESS_TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another one, unless the user's accelerator sets another timeout."""
@@ -67,6 +67,7 @@ def run_on_all(func: Callable[[], T], num_processes: int, group: distributed.Pro
         group: The process group; ``None`` for the default group.
 
     Raises:
+        NonFiniteLossError, StopTrainingError: The function raised it on any process.
         CheckpointError: The function failed on another process.
         Exception: The function failed on this process.
     """
@@ -79,12 +80,16 @@ def run_on_all(func: Callable[[], T], num_processes: int, group: distributed.Pro
         result = func()
     except Exception as caught:
         error = caught
-    messages = all_gather_objects(None if error is None else str(error), num_processes, group)
+    ends_all_alike = isinstance(error, (NonFiniteLossError, StopTrainingError))
+    failure = None if error is None else (str(error), error if ends_all_alike else None)
+    failures = [failure for failure in all_gather_objects(failure, num_processes, group) if failure is not None]
+    for _, agreed_error in failures:
+        if agreed_error is not None:
+            raise agreed_error
     if error is not None and not isinstance(error, CheckpointError):
         raise error
-    message = next((message for message in messages if message is not None), None)
-    if message is not None:
-        raise CheckpointError(message) from error
+    if failures:
+        raise CheckpointError(failures[0][0]) from error
     return result
 
 

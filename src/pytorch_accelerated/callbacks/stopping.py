@@ -18,12 +18,19 @@ if TYPE_CHECKING:
 
 
 class TerminateOnNaNCallback(TrainerCallback):
-    """Ends the run with `NonFiniteLossError` when the loss becomes NaN or infinite, in training or evaluation.
+    """Ends the run with `NonFiniteLossError` when the loss or a gradient becomes NaN or infinite.
 
-    Checking each loss would force a device synchronization in every step, so the losses are checked in bulk: at log
-    points (ten times a second), at the end of an epoch, and before a training state is saved. A training state
-    therefore never contains parameters that a non-finite loss has corrupted. The error names the first bad step.
+    On a CPU, gradients are checked before each update, so a bad one never changes a parameter. On other devices, such a
+    check would make the host wait for the device in every step. There, losses are checked in bulk: at log points (ten
+    times a second), at the end of an epoch, and before a training state is saved, when parameters are checked as well.
+    A training state therefore never contains parameters that a non-finite number has corrupted. The error names the
+    first bad step.
     """
+
+    def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Have the gradients checked before each update, where the device's values are free to read."""
+        run = run_of(trainer)
+        run.guards_updates = run.can_guard_updates
 
     def on_log_point(self, trainer: Trainer, **kwargs: Any) -> None:
         """Check the losses so far if their mean is not finite."""
@@ -32,16 +39,18 @@ class TerminateOnNaNCallback(TrainerCallback):
             self._check(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Check the losses of the epoch."""
+        """Check the losses of the epoch, and the parameters."""
         self._check(trainer)
+        self._check_values(trainer)
 
     def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Check the losses of the evaluation."""
         self._check(trainer)
 
     def on_training_state_save(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Check the losses so far."""
+        """Check the losses so far, the parameters, and the gradients that wait for an update."""
         self._check(trainer)
+        self._check_values(trainer)
 
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
         """Check the losses so far."""
@@ -63,6 +72,11 @@ class TerminateOnNaNCallback(TrainerCallback):
 
     def _check(self, trainer: Trainer) -> None:
         error = run_of(trainer).find_non_finite_loss()
+        if error is not None:
+            raise error
+
+    def _check_values(self, trainer: Trainer) -> None:
+        error = run_of(trainer).find_non_finite_value(trainer.model)
         if error is not None:
             raise error
 
