@@ -356,20 +356,22 @@ class Trainer(TrainingLoop):
 
         Args:
             save_path: The file. Folders are created, and an existing file is replaced only by a complete one.
-            checkpoint_kwargs: Additional entries: tensors, numbers, strings and containers of these.
+            checkpoint_kwargs: Additional entries: tensors, numbers, strings and containers of these. A file with other
+                objects is written too, with a warning that `load_checkpoint` will refuse it.
             save_optimizer: Whether to include the state of the optimizer, as ``optimizer_state_dict``.
-            save_scheduler: Whether to include the state of the scheduler, as ``scheduler_state_dict``.
+            save_scheduler: Whether to include the state of the scheduler, as ``scheduler_state_dict``; with a warning,
+                it is left out if the scheduler has no ``state_dict``.
             save_per_node: Whether the main process of every node writes the file, or only the main process.
 
         Raises:
             CheckpointError: The file cannot be written.
         """
-        model_state = portable.model_state_of(self.model, self._accelerator)
-        optimizer = self.optimizer if save_optimizer else None
-        scheduler = self.scheduler if save_scheduler else None
-        checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, checkpoint_kwargs)
         accelerator = self._accelerator
         is_writer = accelerator.is_local_main_process if save_per_node else accelerator.is_main_process
+        model_state = portable.model_state_of(self.model, accelerator)
+        optimizer = self.optimizer if save_optimizer else None
+        scheduler = portable.with_state(self.scheduler, is_writer) if save_scheduler else None
+        checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, checkpoint_kwargs)
         portable.save_checkpoint(checkpoint, save_path, is_writer, accelerator.num_processes)
 
     def load_checkpoint(
@@ -383,7 +385,8 @@ class Trainer(TrainingLoop):
             load_scheduler: Same for the scheduler. Before training, its state is kept until the scheduler is created.
 
         Returns:
-            The additional entries of the file.
+            All entries of the file: ``model_state_dict``, ``optimizer_state_dict`` and ``scheduler_state_dict`` if they
+            were saved, and the additional ones.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -391,7 +394,7 @@ class Trainer(TrainingLoop):
         """
         optimizer = self.optimizer if load_optimizer else None
         checkpoint = portable.load_checkpoint(checkpoint_path, self.get_model(), optimizer)
-        scheduler_state = checkpoint.pop("scheduler_state_dict", None)
+        scheduler_state = checkpoint.get("scheduler_state_dict")
         if load_scheduler and scheduler_state is not None:
             self._loop_load_scheduler_state(scheduler_state)
         return checkpoint
