@@ -201,6 +201,7 @@ class Run:
 
         if previous is not None:
             self.config = previous.config
+            self.train_dl_kwargs = previous.train_dl_kwargs
             self.gradient_norm = previous.gradient_norm
             if previous.is_active:  # this run is nested in a callback of the other, which signals end
                 self.interrupt = previous.interrupt

@@ -320,21 +320,19 @@ class Trainer(TrainingLoop):
 
     def create_train_dataloader(self, batch_size: int, train_dl_kwargs: DataLoaderKwargs | None = None) -> Loader:
         """Create the loader of ``self.train_dataset``; any iterable of batches will do."""
-        _validation.check_data_not_empty("train_dataset", self.train_dataset)
         if not is_dataset(self.train_dataset):
             return self.train_dataset  # type: ignore[no-any-return]
         defaults = self.get_default_train_dl_kwargs(batch_size)
         self._train_dl_kwargs = dl_kwargs = merge_dl_kwargs(defaults, train_dl_kwargs, self.train_dataset)
-        return DataLoader(self.train_dataset, **{"collate_fn": self.collate_fn, **dl_kwargs})
+        return DataLoader(dataset=self.train_dataset, **{"collate_fn": self.collate_fn, **dl_kwargs})
 
     def create_eval_dataloader(self, batch_size: int, eval_dl_kwargs: DataLoaderKwargs | None = None) -> Loader:
         """Create the loader of ``self.eval_dataset``; any iterable of batches will do."""
-        _validation.check_data_not_empty("eval_dataset", self.eval_dataset)
         if not is_dataset(self.eval_dataset):
             return self.eval_dataset  # type: ignore[no-any-return]
         defaults = self.get_default_eval_dl_kwargs(batch_size)
         self._eval_dl_kwargs = dl_kwargs = merge_dl_kwargs(defaults, eval_dl_kwargs, self.eval_dataset)
-        return DataLoader(self.eval_dataset, **{"collate_fn": self.collate_fn, **dl_kwargs})
+        return DataLoader(dataset=self.eval_dataset, **{"collate_fn": self.collate_fn, **dl_kwargs})
 
     def create_scheduler(self) -> Scheduler | None:
         """Create the learning-rate scheduler of a run; ``None`` for none."""
@@ -523,9 +521,11 @@ class Trainer(TrainingLoop):
         )
 
     def _loop_make_train_loader(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:
-        loader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
+        self._loop_run.train_dl_kwargs = None  # those of an earlier run
+        with _validation.explain_bad_data("train_dataset", self.train_dataset):
+            loader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
+        seeded_loader = self._loop_seed_loader("train_dataset", loader)
         _validation.check_loader_not_empty("train_dataset", loader)
-        seeded_loader = self._loop_seed_loader(loader)
         self._loop_run.seeded_train_loaders = [seeded_loader]
         self._loop_run.train_dataloader = seeded_loader.loader
 
@@ -537,15 +537,17 @@ class Trainer(TrainingLoop):
         try:
             for name, dataset in named_datasets.items():
                 self.eval_dataset = dataset  # which the hook reads
-                loader = self.create_eval_dataloader(batch_size=batch_size, eval_dl_kwargs=dl_kwargs)
+                with _validation.explain_bad_data("eval_dataset", dataset):
+                    loader = self.create_eval_dataloader(batch_size=batch_size, eval_dl_kwargs=dl_kwargs)
                 if loader is not None:
-                    seeded_loader = self._loop_seed_loader(loader)
+                    seeded_loader = self._loop_seed_loader("eval_dataset", loader)
                     run.seeded_eval_loaders.append(seeded_loader)
                     run.eval_dataloaders[name] = seeded_loader.loader
         finally:
             self.eval_dataset = datasets
 
-    def _loop_seed_loader(self, loader: Loader) -> SeededLoader:
+    def _loop_seed_loader(self, dataset_name: str, loader: Loader) -> SeededLoader:
+        _validation.check_data_of_loader(dataset_name, loader)
         return rebuild_loader(loader, placement_of(self._accelerator))
 
     def _loop_default_dl_kwargs(self, dataset: Data, batch_size: int) -> dict[str, Any]:
@@ -574,7 +576,7 @@ class Trainer(TrainingLoop):
         run, accelerator = self._loop_run, self._accelerator
         return derive_run_config(
             num_epochs=num_epochs,
-            num_batches_per_epoch=num_batches_of(run.train_dataloader),
+            num_batches_per_epoch=num_batches_of(run.train_dataloader) if run.is_training_run else 0,
             gradient_accumulation_steps=gradient_accumulation_steps,
             max_num_train_steps=max_num_train_steps,
             num_processes=int(accelerator.num_processes),
