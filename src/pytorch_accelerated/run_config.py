@@ -79,7 +79,7 @@ def count_updates(
 
     Args:
         num_epochs: Requested number of epochs.
-        num_batches_per_epoch: Batches per process and epoch; ``None`` if unknown, 0 in a run that does not train.
+        num_batches_per_epoch: Batches per process and epoch; ``None`` if unknown.
         gradient_accumulation_steps: Batches per process that make one update.
         max_num_train_steps: Maximum number of updates in the run; ``None`` for no limit.
 
@@ -96,8 +96,6 @@ def count_updates(
     if num_batches_per_epoch is None:
         return None, max_num_train_steps
     num_updates_per_epoch = math.ceil(num_batches_per_epoch / gradient_accumulation_steps)
-    if num_updates_per_epoch == 0:
-        return 0, max_num_train_steps
     num_updates = num_epochs * num_updates_per_epoch
     if max_num_train_steps is not None:
         num_updates = min(num_updates, max_num_train_steps)
@@ -119,8 +117,7 @@ def derive_run_config(
 
     Args:
         num_epochs: See `TrainerRunConfig`.
-        num_batches_per_epoch: Training batches per process and epoch; ``None`` if unknown, 0 in a run that does not
-            train.
+        num_batches_per_epoch: Training batches per process and epoch; ``None`` if unknown.
         gradient_accumulation_steps: See `TrainerRunConfig`.
         max_num_train_steps: Maximum number of updates in the run; ``None`` for no limit.
         num_processes: See `TrainerRunConfig`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -240,8 +241,7 @@ class Trainer(TrainingLoop):
             self._loop_make_train_loader(per_device_batch_size, train_dataloader_kwargs)
             if eval_dataset is not None:
                 self._loop_make_eval_loaders(per_device_batch_size, eval_dataloader_kwargs)
-            self._prepare_model_optimizer_and_dataloaders()
-            run.config = self.run_config = self._create_run_config(**numbers)
+            self._loop_prepare_run(**numbers)
             self._loop_set_up_training(num_epochs, saved, reset_run_history)
             self._run_training()
             self.wait_for_training_state()
@@ -499,9 +499,7 @@ class Trainer(TrainingLoop):
         self.collate_fn = collate_fn
         with self._loop_run_context() as run:
             self._loop_make_eval_loaders(batch_size, dl_kwargs)
-            self._prepare_model_optimizer_and_dataloaders()
-            run.config = self._create_run_config(num_epochs=1, per_device_batch_size=batch_size)
-            self.run_config = run.config
+            self._loop_prepare_run(num_epochs=1, per_device_batch_size=batch_size)
             self._check_eval_batch_size()
             run.consensus = self._loop_create_consensus()
             yield
@@ -555,6 +553,13 @@ class Trainer(TrainingLoop):
         pin_memory = self._accelerator.device.type == "cuda"
         return default_dl_kwargs(dataset, batch_size, num_processes, pin_memory)
 
+    def _loop_prepare_run(self, **numbers: Any) -> None:
+        """Prepare model, optimizer and loaders, and fix the configuration of the run."""
+        run = self._loop_run
+        self._prepare_model_optimizer_and_dataloaders()
+        run.show_users_data()
+        run.config = self.run_config = self._create_run_config(**numbers)
+
     def _prepare_model_optimizer_and_dataloaders(self) -> None:
         run = self._loop_run
         run.prepared_model = PreparedModel(self.model)
@@ -574,9 +579,9 @@ class Trainer(TrainingLoop):
         gradient_clip_norm: float | None = None,
     ) -> TrainerRunConfig:
         run, accelerator = self._loop_run, self._accelerator
-        return derive_run_config(
+        config = derive_run_config(
             num_epochs=num_epochs,
-            num_batches_per_epoch=num_batches_of(run.train_dataloader) if run.is_training_run else 0,
+            num_batches_per_epoch=num_batches_of(run.train_dataloader),
             gradient_accumulation_steps=gradient_accumulation_steps,
             max_num_train_steps=max_num_train_steps,
             num_processes=int(accelerator.num_processes),
@@ -591,6 +596,9 @@ class Trainer(TrainingLoop):
             mixed_precision=accelerator.mixed_precision,
             seed=run.seed,
         )
+        if run.is_training_run:
+            return config
+        return replace(config, num_update_steps_per_epoch=0, num_local_update_steps_per_epoch=0)
 
     def _loop_create_consensus(self) -> StopConsensus:
         """Create what lets all processes end the run together. Must be called on every process."""

@@ -210,8 +210,8 @@ def read_manifest(directory: Path) -> SavedState:
 
 def _advice_for_0_1_61(directory: Path) -> str:
     message = (
-        f"{str(directory)!r} comes from version 0.1.61 of this library, which did not save enough to resume exactly, so "
-        "a run cannot be resumed from it."
+        f"{str(directory)!r} comes from version 0.1.61 of this library, which did not save all that a run depends on, "
+        "so no run can be resumed from it."
     )
     weights = directory / "model.safetensors"
     if weights.exists():

@@ -83,7 +83,8 @@ def save_checkpoint(
     refused = run_on_all(lambda: save_file(checkpoint, path) if is_writer else [], num_processes)
     if refused:
         warnings.warn(
-            f"The checkpoint {os.fspath(path)!r} was written, but `load_checkpoint` will refuse it. {' '.join(refused)}",
+            f"`load_checkpoint` will refuse the checkpoint {os.fspath(path)!r}, which has been written. "
+            f"{' '.join(refused)}",
             stacklevel=3,
         )
 

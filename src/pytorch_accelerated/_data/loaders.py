@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,6 +103,29 @@ _LOADER_SETTINGS = (
 def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
     """Return the keyword arguments of a `DataLoader` that do not determine which samples it yields."""
     return {name: getattr(loader, name) for name in _LOADER_SETTINGS if hasattr(loader, name)}
+
+
+_OF_DATA = ("dataset", "collate_fn")
+
+
+def show_data_of(given: DataLoader[Any], prepared: Any) -> None:
+    """Let a prepared loader show the dataset and the collate function of the user's loader that it was built from.
+
+    A loader of Accelerate reads from an inner one. These attributes of the outer one only show what the user gave.
+    """
+    if hasattr(prepared, "base_dataloader"):
+        for name in _OF_DATA:
+            setattr(prepared, name, getattr(given, name))
+
+
+@contextmanager
+def showing_inner_data(prepared: Any) -> Iterator[None]:
+    """Undo `show_data_of` for the body, in which another loader is built from a prepared one."""
+    shown = {name: vars(prepared).pop(name) for name in _OF_DATA if name in vars(prepared)}
+    try:
+        yield
+    finally:
+        vars(prepared).update(shown)
 
 
 EXACT = "The data continue exactly where they stopped."
