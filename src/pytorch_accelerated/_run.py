@@ -223,12 +223,12 @@ class Run:
         named_loaders = loaders if isinstance(loaders, dict) else {"": loaders}
         self.eval_dataloaders = {name: loader for name, loader in named_loaders.items() if loader is not None}
 
-    def show_users_data(self) -> None:
-        """Let the prepared loaders show the user's datasets and collate functions."""
+    def show_users_arguments(self) -> None:
+        """Let the prepared loaders show the user's datasets and functions."""
         training = zip(self.seeded_train_loaders, [self.train_dataloader], strict=False)
         evaluation = zip(self.seeded_eval_loaders, self.eval_dataloaders.values(), strict=False)
         for seeded_loader, prepared in (*training, *evaluation):
-            seeded_loader.show_users_data(prepared)
+            seeded_loader.show_users_arguments(prepared)
 
     def set_data_epoch(self, seeded_loaders: list[SeededLoader], loader: Loader, epoch: int, seed: int) -> None:
         """Put loaders before the first batch of an epoch, counted from 0."""

@@ -557,7 +557,7 @@ class Trainer(TrainingLoop):
         """Prepare model, optimizer and loaders, and fix the configuration of the run."""
         run = self._loop_run
         self._prepare_model_optimizer_and_dataloaders()
-        run.show_users_data()
+        run.show_users_arguments()
         run.config = self.run_config = self._create_run_config(**numbers)
 
     def _prepare_model_optimizer_and_dataloaders(self) -> None:

@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 from pytorch_accelerated._data.in_memory import WholeBatchDataset, sliceable_tensors, unchanged
-from pytorch_accelerated._data.loaders import show_data_of
+from pytorch_accelerated._data.loaders import show_arguments_of
 from pytorch_accelerated._data.rng import RandomStream, derive_seed, seed_host_generators, seeded_host_generators
 from pytorch_accelerated._data.streams import TrackedStream
 from pytorch_accelerated._data.workers import WorkerSetup
@@ -63,12 +63,14 @@ class SeededLoader:
         self._worker_setup = worker_setup
         self._given = given
 
-    def show_users_data(self, prepared: Any) -> None:
-        """Let ``dataset`` and ``collate_fn`` of the prepared loader be the user's, whatever it reads from inside."""
-        if self._given is None or self.loader.dataset is self._given.dataset:
-            return
-        if getattr(prepared, "dataset", None) is self.loader.dataset:  # otherwise a subclass has replaced the loader
-            show_data_of(self._given, prepared)
+    def show_users_arguments(self, prepared: Any) -> None:
+        """Let ``dataset`` and functions of the prepared loader be the user's, whatever it reads from inside.
+
+        Args:
+            prepared: What Accelerate made of the loader. One that a subclass has put in its place is left alone.
+        """
+        if self._given is not None and getattr(prepared, "worker_init_fn", None) is self._worker_setup:
+            show_arguments_of(self._given, prepared)
 
     def set_epoch(self, epoch: int, seed: int) -> None:
         """Go to the start of ``epoch``, counted from 0, in a run with this ``seed``."""

@@ -105,23 +105,23 @@ def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
     return {name: getattr(loader, name) for name in _LOADER_SETTINGS if hasattr(loader, name)}
 
 
-_OF_DATA = ("dataset", "collate_fn")
+_SHOWN = ("dataset", "collate_fn", "worker_init_fn")
 
 
-def show_data_of(given: DataLoader[Any], prepared: Any) -> None:
-    """Let a prepared loader show the dataset and the collate function of the user's loader that it was built from.
+def show_arguments_of(given: DataLoader[Any], prepared: Any) -> None:
+    """Let a prepared loader show the dataset and the functions of the user's loader that it was built from.
 
     A loader of Accelerate reads from an inner one. These attributes of the outer one only show what the user gave.
     """
     if hasattr(prepared, "base_dataloader"):
-        for name in _OF_DATA:
+        for name in _SHOWN:
             setattr(prepared, name, getattr(given, name))
 
 
 @contextmanager
-def showing_inner_data(prepared: Any) -> Iterator[None]:
-    """Undo `show_data_of` for the body, in which another loader is built from a prepared one."""
-    shown = {name: vars(prepared).pop(name) for name in _OF_DATA if name in vars(prepared)}
+def showing_inner_arguments(prepared: Any) -> Iterator[None]:
+    """Undo `show_arguments_of` for the body, in which another loader is built from a prepared one."""
+    shown = {name: vars(prepared).pop(name) for name in _SHOWN if name in vars(prepared)}
     try:
         yield
     finally:
