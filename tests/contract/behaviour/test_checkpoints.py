@@ -234,7 +234,7 @@ def test_a_state_of_0_1_61_is_refused_with_the_way_to_load_its_model(state_of_0_
         train(trainer, resume_from=state_of_0_1_61)
     code = str(caught.value).split("`")[1]
     assert code == f"safetensors.torch.load_model(model, {str(state_of_0_1_61 / 'model.safetensors')!r})"
-    exec(f"import safetensors.torch; {code}", {"model": trainer.model})  # noqa: S102 - the code is what is tested
+    exec(f"import safetensors.torch; {code}", {"model": trainer.model})
     assert_same_weights(weights_of(trainer.model), weights_of(make_model(seed=8)))
 
 
@@ -359,6 +359,8 @@ def test_a_run_resumed_from_states_with_metadata_ends_with_the_same_bits(tmp_pat
     dataset = Samples(make_dataset(18))
     kwargs = {"num_epochs": 2, "train_dataloader_kwargs": {"num_workers": 0}}
     whole = train(make_trainer(seed=3), dataset, **kwargs)
-    train(make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path, save_every_n_steps=3)], seed=3), dataset, **kwargs)
+    train(
+        make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path, save_every_n_steps=3)], seed=3), dataset, **kwargs
+    )
     resumed = train(make_trainer(seed=3), dataset, resume_from=tmp_path / "step_3", **kwargs)
     assert_same_weights(weights_of(resumed.model), weights_of(whole.model))
