@@ -113,7 +113,7 @@ def show_arguments_of(given: DataLoader[Any], prepared: Any) -> None:
 
     A loader of Accelerate reads from an inner one. These attributes of the outer one only show what the user gave.
     """
-    if hasattr(prepared, "base_dataloader"):
+    if _has_inner_loader(prepared):
         for name in _SHOWN:
             setattr(prepared, name, getattr(given, name))
 
@@ -121,11 +121,16 @@ def show_arguments_of(given: DataLoader[Any], prepared: Any) -> None:
 @contextmanager
 def showing_inner_arguments(prepared: Any) -> Iterator[None]:
     """Undo `show_arguments_of` for the body, in which another loader is built from a prepared one."""
-    shown = {name: vars(prepared).pop(name) for name in _SHOWN if name in vars(prepared)}
+    names = [name for name in _SHOWN if name in vars(prepared)] if _has_inner_loader(prepared) else []
+    shown = {name: vars(prepared).pop(name) for name in names}
     try:
         yield
     finally:
         vars(prepared).update(shown)
+
+
+def _has_inner_loader(loader: Any) -> bool:
+    return hasattr(loader, "base_dataloader")
 
 
 EXACT = "The data continue exactly where they stopped."
