@@ -38,6 +38,7 @@ from _support import (
 )
 from _support import train as train_for_one_epoch
 from pytorch_accelerated import Trainer
+from pytorch_accelerated._distributed import consensus
 from pytorch_accelerated._distributed.consensus import StopConsensus
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
@@ -172,7 +173,7 @@ def case_evaluation_and_prediction_use_each_sample_once(rank: int, directory: Pa
 class Shrinking(Samples):
     """A callback shortens it after the first epoch."""
 
-    length = 12
+    length = 80
 
     def __len__(self) -> int:
         return self.length
@@ -185,7 +186,7 @@ def case_an_epoch_has_the_length_that_the_dataset_has_at_its_start(rank: int, di
     def start(trainer: Any, **_: Any) -> None:
         shown.append(trainer._train_dataloader.dataset is trainer.train_dataset)
         if trainer.run_history.current_epoch == 2:
-            trainer.train_dataset.length = 2 * num_processes() + 1
+            trainer.train_dataset.length = 20 * num_processes() + 1
 
     class Recording(Trainer):
         def _prepare_model_optimizer_and_dataloaders(self) -> None:
@@ -193,11 +194,12 @@ def case_an_epoch_has_the_length_that_the_dataset_has_at_its_start(rank: int, di
             step = self.optimizer.step
             self.optimizer.step = lambda *args: (gradients.append(self.get_model().weight.grad.clone()), step(*args))[1]
 
-    dataset = Shrinking(make_dataset(12))
+    dataset = Shrinking(make_dataset(80))
     trainer = make_trainer(cls=Recording, lr=0.0, callbacks=[Probe(on_train_epoch_start=start)])
-    train(trainer, dataset, train_dataloader_kwargs=IN_ORDER)
+    with mock.patch.object(consensus, "SECONDS_BETWEEN_EXCHANGES", 1000.0):
+        train(trainer, dataset, train_dataloader_kwargs={**IN_ORDER, "num_workers": 0})
     expected = []
-    for length in (12, 2 * num_processes() + 1):
+    for length in (80, 20 * num_processes() + 1):
         for first in range(0, length, 2 * num_processes()):
             samples = [dataset[index] for index in range(first, min(first + 2 * num_processes(), length))]
             inputs, targets = (torch.stack(parts) for parts in zip(*samples, strict=True))

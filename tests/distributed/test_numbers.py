@@ -156,7 +156,7 @@ def test_an_epoch_has_the_length_that_the_dataset_has_at_its_start(results, num_
     """The processes know when the last batch comes, whose sizes differ; the loader shows the user's dataset."""
     for result in results:
         assert result["shown"] == [True, True]
-        assert len(result["gradients"]) == math.ceil(12 / (2 * num_processes)) + 2
+        assert len(result["gradients"]) == math.ceil(80 / (2 * num_processes)) + 11
         for gradient, expected in zip(result["gradients"], result["expected"], strict=True):
             assert_close(gradient, expected, 1e-6)
 
