@@ -55,11 +55,13 @@ def test_the_run_config_is_a_frozen_dataclass_with_the_fields_of_0_1_61():
         config.num_epochs = 4
 
 
-def test_to_dict_returns_a_new_dictionary_with_the_same_values():
-    kwargs = {"sampler": object()}
+def test_to_dict_returns_a_new_dictionary_with_copies_of_containers_and_the_same_other_values():
+    kwargs = {"sampler": object(), "sizes": [1, (2, {3})]}
     config = TrainerRunConfig(**{**FIELDS_OF_0_1_61, "train_dl_kwargs": kwargs})
     exported = config.to_dict()
-    assert exported["train_dl_kwargs"] is kwargs
+    assert exported["train_dl_kwargs"] == kwargs
+    assert exported["train_dl_kwargs"] is not kwargs
+    assert exported["train_dl_kwargs"]["sizes"] is not kwargs["sizes"]
     exported["num_epochs"] = 99
     assert config.num_epochs == 3
 

@@ -97,7 +97,8 @@ def test_batches_sliced_from_memory_equal_those_of_a_plain_loader_in_the_same_or
 
 
 def slices_batches(trainer):
-    return type(trainer.train_dataloader.dataset).__name__ == "WholeBatchDataset"
+    inner_loader = getattr(trainer.train_dataloader, "base_dataloader", trainer.train_dataloader)
+    return type(inner_loader.dataset).__name__ == "WholeBatchDataset"
 
 
 def test_batches_of_an_in_memory_dataset_are_sliced_by_default():

@@ -67,6 +67,24 @@ def test_empty_data_is_refused(data):
         _validation.check_data_not_empty("train_dataset", data)
 
 
+def test_a_loader_is_checked_by_its_dataset_only_if_that_has_indices():
+    for loader in (DataLoader(Stream([])), Batches(make_dataset(2), 1), None, [], DataLoader(make_dataset(2))):
+        _validation.check_data_of_loader("train_dataset", loader)
+    with pytest.raises(ValueError, match=r"`train_dataset` is empty"):
+        _validation.check_data_of_loader("train_dataset", DataLoader(Samples(make_dataset(0))))
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError])
+def test_an_error_is_explained_by_bad_data_only_if_that_is_the_reason(error):
+    with (
+        pytest.raises(ValueError, match=r"`train_dataset` is None"),
+        _validation.explain_bad_data("train_dataset", None),
+    ):
+        raise error("of PyTorch")
+    with pytest.raises(error, match="the user's"), _validation.explain_bad_data("train_dataset", make_dataset(2)):
+        raise error("the user's")
+
+
 def test_an_iterator_is_accepted_for_one_epoch_or_a_number_of_updates_only():
     _validation.check_reiterable("train_dataset", iter(()), 1, None)
     _validation.check_reiterable("train_dataset", iter(()), 2, 5)

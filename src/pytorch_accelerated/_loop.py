@@ -487,6 +487,7 @@ class TrainingLoop:
         num_done = run.start_train_epoch(train_dl)
         self.train_epoch_start()
         self._loop_fire(TrainerCallback.on_train_epoch_start)
+        run.count_batches(train_dl)
 
         epoch, sharding = run.training.epoch, sharding_of(train_dl)
         no_sync = choose_no_sync(self._accelerator, self.model, run.uses_fast_path)

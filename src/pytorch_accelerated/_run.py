@@ -220,6 +220,7 @@ class Run:
 
         if previous is not None:
             self.config = previous.config
+            self.train_dl_kwargs = previous.train_dl_kwargs
             self.gradient_norm = previous.gradient_norm
             if previous.is_active:  # this run is nested in a callback of the other, which signals end
                 self.interrupt = previous.interrupt
@@ -240,6 +241,13 @@ class Run:
     def eval_dataloader(self, loaders: EvalLoaders | None) -> None:
         named_loaders = loaders if isinstance(loaders, dict) else {"": loaders}
         self.eval_dataloaders = {name: loader for name, loader in named_loaders.items() if loader is not None}
+
+    def show_users_arguments(self) -> None:
+        """Let the prepared loaders show the user's datasets and functions."""
+        training = zip(self.seeded_train_loaders, [self.train_dataloader], strict=False)
+        evaluation = zip(self.seeded_eval_loaders, self.eval_dataloaders.values(), strict=False)
+        for seeded_loader, prepared in (*training, *evaluation):
+            seeded_loader.show_users_arguments(prepared)
 
     def set_data_epoch(self, seeded_loaders: list[SeededLoader], loader: Loader, epoch: int, seed: int) -> None:
         """Put loaders before the first batch of an epoch, counted from 0."""
@@ -310,11 +318,14 @@ class Run:
         training = self.training
         num_done, self.num_batches_to_skip = self.num_batches_to_skip, 0
         training.start_epoch(loader, num_done)
-        self.num_batches_per_epoch = reliable_num_batches_of(loader)
-        training.window.start_epoch(self.config.gradient_accumulation_steps, self.num_batches_per_epoch)
         epoch = training.progress.num_epochs_completed
         self.set_data_epoch(self.seeded_train_loaders, loader, epoch, training.seed)
         return num_done
+
+    def count_batches(self, loader: Loader) -> None:
+        """Find out how many batches the epoch has; after its start, where a callback may have changed the dataset."""
+        self.num_batches_per_epoch = reliable_num_batches_of(loader)
+        self.training.window.start_epoch(self.config.gradient_accumulation_steps, self.num_batches_per_epoch)
 
     def start_exchange(self, step: int) -> None:
         """Tell the other ranks the weight of this rank's share of the update, while the backward pass runs."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import SupportsIndex
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from pytorch_accelerated._data.loaders import is_dataset, num_batches_of
+from pytorch_accelerated._data.loaders import is_dataset, is_map_style, num_batches_of
 
 
 def check_no_run(is_running: bool) -> None:
@@ -166,6 +167,23 @@ def check_data_not_empty(name: str, data: object) -> None:
         )
 
 
+@contextmanager
+def explain_bad_data(name: str, data: object) -> Iterator[None]:
+    """If the body fails to create a loader because its dataset is missing or empty, raise an error that says so.
+
+    The dataset is not checked before: a subclass may create its loader from anything.
+
+    Raises:
+        ValueError: The dataset is empty, or missing.
+        TypeError: It is neither a dataset nor an iterable.
+    """
+    try:
+        yield
+    except (TypeError, ValueError):
+        check_data_not_empty(name, data)
+        raise
+
+
 def check_single_dataset(dataset: object) -> None:
     """Raise if several datasets are given for predictions.
 
@@ -191,6 +209,17 @@ def check_reiterable(name: str, data: object, num_epochs: int, max_num_train_ste
             "an object whose `__iter__` starts over, such as a list or an `IterableDataset`, or use "
             "`num_epochs=1`."
         )
+
+
+def check_data_of_loader(name: str, loader: object) -> None:
+    """Raise if a `DataLoader` was created from a dataset that is missing or known to be empty.
+
+    Raises:
+        ValueError: It is empty, or missing.
+        TypeError: It is no dataset.
+    """
+    if is_map_style(loader):
+        check_data_not_empty(name, getattr(loader, "dataset", None))
 
 
 def check_loader_not_empty(name: str, loader: object) -> None:

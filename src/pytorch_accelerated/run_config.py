@@ -26,9 +26,9 @@ class TrainerRunConfig:
         gradient_clip_value: Bound on the absolute value of each gradient entry; ``None`` for no clipping.
         train_total_batch_size: Samples per update, over all processes and accumulated batches.
         eval_total_batch_size: Samples per evaluation step, over all processes.
-        num_update_steps_per_epoch: Updates in one epoch.
+        num_update_steps_per_epoch: Updates in one epoch; 0 in a run that does not train.
         num_local_update_steps_per_epoch: Same as ``num_update_steps_per_epoch``, under its older name.
-        max_num_train_steps: Maximum number of updates in the run.
+        max_num_train_steps: Maximum number of updates in the run; ``None`` in a run that does not train.
         is_local_process_zero: Whether this is the main process of its node.
         is_world_process_zero: Whether this is the main process of the whole run.
         is_distributed: Whether there is more than one process.
@@ -62,8 +62,8 @@ class TrainerRunConfig:
     gradient_clip_norm: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a new dictionary. Values are not copied."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Return the fields as a new dictionary. Containers in it are copied, other values are not."""
+        return {field.name: _copy_containers(getattr(self, field.name)) for field in fields(self)}
 
 
 def count_updates(
@@ -143,6 +143,12 @@ def derive_run_config(
         is_limited_by_steps=max_num_train_steps is not None,
         **given,
     )
+
+
+def _copy_containers(value: Any) -> Any:
+    if type(value) is dict:
+        return {name: _copy_containers(item) for name, item in value.items()}
+    return type(value)(map(_copy_containers, value)) if type(value) in (list, tuple, set) else value
 
 
 def _times(size: int | None, factor: int) -> int | None:

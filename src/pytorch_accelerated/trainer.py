@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -249,8 +250,7 @@ class Trainer(TrainingLoop):
             self._loop_make_train_loader(per_device_batch_size, train_dataloader_kwargs)
             if eval_dataset is not None:
                 self._loop_make_eval_loaders(per_device_batch_size, eval_dataloader_kwargs)
-            self._prepare_model_optimizer_and_dataloaders()
-            run.config = self.run_config = self._create_run_config(**numbers)
+            self._loop_prepare_run(**numbers)
             self._loop_set_up_training(num_epochs, saved, reset_run_history)
             self._run_training()
             self.wait_for_training_state()
@@ -329,21 +329,19 @@ class Trainer(TrainingLoop):
 
     def create_train_dataloader(self, batch_size: int, train_dl_kwargs: DataLoaderKwargs | None = None) -> Loader:
         """Create the loader of ``self.train_dataset``; any iterable of batches will do."""
-        _validation.check_data_not_empty("train_dataset", self.train_dataset)
         if not is_dataset(self.train_dataset):
             return self.train_dataset  # type: ignore[no-any-return]
         defaults = self.get_default_train_dl_kwargs(batch_size)
         self._train_dl_kwargs = dl_kwargs = merge_dl_kwargs(defaults, train_dl_kwargs, self.train_dataset)
-        return DataLoader(self.train_dataset, **{"collate_fn": self.collate_fn, **dl_kwargs})
+        return DataLoader(dataset=self.train_dataset, **{"collate_fn": self.collate_fn, **dl_kwargs})
 
     def create_eval_dataloader(self, batch_size: int, eval_dl_kwargs: DataLoaderKwargs | None = None) -> Loader:
         """Create the loader of ``self.eval_dataset``; any iterable of batches will do."""
-        _validation.check_data_not_empty("eval_dataset", self.eval_dataset)
         if not is_dataset(self.eval_dataset):
             return self.eval_dataset  # type: ignore[no-any-return]
         defaults = self.get_default_eval_dl_kwargs(batch_size)
         self._eval_dl_kwargs = dl_kwargs = merge_dl_kwargs(defaults, eval_dl_kwargs, self.eval_dataset)
-        return DataLoader(self.eval_dataset, **{"collate_fn": self.collate_fn, **dl_kwargs})
+        return DataLoader(dataset=self.eval_dataset, **{"collate_fn": self.collate_fn, **dl_kwargs})
 
     def create_scheduler(self) -> Scheduler | None:
         """Create the learning-rate scheduler of a run; ``None`` for none."""
@@ -365,21 +363,23 @@ class Trainer(TrainingLoop):
 
         Args:
             save_path: The file. Folders are created, and an existing file is replaced only by a complete one.
-            checkpoint_kwargs: Additional entries: tensors, numbers, strings and containers of these.
+            checkpoint_kwargs: Additional entries: tensors, numbers, strings and containers of these. A file with other
+                objects is written too, with a warning that `load_checkpoint` will refuse it.
             save_optimizer: Whether to include the state of the optimizer, as ``optimizer_state_dict``.
-            save_scheduler: Whether to include the state of the scheduler, as ``scheduler_state_dict``.
+            save_scheduler: Whether to include the state of the scheduler, as ``scheduler_state_dict``; with a warning,
+                it is left out if the scheduler has no ``state_dict``.
             save_per_node: Whether the main process of every node writes the file, or only the main process.
 
         Raises:
             CheckpointError: The file cannot be written.
         """
-        model_state = portable.model_state_of(self.model, self._accelerator)
-        optimizer = self.optimizer if save_optimizer else None
-        scheduler = self.scheduler if save_scheduler else None
-        extras = {**self._loop_companions().trained_state(), **(checkpoint_kwargs or {})}
-        checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, extras)
         accelerator = self._accelerator
         is_writer = accelerator.is_local_main_process if save_per_node else accelerator.is_main_process
+        model_state = portable.model_state_of(self.model, accelerator)
+        optimizer = self.optimizer if save_optimizer else None
+        scheduler = portable.with_state(self.scheduler, is_writer) if save_scheduler else None
+        extras = {**self._loop_companions().trained_state(), **(checkpoint_kwargs or {})}
+        checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, extras)
         portable.save_checkpoint(checkpoint, save_path, is_writer, accelerator.num_processes)
 
     def load_checkpoint(
@@ -393,7 +393,8 @@ class Trainer(TrainingLoop):
             load_scheduler: Same for the scheduler. Before training, its state is kept until the scheduler is created.
 
         Returns:
-            The additional entries of the file.
+            All entries of the file: ``model_state_dict``, ``optimizer_state_dict`` and ``scheduler_state_dict`` if they
+            were saved, and the additional ones.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -405,7 +406,7 @@ class Trainer(TrainingLoop):
             checkpoint_path, self.get_model(), optimizer, check=companions.check_trained_state
         )
         companions.load_trained_state(checkpoint)
-        scheduler_state = checkpoint.pop("scheduler_state_dict", None)
+        scheduler_state = checkpoint.get("scheduler_state_dict")
         if load_scheduler and scheduler_state is not None:
             self._loop_load_scheduler_state(scheduler_state)
         return checkpoint
@@ -512,9 +513,7 @@ class Trainer(TrainingLoop):
         self.collate_fn = collate_fn
         with self._loop_run_context() as run:
             self._loop_make_eval_loaders(batch_size, dl_kwargs)
-            self._prepare_model_optimizer_and_dataloaders()
-            run.config = self._create_run_config(num_epochs=1, per_device_batch_size=batch_size)
-            self.run_config = run.config
+            self._loop_prepare_run(num_epochs=1, per_device_batch_size=batch_size)
             self._check_eval_batch_size()
             run.consensus = self._loop_create_consensus()
             yield
@@ -533,9 +532,11 @@ class Trainer(TrainingLoop):
         )
 
     def _loop_make_train_loader(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:
-        loader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
+        self._loop_run.train_dl_kwargs = None  # those of an earlier run
+        with _validation.explain_bad_data("train_dataset", self.train_dataset):
+            loader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
+        seeded_loader = self._loop_seed_loader("train_dataset", loader)
         _validation.check_loader_not_empty("train_dataset", loader)
-        seeded_loader = self._loop_seed_loader(loader)
         self._loop_run.seeded_train_loaders = [seeded_loader]
         self._loop_run.train_dataloader = seeded_loader.loader
 
@@ -547,21 +548,30 @@ class Trainer(TrainingLoop):
         try:
             for name, dataset in named_datasets.items():
                 self.eval_dataset = dataset  # which the hook reads
-                loader = self.create_eval_dataloader(batch_size=batch_size, eval_dl_kwargs=dl_kwargs)
+                with _validation.explain_bad_data("eval_dataset", dataset):
+                    loader = self.create_eval_dataloader(batch_size=batch_size, eval_dl_kwargs=dl_kwargs)
                 if loader is not None:
-                    seeded_loader = self._loop_seed_loader(loader)
+                    seeded_loader = self._loop_seed_loader("eval_dataset", loader)
                     run.seeded_eval_loaders.append(seeded_loader)
                     run.eval_dataloaders[name] = seeded_loader.loader
         finally:
             self.eval_dataset = datasets
 
-    def _loop_seed_loader(self, loader: Loader) -> SeededLoader:
+    def _loop_seed_loader(self, dataset_name: str, loader: Loader) -> SeededLoader:
+        _validation.check_data_of_loader(dataset_name, loader)
         return rebuild_loader(loader, placement_of(self._accelerator))
 
     def _loop_default_dl_kwargs(self, dataset: Data, batch_size: int) -> dict[str, Any]:
         num_processes = num_local_processes(int(self._accelerator.num_processes))
         pin_memory = self._accelerator.device.type == "cuda"
         return default_dl_kwargs(dataset, batch_size, num_processes, pin_memory)
+
+    def _loop_prepare_run(self, **numbers: Any) -> None:
+        """Prepare model, optimizer and loaders, and fix the configuration of the run."""
+        run = self._loop_run
+        self._prepare_model_optimizer_and_dataloaders()
+        run.show_users_arguments()
+        run.config = self.run_config = self._create_run_config(**numbers)
 
     def _prepare_model_optimizer_and_dataloaders(self) -> None:
         run = self._loop_run
@@ -584,7 +594,7 @@ class Trainer(TrainingLoop):
         gradient_clip_norm: float | None = None,
     ) -> TrainerRunConfig:
         run, accelerator = self._loop_run, self._accelerator
-        return derive_run_config(
+        config = derive_run_config(
             num_epochs=num_epochs,
             num_batches_per_epoch=num_batches_of(run.train_dataloader),
             gradient_accumulation_steps=gradient_accumulation_steps,
@@ -601,6 +611,9 @@ class Trainer(TrainingLoop):
             mixed_precision=accelerator.mixed_precision,
             seed=run.seed,
         )
+        if run.is_training_run:
+            return config
+        return replace(config, num_update_steps_per_epoch=0, num_local_update_steps_per_epoch=0)
 
     def _loop_create_consensus(self) -> StopConsensus:
         """Create what lets all processes end the run together. Must be called on every process."""

@@ -89,16 +89,37 @@ def test_numpy_scalars_in_checkpoints_of_0_1_61_can_be_loaded(tmp_path):
     assert files_module.load_file(tmp_path / "file.pt") == {"metric": 0.5, "epoch": 3}
 
 
-@pytest.mark.parametrize(
-    "value",
-    [argparse.Namespace(a=1), Path("folder"), object, lambda: None, np.array([{}])],
-    ids=["namespace", "path", "class", "function", "array of objects"],
-)
-def test_saving_what_could_not_be_read_back_raises_and_keeps_the_old_file(tmp_path, value):
+NOT_PLAIN = {
+    "namespace": argparse.Namespace(a=1),
+    "path": Path("folder"),
+    "class": object,
+    "array of objects": np.array([{}]),
+}
+
+
+@pytest.mark.parametrize("value", NOT_PLAIN.values(), ids=NOT_PLAIN)
+def test_what_could_not_be_read_back_safely_is_written_and_named(tmp_path, value):
+    path = tmp_path / "file.pt"
+    (reason,) = files_module.save_file({"settings": {"mine": value}, "accuracy": np.float64(0.5)}, path)
+    assert f"A value of type `{type(value).__name__}` cannot be saved safely (at ['settings']['mine'])" in reason
+    written = torch.load(path, weights_only=False)
+    assert type(written["settings"]["mine"]) is type(value)
+    assert type(written["accuracy"]) is float
+    with pytest.raises(CheckpointError):
+        files_module.load_file(path)
+    with pytest.raises(CheckpointError):
+        files_module.as_plain({"mine": value})
+
+
+def test_what_can_be_read_back_safely_is_not_named(tmp_path):
+    assert files_module.save_file({"a": 1}, tmp_path / "file.pt") == []
+
+
+def test_saving_what_cannot_be_pickled_raises_and_keeps_the_old_file(tmp_path):
     path = tmp_path / "file.pt"
     files_module.save_file({"a": 1}, path)
-    with pytest.raises(CheckpointError):
-        files_module.save_file({"settings": {"mine": value}}, path)
+    with pytest.raises(CheckpointError, match="Leave out what cannot be pickled"):
+        files_module.save_file({"settings": {"mine": lambda: None}}, path)
     assert names_in(tmp_path) == ["file.pt"]
     assert files_module.load_file(path) == {"a": 1}
 

@@ -29,13 +29,14 @@ def test_only_the_writer_touches_the_disk(tmp_path, is_writer):
     assert path.exists() == is_writer
 
 
-def test_a_checkpoint_restores_model_and_optimizer_and_returns_the_other_entries(tmp_path):
+def test_a_checkpoint_restores_model_and_optimizer_and_returns_all_entries(tmp_path):
     model, other = nn.Linear(2, 1), nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     checkpoint = portable.build_checkpoint(model.state_dict(), optimizer, None, {"epoch": 3})
     portable.save_checkpoint(checkpoint, tmp_path / "model.pt", is_writer=True, num_processes=1)
     other_optimizer = torch.optim.SGD(other.parameters(), lr=0.5)
-    assert portable.load_checkpoint(tmp_path / "model.pt", other, other_optimizer) == {"epoch": 3}
+    loaded = portable.load_checkpoint(tmp_path / "model.pt", other, other_optimizer)
+    assert set(loaded) == {"model_state_dict", "optimizer_state_dict", "epoch"}
     assert torch.equal(other.weight, model.weight)
     assert other_optimizer.param_groups[0]["lr"] == 0.1
 
@@ -54,7 +55,7 @@ def test_a_checkpoint_of_another_optimizer_is_rejected_before_the_model_is_loade
 
 def test_a_file_without_a_model_is_rejected():
     with pytest.raises(CheckpointError, match=r"The file has no `model_state_dict`, only the entries \['3', 'a'\]"):
-        portable.take_model_state({"a": 1, 3: 2}, "The file")
+        portable.model_state_in({"a": 1, 3: 2}, "The file")
 
 
 def test_model_state_that_is_not_a_tensor_is_loaded():

@@ -136,7 +136,7 @@ def test_an_optimizer_state_that_could_not_be_read_back_is_rejected_when_it_is_s
     trainer = make_state_trainer()
     trainer.optimizer.param_groups[0]["mine"] = argparse.Namespace()
     with pytest.raises(
-        CheckpointError, match=r"A value of type `Namespace` cannot be saved \(at optimizer state.*\['mine'\]\)"
+        CheckpointError, match=r"A value of type `Namespace` cannot be saved safely \(at optimizer state.*\['mine'\]\)"
     ):
         trainer.save_training_state(tmp_path / "state")
     assert names_in(tmp_path) == []

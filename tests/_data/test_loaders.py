@@ -7,11 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import DataLoaderShard
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from _support import Batches, Samples, SizedBatches, Stream, make_dataset
 from pytorch_accelerated._data import loaders as loaders_module
-from pytorch_accelerated._data.loaders import has_state, is_map_style, is_shardable, loader_settings
+from pytorch_accelerated._data.loaders import (
+    has_state,
+    is_map_style,
+    is_shardable,
+    loader_settings,
+    show_arguments_of,
+    showing_inner_arguments,
+)
 
 # --- facts about loaders ---------------------------------------------------------------------------------------------
 
@@ -121,6 +129,32 @@ def test_a_loader_created_from_the_settings_of_another_has_the_same_settings():
     twin = DataLoader(loader.dataset, batch_sampler=loader.batch_sampler, **settings)
     assert {name: getattr(twin, name) for name in given} == given
     assert twin.generator is loader.generator
+
+
+def shown_by(loader):
+    return loader.dataset, loader.collate_fn, loader.worker_init_fn
+
+
+def test_a_prepared_loader_shows_the_arguments_of_the_users_and_reads_from_its_own():
+    inner = DataLoader(Samples(make_dataset(8)), batch_size=4)
+    prepared = DataLoaderShard(inner.dataset, batch_size=4)
+    given = DataLoader([1, 2], collate_fn=list, worker_init_fn=print)
+    show_arguments_of(given, prepared)
+    assert shown_by(prepared) == shown_by(given)
+    assert [len(inputs) for inputs, _ in prepared] == [4, 4]
+    with showing_inner_arguments(prepared):
+        assert shown_by(prepared) == shown_by(inner)
+    assert shown_by(prepared) == shown_by(given)
+
+
+def test_a_loader_that_reads_what_it_shows_is_left_alone():
+    loader, batches = DataLoader(Samples(make_dataset(8))), Batches(make_dataset(4), 2)
+    before = shown_by(loader)
+    for prepared in (loader, batches, None):
+        show_arguments_of(DataLoader([1, 2], collate_fn=list), prepared)
+    assert shown_by(loader) == before
+    with showing_inner_arguments(loader):
+        assert shown_by(loader) == before
     assert loader_settings(SimpleNamespace(num_workers=2, sampler=None)) == {"num_workers": 2}
 
 

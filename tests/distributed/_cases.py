@@ -266,7 +266,7 @@ def case_each_process_trains_on_its_local_iterable_of_batches(rank: int, directo
 def case_only_the_main_process_writes_checkpoints(rank: int, directory: Path) -> Any:
     written = []
     save_file = portable.save_file
-    portable.save_file = lambda contents, path: (written.append(str(path)), save_file(contents, path))
+    portable.save_file = lambda contents, path: (written.append(str(path)), save_file(contents, path))[1]
     try:
         trainer = make_trainer()
         probe = Probe(on_training_run_epoch_end=lambda trainer, **k: trainer.save_checkpoint(directory / "during.pt"))

@@ -32,11 +32,14 @@ from _support import (
     Stream,
     make_dataset,
     make_indexed_dataset,
+    make_model,
     make_trainer,
+    mse,
     weights_of,
 )
 from _support import train as train_for_one_epoch
 from pytorch_accelerated import Trainer
+from pytorch_accelerated._distributed import consensus
 from pytorch_accelerated._distributed.consensus import StopConsensus
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
@@ -225,6 +228,43 @@ def case_evaluation_and_prediction_use_each_sample_once(rank: int, directory: Pa
         for length in _numbers.EVALUATED_LENGTHS
         for is_in_memory in (True, False)
     }
+
+
+class Shrinking(Samples):
+    """A callback shortens it after the first epoch."""
+
+    length = 80
+
+    def __len__(self) -> int:
+        return self.length
+
+
+def case_an_epoch_has_the_length_that_the_dataset_has_at_its_start(rank: int, directory: Path) -> Any:
+    """Gradients of the updates of two epochs, and by hand; the last batches are unequal."""
+    gradients, shown = [], []
+
+    def start(trainer: Any, **_: Any) -> None:
+        shown.append(trainer._train_dataloader.dataset is trainer.train_dataset)
+        if trainer.run_history.current_epoch == 2:
+            trainer.train_dataset.length = 20 * num_processes() + 1
+
+    class Recording(Trainer):
+        def _prepare_model_optimizer_and_dataloaders(self) -> None:
+            super()._prepare_model_optimizer_and_dataloaders()
+            step = self.optimizer.step
+            self.optimizer.step = lambda *args: (gradients.append(self.get_model().weight.grad.clone()), step(*args))[1]
+
+    dataset = Shrinking(make_dataset(80))
+    trainer = make_trainer(cls=Recording, lr=0.0, callbacks=[Probe(on_train_epoch_start=start)])
+    with mock.patch.object(consensus, "SECONDS_BETWEEN_EXCHANGES", 1000.0):
+        train(trainer, dataset, train_dataloader_kwargs={**IN_ORDER, "num_workers": 0})
+    expected = []
+    for length in (80, 20 * num_processes() + 1):
+        for first in range(0, length, 2 * num_processes()):
+            samples = [dataset[index] for index in range(first, min(first + 2 * num_processes(), length))]
+            inputs, targets = (torch.stack(parts) for parts in zip(*samples, strict=True))
+            expected.append(torch.autograd.grad(mse((model := make_model())(inputs), targets), model.weight)[0])
+    return {"gradients": gradients, "expected": expected, "shown": shown}
 
 
 def case_several_datasets_are_evaluated_during_training(rank: int, directory: Path) -> Any:

@@ -201,6 +201,15 @@ def test_each_sample_of_a_stream_is_used_once(results):
         assert_close(result, _numbers.expected_evaluations(length), 1e-6)
 
 
+def test_an_epoch_has_the_length_that_the_dataset_has_at_its_start(results, num_processes):
+    """The processes know when the last batch comes, whose sizes differ; the loader shows the user's dataset."""
+    for result in results:
+        assert result["shown"] == [True, True]
+        assert len(result["gradients"]) == math.ceil(80 / (2 * num_processes)) + 11
+        for gradient, expected in zip(result["gradients"], result["expected"], strict=True):
+            assert_close(gradient, expected, 1e-6)
+
+
 def test_several_datasets_are_evaluated_during_training(results):
     assert_identical(results)
     for name, length in (("long_eval", 65), ("short_eval", 1), ("train", 7)):

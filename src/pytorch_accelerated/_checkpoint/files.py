@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import pickle
 import shutil
 import tempfile
 import zipfile
@@ -27,43 +28,54 @@ T = TypeVar("T")
 _STORABLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _BLOCK_SIZE = 1 << 20  # bytes
 _ZIP_SIGNATURE = b"PK\x03\x04"
+_NOT_PICKLABLE = (pickle.PicklingError, AttributeError, TypeError)  # what `pickle` raises
 _FSYNC_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
 # --- one file ----------------------------------------------------------------------------------------------------
 
 
-def save_file(contents: Mapping[str, object], path: str | os.PathLike[str]) -> None:
+def save_file(contents: Mapping[str, object], path: str | os.PathLike[str]) -> list[str]:
     """Write a dictionary to one file atomically; if that fails, an older file survives.
 
     Missing parent folders are created. NumPy scalars and arrays are stored as numbers and tensors, so that the file can
     be read without running code from it.
 
+    Returns:
+        Why `load_file` will refuse the file: a sentence for each entry that cannot be stored in such a way. These are
+        pickled as they are.
+
     Raises:
-        CheckpointError: The file cannot be written, or could not be read back safely.
+        CheckpointError: The file cannot be written, or contains something that cannot be pickled.
     """
     path = Path(path)
-    plain_contents = as_plain(contents)
+    entries, refused = _as_plain_entries(contents)
     # Several nodes may write the same file. A node overwrites what it left behind itself.
     node = os.environ.get("GROUP_RANK", "0")
     temporary = path.with_name(f".{path.name}.tmp-{node}")
     try:
         create_folder(path.parent)
         with temporary.open("wb") as file:
-            torch.save(plain_contents, file)
+            torch.save(entries, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         flush_to_disk(path.parent)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, *_NOT_PICKLABLE) as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         if is_worker_failure(error):  # PyTorch raises it anywhere in the program
             raise
+        advice = (
+            "Leave out what cannot be pickled."
+            if isinstance(error, _NOT_PICKLABLE)
+            else "Check that the folder is writable and that the disk has free space."
+        )
         raise CheckpointError(
             f"The checkpoint {str(path)!r} could not be written: {error}. An earlier file of this name is unchanged. "
-            "Check that the folder is writable and that the disk has free space."
+            f"{advice}"
         ) from error
+    return refused
 
 
 def check_can_write(path: str | os.PathLike[str]) -> None:
@@ -182,10 +194,21 @@ def as_plain(value: Nested, place: str = "") -> Nested:
     if type(value) in (tuple, list, set, torch.Size):
         return type(value)(as_plain(item, f"{place}[...]") for item in value)
     raise CheckpointError(
-        f"A value of type `{type(value).__name__}` cannot be saved{f' (at {place})' if place else ''}: reading it back "
-        "would run code from the file. Save tensors, numbers, strings or containers of these. `vars(...)` or "
+        f"A value of type `{type(value).__name__}` cannot be saved safely{f' (at {place})' if place else ''}: reading "
+        "it back would run code from the file. Save tensors, numbers, strings or containers of these. `vars(...)` or "
         "`str(...)` can convert many objects."
     )
+
+
+def _as_plain_entries(contents: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
+    """Convert the entries of a dictionary; return also the messages about those that have to stay as they are."""
+    entries, refused = _with_plain_keys(contents), []
+    for name, value in entries.items():
+        try:
+            entries[name] = as_plain(value, f"[{name!r}]")
+        except CheckpointError as error:
+            refused.append(str(error))
+    return entries, refused
 
 
 def _with_plain_keys(mapping: Mapping[Any, T]) -> dict[Any, T]:

@@ -25,6 +25,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.pt"
 
+_METADATA_OF_0_1_61 = "trainer_metadata.pt"
 _MAX_TEXT_LENGTH = 80
 _PHASES = ("training", "evaluation", "end")
 
@@ -196,6 +197,8 @@ def read_manifest(directory: Path) -> SavedState:
         if format_version <= FORMAT_VERSION:
             return _READERS[format_version](directory, manifest, text)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if (directory / _METADATA_OF_0_1_61).exists() and not (directory / MANIFEST).exists():
+            raise CheckpointError(_advice_for_0_1_61(directory)) from error
         raise CheckpointError(
             f"{str(directory)!r} is not a complete training state: it has no readable {MANIFEST}. Use an older state."
         ) from error
@@ -203,6 +206,20 @@ def read_manifest(directory: Path) -> SavedState:
         f"{name_state(directory)} was written by a newer version of this library: it has format {format_version}, and "
         f"this version reads formats up to {FORMAT_VERSION}. Upgrade pytorch-accelerated."
     )
+
+
+def _advice_for_0_1_61(directory: Path) -> str:
+    message = (
+        f"{str(directory)!r} comes from version 0.1.61 of this library, which did not save all that a run depends on, "
+        "so no run can be resumed from it."
+    )
+    weights = directory / "model.safetensors"
+    if weights.exists():
+        message += (
+            " Its model can be loaded, to start a new run from it: "
+            f"`safetensors.torch.load_model(model, {str(weights)!r})`."
+        )
+    return message
 
 
 def _read_format_2(directory: Path, manifest: JsonObject, text: str) -> SavedState:

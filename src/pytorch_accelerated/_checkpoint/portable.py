@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,19 @@ def build_checkpoint(
     return {**checkpoint, **(extras or {})}
 
 
+def with_state(scheduler: Stateful | None, is_writer: bool) -> Stateful | None:
+    """Return the scheduler, or ``None`` with a warning if it has no state that could be saved."""
+    if scheduler is None or hasattr(scheduler, "state_dict"):
+        return scheduler
+    if is_writer:
+        warnings.warn(
+            "Could not save the scheduler state dict. Please ensure the scheduler has a state_dict method. The "
+            f"checkpoint is written without the state of the `{type(scheduler).__name__}`.",
+            stacklevel=3,
+        )
+    return None
+
+
 def save_checkpoint(
     checkpoint: StateMapping, path: str | os.PathLike[str], is_writer: bool, num_processes: int
 ) -> None:
@@ -67,7 +81,13 @@ def save_checkpoint(
     Raises:
         CheckpointError: The file could not be written, on this process or another.
     """
-    run_on_all(lambda: save_file(checkpoint, path) if is_writer else None, num_processes)
+    refused = run_on_all(lambda: save_file(checkpoint, path) if is_writer else [], num_processes)
+    if refused:
+        warnings.warn(
+            f"`load_checkpoint` will refuse the checkpoint {os.fspath(path)!r}, which has been written. "
+            f"{' '.join(refused)}",
+            stacklevel=3,
+        )
 
 
 def check_save_path(path: str | os.PathLike[str], is_writer: bool, num_processes: int) -> None:
@@ -114,7 +134,7 @@ def load_checkpoint(
         check: Called with the checkpoint, and with how messages refer to it, before anything changes.
 
     Returns:
-        The other entries of the file.
+        All entries of the file.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -123,8 +143,8 @@ def load_checkpoint(
     checkpoint = load_file(path)
     source = f"The checkpoint {os.fspath(path)!r}"
     check(checkpoint, source)
-    model_state = take_model_state(checkpoint, source)
-    optimizer_state = checkpoint.pop("optimizer_state_dict", None)
+    model_state = model_state_in(checkpoint, source)
+    optimizer_state = checkpoint.get("optimizer_state_dict")
     if optimizer is None or optimizer_state is None:
         load_model_state(model, model_state, source)
         return checkpoint
@@ -134,8 +154,8 @@ def load_checkpoint(
     return checkpoint
 
 
-def take_model_state(checkpoint: StateDict, source: str) -> StateMapping:
-    """Remove the model's state from a checkpoint, and return it.
+def model_state_in(checkpoint: StateMapping, source: str) -> StateMapping:
+    """Return the model's state in a checkpoint.
 
     Args:
         checkpoint: The entries of the file.
@@ -149,7 +169,7 @@ def take_model_state(checkpoint: StateDict, source: str) -> StateMapping:
             f"{source} has no `model_state_dict`, only the entries {sorted(map(str, checkpoint))}. Expected a file "
             "written by `save_checkpoint`. A bare state dict can be loaded with `model.load_state_dict`."
         )
-    state: StateMapping = checkpoint.pop("model_state_dict")
+    state: StateMapping = checkpoint["model_state_dict"]
     return state
 
 

@@ -65,10 +65,12 @@ def rebuild_loader(loader: Any, placement: Placement) -> SeededLoader:
     settings = loader_settings(loader) | {"generator": worker_seeds, "worker_init_fn": worker_setup}
     if is_stream(loader):
         built, stream = _build_stream(loader, settings, placement)
-        return SeededLoader(built, [worker_seeds], worker_setup, stream)
+        return SeededLoader(built, [worker_seeds], worker_setup, stream, given=loader)
     built, sources = _build_seeded(loader, settings, placement)
     yields_full_batches = has_known_order(loader) and keeps_every_sample(loader)
-    return SeededLoader(built, [worker_seeds, *sources], worker_setup, yields_full_batches=yields_full_batches)
+    return SeededLoader(
+        built, [worker_seeds, *sources], worker_setup, yields_full_batches=yields_full_batches, given=loader
+    )
 
 
 def shard_loader(loader: Any, placement: Placement) -> Any:

@@ -9,8 +9,11 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from pytorch_accelerated._data.in_memory import sliceable_tensors
+from pytorch_accelerated._data.workers import worker_init_fn
 
 _MAX_DEFAULT_WORKERS = 8
+_ONLY_WITH_WORKERS = ("persistent_workers", "prefetch_factor", "multiprocessing_context")
+"""Arguments that a `DataLoader` without workers refuses."""
 
 
 def default_num_workers(dataset: Any, num_local_processes: int) -> int:
@@ -40,15 +43,21 @@ def default_dl_kwargs(dataset: Any, batch_size: int, num_local_processes: int, p
         num_local_processes: Number of training processes on this node.
         pin_memory: Whether batches are copied to a device that benefits from pinned memory.
     """
-    num_workers = default_num_workers(dataset, num_local_processes)
-    workers = {"num_workers": num_workers, **({"persistent_workers": True} if num_workers else {})}
     tensors = sliceable_tensors(dataset) or ()
     is_on_host = all(tensor.device.type == "cpu" for tensor in tensors)  # other memory cannot be pinned
-    return {"batch_size": batch_size, "pin_memory": pin_memory and is_on_host, **workers}
+    # Workers are not persistent: they would not see what the program changes in the dataset between epochs.
+    return {
+        "batch_size": batch_size,
+        "pin_memory": pin_memory and is_on_host,
+        "num_workers": default_num_workers(dataset, num_local_processes),
+        "worker_init_fn": worker_init_fn,
+    }
 
 
 def merge_dl_kwargs(defaults: Mapping[str, Any], given: Mapping[str, Any] | None, dataset: Any) -> dict[str, Any]:
-    """Return the defaults, overridden by the user's arguments, without the defaults that contradict them.
+    """Return the defaults, overridden by the user's arguments, without what contradicts them.
+
+    Arguments for workers have no effect if the default is to use none.
 
     Args:
         defaults: The default keyword arguments of the loader.
@@ -66,5 +75,7 @@ def merge_dl_kwargs(defaults: Mapping[str, Any], given: Mapping[str, Any] | None
     if "batch_sampler" in given:
         contradicted |= {"batch_size", "shuffle", "sampler", "drop_last"}
     if given.get("num_workers") == 0:
-        contradicted |= {"persistent_workers", "prefetch_factor"}
+        contradicted |= set(_ONLY_WITH_WORKERS)
+    elif "num_workers" not in given and defaults.get("num_workers") == 0:
+        given = {name: value for name, value in given.items() if name not in _ONLY_WITH_WORKERS}
     return {name: value for name, value in defaults.items() if name not in contradicted} | given

@@ -21,6 +21,7 @@ from torch.utils.data import (
 )
 
 from pytorch_accelerated._data.in_memory import WholeBatchDataset, sliceable_tensors, unchanged
+from pytorch_accelerated._data.loaders import show_arguments_of
 from pytorch_accelerated._data.rng import RandomStream, derive_seed, seed_host_generators, seeded_host_generators
 from pytorch_accelerated._data.streams import TrackedStream
 from pytorch_accelerated._data.workers import WorkerSetup
@@ -43,6 +44,7 @@ class SeededLoader:
         worker_setup: What its workers run at their start; ``None`` if it is not a `DataLoader`.
         stream: What it reads from, if its position can be stored.
         yields_full_batches: Whether all batches, except the last, are known to have the loader's batch size.
+        given: The user's loader that it was built from; ``None`` if the user's loader is used itself.
     """
 
     def __init__(
@@ -52,12 +54,23 @@ class SeededLoader:
         worker_setup: WorkerSetup | None = None,
         stream: TrackedStream | None = None,
         yields_full_batches: bool = False,
+        given: DataLoader[Any] | None = None,
     ) -> None:
         self.loader = loader
         self.stream = stream
         self.yields_full_batches = yields_full_batches
         self._sources = sources
         self._worker_setup = worker_setup
+        self._given = given
+
+    def show_users_arguments(self, prepared: Any) -> None:
+        """Let ``dataset`` and functions of the prepared loader be the user's, whatever it reads from inside.
+
+        Args:
+            prepared: What Accelerate made of the loader. One that a subclass has put in its place is left alone.
+        """
+        if self._given is not None and getattr(prepared, "worker_init_fn", None) is self._worker_setup:
+            show_arguments_of(self._given, prepared)
 
     def set_epoch(self, epoch: int, seed: int) -> None:
         """Go to the start of ``epoch``, counted from 0, in a run with this ``seed``."""

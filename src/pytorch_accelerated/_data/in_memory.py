@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, Dataset, RandomSampler, SequentialSampler, Subset, TensorDataset
 
+from pytorch_accelerated._proxy import Proxy
+
 _BATCHES_PER_PART = 1024
 _BATCHES_PER_SELECTION = 16  # they are read this far ahead of training
 _MAX_BYTES_PER_SELECTION = 2**19  # all of it stays in memory as long as one of its batches
@@ -30,13 +32,13 @@ def sliceable_tensors(dataset: Any) -> tuple[torch.Tensor, ...] | None:
     return dataset.tensors if is_plain else None
 
 
-class WholeBatchDataset(Dataset[list[torch.Tensor]]):
+class WholeBatchDataset(Proxy, Dataset[list[torch.Tensor]], wraps="dataset"):
     """A view of an in-memory dataset that gives a `DataLoader` whole batches instead of single samples.
 
     Use it with `unchanged` as ``collate_fn``. The batches and their order are those of the plain dataset.
 
     Args:
-        dataset: A dataset for which `sliceable_tensors` returns tensors.
+        dataset: A dataset for which `sliceable_tensors` returns tensors. Other attributes are passed through.
     """
 
     def __init__(self, dataset: Any) -> None:

@@ -42,15 +42,15 @@ class DataLoaderSlice:
 
 
 def limit_from_environment() -> int | None:
-    """Return the number of batches to which the environment limits epochs; ``None`` without a limit.
+    """Return the number of batches to which the environment limits epochs; ``None`` without a limit, or for "none".
 
     Raises:
         ValueError: The variable is not a whole number of at least 1.
     """
-    text = os.environ.get(LIMIT_BATCHES_ENV_VAR)
-    if not text:
+    text = os.environ.get(LIMIT_BATCHES_ENV_VAR, "").strip()
+    if text.lower() in ("", "none"):
         return None
-    if not text.strip().isdigit() or int(text) < 1:
+    if not text.isdigit() or int(text) < 1:
         raise ValueError(
             f"The environment variable {LIMIT_BATCHES_ENV_VAR} is {text!r}. Expected a whole number of batches per "
             "epoch, at least 1. Set it to such a number, or unset it to use all batches."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,6 +103,34 @@ _LOADER_SETTINGS = (
 def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
     """Return the keyword arguments of a `DataLoader` that do not determine which samples it yields."""
     return {name: getattr(loader, name) for name in _LOADER_SETTINGS if hasattr(loader, name)}
+
+
+_SHOWN = ("dataset", "collate_fn", "worker_init_fn")
+
+
+def show_arguments_of(given: DataLoader[Any], prepared: Any) -> None:
+    """Let a prepared loader show the dataset and the functions of the user's loader that it was built from.
+
+    A loader of Accelerate reads from an inner one. These attributes of the outer one only show what the user gave.
+    """
+    if _has_inner_loader(prepared):
+        for name in _SHOWN:
+            setattr(prepared, name, getattr(given, name))
+
+
+@contextmanager
+def showing_inner_arguments(prepared: Any) -> Iterator[None]:
+    """Undo `show_arguments_of` for the body, in which another loader is built from a prepared one."""
+    names = [name for name in _SHOWN if name in vars(prepared)] if _has_inner_loader(prepared) else []
+    shown = {name: vars(prepared).pop(name) for name in names}
+    try:
+        yield
+    finally:
+        vars(prepared).update(shown)
+
+
+def _has_inner_loader(loader: Any) -> bool:
+    return hasattr(loader, "base_dataloader")
 
 
 EXACT = "The data continue exactly where they stopped."

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from pytorch_accelerated._data.build import Placement, shard_loader
-from pytorch_accelerated._data.loaders import PlacedBatches, RestOfEpoch, is_shardable
+from pytorch_accelerated._data.loaders import PlacedBatches, RestOfEpoch, is_shardable, showing_inner_arguments
 from pytorch_accelerated._data.rng import derive_seed, seed_generators
 from pytorch_accelerated._data.sharding import TrimmedDispatcher
 from pytorch_accelerated._data.workers import shut_down_workers
@@ -263,7 +263,8 @@ def skip_batches(accelerator: Accelerator, loader: Loader, num_batches: int) -> 
         return ()
     if isinstance(loader, FastPathLoader):
         return loader.skip_first(num_batches)
-    rest: Loader = accelerator.skip_first_batches(loader, num_batches)
+    with showing_inner_arguments(loader):
+        rest: Loader = accelerator.skip_first_batches(loader, num_batches)
     return rest
 
 

@@ -300,10 +300,11 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._written = [*(other for other in self._written if other != path), path]
         config = trainer.run_config
         with self._handled_save_error(trainer):
+            metadata = {"global_step": self._num_steps}
             if in_background:
-                trainer.save_training_state(path, in_background=True, and_then=self._rotate)
+                trainer.save_training_state(path, metadata, in_background=True, and_then=self._rotate)
             else:
-                trainer.save_training_state(str(path))
+                trainer.save_training_state(str(path), checkpoint_kwargs=metadata)
                 run_on_main(self._rotate, config.is_world_process_zero, config.num_processes)
             self._saved = run_of(trainer).progress.resume_point(), path
         self._timer.restart(run_of(trainer).progress.num_updates)
