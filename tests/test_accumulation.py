@@ -170,6 +170,7 @@ def test_an_open_window_goes_on_from_its_state(num_done, nominal_weight):
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_accumulation_steps` is")
 def test_gradients_and_loss_of_every_update_are_those_of_the_big_batch(record_property):
     """Over the whole grid of splits, with one process; `distributed/test_numbers.py` has it with two and three."""
     differences = _numbers.grid_differences(num_processes=1)
@@ -214,3 +215,18 @@ def test_weights_in_tensors_lose_no_digits():
     assert [share.dtype for share in shares] == [torch.float64] * 3
     assert [float(share) * float(window.expected) for share in shares] == pytest.approx([3, 5, 2], rel=1e-15)
     assert float(window.close()) == pytest.approx(9 / 10, rel=1e-15)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("weights", [(0.05, 0.15, 0.1, 0.1), (0.0, 0.2, 0.0), (1e-6, 3e-6), (0.0, 0.0), (8, 4, 0.5)])
+def test_weights_are_any_numbers_from_zero_on(weights, as_tensor):
+    """The weights of the losses, times the correction, are the fractions of the total; only a total of 0 has none."""
+    window = AccumulationWindow(num_batches=len(weights))
+    given = [torch.tensor(weight) for weight in weights] if as_tensor else weights
+    scales = [window.add(weight, 1, step) for step, weight in enumerate(given)]
+    correction = window.close()
+    correction = 1 if correction is None else correction
+    total = sum(weights)
+    for scale, weight in zip(scales, weights, strict=True):
+        fraction = float((1 if scale is None else scale) * correction)
+        assert fraction == pytest.approx(weight / total if total else 0.0, rel=1e-6)

@@ -151,3 +151,43 @@ def test_metrics_of_several_evaluation_datasets_are_prefixed_with_the_name_of_th
     assert "eval_loss_epoch" not in trainer.run_history.get_metric_names()
     assert trainer.eval_dataset.keys() == {"other"}
     assert trainer.run_history.metric_name_prefix == ""
+
+
+class Sequences(torch.utils.data.Dataset):
+    """Samples of different lengths, which default collation refuses."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return torch.ones(index + 1, 3), torch.ones(1)
+
+
+def pad(samples):
+    """Collate sequences by their sums."""
+    return torch.stack([inputs.sum(0) for inputs, _ in samples]), torch.stack([targets for _, targets in samples])
+
+
+@pytest.mark.parametrize("first", ["train", "evaluate"])
+def test_evaluating_the_last_data_again_uses_the_arguments_of_that_time(first):
+    sizes = []
+    probe = Probe(on_eval_step_end=lambda trainer, batch, **_: sizes.append(len(batch[0])))
+    trainer = make_trainer(lr=0.0, callbacks=[probe])
+    kwargs = {"num_workers": 0, "batch_size": 4, "drop_last": True}
+    if first == "train":
+        trainer.train(
+            Sequences(),
+            1,
+            eval_dataset=Sequences(),
+            per_device_batch_size=3,
+            collate_fn=pad,
+            train_dataloader_kwargs={"num_workers": 0},
+            eval_dataloader_kwargs=kwargs,
+        )
+    else:
+        trainer.evaluate(Sequences(), 3, kwargs, pad)
+    trainer.predict(make_dataset(4))  # leaves no trace
+    trainer.evaluate()
+    assert sizes == [4, 4]
+    trainer.evaluate(dataloader_kwargs={"num_workers": 0})  # what is given takes precedence
+    assert sizes == [4, 4, 3, 3]

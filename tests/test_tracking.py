@@ -318,3 +318,31 @@ def test_a_tracker_state_without_buffered_values_can_be_loaded():
     tracker.load_state_dict({"total_loss": torch.tensor(6.0), "running_count": torch.tensor(3.0)})
     tracker.update(torch.tensor(4.0), 1)
     assert tracker.average == 2.5
+
+
+@pytest.mark.parametrize("name", ["loss", "loss_epoch"])
+def test_a_metric_of_a_step_with_the_name_of_the_loss_is_refused(name):
+    with pytest.raises(ValueError, match=f"a metric with the name '{name}', under which the library records the loss"):
+        EpochMeans().update_metrics({"metrics": {name: 1.0}}, 4)
+
+
+@pytest.mark.parametrize("value", [None, "high", [0.1, 0.2], {"a": 1}, np.ones(2)])
+def test_a_metric_of_a_step_that_is_no_number_is_refused_by_its_name(value):
+    with pytest.raises(TypeError, match=r"The metric 'f1' of a step is .*Expected a number"):
+        EpochMeans().update_metrics({"metrics": {"f1": value}}, 4)
+
+
+def test_a_metric_of_a_step_without_a_name_is_refused():
+    with pytest.raises(TypeError, match="The name of a metric of a step is 3, of type int"):
+        EpochMeans().update_metrics({"metrics": {3: 1.0}}, 4)
+
+
+@pytest.mark.parametrize(
+    "value", [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5), torch.full((1, 1), 0.5), True, "0.5"]
+)
+def test_a_metric_of_a_step_may_be_any_single_number(value):
+    means = EpochMeans()
+    means.update_metrics({"metrics": {"f1": value}}, 4)
+    total, weight = means.sums("train_loss_epoch")["train_f1"]
+    assert float(total) == (4 if value is True else 2)
+    assert weight == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
-from _support import Batches, Samples, Stream, make_dataset
+from _support import Batches, Samples, Stream, make_dataset, make_trainer, train
 from pytorch_accelerated import _validation
 
 PARAMETER = nn.Parameter(torch.ones(1))
@@ -109,3 +110,16 @@ def test_training_during_a_run_is_refused():
     _validation.check_no_run(False)
     with pytest.raises(RuntimeError, match="`train` was called during a run of this trainer"):
         _validation.check_no_run(True)
+
+
+@pytest.mark.parametrize(("accumulation", "is_told"), [(8, True), (4, True), (3, False), (1, False)])
+@pytest.mark.parametrize("data", ["a dataset", "an iterable of batches"])
+def test_accumulation_over_more_batches_than_an_epoch_has_is_told(accumulation, is_told, data):
+    """If the number of batches is not known, nothing is said."""
+    dataset = make_dataset(12) if data == "a dataset" else Batches(make_dataset(12), 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(make_trainer(), dataset, gradient_accumulation_steps=accumulation)
+    messages = [str(warning.message) for warning in caught]
+    expected = f"`gradient_accumulation_steps` is {accumulation} batches, but an epoch has only 3."
+    assert any(message.startswith(expected) for message in messages) == (is_told and data == "a dataset")

@@ -93,7 +93,7 @@ class AccumulationWindow:
         if isinstance(weight, torch.Tensor):
             weight = widened(weight)
         if self.expected is None:
-            nominal_weight = _at_least_one(weight) if self._nominal_weight is None else self._nominal_weight
+            nominal_weight = _one_if_zero(weight) if self._nominal_weight is None else self._nominal_weight
             self.expected = self._size_at(step) * nominal_weight
         self.total = self.total + weight
         return None if _are_equal_numbers(weight, self.expected) else weight / self.expected
@@ -111,7 +111,7 @@ class AccumulationWindow:
         total = self.total if total is None else total
         expected = self.expected * num_processes
         self.reset()
-        return None if _are_equal_numbers(total, expected) else expected / _at_least_one(total)
+        return None if _are_equal_numbers(total, expected) else expected / _one_if_zero(total)
 
     def _size_at(self, step: int) -> int:
         """Return the number of batches that the window starting at a step will have, unless the epoch ends sooner."""
@@ -120,9 +120,9 @@ class AccumulationWindow:
         return min(self._num_batches, self._num_batches_per_epoch - step)
 
 
-def _at_least_one(weight: float | torch.Tensor) -> float | torch.Tensor:
-    # A batch may hold no item at all, such as a text that is all padding.
-    return weight.clamp(min=1) if isinstance(weight, torch.Tensor) else max(weight, 1)
+def _one_if_zero(weight: float | torch.Tensor) -> float | torch.Tensor:
+    # A batch may hold no item at all, such as a text that is all padding. Its gradient is 0 whatever divides it.
+    return weight.where(weight != 0, 1) if isinstance(weight, torch.Tensor) else weight or 1
 
 
 def _are_equal_numbers(left: float | torch.Tensor, right: float | torch.Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import SupportsIndex
@@ -98,6 +99,22 @@ def check_numbers_of_run(
         check_positive_integer("max_num_train_steps", max_num_train_steps, "updates")
     check_positive_number("gradient_clip_value", gradient_clip_value)
     check_positive_number("gradient_clip_norm", gradient_clip_norm)
+
+
+def warn_about_long_accumulation(gradient_accumulation_steps: int, num_batches_per_epoch: int | None) -> None:
+    """Warn if an epoch has fewer batches than an update should take.
+
+    Args:
+        gradient_accumulation_steps: Batches per update and rank.
+        num_batches_per_epoch: Batches per epoch and rank; ``None`` if that is not certain.
+    """
+    if num_batches_per_epoch is not None and num_batches_per_epoch < gradient_accumulation_steps:
+        warnings.warn(
+            f"`gradient_accumulation_steps` is {gradient_accumulation_steps} batches, but an epoch has only "
+            f"{num_batches_per_epoch}. An update ends with its epoch, so each takes no more batches than that. Lower "
+            "`gradient_accumulation_steps` or `per_device_batch_size`.",
+            stacklevel=4,
+        )
 
 
 def check_create_scheduler_fn(create_scheduler_fn: object) -> None:

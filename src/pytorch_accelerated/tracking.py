@@ -181,6 +181,9 @@ class InMemoryRunHistory(RunHistory):
         return self._values[metric_name]
 
 
+_NAMES_OF_LOSS = ("loss", "loss_epoch")
+"""After the prefix of a pass: ``train_loss_epoch``, ``eval_loss_epoch``, ``evaluation_loss``."""
+
 _BUFFER_SIZE = 64  # values
 _MAX_RETAINED_BUFFERS = 256
 
@@ -408,17 +411,19 @@ class EpochMeans:
         """Index of the first step in these means; above 0 if the run was resumed mid-epoch."""
 
     def update_metrics(self, batch_output: BatchOutput, weight: float | torch.Tensor) -> None:
-        """Add the metrics of a batch, if its step returned any."""
+        """Add the metrics of a batch, if its step returned any.
+
+        Raises:
+            TypeError, ValueError: A value is not a single number, or a name is one that the library records itself.
+        """
         metrics = batch_output.get("metrics")
         if not metrics:
             return
         for name, value in metrics.items():
-            if isinstance(value, torch.Tensor) and value.numel() != 1:
-                raise ValueError(
-                    f"The metric {name!r} of a step has the shape {tuple(value.shape)}. Expected a single number, the "
-                    "mean over the batch. Reduce it, or collect larger values in a callback."
-                )
-            self.metrics.setdefault(name, LossTracker()).update(value, weight)
+            if name not in self.metrics:
+                _check_metric_name(name)
+                self.metrics[name] = LossTracker()
+            self.metrics[name].update(_as_metric(name, value), weight)
 
     def sums(self, loss_name: str) -> dict[str, tuple[float | torch.Tensor, float | torch.Tensor]]:
         """Return the weighted sum and the total weight of each mean, by the name it is recorded under.
@@ -449,6 +454,34 @@ class EpochMeans:
         self.metrics = {name: LossTracker() for name in state_dict["metrics"]}
         for name, tracker in self.metrics.items():
             tracker.load_state_dict(state_dict["metrics"][name])
+
+
+def _check_metric_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"The name of a metric of a step is {name!r}, of type {type(name).__name__}. Expected a text.")
+    if name in _NAMES_OF_LOSS:
+        raise ValueError(
+            f"A step returned a metric with the name {name!r}, under which the library records the loss. Give it "
+            "another name."
+        )
+
+
+def _as_metric(name: str, value: MetricValue) -> float | torch.Tensor:
+    """Return a metric of a step as a number, or as a tensor with one element."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() == 1:
+            return value
+        raise ValueError(
+            f"The metric {name!r} of a step has the shape {tuple(value.shape)}. Expected a single number, the mean "
+            "over the batch. Reduce it, or collect larger values in a callback."
+        )
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"The metric {name!r} of a step is {value!r}, of type {type(value).__name__}. Expected a number: the mean "
+            "over the batch. Leave out the entry where there is none."
+        ) from error
 
 
 def weighted_mean(total: float | torch.Tensor, weight: float | torch.Tensor) -> float:

@@ -36,7 +36,7 @@ from pytorch_accelerated._checkpoint.state import (
 )
 from pytorch_accelerated._checkpoint.writer import StateWriter
 from pytorch_accelerated._data.build import rebuild_loader
-from pytorch_accelerated._data.defaults import default_dl_kwargs, merge_dl_kwargs
+from pytorch_accelerated._data.defaults import EvaluationSettings, default_dl_kwargs, merge_dl_kwargs
 from pytorch_accelerated._data.determinism import SeededLoader
 from pytorch_accelerated._data.limits import LIMIT_BATCHES_ENV_VAR, limit_from_environment
 from pytorch_accelerated._data.loaders import batch_size_of, is_dataset, num_batches_of
@@ -144,6 +144,7 @@ class Trainer(TrainingLoop):
         self.eval_dataset: Any = None
         self.collate_fn: CollateFunction | None = None
         self.create_scheduler_fn: SchedulerFactory | None = None
+        self._loop_last_evaluation = EvaluationSettings()
         self._loop_seed = seed
         self._loop_accelerator_source = accelerator
         self._loop_mixed_precision = mixed_precision
@@ -270,7 +271,7 @@ class Trainer(TrainingLoop):
 
         Args:
             dataset: A dataset of samples, an iterable of batches, or a dictionary of these. ``None`` for the one that
-                was evaluated last.
+                was evaluated last, with the arguments of that evaluation where they are not given here.
             per_device_batch_size: Samples in a batch of one process.
             dataloader_kwargs: Keyword arguments for the `DataLoader`; they override the defaults.
             collate_fn: Makes a batch from samples.
@@ -278,9 +279,12 @@ class Trainer(TrainingLoop):
         Raises:
             ValueError: There is nothing to evaluate.
         """
+        settings = EvaluationSettings(per_device_batch_size, dataloader_kwargs, collate_fn)
         if dataset is not None:
             self.eval_dataset = dataset
-        with self._loop_evaluation_context(per_device_batch_size, dataloader_kwargs, collate_fn):
+        else:
+            settings = settings.completed_by(self._loop_last_evaluation)
+        with self._loop_evaluation_context(*settings):
             self._run_evaluation()
 
     def predict(
@@ -311,11 +315,12 @@ class Trainer(TrainingLoop):
         """
         _validation.check_single_dataset(dataset)
         eval_dataset, self.eval_dataset = self.eval_dataset, dataset
+        last_evaluation = self._loop_last_evaluation
         try:
             with self._loop_evaluation_context(per_device_batch_size, dataloader_kwargs, collate_fn):
                 return self._loop_predict(on_every_process, move_to_host)
         finally:
-            self.eval_dataset = eval_dataset
+            self.eval_dataset, self._loop_last_evaluation = eval_dataset, last_evaluation
 
     # --- hooks: override them to change what happens -------------------------------------------------------------
 
@@ -544,6 +549,7 @@ class Trainer(TrainingLoop):
         run, datasets = self._loop_run, self.eval_dataset
         if isinstance(datasets, dict):
             _validation.check_data_not_empty("eval_dataset", list(datasets))
+        self._loop_last_evaluation = EvaluationSettings(batch_size, dl_kwargs, self.collate_fn)
         named_datasets = datasets if isinstance(datasets, dict) else {"": datasets}
         try:
             for name, dataset in named_datasets.items():
@@ -630,6 +636,8 @@ class Trainer(TrainingLoop):
         run.training.settings = resume.run_settings(
             config, self.train_dataset, run.train_dataloader, self.optimizer, self.loss_func, self._loop_seed
         )
+        num_batches = run.training.settings["num_batches_per_epoch"]
+        _validation.warn_about_long_accumulation(config.gradient_accumulation_steps, num_batches)
         contents = None if saved is None else read_state(saved, self._accelerator, self._loop_state_parts())
         if reset_run_history:
             self.run_history.reset()

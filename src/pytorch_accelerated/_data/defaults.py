@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset
 
 from pytorch_accelerated._data.in_memory import sliceable_tensors
 from pytorch_accelerated._data.workers import worker_init_fn
+from pytorch_accelerated._types import CollateFunction, DataLoaderKwargs
 
 _MAX_DEFAULT_WORKERS = 8
 _ONLY_WITH_WORKERS = ("persistent_workers", "prefetch_factor", "multiprocessing_context")
@@ -32,6 +33,20 @@ def default_num_workers(dataset: Any, num_local_processes: int) -> int:
     has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
     num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return max(0, min(num_cores // max(num_local_processes, 1) - 1, _MAX_DEFAULT_WORKERS))
+
+
+class EvaluationSettings(NamedTuple):
+    """What an evaluation is called with, next to its dataset. The defaults are those of `Trainer.evaluate`."""
+
+    per_device_batch_size: int = 8
+    dataloader_kwargs: DataLoaderKwargs | None = None
+    collate_fn: CollateFunction | None = None
+
+    def completed_by(self, last: EvaluationSettings) -> EvaluationSettings:
+        """Return these settings, with those of the last evaluation in place of defaults."""
+        default = EvaluationSettings()
+        changed = {name: value for name, value in self._asdict().items() if value != getattr(default, name)}
+        return last._replace(**changed)
 
 
 def default_dl_kwargs(dataset: Any, batch_size: int, num_local_processes: int, pin_memory: bool) -> dict[str, Any]:

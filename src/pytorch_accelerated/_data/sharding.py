@@ -15,9 +15,10 @@ class ShardedBatchSampler(Proxy, wraps="batch_sampler"):
     """The batches of one rank, out of the batches of all ranks.
 
     At each step the ranks take the next ``num_processes`` batches, one each, in the order of their ranks. If fewer
-    batches remain at the end, their samples are divided evenly. Every sample is used once, and all ranks make the same
-    number of steps. If there are fewer samples than ranks, a rank without a sample yields a *dummy batch*: a batch that
-    was used before, so that the rank can take part in collective operations. It must count for nothing.
+    batches remain at the end, their samples are divided evenly, over as many ranks as can get at least two: a batch
+    norm cannot train on a single sample. Every sample is used once, and all ranks make the same number of steps. A rank
+    without a sample yields a *dummy batch*: a batch that was used before, so that the rank can take part in collective
+    operations. It must count for nothing.
 
     Args:
         batch_sampler: Yields lists of indices, identical on every rank.
@@ -65,11 +66,13 @@ class ShardedBatchSampler(Proxy, wraps="batch_sampler"):
 
     def _part_of_rest(self, group: list[list[int]], step: int, last_local: list[int]) -> list[int]:
         rest = [index for batch in group for index in batch]
-        ranks = (self.process_index, self.process_index + 1)
-        start, end = (math.ceil(len(rest) * rank / self.num_processes) for rank in ranks)
-        if start == end:
+        num_ranks_needed = math.ceil(len(rest) / max(map(len, group)))
+        num_ranks = max(num_ranks_needed, min(self.num_processes, len(rest) // 2))
+        if self.process_index >= num_ranks:
             self.dummy_step = step
             return last_local or group[0]
+        ranks = (self.process_index, self.process_index + 1)
+        start, end = (math.ceil(len(rest) * rank / num_ranks) for rank in ranks)
         return rest[start:end]
 
     def __len__(self) -> int:
