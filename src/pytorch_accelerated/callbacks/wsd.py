@@ -57,8 +57,9 @@ class WSDCheckpointCallback(TrainerCallback):
         decay_fraction: The ``decay_phase_ratio`` of the scheduler; ``None`` before a run.
 
     Example:
+        >>> import tempfile
         >>> from pytorch_accelerated.schedulers import WSDLrScheduler
-        >>> callback = WSDCheckpointCallback("river", initial_checkpoint="valley/checkpoint_90_wsd_pre_decay")
+        >>> callback = WSDCheckpointCallback(tempfile.mkdtemp(), initial_checkpoint="run/checkpoint_90_wsd_pre_decay")
         >>> create_scheduler_fn = WSDLrScheduler.create_scheduler_fn(is_continuation_from_checkpoint=True)
     """
 
