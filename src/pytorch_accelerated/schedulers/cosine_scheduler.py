@@ -179,7 +179,22 @@ class CosineLrScheduler(StatefulSchedulerBase):
 
     def get_updated_values(self, num_updates: int) -> list[float]:
         """Return the learning rate of each parameter group after ``num_updates`` updates."""
-        return [self._lr(num_updates, base_lr) for base_lr in self.base_values]
+        lengths = {
+            "total_updates": self.total_iterations,
+            "num_warmup_updates": self.warmup_iterations,
+            "num_cooldown_updates": self.num_cooldown_iterations,
+        }
+        return [
+            cosine_lr(
+                num_updates,
+                lr=base_lr,
+                lr_min=_lower_end(self.lr_min, self.min_lr_ratio, base_lr),
+                k_decay=self.k_decay,
+                warmup_starting_lr=_lower_end(self.warmup_starting_lr, self.warmup_starting_lr_ratio, base_lr),
+                **lengths,
+            )
+            for base_lr in self.base_values
+        ]
 
     def state_dict(self) -> StateDict:
         """Return position, base values and present values; also the curve, as 0.1.61 needs it to load the state."""
@@ -237,18 +252,6 @@ class CosineLrScheduler(StatefulSchedulerBase):
     def lr_min_ratio(self) -> float | None:
         """Same as ``min_lr_ratio``."""
         return self.min_lr_ratio
-
-    def _lr(self, num_updates: int, base_lr: float) -> float:
-        return cosine_lr(
-            num_updates,
-            total_updates=self.total_iterations,
-            lr=base_lr,
-            lr_min=_lower_end(self.lr_min, self.min_lr_ratio, base_lr),
-            k_decay=self.k_decay,
-            num_warmup_updates=self.warmup_iterations,
-            warmup_starting_lr=_lower_end(self.warmup_starting_lr, self.warmup_starting_lr_ratio, base_lr),
-            num_cooldown_updates=self.num_cooldown_iterations,
-        )
 
     def _check_settings(self) -> None:
         num_updates = self.num_update_steps_per_epoch

@@ -147,6 +147,8 @@ class SchedulerBase(ABC):
     def _match_groups(self) -> None:
         """Add the base values of new groups, and set those of groups aside that the optimizer does not have."""
         groups, known, later = self.optimizer.param_groups, self.base_lr_values, self._later_base_values
+        if len(known) == len(groups):  # as nearly always
+            return
         while len(known) > len(groups):
             later.insert(0, known.pop())
         for index in range(len(known), len(groups)):
