@@ -675,7 +675,7 @@ class Trainer(TrainingLoop):
             self._loop_pending_scheduler_state = state
             return
         if self._loop_run.is_resuming and isinstance(self.scheduler, StatefulSchedulerBase):
-            self.scheduler.resume(state)
+            self.scheduler.resume_from(state)
         else:
             self.scheduler.load_state_dict(state)
         _start_counting(self.scheduler)

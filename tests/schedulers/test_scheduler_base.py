@@ -21,7 +21,7 @@ def state(num_updates, base, present):
         "param_group_field": "lr",
         "base_lr_values": base,
         "num_updates": num_updates,
-        "present_values": present,
+        "param_group_values": present,
     }
 
 

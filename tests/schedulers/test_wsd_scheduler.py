@@ -236,7 +236,7 @@ def test_a_continuation_that_loads_an_earlier_state_stays_a_continuation_of_its_
         "param_group_field": "lr",
         "base_lr_values": [0.3],
         "num_updates": -1,
-        "present_values": [0.3],
+        "param_group_values": [0.3],
         "total_steps": 200,
         "num_warmup_steps": 0,
         "decay_phase_ratio": 0.1,
@@ -259,7 +259,7 @@ def test_resuming_a_continuation_restores_its_position():
     first = make_scheduler(0.1, 0.2, **settings)
     step_through(first, 47)
     second = make_scheduler(9.0, 9.0, **settings)
-    second.resume(first.state_dict())
+    second.resume_from(first.state_dict())
     np.testing.assert_array_equal(step_through(second, 5), uninterrupted[47:])
 
 

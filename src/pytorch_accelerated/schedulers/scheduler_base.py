@@ -201,7 +201,7 @@ class StatefulSchedulerBase(SchedulerBase):
         self._num_updates = value
 
     @property
-    def present_values(self) -> list[float]:
+    def param_group_values(self) -> list[float]:
         """The value that each parameter group has now."""
         return [float(group[self.param_group_field]) for group in self.optimizer.param_groups]
 
@@ -212,7 +212,7 @@ class StatefulSchedulerBase(SchedulerBase):
 
     def state_dict(self) -> StateDict:
         """Return the position (``num_updates``), the base values, the present values and the attributes added."""
-        return {**super().state_dict(), "num_updates": self.num_updates, "present_values": self.present_values}
+        return {**super().state_dict(), "num_updates": self.num_updates, "param_group_values": self.param_group_values}
 
     def load_state_dict(self, scheduler_state_dict: StateDict) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -235,12 +235,12 @@ class StatefulSchedulerBase(SchedulerBase):
         self.num_updates = scheduler_state_dict["num_updates"]
         if self.num_updates < 0:
             return
-        if "present_values" in scheduler_state_dict:
-            self._set_values(scheduler_state_dict["present_values"])
+        if "param_group_values" in scheduler_state_dict:
+            self._set_values(scheduler_state_dict["param_group_values"])
         else:  # a state of the first versions
             self.step_update(self.num_updates)
 
-    def resume(self, state_dict: StateDict) -> None:
+    def resume_from(self, state_dict: StateDict) -> None:
         """Restore the state of the very run that continues; called by the trainer when a run is resumed.
 
         Args:

@@ -400,7 +400,7 @@ class WSDLrScheduler(StatefulSchedulerBase):
         A continuation (``is_continuation_from_checkpoint``) starts a stable phase of its own: it takes the base values,
         ``decay_phase_ratio``, ``lr_min``, ``use_inverse_sqrt_decay`` and ``num_checkpoints`` from the state, but counts
         from the start again, and plans its checkpoints for its own length. It warns if a setting changes. When the
-        trainer resumes a continuation (``resume_from``), it restores the position too; see :meth:`resume`.
+        trainer resumes a continuation (``resume_from``), it restores the position too; see :meth:`resume_from`.
 
         Args:
             state_dict: What :meth:`state_dict` returned, here or in 0.1.61.
@@ -416,7 +416,7 @@ class WSDLrScheduler(StatefulSchedulerBase):
         super().load_state_dict(state_dict if position is None else {**state_dict, "num_updates": position})
         self.step_update(max(self.num_updates, 0))
 
-    def resume(self, state_dict: StateDict) -> None:
+    def resume_from(self, state_dict: StateDict) -> None:
         """Restore the state of the very run that continues, a continuation included; called by the trainer.
 
         Args:

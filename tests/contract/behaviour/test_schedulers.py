@@ -491,7 +491,7 @@ def test_a_saved_wsd_schedule_goes_on_where_it_was(settings, position):
     first = make_wsd(**settings)
     step_through(first, position)
     second = make_wsd(9.0, 9.0, **settings)
-    second.resume(first.state_dict())
+    second.resume_from(first.state_dict())
     np.testing.assert_array_equal(rates_of(second), whole[position - 1])
     np.testing.assert_array_equal(step_through(second, 43 - position), whole[position:])
 
@@ -545,7 +545,7 @@ def test_a_state_of_the_first_versions_of_this_library_can_be_loaded():
     continuation = make_wsd(0.1, total_steps=20, is_continuation_from_checkpoint=True)
     continuation.load_state_dict(state)
     assert (continuation.num_updates, continuation.base_values) == (-1, [0.3])
-    continuation.resume({**state, "is_continuation_from_checkpoint": True})
+    continuation.resume_from({**state, "is_continuation_from_checkpoint": True})
     assert continuation.num_updates == 17
 
 
@@ -742,7 +742,7 @@ def test_no_values_means_no_change():
 
 
 @pytest.mark.parametrize("position", [1, 2, 3, 4, 5])
-def test_a_scheduler_that_goes_on_from_the_present_values_resumes_exactly(tmp_path, position):
+def test_a_scheduler_that_goes_on_from_the_param_group_values_resumes_exactly(tmp_path, position):
     """Row 3.1: they are restored, not computed a second time."""
     states = SaveTrainingStateCallback(tmp_path, save_every_n_steps=1, save_at_end=False)
     whole = rates_of_run(HalvingTwice, states, num_epochs=1)
