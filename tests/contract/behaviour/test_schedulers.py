@@ -193,16 +193,17 @@ def test_wsd_rates_follow_the_formula_in_a_loop_of_ones_own(total, settings):
     np.testing.assert_allclose(rates, expected_wsd(total, settings, total + 3), **EXACT)
 
 
+def create_wsd(settings):
+    """Return the function that creates the scheduler for a run whose epochs have `BATCHES_PER_EPOCH` updates."""
+    others = {name: value for name, value in settings.items() if name != "num_warmup_steps"}
+    num_warmup_epochs = settings.get("num_warmup_steps", 0) / BATCHES_PER_EPOCH
+    return WSDLrScheduler.create_scheduler_fn(num_warmup_epochs=num_warmup_epochs, **others)
+
+
 @pytest.mark.parametrize("settings", WSD_SETTINGS, ids=str)
 def test_wsd_rates_follow_the_formula_under_the_trainer(settings):
     """Rows 1.1 to 1.4, 1.15: update k trains at curve(k), and after the last one the rate is the minimum."""
-    given = dict(settings)
-    if "num_warmup_steps" in given:
-        given["num_warmup_epochs"] = given.pop("num_warmup_steps") / BATCHES_PER_EPOCH
-    else:
-        given["num_warmup_epochs"] = 0
-    rates = rates_of_run(WSDLrScheduler.create_scheduler_fn(**given))
-    np.testing.assert_allclose(rates, expected_wsd(40, settings, 41), **EXACT)
+    np.testing.assert_allclose(rates_of_run(create_wsd(settings)), expected_wsd(40, settings, 41), **EXACT)
 
 
 def test_wsd_rates_follow_the_formula_with_accumulation():
@@ -283,14 +284,14 @@ def test_the_schedule_is_as_long_as_the_epochs_that_a_limit_of_updates_leaves(nu
     assert scheduler.total_steps == total
 
 
+@pytest.mark.parametrize("settings", WSD_SETTINGS, ids=str)
 @pytest.mark.parametrize("limit", [20, 25])
-def test_rates_under_a_limit_of_updates_follow_the_schedule_of_the_epochs_of_the_run(limit):
+def test_rates_under_a_limit_of_updates_follow_the_schedule_of_the_epochs_of_the_run(limit, settings):
     """Rows 1.7, 4.1."""
-    configs, create = [], WSDLrScheduler.create_scheduler_fn(num_warmup_epochs=0.5, lr_min=0.1, decay_phase_ratio=0.4)
+    configs = []
     recorder, _ = recorder_of(lambda trainer: configs.append(trainer.run_config), "on_training_run_end")
-    rates = rates_of_run(create, recorder, max_num_train_steps=limit)
+    rates = rates_of_run(create_wsd(settings), recorder, max_num_train_steps=limit)
     total = configs[0].num_epochs * configs[0].num_update_steps_per_epoch
-    settings = {"num_warmup_steps": 5, "lr_min": 0.1, "decay_phase_ratio": 0.4}
     np.testing.assert_allclose(rates, expected_wsd(total, settings, limit + 1), **EXACT)
 
 
@@ -402,6 +403,18 @@ def test_a_continuation_starts_a_stable_phase_with_the_settings_of_the_state():
     rates = step_through(continuation, 52)
     assert (rates[:46] == LRS).all()
     np.testing.assert_allclose(rates, expected_wsd(50, {"lr_min": 0.2}, 52), **EXACT)
+
+
+@pytest.mark.parametrize("settings", WSD_SETTINGS, ids=str)
+def test_a_continuation_follows_the_formula_with_the_settings_of_the_state(settings):
+    """Row 1.6."""
+    continuation = make_wsd(9.0, 9.0, total_steps=60, num_warmup_steps=9, is_continuation_from_checkpoint=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        continuation.load_state_dict(state_after(38, **settings))
+    taken_over = ("decay_phase_ratio", "lr_min", "use_inverse_sqrt_decay", "num_checkpoints")
+    settings = {name: value for name, value in settings.items() if name in taken_over}
+    np.testing.assert_allclose(step_through(continuation, 63), expected_wsd(60, settings, 63), **EXACT)
 
 
 def test_a_continuation_takes_over_the_number_of_checkpoints_and_the_kind_of_decay():
@@ -572,19 +585,33 @@ def test_cosine_rates_follow_the_formula_in_a_loop_of_ones_own(settings):
 
 
 @pytest.mark.parametrize("settings", COSINE_SETTINGS, ids=str)
+@pytest.mark.parametrize("position", [1, 9, 10, 37, 40])
+def test_a_saved_cosine_schedule_goes_on_where_it_was(settings, position):
+    """Row 2.7."""
+    first, second = make_cosine(**settings), make_cosine(9.0, 9.0, **settings)
+    step_through(first, position)
+    second.load_state_dict(first.state_dict())
+    expected = expected_cosine(4, settings, 43)
+    np.testing.assert_allclose(rates_of(second), expected[position - 1], **EXACT)
+    np.testing.assert_allclose(step_through(second, 43 - position), expected[position:], **EXACT)
+
+
+@pytest.mark.parametrize("settings", COSINE_SETTINGS, ids=str)
 def test_cosine_rates_follow_the_formula_under_the_trainer(settings):
     """Row 2.1: ours; update k trains at curve(k), and after the last one the rate is the minimum."""
     rates = rates_of_run(CosineLrScheduler.create_scheduler_fn(**settings))
     np.testing.assert_allclose(rates, expected_cosine(4, settings, 41), **EXACT)
 
 
+@pytest.mark.parametrize("settings", COSINE_SETTINGS, ids=str)
 @pytest.mark.parametrize("limit", [20, 25])
-def test_cosine_rates_under_a_limit_of_updates_follow_the_schedule_of_the_epochs_of_the_run(limit):
+@pytest.mark.filterwarnings("ignore:`num_warmup_epochs` is 2 and `num_cooldown_epochs` is 2:UserWarning")
+def test_cosine_rates_under_a_limit_of_updates_follow_the_schedule_of_the_epochs_of_the_run(limit, settings):
     """Rows 2.1, 4.1."""
     configs = []
     recorder, _ = recorder_of(lambda trainer: configs.append(trainer.run_config), "on_training_run_end")
-    rates = rates_of_run(CosineLrScheduler.create_scheduler_fn(), recorder, max_num_train_steps=limit)
-    expected = expected_cosine(configs[0].num_epochs, {}, limit + 1)
+    rates = rates_of_run(CosineLrScheduler.create_scheduler_fn(**settings), recorder, max_num_train_steps=limit)
+    expected = expected_cosine(configs[0].num_epochs, settings, limit + 1)
     np.testing.assert_allclose(rates, expected, **EXACT)
 
 
