@@ -144,9 +144,8 @@ class WSDCheckpointCallback(TrainerCallback):
             trainer.scheduler.num_updates = -1  # the loaded position belongs to the earlier run
             trainer.scheduler.step()
         self.last_checkpoint_step = contents.get("step")
-        trainer.print(
-            f"Loaded the {_kind(is_state)} ({contents.get('checkpoint_type')}) of update {contents.get('step')}."
-        )
+        if "step" in contents:  # otherwise it is a checkpoint of another origin
+            trainer.print(f"Loaded the {_kind(is_state)} ({contents['checkpoint_type']}) of update {contents['step']}.")
 
     def _check_not_overwritten(self) -> None:
         for step in self.checkpoint_steps or ():
@@ -169,7 +168,7 @@ class WSDCheckpointCallback(TrainerCallback):
         is_post_decay = step == period["period_end"]
         if is_post_decay:  # the next period may have no stable phase
             period = scheduler.get_phase_info(step + 1)
-        is_pre_decay = step == period["pre_decay_step"]
+        is_pre_decay = step == period["pre_decay_step"] < period["period_end"]
         if not (is_pre_decay or is_post_decay):
             return
         self.last_checkpoint_step = self._last_saved_step = step

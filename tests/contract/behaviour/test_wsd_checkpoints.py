@@ -84,6 +84,12 @@ def test_each_of_several_decays_leaves_both(tmp_path):
     assert names_in(tmp_path) == sorted(f"checkpoint_{name}_decay{'.pt' * ('post' in name)}" for name in expected)
 
 
+def test_without_a_decay_there_is_no_state_before_it(tmp_path):
+    """Rows 1.14, 10.11."""
+    train(make_trainer(WSDCheckpointCallback(tmp_path)), decay_phase_ratio=0)
+    assert names_in(tmp_path) == [POST_DECAY]
+
+
 @pytest.mark.parametrize("has_optimizer", [True, False])
 @pytest.mark.parametrize("has_scheduler", [True, False])
 def test_what_is_saved_concerns_the_file_only(tmp_path, has_optimizer, has_scheduler):
@@ -245,6 +251,17 @@ def test_a_continuation_goes_on_with_the_gradients_of_none(tmp_path):
     train(make_trainer(callback, watcher), num_accumulated=2, is_continuation_from_checkpoint=True)
     assert gradients == [None] * 4
     assert callback.last_checkpoint_step == 20
+
+
+def test_a_checkpoint_of_another_origin_will_do(first_run, tmp_path):
+    """Row 10.13: it has no step."""
+    other = train(make_trainer(), num_epochs=1)
+    other.save_checkpoint(tmp_path / "other.pt")
+    callback = WSDCheckpointCallback(tmp_path / "next", initial_checkpoint=tmp_path / "other.pt")
+    recorder, rates = rates_recorder()
+    train(make_trainer(callback, recorder), is_continuation_from_checkpoint=True)
+    assert rates[:17] == [0.1] * 17
+    assert names_in(tmp_path / "next") == [PRE_DECAY, POST_DECAY]
 
 
 @pytest.mark.parametrize("name", ["none.pt", "none"])
