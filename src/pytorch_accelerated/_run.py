@@ -154,6 +154,9 @@ class Run:
 
         self.config: TrainerRunConfig = None  # type: ignore[assignment]  # created when the loaders are prepared
         self.is_resumed = False
+        self.is_resuming = False
+        """Whether a training state is being restored to continue the run that saved it."""
+
         self.stop_reason: str | None = None
 
         # Model and data.
@@ -312,6 +315,16 @@ class Run:
         self.training = TrainingPosition(self.seed, num_epochs_completed, window)
         self.training.settings = settings
         self.total_num_epochs = num_epochs_completed + num_epochs
+
+    @contextmanager
+    def keeping_position(self) -> Iterator[None]:
+        """Forget the position and the seed that the body restores: they belong to another run, whose model it loads."""
+        position, seed = self.training, self.seed
+        self.training = TrainingPosition(seed)
+        try:
+            yield
+        finally:
+            self.training, self.seed = position, seed
 
     def start_train_epoch(self, loader: Loader) -> int:
         """Start an epoch, or the rest of one; return how many of its batches a resumed run has done before."""

@@ -659,15 +659,18 @@ class Trainer(TrainingLoop):
 
     def _loop_set_up_scheduler(self) -> None:
         self.scheduler = self.create_scheduler()
-        if isinstance(self.scheduler, StatefulSchedulerBase) and self.scheduler.num_updates < 0:
-            self.scheduler.step()  # so that update k trains at curve(k)
+        _start_counting(self.scheduler)
         state, self._loop_pending_scheduler_state = self._loop_pending_scheduler_state, None
         if state is not None:
             self._loop_load_scheduler_state(state)
 
     def _loop_resume(self, contents: StateContents, num_epochs: int) -> None:
         run, progress = self._loop_run, self._loop_run.training.progress
-        user_entries = self._loop_restore(contents)
+        run.is_resuming = True
+        try:
+            user_entries = self._loop_restore(contents)
+        finally:
+            run.is_resuming = False
         self.run_history._set_epoch(user_entries["current_epoch"])  # noqa: SLF001 - a seam of 0.1.61
         run.num_batches_to_skip = progress.num_batches_in_epoch if progress.phase == "training" else 0
         run.stream_position = contents.stream_position
@@ -729,8 +732,12 @@ class Trainer(TrainingLoop):
     def _loop_load_scheduler_state(self, state: StateDict) -> None:
         if self.scheduler is None:
             self._loop_pending_scheduler_state = state
+            return
+        if self._loop_run.is_resuming and isinstance(self.scheduler, StatefulSchedulerBase):
+            self.scheduler.resume_from(state)
         else:
             self.scheduler.load_state_dict(state)
+        _start_counting(self.scheduler)
 
     def _loop_teardown(self, run: Run, outer: Run) -> None:
         run.is_active = False  # first, because a signal may interrupt the rest
@@ -758,6 +765,11 @@ def _folders_of_states(callback_handler: CallbackHandler) -> set[Path]:
     """Return the folders in which a run saves training states."""
     callbacks = callback_handler.callbacks
     return {callback.save_dir for callback in callbacks if isinstance(callback, SaveTrainingStateCallback)}
+
+
+def _start_counting(scheduler: Scheduler | None) -> None:
+    if isinstance(scheduler, StatefulSchedulerBase) and scheduler.num_updates < 0:
+        scheduler.step()  # so that update k trains at curve(k)
 
 
 def _clear_gradients(model: nn.Module, optimizer: Optimizer) -> None:
