@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pytorch_accelerated._accumulation import AccumulationWindow, OutsideParameters, are_finite, are_gradients_finite
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._data.loaders import reliable_num_batches_of
+from pytorch_accelerated._data.rng import derive_seed
 from pytorch_accelerated._distributed.consensus import StopConsensus
 from pytorch_accelerated._loss_monitor import (
     LossMonitor,
@@ -84,11 +85,19 @@ class TrainingPosition:
         seed: The seed of the order of the training data.
         num_epochs_completed: Epochs done before.
         window: The accumulation window of the run.
+        run_number: Counts the training runs of the trainer from 0; -1 before the first.
     """
 
-    def __init__(self, seed: int = 0, num_epochs_completed: int = 0, window: AccumulationWindow | None = None) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        num_epochs_completed: int = 0,
+        window: AccumulationWindow | None = None,
+        run_number: int = -1,
+    ) -> None:
+        self.run_number = run_number
         self.seed = seed
-        """That of the run which trains, or, after a resume, the one in the training state."""
+        """The seed of the data: it derives from the run's, unless it comes from a training state."""
 
         self.progress = TrainingProgress(num_epochs_completed=num_epochs_completed)
         self.window = AccumulationWindow() if window is None else window
@@ -311,8 +320,9 @@ class Run:
 
     def start_training(self, num_epochs_completed: int, num_epochs: int, window: AccumulationWindow) -> None:
         """Start a training of its own, in place of the position that the previous run left."""
-        settings = self.training.settings
-        self.training = TrainingPosition(self.seed, num_epochs_completed, window)
+        settings, run_number = self.training.settings, self.training.run_number + 1
+        seed = derive_seed(self.seed, "run", run_number) if run_number else self.seed
+        self.training = TrainingPosition(seed, num_epochs_completed, window, run_number)
         self.training.settings = settings
         self.total_num_epochs = num_epochs_completed + num_epochs
 

@@ -696,7 +696,9 @@ class Trainer(TrainingLoop):
             means=training.epoch.means,
             window=training.window,
             stream=next((loader.stream for loader in run.seeded_train_loaders), None),
+            run_seed=run.seed,
             seed=training.seed,
+            run_number=training.run_number,
             stop_reason=training.early_stop_reason,
             settings={**training.settings, "scheduler": resume.name_of(self.scheduler)},
             companions=self._loop_companions(),
@@ -724,7 +726,7 @@ class Trainer(TrainingLoop):
         run.complete_resume = partial(
             complete_restore, parts.companions, self._loop_companions, *contents.companions, source
         )
-        run.seed = training.seed = contents.seed
+        run.seed, training.seed, training.run_number = contents.run_seed, contents.seed, contents.run_number
         training.early_stop_reason = contents.stop_reason
         training.lineage = Lineage(contents.saved)
         return contents.user_entries

@@ -65,7 +65,9 @@ class Parts:
         means: The running means of the epoch on this process.
         window: The accumulation window on this process.
         stream: The source of the training data, if it can report its position.
+        run_seed: The seed of the run, from which all others derive.
         seed: The seed of the data order.
+        run_number: Counts the training runs of the trainer from 0.
         stop_reason: Why the run was stopped for good; ``None`` if it was not.
         settings: The settings of the run; see `run_settings`.
         companions: What else has a state.
@@ -80,7 +82,9 @@ class Parts:
     means: EpochMeans
     window: AccumulationWindow
     stream: TrackedStream | None
+    run_seed: int
     seed: int
+    run_number: int
     stop_reason: str | None
     settings: RunSettings
     companions: Companions = field(default_factory=Companions)
@@ -140,7 +144,7 @@ def _collect_state(parts: Parts, accelerator: Accelerator, extras: StateMapping 
             "num_processes": int(accelerator.num_processes),
             "position": asdict(position),
             "metrics": latest_metrics(parts.run_history),
-            "settings": {**parts.settings, "seed": parts.seed},
+            "settings": {**parts.settings, "seed": parts.run_seed},
         },
         save_shards=_shard_saver(parts, accelerator) if is_sharded(accelerator) else None,
     )
@@ -155,7 +159,9 @@ def _shared_state(
         "current_epoch": parts.run_history.current_epoch + num_epochs_ahead,
         "trainer": {
             **state_dicts_of({**parts.shared, "progress": position, "scheduler": parts.scheduler}),
+            "run_seed": parts.run_seed,
             "seed": parts.seed,
+            "run_number": parts.run_number,
             "stopped": parts.stop_reason,
             "knows_stream": stream is not None and stream["state"] is not None,
             "companions": parts.companions.shared_state(),
@@ -251,6 +257,16 @@ class StateContents:
     def seed(self) -> int:
         """The seed of the data order."""
         return int(self.trainer_state["trainer"]["seed"])
+
+    @property
+    def run_seed(self) -> int:
+        """The seed of the run; before there was one of its own for each run, that of the data order."""
+        return int(self.trainer_state["trainer"].get("run_seed", self.seed))
+
+    @property
+    def run_number(self) -> int:
+        """Which training run of its trainer saved the state, from 0."""
+        return int(self.trainer_state["trainer"].get("run_number", 0))
 
     @property
     def stop_reason(self) -> str | None:

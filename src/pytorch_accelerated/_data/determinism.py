@@ -20,6 +20,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from pytorch_accelerated._data.draws import number_of
 from pytorch_accelerated._data.in_memory import WholeBatchDataset, sliceable_tensors, unchanged
 from pytorch_accelerated._data.loaders import show_arguments_of
 from pytorch_accelerated._data.rng import RandomStream, derive_seed, seed_host_generators, seeded_host_generators
@@ -87,10 +88,11 @@ class SeededLoader:
 
 
 class SeededDataset(Proxy, Dataset[Any], wraps="dataset"):
-    """Gives a `DataLoader` whole batches, whose randomness is a function of (seed, epoch, first index).
+    """Gives a `DataLoader` whole batches, whose randomness is a function of (seed, epoch, number of the `Draw`).
 
     Whatever dataset and collation draw from the global generators is the same in any worker, and after a mid-epoch
-    resume. In the main process, the state of the generators is restored afterwards.
+    resume. An index that is drawn again gets new random numbers. In the main process, the state of the generators is
+    restored afterwards.
 
     Args:
         dataset: The dataset. Its other attributes are passed through.
@@ -113,19 +115,20 @@ class SeededDataset(Proxy, Dataset[Any], wraps="dataset"):
         return len(self.dataset)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._load_seeded(index, lambda: self._collate(self.dataset[index]))
+        number, index = number_of(index)
+        return self._load_seeded(number, lambda: self._collate(self.dataset[index]))
 
     def __getitems__(self, indices: Iterable[Any]) -> Any:
         """Return the batch of the samples at ``indices``."""
-        first = next(iter(indices), None)
-        return self._load_seeded(first, lambda: self._collate(self._samples_at(indices)))
+        number, indices = number_of(indices)
+        return self._load_seeded(number, lambda: self._collate(self._samples_at(indices)))
 
     def _samples_at(self, indices: Iterable[Any]) -> Any:
         get_many = getattr(self.dataset, "__getitems__", None)
         return get_many(indices) if callable(get_many) else [self.dataset[index] for index in indices]
 
-    def _load_seeded(self, index: Any, load: Callable[[], Any]) -> Any:
-        seed = derive_seed(int(self._seed), index)
+    def _load_seeded(self, number: int | str, load: Callable[[], Any]) -> Any:
+        seed = derive_seed(int(self._seed), number)
         if get_worker_info() is not None:  # in a worker, nothing else draws
             seed_host_generators(seed)
             return load()
