@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pytorch_accelerated._accumulation import AccumulationWindow, OutsideParameters, are_finite, are_gradients_finite
 from pytorch_accelerated._checkpoint.folder import Lineage
-from pytorch_accelerated._data.loaders import reliable_num_batches_of
+from pytorch_accelerated._data.loaders import guarantee_of_skipping, order_may_differ, reliable_num_batches_of
 from pytorch_accelerated._data.rng import derive_seed
 from pytorch_accelerated._distributed.consensus import StopConsensus
 from pytorch_accelerated._loss_monitor import (
@@ -261,12 +261,19 @@ class Run:
         for seeded_loader, prepared in (*training, *evaluation):
             seeded_loader.show_users_arguments(prepared)
 
-    def set_data_epoch(self, seeded_loaders: list[SeededLoader], loader: Loader, epoch: int, seed: int) -> None:
+    def set_data_epoch(
+        self, seeded_loaders: list[SeededLoader], loader: Loader, epoch: int, seed: int, run_number: int = 0
+    ) -> None:
         """Put loaders before the first batch of an epoch, counted from 0."""
         for seeded_loader in seeded_loaders:
-            seeded_loader.set_epoch(epoch, seed)
+            seeded_loader.set_epoch(epoch, seed, run_number)
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)
+
+    def guarantee_of_order(self, loader: Loader) -> str:
+        """Return a sentence for the user: how exactly the data continue after batches are skipped."""
+        uncovered = [name for seeded in self.seeded_train_loaders for name in seeded.order_state.uncovered()]
+        return order_may_differ(uncovered) if uncovered else guarantee_of_skipping(loader)
 
     def resume_streams(self, position: StateMapping, num_batches: int) -> None:
         """Put the streams that training reads from at the position after this number of batches."""
@@ -342,7 +349,7 @@ class Run:
         num_done, self.num_batches_to_skip = self.num_batches_to_skip, 0
         training.start_epoch(loader, num_done)
         epoch = training.progress.num_epochs_completed
-        self.set_data_epoch(self.seeded_train_loaders, loader, epoch, training.seed)
+        self.set_data_epoch(self.seeded_train_loaders, loader, epoch, training.seed, training.run_number)
         return num_done
 
     def count_batches(self, loader: Loader) -> None:

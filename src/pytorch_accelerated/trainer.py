@@ -696,6 +696,7 @@ class Trainer(TrainingLoop):
             means=training.epoch.means,
             window=training.window,
             stream=next((loader.stream for loader in run.seeded_train_loaders), None),
+            order=next((loader.order_state for loader in run.seeded_train_loaders), None),
             run_seed=run.seed,
             seed=training.seed,
             run_number=training.run_number,

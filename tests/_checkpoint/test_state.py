@@ -167,6 +167,7 @@ def parts_of(model):
         means=EpochMeans(),
         window=AccumulationWindow(),
         stream=None,
+        order=None,
         run_seed=0,
         seed=0,
         run_number=0,
