@@ -174,7 +174,8 @@ def test_update_k_uses_the_warmup_stable_decay_learning_rate_of_k():
         for update in range(21)
     ]
     assert [*lrs, lr_of(trainer)] == pytest.approx(curve, rel=1e-12)
-    assert (curve[10], curve[20]) == pytest.approx((0.1, 1e-7))
+    assert curve[10] == 0.1 > curve[9]
+    assert curve[20] == pytest.approx(1e-7)
 
 
 def test_a_one_cycle_schedule_ends_exactly_with_the_last_update():
