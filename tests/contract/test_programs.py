@@ -302,7 +302,8 @@ def run_program(program: str) -> subprocess.CompletedProcess[str]:
 def figures_of(program: str) -> Figures:
     """Return what a program prints with this version."""
     finished = run_program(program)
-    assert finished.returncode == 0, finished.stderr
+    if finished.returncode != 0:
+        pytest.fail("\n".join(finished.stderr.splitlines()[-10:]), pytrace=False)
     return dict(by_path(json.loads(finished.stdout)))
 
 
