@@ -65,6 +65,7 @@ class OwnLoopTrainer(ExperimentTrainer):
 
     def _run_train_epoch(self, train_dl):
         self.train_epoch_start()
+        self._loss_tracker.reset()
         self.callback_handler.call_event("on_train_epoch_start", self)
         for step, batch in enumerate(train_dl):
             for _ in range(2):
