@@ -61,7 +61,7 @@ class WholeBatchDataset(Proxy, Dataset[list[torch.Tensor]], wraps="dataset"):
         while isinstance(dataset, Subset):
             indices = [dataset.indices[index] for index in indices]
             dataset = dataset.dataset
-        rows = torch.as_tensor(indices)
+        rows = torch.as_tensor(indices).long()
         return [tensor[rows] for tensor in self.tensors]
 
     def batches(self, order: torch.Tensor, batch_size: int) -> Iterator[list[torch.Tensor]]:
@@ -73,7 +73,7 @@ class WholeBatchDataset(Proxy, Dataset[list[torch.Tensor]], wraps="dataset"):
         """
         dataset: Any = self.dataset
         while isinstance(dataset, Subset):
-            order = torch.as_tensor(dataset.indices)[order]
+            order = torch.as_tensor(dataset.indices).long()[order]  # small integers would count as a mask
             dataset = dataset.dataset
         tensors = self.tensors
         order = order.to(tensors[0].device)

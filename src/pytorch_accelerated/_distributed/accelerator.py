@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections import deque
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -259,10 +260,11 @@ def skip_batches(accelerator: Accelerator, loader: Loader, num_batches: int) -> 
         return loader
     if not isinstance(loader, DataLoader) or not is_shardable(loader):
         return RestOfEpoch(loader, num_batches)
-    if num_batches >= len(loader):  # older versions of Accelerate fail if no batch is left
-        return ()
     if isinstance(loader, FastPathLoader):
         return loader.skip_first(num_batches)
+    if num_batches >= len(loader):  # older versions of Accelerate fail if no batch is left
+        deque(loader.batch_sampler, maxlen=0)  # samplers with a state of their own continue after it
+        return ()
     with showing_inner_arguments(loader):
         rest: Loader = accelerator.skip_first_batches(loader, num_batches)
     return rest
