@@ -7,14 +7,14 @@ import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from pytorch_accelerated._data.loaders import is_dataset, is_map_style, num_batches_of
+from pytorch_accelerated._data.loaders import is_dataset, is_map_style, is_shardable, num_batches_of
 
 
 def check_no_run(is_running: bool) -> None:
@@ -223,8 +223,46 @@ def check_reiterable(name: str, data: object, num_epochs: int, max_num_train_ste
     if is_iterator and num_epochs > 1 and max_num_train_steps is None:
         raise ValueError(
             f"`{name}` is an iterator ({type(data).__name__}), exhausted after the first of {num_epochs} epochs. Pass "
-            "an object whose `__iter__` starts over, such as a list or an `IterableDataset`, or use "
+            "an object of a class whose `__iter__` starts over, `def __iter__(self): return make_batches()`, or use "
             "`num_epochs=1`."
+        )
+
+
+def check_same_length(name: str, lengths: Sequence[int | None]) -> None:
+    """Raise if the processes have been given data of different lengths.
+
+    Args:
+        name: Name of the dataset.
+        lengths: The number of batches that each process would have alone; ``None`` where it is not known.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"The processes have different `{name}`: by rank, they have {list(lengths)} batches. The trainer "
+            "divides the data among the processes itself, so each needs the same. Pass all data on every process, or a "
+            "sampler that divides them, such as `torch.utils.data.DistributedSampler`."
+        )
+
+
+def warn_about_ready_batches(name: str, loader: object) -> None:
+    """Warn if the samples in a list look like batches, which a loader would batch once more."""
+    data: Any = getattr(loader, "dataset", None)
+    if not is_shardable(loader) or not isinstance(data, (list, tuple)) or not data:
+        return
+    if not isinstance(data[0], (list, tuple, dict)):
+        return
+    first = data[0].values() if isinstance(data[0], dict) else data[0]
+    tensors = [item for item in first if isinstance(item, torch.Tensor)]
+    sizes = {tensor.shape[0] if tensor.ndim > 0 else 0 for tensor in tensors}
+    if len(tensors) > 1 and len(tensors) == len(first) and len(sizes) == 1 and max(sizes) > 1:
+        warnings.warn(
+            f"The items of `{name}`, a {type(data).__name__}, look like ready batches of {max(sizes)} samples. Items "
+            "of a list are taken for samples, so they are batched once more. For ready batches, pass an object that "
+            "has only `__iter__`, or `batch_size=None` in the arguments of its loader. If they are samples, pass them "
+            "as a `Dataset`, and this warning ends.",
+            stacklevel=4,
         )
 
 

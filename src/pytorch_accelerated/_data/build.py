@@ -13,6 +13,7 @@ from pytorch_accelerated._data.determinism import (
     SeededDataset,
     SeededGenerator,
     SeededLoader,
+    SeededSampler,
     has_known_order,
     keeps_every_sample,
     seed_order,
@@ -20,8 +21,15 @@ from pytorch_accelerated._data.determinism import (
 )
 from pytorch_accelerated._data.draws import NumberedOrder
 from pytorch_accelerated._data.in_memory import WholeBatchDataset, sliceable_tensors, unchanged
-from pytorch_accelerated._data.loaders import has_state, is_shardable, is_stream, loader_settings, num_batches_of
-from pytorch_accelerated._data.sharding import ShardedBatchSampler
+from pytorch_accelerated._data.loaders import (
+    has_own_iteration,
+    has_state,
+    is_shardable,
+    is_stream,
+    loader_settings,
+    num_batches_of,
+)
+from pytorch_accelerated._data.sharding import ShardedBatches, ShardedBatchSampler, is_divided_already
 from pytorch_accelerated._data.streams import TrackedStream
 from pytorch_accelerated._data.workers import WorkerSetup
 
@@ -61,6 +69,8 @@ def rebuild_loader(loader: Any, placement: Placement) -> SeededLoader:
     if not isinstance(loader, DataLoader):
         stream = TrackedStream(loader, num_items_per_step=1) if has_state(loader) else None
         return SeededLoader(loader if stream is None else stream, stream=stream)
+    if has_own_iteration(loader):
+        return _keep_iteration(loader, placement)
     worker_seeds = SeededGenerator("workers", placement.process_index)
     worker_setup = WorkerSetup(loader.worker_init_fn, loader.num_workers > 0)
     settings = loader_settings(loader) | {"generator": worker_seeds, "worker_init_fn": worker_setup}
@@ -85,6 +95,22 @@ def shard_loader(loader: Any, placement: Placement) -> Any:
     return _build(loader.dataset, loader.batch_sampler, settings, placement)
 
 
+def _keep_iteration(loader: DataLoader[Any], placement: Placement) -> SeededLoader:
+    """Return the loader of a run for one of a subclass, which decides itself what it yields."""
+    if has_state(loader):
+        stream = TrackedStream(loader, num_items_per_step=1)
+        return SeededLoader(_shard_batches(stream, loader, placement), stream=stream)
+    seeded = SeededSampler(loader)
+    return SeededLoader(_shard_batches(seeded, loader, placement), [seeded])
+
+
+def _shard_batches(batches: Any, loader: DataLoader[Any], placement: Placement) -> Any:
+    ranks = placement.num_processes, placement.process_index
+    order = None if is_stream(loader) else loader.batch_sampler or loader.sampler
+    is_local = placement.num_processes == 1 or (order is not None and is_divided_already(order, ranks[0]))
+    return batches if is_local else ShardedBatches(batches, *ranks)
+
+
 def _build_stream(
     loader: DataLoader[Any], settings: dict[str, Any], placement: Placement
 ) -> tuple[DataLoader[Any], TrackedStream | None]:
@@ -107,7 +133,8 @@ def _build_seeded(loader: DataLoader[Any], settings: dict[str, Any], placement: 
         dataset = SeededDataset(dataset, loader.collate_fn, loader.num_workers > 0)
         settings |= {"collate_fn": unchanged}
         sources.append(dataset)
-        order = NumberedOrder(order)
+        is_local = is_divided_already(order, placement.num_processes)
+        order = NumberedOrder(order, *((placement.process_index, placement.num_processes) if is_local else ()))
     if not is_shardable(loader):
         return DataLoader(dataset, batch_size=None, sampler=order, **settings), sources
     return _build(dataset, order, settings, placement), sources
@@ -123,6 +150,8 @@ def _build(dataset: Any, batch_sampler: Any, settings: dict[str, Any], placement
     if placement.create_loader is None:
         return DataLoader(dataset, batch_sampler=batch_sampler, **settings)
     ranks = placement.num_processes, placement.process_index
+    if placement.num_processes > 1 and is_divided_already(batch_sampler, placement.num_processes):
+        return placement.create_loader(dataset, batch_sampler=batch_sampler, **settings)
     # If `drop_last` would leave no step at all, every rank takes every batch.
     if placement.num_processes > 1 and num_batches_of(ShardedBatchSampler(batch_sampler, *ranks)) != 0:
         batch_sampler = ShardedBatchSampler(batch_sampler, *ranks, is_active=False)

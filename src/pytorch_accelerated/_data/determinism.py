@@ -137,11 +137,14 @@ class SeededDataset(Proxy, Dataset[Any], wraps="dataset"):
 
     def _load_seeded(self, number: int | str, load: Callable[[], Any]) -> Any:
         seed = derive_seed(int(self._seed), number)
-        if get_worker_info() is not None:  # in a worker, nothing else draws
-            seed_host_generators(seed)
-            return load()
-        with seeded_host_generators(seed):
-            return load()
+        try:
+            if get_worker_info() is not None:  # in a worker, nothing else draws
+                seed_host_generators(seed)
+                return load()
+            with seeded_host_generators(seed):
+                return load()
+        except StopIteration as error:  # which would end the loop over the batches
+            raise RuntimeError("The dataset or the collate function raised `StopIteration` for a batch.") from error
 
 
 def uses_no_randomness(loader: DataLoader[Any]) -> bool:

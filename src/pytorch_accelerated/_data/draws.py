@@ -38,13 +38,17 @@ class NumberedOrder(Proxy, wraps="sampler"):
 
     Args:
         sampler: The sampler. Its other attributes are passed through.
+        first: The number of its first item.
+        step: The difference to the next number.
     """
 
-    def __init__(self, sampler: Any) -> None:
+    def __init__(self, sampler: Any, first: int = 0, step: int = 1) -> None:
         self.sampler = sampler
+        self._first = first
+        self._step = step
 
     def __iter__(self) -> Iterator[Draw]:
-        return map(Draw, itertools.count(), self.sampler)
+        return map(Draw, itertools.count(self._first, self._step), self.sampler)
 
     def __len__(self) -> int:
         return len(self.sampler)

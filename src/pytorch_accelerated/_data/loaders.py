@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from pytorch_accelerated._data.rng import preserve_rng_state
 from pytorch_accelerated._nested import move_to_device
+from pytorch_accelerated._proxy import Proxy, unwrap
 
 _SECONDS_UNTIL_FAILURE_IS_KNOWN = 1.0
 
@@ -34,14 +35,35 @@ def is_map_style(loader: Any) -> bool:
     return isinstance(loader, DataLoader) and not is_stream(loader)
 
 
+def has_own_iteration(loader: Any) -> bool:
+    """Tell whether a loader is of a subclass of `DataLoader` that decides itself what it yields, or how much."""
+    is_prepared = type(loader).__module__.startswith(("accelerate.", __name__.partition(".")[0]))
+    return (
+        isinstance(loader, DataLoader)
+        and not is_prepared
+        and (type(loader).__iter__ is not DataLoader.__iter__ or type(loader).__len__ is not DataLoader.__len__)
+    )
+
+
 def is_shardable(loader: Any) -> bool:
     """Tell whether a loader takes its batches as lists of indices, which can be divided among ranks."""
     return is_map_style(loader) and loader.batch_sampler is not None
 
 
 def _is_random_access(loader: Any) -> bool:
-    """Tell whether the number of batches is exact, and each can be reached without reading those before it."""
+    """Tell whether each batch can be reached without reading those before it."""
     return is_map_style(loader) or isinstance(loader, (list, tuple))
+
+
+def _has_certain_length(order: Any) -> bool:
+    """Tell whether as many items come as a sampler or batch sampler reports. A user's may only estimate it."""
+    if isinstance(order, Proxy):
+        return _has_certain_length(unwrap(order))
+    if type(order).__module__.startswith("accelerate."):
+        return _has_certain_length(getattr(order, "batch_sampler", None))
+    if type(order) is BatchSampler:
+        return _has_certain_length(order.sampler)
+    return isinstance(order, (list, tuple, range)) or type(order).__module__.startswith("torch.utils.data.")
 
 
 def has_state(data: Any) -> bool:
@@ -59,7 +81,11 @@ def num_batches_of(loader: Any) -> int | None:
 
 def reliable_num_batches_of(loader: Any) -> int | None:
     """Return the number of batches per epoch if it is certain; ``None`` if it is unknown or may be an estimate."""
-    return num_batches_of(loader) if _is_random_access(loader) else None
+    if is_map_style(loader):
+        is_certain = _has_certain_length(loader.sampler if loader.batch_sampler is None else loader.batch_sampler)
+    else:
+        is_certain = isinstance(loader, (list, tuple))
+    return num_batches_of(loader) if is_certain else None
 
 
 def total_num_batches_of(loaders: Any) -> int | None:
@@ -194,16 +220,20 @@ def enumerate_batches(loader: Any, first_step: int = 0) -> Iterator[tuple[int, A
         if num_batches is None:
             yield from _enumerate_with_look_ahead(loader, first_step)
             return
-        last_step = first_step + num_batches - 1
+        last_step, step = first_step + num_batches - 1, first_step - 1
         for step, batch in enumerate(loader, first_step):
             yield step, batch, step == last_step
+        if step < last_step:
+            raise RuntimeError(
+                f"The epoch ended after {step + 1} of {last_step + 1} batches. Something that loads a sample raised "
+                "`StopIteration`, which ends the loop of whoever called it. Look for `next(...)` in the dataset and in "
+                "the collate function, and give it a default or catch the exception."
+            )
     except (ConnectionError, EOFError) as error:
-        # PyTorch raises an error that names the worker once the system reports its exit. Raise it here, not later.
-        time.sleep(_SECONDS_UNTIL_FAILURE_IS_KNOWN)
-        raise RuntimeError(
-            f"The connection to a worker process of the loader was lost ({error!r}). The worker was killed, often "
-            "because memory ran out. Lower `num_workers`, the batch size, or what the dataset keeps in memory."
-        ) from error
+        if getattr(loader, "num_workers", 0) > 0 and not str(error).startswith("Caught "):  # in a worker: the user's
+            # PyTorch raises an error that names a killed worker once the system reports its exit: here, not later.
+            time.sleep(_SECONDS_UNTIL_FAILURE_IS_KNOWN)
+        raise
 
 
 def _enumerate_with_look_ahead(loader: Any, first_step: int) -> Iterator[tuple[int, Any, bool]]:
@@ -276,6 +306,11 @@ class PlacedBatches:
 
     def __len__(self) -> int:
         return len(self.batches)  # type: ignore[arg-type]  # without a length: a TypeError
+
+    @property
+    def sharding(self) -> object:
+        """The object that knows the dummy step, if the batches are divided among the ranks."""
+        return getattr(self.batches, "sharding", None)
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on, if the iterable has a ``set_epoch`` method."""

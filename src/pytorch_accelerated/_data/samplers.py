@@ -106,7 +106,7 @@ class OrderState:
     def _samplers(self) -> Iterator[tuple[str, Any]]:
         for path, part in parts_of(self._loader):
             is_sampler = isinstance(part, Sampler) or path.rpartition(".")[2] in ("sampler", "batch_sampler")
-            if is_sampler and type(part).__module__ != "torch.utils.data.sampler":
+            if is_sampler and not isinstance(part, DataLoader) and type(part).__module__ != "torch.utils.data.sampler":
                 yield path, part
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pytorch_accelerated._data.draws import Draw
+from pytorch_accelerated._data.samplers import parts_of
 from pytorch_accelerated._nested import find_batch_size, first_rows, repeat_rows
 from pytorch_accelerated._proxy import Proxy
 
@@ -138,10 +139,62 @@ def _with_length(batch: Any) -> Any:
     return batch if hasattr(batch, "__len__") else list(batch)  # a batch may be an iterator of indices
 
 
-def sharding_of(loader: Any) -> ShardedBatchSampler | TrimmedDispatcher | None:
+class ShardedBatches(Proxy, wraps="batches"):
+    """The batches of one rank, out of an iterable that yields the same batches on every rank.
+
+    At each step the ranks take the next ``num_processes`` batches, one each. At the end, a rank for which none is left
+    repeats its last one as a dummy batch.
+
+    Args:
+        batches: Any iterable of batches.
+        num_processes: Number of ranks.
+        process_index: Rank of this process.
+    """
+
+    def __init__(self, batches: Any, num_processes: int, process_index: int) -> None:
+        self.batches = batches
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.dummy_step: int | None = None
+        """Index of the step whose batch is a dummy batch; known once that batch was yielded."""
+
+    @property
+    def sharding(self) -> ShardedBatches:
+        """The object that knows the dummy step: this one."""
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        self.dummy_step = None
+        batches = iter(self.batches)
+        local: Any = None
+        for step in itertools.count():
+            group = list(itertools.islice(batches, self.num_processes))
+            if not group:
+                return
+            if self.process_index < len(group):
+                local = group[self.process_index]
+            else:
+                self.dummy_step = step
+                local = group[0] if local is None else local
+            yield local
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.batches) / self.num_processes)
+
+
+def is_divided_already(batch_sampler: Any, num_processes: int) -> bool:
+    """Tell whether a batch sampler yields the batches of this rank only, as around a `DistributedSampler`."""
+    for _, part in parts_of(batch_sampler):
+        num_replicas = getattr(part, "num_replicas", None)
+        if isinstance(num_replicas, int) and num_replicas == num_processes:
+            return True
+    return False
+
+
+def sharding_of(loader: Any) -> ShardedBatchSampler | TrimmedDispatcher | ShardedBatches | None:
     """Return the object that knows which step of a loader has a dummy batch; ``None`` if no step can have one."""
     sharding = getattr(loader, "sharding", None)
-    return sharding if isinstance(sharding, (ShardedBatchSampler, TrimmedDispatcher)) else None
+    return sharding if isinstance(sharding, (ShardedBatchSampler, TrimmedDispatcher, ShardedBatches)) else None
 
 
 def without_samples(batch: Any, batch_output: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

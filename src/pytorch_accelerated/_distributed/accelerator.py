@@ -263,7 +263,7 @@ def skip_batches(accelerator: Accelerator, loader: Loader, num_batches: int) -> 
     if isinstance(loader, FastPathLoader):
         return loader.skip_first(num_batches)
     if num_batches >= len(loader):  # older versions of Accelerate fail if no batch is left
-        deque(loader.batch_sampler, maxlen=0)  # samplers with a state of their own continue after it
+        deque(loader.batch_sampler or (), maxlen=0)  # samplers with a state of their own continue after it
         return ()
     with showing_inner_arguments(loader):
         rest: Loader = accelerator.skip_first_batches(loader, num_batches)
