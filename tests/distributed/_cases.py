@@ -151,7 +151,7 @@ def case_gather_concatenates_uneven_rows_without_padding(rank: int, directory: P
     wide = torch.ones(1, 2 + rank) * (rank + 1)
     uneven = {
         "rows": trainer.gather(rows, padding_value=-1),
-        "vector": trainer.gather(torch.arange(rank + 1), padding_value=0),
+        "vector": trainer.gather(torch.arange(rank + 1), padding_value=9),
         "none": trainer.gather(torch.ones(2 * rank, 3), padding_value=0),
         "wide": trainer.gather(wide, padding_value=-5),
         "scalar": trainer.gather(torch.tensor(float(rank)), padding_value=0),
