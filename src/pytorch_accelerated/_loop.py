@@ -453,7 +453,10 @@ class TrainingLoop:
         run, progress = self._loop_run, self._loop_run.training.progress
         try:
             if progress.phase == "training":  # otherwise a resumed run has only evaluation left
-                self._loop_train_epoch()
+                if overrides_any(self, ("_run_train_epoch",)):
+                    run.start_epoch_of_subclass()
+                run.was_last_epoch = self._run_train_epoch(run.train_dataloader)
+                run.num_batches_to_skip, progress.phase = 0, "evaluation"
             self._loop_evaluate()
             progress.phase = "end"
             self.training_run_epoch_end()
@@ -476,15 +479,6 @@ class TrainingLoop:
         progress = self._loop_run.training.progress
         if progress.num_batches_in_epoch > 0:
             self._add_epoch_loss_to_run_history("train_loss_epoch")
-        progress.phase = "evaluation"
-
-    def _loop_train_epoch(self) -> None:
-        run, progress = self._loop_run, self._loop_run.training.progress
-        if overrides_any(self, ("_run_train_epoch",)):  # which need not call the library's
-            run.start_train_epoch(run.train_dataloader, makes_updates=False)
-            run.count_batches(run.train_dataloader)
-        run.was_last_epoch = self._run_train_epoch(run.train_dataloader)
-        run.num_batches_to_skip = 0
         progress.phase = "evaluation"
 
     def _loop_count_epoch(self) -> None:
@@ -546,8 +540,6 @@ class TrainingLoop:
         The step ends after the update, unless a subclass makes the updates in a `_run_train_epoch` of its own.
         """
         run, training = self._loop_run, self._loop_run.training
-        if run.step_result is not None:  # a subclass processes several batches in one step
-            self._loop_fire_step_end(step)
         batch_output = self.calculate_train_batch_loss(batch)
         weight, batch_size = read_batch_output(batch_output, "calculate_train_batch_loss")
         if training.current_pass.is_dummy_step:
@@ -559,7 +551,7 @@ class TrainingLoop:
             run.start_exchange(step)
         self.backward_step(loss if scale is None else loss * scale)
         self._loop_track(loss, weight, batch_output)
-        run.step_result = batch, batch_output
+        run.step_results.append((batch, batch_output))
         if not run.makes_updates:
             run.count_step_of_subclass(step, batch_size)
             self._loop_end_train_step(step)
@@ -609,19 +601,15 @@ class TrainingLoop:
     def _loop_end_train_step(self, step: int) -> None:
         run = self._loop_run
         run.training.progress.num_batches_in_epoch = step + 1
-        if run.step_result is not None:  # otherwise a subclass has replaced the step, and fires the event itself
-            self._loop_fire_step_end(step)
+        results, run.step_results = run.step_results, []  # none if a subclass has replaced the step
+        for batch, batch_output in results:
+            if run.training.current_pass.is_dummy_step:
+                batch, batch_output = without_samples(batch, batch_output)
+            self._loop_fire(TrainerCallback.on_train_step_end, batch=batch, batch_output=batch_output, step=step)
         self._loop_count_step(step)
         run.check_signals()
         if run.consensus.is_needed:
             run.consensus.raise_if_stopped()
-
-    def _loop_fire_step_end(self, step: int) -> None:
-        run = self._loop_run
-        (batch, batch_output), run.step_result = run.step_result, None  # type: ignore[misc]  # the callers check
-        if run.training.current_pass.is_dummy_step:
-            batch, batch_output = without_samples(batch, batch_output)
-        self._loop_fire(TrainerCallback.on_train_step_end, batch=batch, batch_output=batch_output, step=step)
 
     def _loop_count_step(self, step: int) -> None:
         """Count a step of training or evaluation, and fire a log point if one is due."""

@@ -237,8 +237,8 @@ class Run:
         """
 
         self.is_update_due = False
-        self.step_result: tuple[Batch, BatchOutput] | None = None
-        """The batch of the step and what came of it, until ``on_train_step_end`` tells of them."""
+        self.step_results: list[tuple[Batch, BatchOutput]] = []
+        """The batch of the step and what came of it, for ``on_train_step_end``; several if a subclass makes it so."""
 
         self.gradient_norm: torch.Tensor | None = None
 
@@ -366,8 +366,7 @@ class Run:
 
         Args:
             loader: Yields the batches of the whole epoch.
-            makes_updates: Whether the library makes the updates. If a subclass does, it may still call the library's
-                method, which then starts the epoch again.
+            makes_updates: Whether the library makes the updates; see `start_epoch_of_subclass`.
         """
         training, num_done = self.training, self.num_batches_to_skip
         self.makes_updates, self.is_update_due = makes_updates, False
@@ -377,6 +376,11 @@ class Run:
         epoch = training.progress.num_epochs_completed
         self.set_data_epoch(self.seeded_train_loaders, loader, epoch, training.seed)
         return num_done
+
+    def start_epoch_of_subclass(self) -> None:
+        """Start an epoch of which a subclass makes the updates, unless its method calls that of the library."""
+        self.start_train_epoch(self.train_dataloader, makes_updates=False)
+        self.count_batches(self.train_dataloader)
 
     def count_batches(self, loader: Loader) -> None:
         """Find out how many batches the epoch has; after its start, where a callback may have changed the dataset."""

@@ -253,7 +253,7 @@ class Trainer(TrainingLoop):
             if eval_dataset is not None:
                 self._loop_make_eval_loaders(per_device_batch_size, eval_dataloader_kwargs)
             self._loop_prepare_run(**numbers)
-            self._loop_set_up_training(num_epochs, reset_run_history, state, allow_other_num_processes)
+            self._loop_set_up_training(num_epochs, state, reset_run_history)
             self._run_training()
             self._loop_state_writer.wait()
         if run.interruption is not None:
@@ -532,14 +532,15 @@ class Trainer(TrainingLoop):
 
     def _loop_find_state(
         self, resume_from: str | os.PathLike[str] | bool | None, allow_other_num_processes: bool
-    ) -> SavedState | str | os.PathLike[str] | None:
-        """Return the state that the run continues from; ``None`` if it starts from scratch.
+    ) -> SavedState | Callable[[], StateDict] | None:
+        """Return the verified state that the run continues from; ``None`` if it starts from scratch.
 
-        It is verified, unless a subclass overrides `load_training_state`: then its path is returned, for that method.
+        If a subclass overrides `load_training_state`, its method reads and checks the state. It is returned instead.
         """
-        is_left_to_subclass = overrides_any(self, ("load_training_state",))
-        if is_left_to_subclass and resume.is_directory(resume_from):
-            return resume_from
+        options = {"allow_other_num_processes": True} if allow_other_num_processes else {}
+        is_overridden = overrides_any(self, ("load_training_state",))
+        if is_overridden and resume.is_directory(resume_from):
+            return partial(self.load_training_state, resume_from, **options)
         saved = resume.find_state_to_resume(
             resume_from,
             _folders_of_states(self.callback_handler),
@@ -548,7 +549,9 @@ class Trainer(TrainingLoop):
             allow_other_num_processes=allow_other_num_processes,
             print_fn=self.print,
         )
-        return str(saved.path) if is_left_to_subclass and saved is not None else saved
+        if is_overridden and saved is not None:
+            return partial(self.load_training_state, str(saved.path), **options)
+        return saved
 
     def _loop_make_train_loader(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:
         self._loop_run.train_dl_kwargs = None  # those of an earlier run
@@ -641,38 +644,21 @@ class Trainer(TrainingLoop):
         return StopConsensus(run.config.num_processes, run.find_non_finite_loss, self._loop_can_skip_exchange)
 
     def _loop_set_up_training(
-        self,
-        num_epochs: int,
-        reset_run_history: bool,
-        state: SavedState | str | os.PathLike[str] | None,
-        allow_other_num_processes: bool,
+        self, num_epochs: int, state: SavedState | Callable[[], StateDict] | None, reset_run_history: bool
     ) -> None:
         """Prepare everything that a training run needs next to model and loaders.
 
         The order matters: settings are taken before a scheduler changes the optimizer; a state that does not fit is
         refused before anything of the previous run is forgotten; it is restored when there is a scheduler to restore.
         """
-        run = self._loop_run
+        run, config = self._loop_run, self._loop_run.config
         run.training.settings = resume.run_settings(
-            run.config, self.train_dataset, run.train_dataloader, self.optimizer, self.loss_func, self._loop_seed
+            config, self.train_dataset, run.train_dataloader, self.optimizer, self.loss_func, self._loop_seed
         )
         num_batches = run.training.settings["num_batches_per_epoch"]
-        _validation.warn_about_long_accumulation(run.config.gradient_accumulation_steps, num_batches)
-        if overrides_any(self, ("_create_run_config",)):
-            num_epochs = run.config.num_epochs
+        _validation.warn_about_long_accumulation(config.gradient_accumulation_steps, num_batches)
         if isinstance(state, SavedState):
-            contents = read_state(state, self._accelerator, self._loop_state_parts())
-            self._loop_start_training(num_epochs, reset_run_history)
-            self._loop_resume(self._loop_restore(contents), num_epochs)
-            return
-        self._loop_start_training(num_epochs, reset_run_history)
-        if state is not None:  # a subclass reads it
-            options = {"allow_other_num_processes": True} if allow_other_num_processes else {}
-            self._loop_resume(self.load_training_state(state, **options), num_epochs)
-
-    def _loop_start_training(self, num_epochs: int, reset_run_history: bool) -> None:
-        """Forget what belongs to the previous training, and create what belongs to this one."""
-        run, config = self._loop_run, self._loop_run.config
+            state = partial(self._loop_restore, read_state(state, self._accelerator, self._loop_state_parts()))
         if reset_run_history:
             self.run_history.reset()
         self._check_eval_batch_size()
@@ -686,8 +672,12 @@ class Trainer(TrainingLoop):
         self._loop_set_up_scheduler()
         nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
         window = AccumulationWindow(config.gradient_accumulation_steps, nominal_weight)
+        if overrides_any(self, ("_create_run_config",)):
+            num_epochs = config.num_epochs
         run.start_training(self.run_history.current_epoch - 1, num_epochs, window)
         self._loop_companions().check_before_run(bool(_folders_of_states(self.callback_handler)), config.is_distributed)
+        if state is not None:
+            self._loop_resume(state(), num_epochs)
 
     def _loop_set_up_scheduler(self) -> None:
         self.scheduler = self.create_scheduler()
@@ -781,7 +771,7 @@ class Trainer(TrainingLoop):
                 run.training.epoch.loader = None  # and with it the data
             run.outside_parameters, run.complete_resume = OutsideParameters(), do_nothing
             run.consensus = StopConsensus(num_processes=1)  # that of the run would keep the trainer alive
-            run.step_result = None
+            run.step_results = []
         finally:
             if outer.is_active:
                 self._loop_run = outer
