@@ -207,8 +207,8 @@ class TrainingLoop:
             batch: The batch from the loader, on the training device.
 
         Returns:
-            A dictionary with ``loss``, a scalar tensor: the mean over the batch, and ``batch_size``. Further keys are
-            passed on to the callbacks. ``metrics``, a dictionary of scalars, is averaged over the epoch like the loss.
+            A dictionary with ``loss``, a scalar tensor: the mean over the batch, and ``batch_size``, by default the
+            length of the targets' first dimension. Further keys are passed on to the callbacks. ``metrics``, a dictionary of scalars, is averaged over the epoch like the loss.
             ``num_items_in_batch`` is the number of items the loss is the mean over, if these are not samples.
         """
         return batch_loss(self.model, self.loss_func, batch)
@@ -248,7 +248,10 @@ class TrainingLoop:
         self.model.eval()
 
     def calculate_eval_batch_loss(self, batch: Batch) -> BatchOutput:
-        """Compute the loss of one evaluation batch, without gradients; see `calculate_train_batch_loss`."""
+        """Compute the loss of one evaluation batch, without gradients; see `calculate_train_batch_loss`.
+
+        If the loss has several elements, their mean counts.
+        """
         with torch.no_grad():
             return batch_loss(self.model, self.loss_func, batch)
 

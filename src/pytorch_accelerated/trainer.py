@@ -461,6 +461,9 @@ class Trainer(TrainingLoop):
     ) -> StateDict:
         """Restore what `save_training_state` wrote. Must be called on every process.
 
+        If a subclass overrides this method, `train` calls it with ``resume_from``, when model, optimizer and scheduler
+        are ready, and continues in the epoch that it returns as ``current_epoch``.
+
         Args:
             input_dir: The directory.
             allow_other_num_processes: Whether the state may come from a different number of processes.
