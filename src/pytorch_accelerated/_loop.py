@@ -208,7 +208,8 @@ class TrainingLoop:
 
         Returns:
             A dictionary with ``loss``, a scalar tensor: the mean over the batch, and ``batch_size``, by default the
-            length of the targets' first dimension. Further keys are passed on to the callbacks. ``metrics``, a dictionary of scalars, is averaged over the epoch like the loss.
+            length of the targets' first dimension. Further keys are passed on to the callbacks. ``metrics``, a
+            dictionary of scalars, is averaged over the epoch like the loss.
             ``num_items_in_batch`` is the number of items the loss is the mean over, if these are not samples.
         """
         return batch_loss(self.model, self.loss_func, batch)

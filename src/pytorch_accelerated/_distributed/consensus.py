@@ -85,7 +85,6 @@ class StopConsensus:
         self._numbers = torch.zeros(5, dtype=torch.float64)
         self._exchange: Any = None
         self._skipped: tuple[float, int] | None = None
-        self._needs_each_exchange = False  # because the weight of an update was not the expected one
         self._num_to_skip = self._num_updates = 0
         self._last_time: float | None = None
 
@@ -123,9 +122,7 @@ class StopConsensus:
             self._num_to_skip -= 1
             self._skipped = float(weight), num_samples
             return
-        if expected_weight is not None and weight != expected_weight:
-            self._needs_each_exchange = True
-        needs_each = 0 if self._can_skip_exchange() and not self._needs_each_exchange else 1
+        needs_each = 0 if self._can_skip_exchange() else 1
         numbers = float(weight), num_samples, len(self._requests), needs_each, self._updates_between_exchanges()
         self._numbers = torch.tensor(numbers, dtype=torch.float64)
         self._exchange = distributed.all_reduce(self._numbers, group=self._group, async_op=True)
