@@ -17,7 +17,6 @@ from pytorch_accelerated._data.loaders import (
     EXACT,
     RestOfEpoch,
     enumerate_batches,
-    guarantee_of_skipping,
 )
 from pytorch_accelerated._data.rng import preserve_rng_state
 from pytorch_accelerated._data.sharding import sharding_of, without_samples
@@ -529,7 +528,7 @@ class TrainingLoop:
         run = self._loop_run
         position, run.stream_position = run.stream_position, None
         if num_done > 0:
-            guarantee = EXACT if position is not None else guarantee_of_skipping(train_dl)
+            guarantee = EXACT if position is not None else run.guarantee_of_order(train_dl)
             self.print(f"Resuming epoch {self.run_history.current_epoch} after batch {num_done}. {guarantee}")
         if position is None:
             rest = skip_batches(self._accelerator, train_dl, num_done)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pytorch_accelerated._accumulation import AccumulationWindow, OutsideParameters, are_finite, are_gradients_finite
 from pytorch_accelerated._checkpoint.folder import Lineage
-from pytorch_accelerated._data.loaders import reliable_num_batches_of
+from pytorch_accelerated._data.loaders import guarantee_of_skipping, order_may_differ, reliable_num_batches_of
+from pytorch_accelerated._data.rng import derive_seed
 from pytorch_accelerated._distributed.consensus import StopConsensus
 from pytorch_accelerated._loss_monitor import (
     LossMonitor,
@@ -87,11 +88,19 @@ class TrainingPosition:
         seed: The seed of the order of the training data.
         num_epochs_completed: Epochs done before.
         window: The accumulation window of the run.
+        run_number: Counts the training runs of the trainer from 0; -1 before the first.
     """
 
-    def __init__(self, seed: int = 0, num_epochs_completed: int = 0, window: AccumulationWindow | None = None) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        num_epochs_completed: int = 0,
+        window: AccumulationWindow | None = None,
+        run_number: int = -1,
+    ) -> None:
+        self.run_number = run_number
         self.seed = seed
-        """That of the run which trains, or, after a resume, the one in the training state."""
+        """The seed of the data: it derives from the run's, unless it comes from a training state."""
 
         self.progress = TrainingProgress(num_epochs_completed=num_epochs_completed)
         self.window = AccumulationWindow() if window is None else window
@@ -184,6 +193,9 @@ class Run:
 
         self.config: TrainerRunConfig = None  # type: ignore[assignment]  # created when the loaders are prepared
         self.is_resumed = False
+        self.is_resuming = False
+        """Whether a training state is being restored to continue the run that saved it."""
+
         self.stop_reason: str | None = None
 
         # Model and data.
@@ -287,12 +299,19 @@ class Run:
         for seeded_loader, prepared in (*training, *evaluation):
             seeded_loader.show_users_arguments(prepared)
 
-    def set_data_epoch(self, seeded_loaders: list[SeededLoader], loader: Loader, epoch: int, seed: int) -> None:
+    def set_data_epoch(
+        self, seeded_loaders: list[SeededLoader], loader: Loader, epoch: int, seed: int, run_number: int = 0
+    ) -> None:
         """Put loaders before the first batch of an epoch, counted from 0."""
         for seeded_loader in seeded_loaders:
-            seeded_loader.set_epoch(epoch, seed)
+            seeded_loader.set_epoch(epoch, seed, run_number)
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)
+
+    def guarantee_of_order(self, loader: Loader) -> str:
+        """Return a sentence for the user: how exactly the data continue after batches are skipped."""
+        uncovered = [name for seeded in self.seeded_train_loaders for name in seeded.order_state.uncovered()]
+        return order_may_differ(uncovered) if uncovered else guarantee_of_skipping(loader)
 
     def resume_streams(self, position: StateMapping, num_batches: int) -> None:
         """Put the streams that training reads from at the position after this number of batches."""
@@ -346,8 +365,9 @@ class Run:
 
     def start_training(self, num_epochs_completed: int, num_epochs: int, window: AccumulationWindow) -> None:
         """Start a training of its own, in place of the position that the previous run left."""
-        settings = self.training.settings
-        self.training = TrainingPosition(self.seed, num_epochs_completed, window)
+        settings, run_number = self.training.settings, self.training.run_number + 1
+        seed = derive_seed(self.seed, "run", run_number) if run_number else self.seed
+        self.training = TrainingPosition(seed, num_epochs_completed, window, run_number)
         self.training.settings = settings
         self.total_num_epochs = num_epochs_completed + num_epochs
         self.training.restart_scheduler_updates()
@@ -360,6 +380,16 @@ class Run:
         self.total_num_epochs = num_epochs
         self.is_resumed = True
         training.restart_scheduler_updates()
+
+    @contextmanager
+    def keeping_position(self) -> Iterator[None]:
+        """Forget the position and the seed that the body restores: they belong to another run, whose model it loads."""
+        position, seed = self.training, self.seed
+        self.training = TrainingPosition(seed)
+        try:
+            yield
+        finally:
+            self.training, self.seed = position, seed
 
     def start_train_epoch(self, loader: Loader, makes_updates: bool = True) -> int:
         """Start an epoch, or the rest of one; return how many of its batches a resumed run has done before.
@@ -374,7 +404,7 @@ class Run:
             self.num_batches_to_skip = 0
         training.start_epoch(loader, num_done)
         epoch = training.progress.num_epochs_completed
-        self.set_data_epoch(self.seeded_train_loaders, loader, epoch, training.seed)
+        self.set_data_epoch(self.seeded_train_loaders, loader, epoch, training.seed, training.run_number)
         return num_done
 
     def start_epoch_of_subclass(self) -> None:

@@ -680,19 +680,28 @@ class Trainer(TrainingLoop):
         run.start_training(self.run_history.current_epoch - 1, num_epochs, window)
         self._loop_companions().check_before_run(bool(_folders_of_states(self.callback_handler)), config.is_distributed)
         if state is not None:
-            self._loop_resume(state(), num_epochs)
+            self._loop_resume(state, num_epochs)
 
     def _loop_set_up_scheduler(self) -> None:
         self.scheduler = self.create_scheduler()
-        if isinstance(self.scheduler, StatefulSchedulerBase) and self.scheduler.num_updates < 0:
-            self.scheduler.step()  # so that update k trains at curve(k)
+        _start_counting(self.scheduler)
         state, self._loop_pending_scheduler_state = self._loop_pending_scheduler_state, None
         if state is not None:
             self._loop_load_scheduler_state(state)
 
-    def _loop_resume(self, user_entries: StateMapping, num_epochs: int) -> None:
-        """Continue where a training state left off: `load_training_state` has restored it and returned its entries."""
-        run, current_epoch = self._loop_run, user_entries.get("current_epoch")
+    def _loop_resume(self, restore: Callable[[], StateDict], num_epochs: int) -> None:
+        """Continue where a training state left off.
+
+        Args:
+            restore: Restores the state, and returns the user's entries.
+            num_epochs: The number of epochs at which training ends.
+        """
+        run = self._loop_run
+        run.is_resuming = True
+        try:
+            current_epoch = restore().get("current_epoch")
+        finally:
+            run.is_resuming = False
         if current_epoch is not None:
             self.run_history._set_epoch(current_epoch)  # noqa: SLF001 - a seam of 0.1.61
             run.training.move_to_epoch(int(current_epoch))
@@ -718,7 +727,10 @@ class Trainer(TrainingLoop):
             means=training.epoch.means,
             window=training.window,
             stream=next((loader.stream for loader in run.seeded_train_loaders), None),
+            order=next((loader.order_state for loader in run.seeded_train_loaders), None),
+            run_seed=run.seed,
             seed=training.seed,
+            run_number=training.run_number,
             stop_reason=training.early_stop_reason,
             settings={**training.settings, "scheduler": resume.name_of(self.scheduler)},
             companions=self._loop_companions(),
@@ -746,7 +758,7 @@ class Trainer(TrainingLoop):
         run.complete_resume = partial(
             complete_restore, parts.companions, self._loop_companions, *contents.companions, source
         )
-        run.seed = training.seed = contents.seed
+        run.seed, training.seed, training.run_number = contents.run_seed, contents.seed, contents.run_number
         training.early_stop_reason = contents.stop_reason
         training.stream_position = contents.stream_position
         training.lineage = Lineage(contents.saved)
@@ -755,8 +767,12 @@ class Trainer(TrainingLoop):
     def _loop_load_scheduler_state(self, state: StateDict) -> None:
         if self.scheduler is None:
             self._loop_pending_scheduler_state = state
+            return
+        if self._loop_run.is_resuming and isinstance(self.scheduler, StatefulSchedulerBase):
+            self.scheduler.resume_from(state)
         else:
             self.scheduler.load_state_dict(state)
+        _start_counting(self.scheduler)
 
     def _loop_teardown(self, run: Run, outer: Run) -> None:
         run.is_active = False  # first, because a signal may interrupt the rest
@@ -789,6 +805,11 @@ def _folders_of_states(callback_handler: CallbackHandler) -> set[Path]:
 def _names_in(left_out_of_states: object) -> Collection[str]:
     # A subclass written for 0.1.61 may use the name of the attribute for something else.
     return left_out_of_states if isinstance(left_out_of_states, (list, tuple, set, frozenset)) else ()
+
+
+def _start_counting(scheduler: Scheduler | None) -> None:
+    if isinstance(scheduler, StatefulSchedulerBase) and scheduler.num_updates < 0:
+        scheduler.step()  # so that update k trains at curve(k)
 
 
 def _clear_gradients(model: nn.Module, optimizer: Optimizer) -> None:

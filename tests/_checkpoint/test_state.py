@@ -167,7 +167,10 @@ def parts_of(model):
         means=EpochMeans(),
         window=AccumulationWindow(),
         stream=None,
+        order=None,
+        run_seed=0,
         seed=0,
+        run_number=0,
         stop_reason=None,
         settings={},
     )
@@ -331,6 +334,7 @@ def test_a_state_restores_model_optimizer_history_and_generators(tmp_path):
     assert torch.equal(torch.rand(2), drawn)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_accumulation_steps` is")
 def test_a_state_of_a_compiled_model_loads_into_the_plain_one_mid_window(tmp_path):
     model = torch.compile(make_model(), backend="eager")
     trainer = make_trainer(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 from torch.utils.data import TensorDataset
 
 from pytorch_accelerated import Trainer
+from pytorch_accelerated._run import Run
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback, WSDCheckpointCallback
 from pytorch_accelerated.exceptions import SchedulerSettingsError
 from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
+from pytorch_accelerated.states import verify_state
 
 NUM_UPDATES_PER_EPOCH = 5
 
@@ -24,18 +28,32 @@ class FakeTrainer:
 
     def __init__(self, scheduler, is_resumed=False):
         self.scheduler = scheduler
-        self.is_resumed = is_resumed
-        self.progress = SimpleNamespace(num_updates=0)
+        self._loop_run = Run()
+        self._loop_run.is_resumed = is_resumed
+        self.progress = self._loop_run.progress
+        self.run_config = SimpleNamespace(max_num_train_steps=7)
         self.saved = []
         self.save_arguments = []
         self.loaded = []
+        self.printed = []
 
     def save_checkpoint(self, save_path, checkpoint_kwargs, **arguments):
-        self.saved.append((save_path.name, self.progress.num_updates, self.lr))
-        self.save_arguments.append({"path": save_path, "kwargs": checkpoint_kwargs, **arguments})
+        self._save(save_path, checkpoint_kwargs, **arguments)
+
+    def save_training_state(self, output_dir, checkpoint_kwargs):
+        assert isinstance(output_dir, str)
+        self._save(Path(output_dir), checkpoint_kwargs)
+
+    def _save(self, path, checkpoint_kwargs, **arguments):
+        self.saved.append((path.name, self.progress.num_updates, self.lr))
+        self.save_arguments.append({"path": path, "kwargs": checkpoint_kwargs, **arguments})
 
     def load_checkpoint(self, checkpoint_path, **arguments):
         self.loaded.append((checkpoint_path, arguments))
+        return {"step": 14, "checkpoint_type": "wsd_post_decay"}
+
+    def print(self, text):
+        self.printed.append(text)
 
     @property
     def lr(self):
@@ -60,51 +78,69 @@ def update(callback, trainer, num_updates, skipped=()):
         trainer.progress.num_updates += 1
         if trainer.progress.num_updates not in skipped:
             trainer.scheduler.step()
-        callback.on_optimizer_step_end(trainer)
+        callback.on_train_step_end(trainer)
 
 
 def names(trainer):
     return [name for name, _, _ in trainer.saved]
 
 
-def test_each_decay_is_saved_before_it_at_the_stable_rate_and_after_it_at_the_minimum(tmp_path):
+def test_each_decay_is_saved_before_it_at_the_stable_rate_and_after_its_last_update(tmp_path):
     callback = WSDCheckpointCallback(tmp_path)
     trainer = start_run(callback, total_steps=40, num_checkpoints=3, num_warmup_steps=3, decay_phase_ratio=0.2)
     update(callback, trainer, 40)
     callback.on_training_run_end(trainer)
     assert trainer.saved == [
-        ("checkpoint_10_pre_decay.pt", 8, 0.1),
-        ("checkpoint_10_post_decay.pt", 10, 0.0),
-        ("checkpoint_20_pre_decay.pt", 16, 0.1),
-        ("checkpoint_20_post_decay.pt", 20, 0.0),
-        ("checkpoint_40_pre_decay.pt", 32, 0.1),
-        ("checkpoint_40_post_decay.pt", 40, 0.0),
+        ("checkpoint_8_wsd_pre_decay", 8, 0.1),
+        ("checkpoint_10_wsd_post_decay.pt", 10, 0.1),  # where the next period starts
+        ("checkpoint_18_wsd_pre_decay", 18, 0.1),
+        ("checkpoint_20_wsd_post_decay.pt", 20, 0.1),
+        ("checkpoint_36_wsd_pre_decay", 36, 0.1),
+        ("checkpoint_40_wsd_post_decay.pt", 40, 0.0),
     ]
 
 
-def test_a_decay_that_starts_with_the_run_saves_its_pre_decay_checkpoint_before_the_first_update(tmp_path):
+def test_a_decay_that_starts_with_the_run_has_no_state_before_it(tmp_path):
     callback = WSDCheckpointCallback(tmp_path)
     trainer = start_run(callback, total_steps=4, decay_phase_ratio=1.0)
-    assert trainer.saved == [("checkpoint_4_pre_decay.pt", 0, 0.1)]
+    callback.on_train_step_end(trainer)  # of a batch without update
+    update(callback, trainer, 4)
+    assert names(trainer) == ["checkpoint_4_wsd_post_decay.pt"]
 
 
-def test_a_checkpoint_at_which_the_next_decay_starts_saves_both_files(tmp_path):
+def test_a_checkpoint_at_which_the_next_decay_starts_saves_both(tmp_path):
     callback = WSDCheckpointCallback(tmp_path)
     trainer = start_run(callback, total_steps=4, num_checkpoints=2, decay_phase_ratio=1.0)
     update(callback, trainer, 4)
     assert [(name, num_updates) for name, num_updates, _ in trainer.saved] == [
-        ("checkpoint_2_pre_decay.pt", 0),
-        ("checkpoint_2_post_decay.pt", 2),
-        ("checkpoint_4_pre_decay.pt", 2),
-        ("checkpoint_4_post_decay.pt", 4),
+        ("checkpoint_2_wsd_pre_decay", 2),
+        ("checkpoint_2_wsd_post_decay.pt", 2),
+        ("checkpoint_4_wsd_post_decay.pt", 4),
     ]
 
 
-def test_a_continuation_also_saves_its_pre_decay_checkpoint(tmp_path):
+def test_batches_without_update_save_nothing_again(tmp_path):
+    callback = WSDCheckpointCallback(tmp_path)
+    trainer = start_run(callback, total_steps=10)
+    for _ in range(10):
+        update(callback, trainer, 1)
+        callback.on_train_step_end(trainer)
+    assert names(trainer) == ["checkpoint_9_wsd_pre_decay", "checkpoint_10_wsd_post_decay.pt"]
+
+
+def test_a_continuation_also_saves_its_state_before_the_decay(tmp_path):
     callback = WSDCheckpointCallback(tmp_path, initial_checkpoint=tmp_path / "earlier.pt")
     trainer = start_run(callback, total_steps=10, is_continuation_from_checkpoint=True)
     update(callback, trainer, 10)
-    assert names(trainer) == ["checkpoint_10_pre_decay.pt", "checkpoint_10_post_decay.pt"]
+    assert names(trainer) == ["checkpoint_9_wsd_pre_decay", "checkpoint_10_wsd_post_decay.pt"]
+
+
+ALL_NAMES = [
+    "checkpoint_7_wsd_pre_decay",
+    "checkpoint_10_wsd_post_decay.pt",
+    "checkpoint_17_wsd_pre_decay",
+    "checkpoint_20_wsd_post_decay.pt",
+]
 
 
 @pytest.mark.parametrize("skipped", [{1, 2, 3}, {9, 10}, {16, 17, 18}, {20}, {19, 20}])
@@ -113,12 +149,7 @@ def test_updates_skipped_by_mixed_precision_neither_repeat_nor_lose_a_checkpoint
     trainer = start_run(callback, total_steps=20, num_checkpoints=2, decay_phase_ratio=0.3)
     update(callback, trainer, 20, skipped)
     callback.on_training_run_end(trainer)
-    assert names(trainer) == [
-        "checkpoint_10_pre_decay.pt",
-        "checkpoint_10_post_decay.pt",
-        "checkpoint_20_pre_decay.pt",
-        "checkpoint_20_post_decay.pt",
-    ]
+    assert names(trainer) == ALL_NAMES
 
 
 def test_a_run_stopped_during_a_decay_saves_no_post_decay_checkpoint(tmp_path):
@@ -126,61 +157,69 @@ def test_a_run_stopped_during_a_decay_saves_no_post_decay_checkpoint(tmp_path):
     trainer = start_run(callback, total_steps=20)
     update(callback, trainer, 19)
     callback.on_training_run_end(trainer)
-    assert names(trainer) == ["checkpoint_20_pre_decay.pt"]
+    assert names(trainer) == ["checkpoint_18_wsd_pre_decay"]
 
 
+@pytest.mark.parametrize("is_saved_by_first_version", [False, True])
 @pytest.mark.parametrize("position", range(21))
-def test_a_resumed_run_saves_the_missing_checkpoints_and_none_twice(tmp_path, position):
+def test_a_resumed_run_saves_the_missing_checkpoints_and_none_twice(tmp_path, position, is_saved_by_first_version):
     settings = {"total_steps": 20, "num_checkpoints": 2, "decay_phase_ratio": 0.3}
     callback = WSDCheckpointCallback(tmp_path)
     first = start_run(callback, **settings)
     update(callback, first, position)
 
     resumed_callback = WSDCheckpointCallback(tmp_path)
-    resumed_callback.load_state_dict(callback.state_dict())
+    state = {"last_seen_step": position} if is_saved_by_first_version else callback.state_dict()
+    resumed_callback.load_state_dict(state)
     second = FakeTrainer(make_scheduler(**settings), is_resumed=True)
     second.scheduler.load_state_dict(first.scheduler.state_dict())
     second.progress.num_updates = position
     resumed_callback.on_training_run_start(second)
     update(resumed_callback, second, 20 - position)
     resumed_callback.on_training_run_end(second)
-    assert names(first) + names(second) == [
-        "checkpoint_10_pre_decay.pt",
-        "checkpoint_10_post_decay.pt",
-        "checkpoint_20_pre_decay.pt",
-        "checkpoint_20_post_decay.pt",
-    ]
+    assert names(first) + names(second) == ALL_NAMES
+
+
+def test_a_checkpoint_that_was_due_when_the_state_was_saved_is_saved_after_the_resume(tmp_path):
+    settings = {"total_steps": 20, "decay_phase_ratio": 0.3}
+    trainer = FakeTrainer(make_scheduler(**settings), is_resumed=True)
+    trainer.scheduler.num_updates = 14
+    WSDCheckpointCallback(tmp_path).on_training_run_start(trainer)
+    assert names(trainer) == ["checkpoint_14_wsd_pre_decay"]
 
 
 def test_a_second_run_with_the_same_callback_saves_its_own_checkpoints(tmp_path):
     callback = WSDCheckpointCallback(tmp_path)
-    for _ in range(2):
-        trainer = start_run(callback, total_steps=10)
-        update(callback, trainer, 10)
+    for total_steps, ratio, expected in [(10, 0.1, [9, 10]), (10, 0.1, [9, 10]), (20, 0.5, [10, 20])]:
+        trainer = start_run(callback, total_steps=total_steps, decay_phase_ratio=ratio)
+        update(callback, trainer, total_steps)
         callback.on_training_run_end(trainer)
-        assert names(trainer) == ["checkpoint_10_pre_decay.pt", "checkpoint_10_post_decay.pt"]
+        assert [int(name.split("_")[1]) for name in names(trainer)] == expected
 
 
 @pytest.mark.parametrize("save_optimizer", [True, False])
 @pytest.mark.parametrize("save_scheduler", [True, False])
-def test_optimizer_and_scheduler_are_saved_and_loaded_as_requested(tmp_path, save_optimizer, save_scheduler):
+def test_optimizer_and_scheduler_are_in_the_file_as_requested_and_loaded_if_there(
+    tmp_path, save_optimizer, save_scheduler
+):
     initial = tmp_path / "earlier.pt"
     callback = WSDCheckpointCallback(str(tmp_path), save_optimizer, save_scheduler, str(initial))
     trainer = start_run(callback, total_steps=10)
     update(callback, trainer, 10)
-    assert trainer.loaded == [
-        (initial, {"load_optimizer": save_optimizer, "load_scheduler": save_scheduler}),
-    ]
-    assert trainer.save_arguments[0] == {
-        "path": tmp_path / "checkpoint_10_pre_decay.pt",
-        "kwargs": {"checkpoint_step": 10, "phase": "pre_decay", "num_updates": 9},
+    assert trainer.loaded == [(initial, {})]
+    state, checkpoint = trainer.save_arguments
+    for saved in (state, checkpoint):
+        datetime.fromisoformat(saved["kwargs"].pop("timestamp"))
+    extras = {"total_steps": 7, "decay_fraction": 0.1}
+    assert state == {
+        "path": tmp_path / "checkpoint_9_wsd_pre_decay",
+        "kwargs": {"step": 9, "checkpoint_type": "wsd_pre_decay", **extras},
+    }
+    assert checkpoint == {
+        "path": tmp_path / "checkpoint_10_wsd_post_decay.pt",
+        "kwargs": {"step": 10, "checkpoint_type": "wsd_post_decay", **extras},
         "save_optimizer": save_optimizer,
         "save_scheduler": save_scheduler,
-    }
-    assert trainer.save_arguments[1]["kwargs"] == {
-        "checkpoint_step": 10,
-        "phase": "post_decay",
-        "num_updates": 10,
     }
 
 
@@ -189,16 +228,19 @@ def test_a_resumed_run_does_not_load_the_initial_checkpoint_again(tmp_path):
     assert start_run(callback, is_resumed=True, total_steps=10).loaded == []
 
 
-def test_the_folder_is_created_at_the_start_of_the_run(tmp_path):
-    start_run(WSDCheckpointCallback(tmp_path / "new" / "folder"), total_steps=10)
-    assert (tmp_path / "new" / "folder").is_dir()
-
-
-@pytest.mark.parametrize("name", ["checkpoint_10_pre_decay.pt", "checkpoint_20_post_decay.pt"])
-def test_a_run_that_would_overwrite_its_initial_checkpoint_is_rejected(tmp_path, name):
-    callback = WSDCheckpointCallback(tmp_path, initial_checkpoint=tmp_path / "x" / ".." / name)
+def test_a_run_that_would_overwrite_its_initial_checkpoint_is_rejected(tmp_path):
+    initial = tmp_path / "x" / ".." / "checkpoint_20_wsd_post_decay.pt"
+    callback = WSDCheckpointCallback(tmp_path, initial_checkpoint=initial)
     with pytest.raises(ValueError, match=r"which this run would overwrite .* a different `save_dir`"):
         start_run(callback, total_steps=20, num_checkpoints=2)
+
+
+def test_the_initial_training_state_is_not_overwritten(tmp_path):
+    callback = WSDCheckpointCallback(tmp_path, initial_checkpoint=tmp_path / "checkpoint_17_wsd_pre_decay")
+    trainer = start_run(callback, total_steps=20, num_checkpoints=2, decay_phase_ratio=0.3)
+    update(callback, trainer, 20)
+    assert names(trainer) == [name for name in ALL_NAMES if "17" not in name]
+    assert "which is kept" in trainer.printed[-2]
 
 
 @pytest.mark.parametrize("make", [lambda optimizer: None, lambda optimizer: CosineLrScheduler(optimizer, 2, 5)])
@@ -254,35 +296,28 @@ def train(*callbacks, num_epochs=4, seed=0, resume_from=None, **scheduler_settin
     return trainer
 
 
-def test_a_run_writes_checkpoints_before_and_after_each_decay(tmp_path):
+def test_a_run_writes_a_state_before_and_a_checkpoint_after_each_decay(tmp_path):
     recorder = Recorder()
     trainer = train(recorder, WSDCheckpointCallback(tmp_path), num_checkpoints=2, num_warmup_epochs=0.4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint_10_post_decay.pt",
-        "checkpoint_10_pre_decay.pt",
-        "checkpoint_20_post_decay.pt",
-        "checkpoint_20_pre_decay.pt",
-    ]
-    for name, num_updates, lr in [
-        ("checkpoint_10_pre_decay.pt", 7, 0.1),
-        ("checkpoint_10_post_decay.pt", 10, 1e-6),
-        ("checkpoint_20_pre_decay.pt", 14, 0.1),
-    ]:
-        checkpoint = torch.load(tmp_path / name, weights_only=True)
-        assert checkpoint["num_updates"] == checkpoint["scheduler_state_dict"]["num_updates"] == num_updates
-        assert checkpoint["optimizer_state_dict"]["param_groups"][0]["lr"] == lr
-        assert torch.equal(checkpoint["model_state_dict"]["weight"], recorder.weights[num_updates])
-    last = torch.load(tmp_path / "checkpoint_20_post_decay.pt", weights_only=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(ALL_NAMES)
+    for name, num_updates in [("checkpoint_7_wsd_pre_decay", 7), ("checkpoint_17_wsd_pre_decay", 17)]:
+        saved = verify_state(tmp_path / name)
+        assert saved.position.num_updates == num_updates
+        weights = torch.load(tmp_path / name / "model.pt", weights_only=True)
+        assert torch.equal(weights["weight"], recorder.weights[num_updates])
+    checkpoint = torch.load(tmp_path / "checkpoint_10_wsd_post_decay.pt", weights_only=True)
+    assert checkpoint["step"] == checkpoint["scheduler_state_dict"]["num_updates"] == 10
+    assert torch.equal(checkpoint["model_state_dict"]["weight"], recorder.weights[10])
+    last = torch.load(tmp_path / "checkpoint_20_wsd_post_decay.pt", weights_only=True)
     assert torch.equal(last["model_state_dict"]["weight"], trainer.model.weight)
     assert recorder.lrs[0] == 1e-6
-    assert recorder.lrs[2] == recorder.lrs[7] == recorder.lrs[11] == recorder.lrs[14] == 0.1
-    assert recorder.lrs[10] == last["optimizer_state_dict"]["param_groups"][0]["lr"] == 1e-6
+    assert recorder.lrs[2] == recorder.lrs[7] == recorder.lrs[10] == recorder.lrs[17] == 0.1
+    assert last["optimizer_state_dict"]["param_groups"][0]["lr"] == pytest.approx(1e-7)
 
 
-def test_a_continuation_starts_from_the_pre_decay_weights_at_the_stable_rate_with_a_new_schedule(tmp_path):
+def test_a_continuation_starts_from_the_weights_before_the_decay_at_the_stable_rate_with_a_new_schedule(tmp_path):
     train(WSDCheckpointCallback(tmp_path / "first"), num_warmup_epochs=0.4)
-    initial = tmp_path / "first" / "checkpoint_20_pre_decay.pt"
-    earlier = torch.load(initial, weights_only=True)
+    initial = tmp_path / "first" / "checkpoint_14_wsd_pre_decay"
     recorder = Recorder()
     train(
         recorder,
@@ -292,16 +327,28 @@ def test_a_continuation_starts_from_the_pre_decay_weights_at_the_stable_rate_wit
         num_warmup_epochs=0.4,
         is_continuation_from_checkpoint=True,
     )
-    assert torch.equal(recorder.weights[0], earlier["model_state_dict"]["weight"])
+    weights = torch.load(initial / "model.pt", weights_only=True)
+    assert torch.equal(recorder.weights[0], weights["weight"])
     assert recorder.lrs[:8] == [0.1] * 8
     assert recorder.lrs[8] < 0.1
     assert sorted(path.name for path in (tmp_path / "second").iterdir()) == [
-        "checkpoint_10_post_decay.pt",
-        "checkpoint_10_pre_decay.pt",
+        "checkpoint_10_wsd_post_decay.pt",
+        "checkpoint_7_wsd_pre_decay",
     ]
-    state = torch.load(tmp_path / "second" / "checkpoint_10_pre_decay.pt", weights_only=True)
+    state = torch.load(tmp_path / "second" / "checkpoint_10_wsd_post_decay.pt", weights_only=True)
     assert state["scheduler_state_dict"]["is_continuation_from_checkpoint"]
-    assert state["optimizer_state_dict"]["state"][0]["step"] == earlier["num_updates"] + 7
+    assert state["optimizer_state_dict"]["state"][0]["step"] == 14 + 10
+
+
+def test_a_run_can_be_resumed_from_the_state_before_a_decay(tmp_path):
+    whole = train(WSDCheckpointCallback(tmp_path / "whole"))
+    rest = train(
+        WSDCheckpointCallback(tmp_path / "rest"),
+        seed=1,
+        resume_from=tmp_path / "whole" / "checkpoint_14_wsd_pre_decay",
+    )
+    assert torch.equal(rest.model.weight, whole.model.weight)
+    assert [path.name for path in (tmp_path / "rest").iterdir()] == ["checkpoint_20_wsd_post_decay.pt"]
 
 
 @pytest.mark.parametrize("position", [3, 14, 16])
@@ -324,9 +371,14 @@ def test_a_resumed_run_ends_with_the_files_of_an_uninterrupted_one(tmp_path, pos
         seed=1,
         resume_from=tmp_path / "states" / f"step_{position}",
     )
-    for path in (tmp_path / "uninterrupted").iterdir():
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == sorted(ALL_NAMES)
+    for path in (tmp_path / "uninterrupted").rglob("*.pt"):
+        if path.name in ("trainer_state.pt", "process_0.pt"):
+            continue  # they have times and callbacks in them
         uninterrupted = torch.load(path, weights_only=True)
-        parts = torch.load(tmp_path / "parts" / path.name, weights_only=True)
-        assert parts.pop("phase") == uninterrupted.pop("phase")
+        parts = torch.load(tmp_path / "parts" / path.relative_to(tmp_path / "uninterrupted"), weights_only=True)
+        for name in ("checkpoint_type", "scheduler_state_dict"):
+            assert parts.pop(name, None) == uninterrupted.pop(name, None)
+        assert (parts.pop("timestamp", None) is None) == (uninterrupted.pop("timestamp", None) is None)
         torch.testing.assert_close(parts, uninterrupted, rtol=0, atol=0)
     assert {name: (tmp_path / "parts" / name).stat().st_mtime_ns for name in written} == written

@@ -26,14 +26,20 @@ from _support import (
     make_model,
     make_trainer,
     mse,
+    recorder_of,
     train,
     weights_of,
 )
 from pytorch_accelerated import Trainer
 from pytorch_accelerated._checkpoint import portable
 from pytorch_accelerated._distributed import collectives
-from pytorch_accelerated.callbacks import EarlyStoppingCallback, SaveTrainingStateCallback, StepBasedEvaluationCallback
-from pytorch_accelerated.schedulers import CosineLrScheduler
+from pytorch_accelerated.callbacks import (
+    EarlyStoppingCallback,
+    SaveTrainingStateCallback,
+    StepBasedEvaluationCallback,
+    WSDCheckpointCallback,
+)
+from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
 from pytorch_accelerated.utils import local_process_zero_first, local_process_zero_only, world_process_zero_only
 
 
@@ -418,6 +424,23 @@ def case_a_resumed_run_ends_with_the_same_weights_and_history(rank: int, directo
 
 
 # --- last, because a failure may leave the processes out of step --------------------------------------------------
+
+
+def case_a_run_continues_from_before_the_decay_of_another(rank: int, directory: Path) -> Any:
+    """The first run makes 12 updates, and the continuation as many."""
+    results = []
+    for name, initial in [("wsd", None), ("wsd_next", directory / "wsd" / "checkpoint_9_wsd_pre_decay")]:
+        callback = WSDCheckpointCallback(directory / name, initial_checkpoint=initial)
+        recorder, rates = recorder_of(
+            lambda trainer: trainer.optimizer.param_groups[0]["lr"], "on_optimizer_step_start"
+        )
+        trainer = make_trainer(make_model(seed=len(name)), callbacks=[callback, recorder])
+        create = WSDLrScheduler.create_scheduler_fn(
+            decay_phase_ratio=0.25, lr_min=0.1, is_continuation_from_checkpoint=initial is not None
+        )
+        train(trainer, make_dataset(48), num_epochs=2, create_scheduler_fn=create)
+        results.append({"rates": rates, "weights": weights_of(trainer.model), "step": callback.last_checkpoint_step})
+    return results
 
 
 def case_the_trainer_trains_again_after_an_exception(rank: int, directory: Path) -> Any:

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from _processes import launch, read_results
+from _support import make_trainer, recorder_of, train, weights_of
+from pytorch_accelerated.callbacks import WSDCheckpointCallback
+from pytorch_accelerated.schedulers import WSDLrScheduler
 
 pytestmark = pytest.mark.distributed
 
@@ -221,6 +224,26 @@ def test_a_resumed_run_ends_with_the_same_weights_and_history(results):
             assert resumed["metrics"] == result["whole"]["metrics"]
         assert {"manifest.json", "model.pt", "process_0.pt", "process_1.pt"} <= set(result["files"])
         assert result["left"] == []
+
+
+def test_a_run_continues_from_before_the_decay_of_another(results, directory):
+    """Of two processes; and one process can continue from the state that they saved."""
+    decay = [0.1 * (0.1 + 0.9 * (1 - (t / 3) ** 0.5)) for t in (1, 2)]
+    for first, second in results:
+        for run in (first, second):
+            assert run["rates"] == pytest.approx([0.1] * 10 + decay)
+            assert run["step"] == 12
+    assert_equal(results[0], results[1])
+    files = {"wsd": ["checkpoint_12_wsd_post_decay.pt", "checkpoint_9_wsd_pre_decay"]}
+    files["wsd_next"] = files["wsd"][:1]  # what is at the step of the initial checkpoint is not saved again
+    folder = directory / "a_run_continues_from_before_the_decay_of_another"
+    for name, expected in files.items():
+        assert sorted(path.name for path in (folder / name).iterdir()) == expected
+    state = folder / "wsd" / "checkpoint_9_wsd_pre_decay"
+    recorder, weights = recorder_of(lambda trainer: weights_of(trainer.model), "on_train_epoch_start")
+    callback = WSDCheckpointCallback(folder / "wsd_alone", initial_checkpoint=state)
+    train(make_trainer(callbacks=[callback, recorder]), create_scheduler_fn=WSDLrScheduler.create_scheduler_fn())
+    assert_equal(weights[0], torch.load(state / "model.pt", weights_only=True))
 
 
 def test_the_trainer_trains_again_after_an_exception(results):

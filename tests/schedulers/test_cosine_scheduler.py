@@ -185,14 +185,16 @@ def test_create_scheduler_fn_passes_every_argument_and_creates_the_subclass():
         ({"min_lr_ratio": 1.5}, "`min_lr_ratio` is 1.5, but a fraction of the initial learning rate must be"),
         ({"min_lr_ratio": -0.5}, "`min_lr_ratio` is -0.5"),
         ({"num_warmup_epochs": -1}, "`num_warmup_epochs` is -1, but the length of the warm-up"),
-        ({"warmup_starting_lr": -1.0}, "`warmup_starting_lr` is -1.0"),
-        ({"warmup_starting_lr": 0.2}, "`warmup_starting_lr` is 0.2, but the initial learning rate of the optimizer"),
-        ({"warmup_starting_lr_ratio": 2}, "and at most 1. Change `warmup_starting_lr_ratio` where"),
-        ({"num_cooldown_epochs": -0.5}, "`num_cooldown_epochs` is -0.5, but the length of the cooldown"),
+        ({"num_warmup_epochs": 1, "warmup_starting_lr": -1.0}, "`warmup_starting_lr` is -1.0"),
         (
-            {"num_warmup_epochs": 2, "num_cooldown_epochs": 1.5},
-            "but both are part of the run, which has only 3 epochs.",
+            {"num_warmup_epochs": 1, "warmup_starting_lr": 0.2},
+            "`warmup_starting_lr` is 0.2, but the initial learning rate of the optimizer",
         ),
+        (
+            {"num_warmup_epochs": 1, "warmup_starting_lr_ratio": 2},
+            "and at most 1. Change `warmup_starting_lr_ratio` where",
+        ),
+        ({"num_cooldown_epochs": -0.5}, "`num_cooldown_epochs` is -0.5, but the length of the cooldown"),
     ],
 )
 def test_a_setting_out_of_range_is_rejected(settings, message):
@@ -200,6 +202,17 @@ def test_a_setting_out_of_range_is_rejected(settings, message):
     with pytest.raises(SchedulerSettingsError, match=re.escape(message)) as caught:
         CosineLrScheduler(make_optimizer(0.1), **settings)
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(("warmup", "cooldown"), [(2, 1.5), (3.5, 0), (0, 4)])
+def test_a_warm_up_and_a_cooldown_that_exceed_the_run_follow_each_other_with_a_warning(warmup, cooldown):
+    with pytest.warns(UserWarning, match="both are part of the run, which has only 3 epochs"):
+        scheduler = CosineLrScheduler(
+            make_optimizer(0.1), 3, 4, num_warmup_epochs=warmup, num_cooldown_epochs=cooldown, warmup_starting_lr=0.01
+        )
+    rates = step_through(scheduler, 13)[:, 0]
+    expected = [0.01 + 0.09 * update / (4 * warmup) if update < 4 * warmup else 1e-6 for update in range(13)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)
 
 
 def test_an_unresolved_placeholder_is_an_error_that_names_it():

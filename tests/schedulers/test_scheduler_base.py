@@ -16,6 +16,15 @@ def get_lrs(optimizer):
     return [group["lr"] for group in optimizer.param_groups]
 
 
+def state(num_updates, base, present):
+    return {
+        "param_group_field": "lr",
+        "base_lr_values": base,
+        "num_updates": num_updates,
+        "param_group_values": present,
+    }
+
+
 class Halving(StatefulSchedulerBase):
     def get_updated_values(self, num_updates):
         return [base / 2**num_updates for base in self.base_values]
@@ -66,6 +75,12 @@ def test_values_can_be_one_per_group_or_one_for_all_groups(values, expected):
     Returning(optimizer, values).step_update(0)
     assert get_lrs(optimizer) == expected
     assert all(type(lr) is float for lr in get_lrs(optimizer))
+
+
+def test_no_values_change_nothing():
+    optimizer = make_optimizer(1.0, 0.5)
+    Returning(optimizer, None).step_update(3)
+    assert get_lrs(optimizer) == [1.0, 0.5]
 
 
 def test_a_wrong_number_of_values_is_an_error_and_changes_no_learning_rate():
@@ -160,7 +175,7 @@ def test_a_loaded_state_restores_position_base_values_and_learning_rates():
     optimizer = make_optimizer(8.0, 8.0)
     restored = Halving(optimizer)
     restored.load_state_dict(scheduler.state_dict())
-    assert restored.state_dict() == scheduler.state_dict() == {"base_values": [1.0, 0.5], "num_updates": 2}
+    assert restored.state_dict() == scheduler.state_dict() == state(2, base=[1.0, 0.5], present=[0.25, 0.125])
     assert get_lrs(optimizer) == [0.25, 0.125]
     assert [group["initial_lr"] for group in optimizer.param_groups] == [1.0, 0.5]
     restored.step()
@@ -182,6 +197,14 @@ def test_loading_a_state_without_base_values_keeps_those_of_the_optimizer():
     assert get_lrs(optimizer) == [4.0]
 
 
+def test_loading_a_state_of_the_first_versions_restores_base_values_and_learning_rates():
+    optimizer = make_optimizer(8.0)
+    scheduler = Halving(optimizer)
+    scheduler.load_state_dict({"base_values": [1.0], "num_updates": 2})
+    assert scheduler.base_values == [1.0]
+    assert get_lrs(optimizer) == [0.25]
+
+
 def test_loading_a_state_with_fewer_groups_keeps_the_base_values_of_the_others():
     optimizer = make_optimizer(8.0, 4.0)
     Halving(optimizer).load_state_dict({"num_updates": 1, "base_values": [1.0]})
@@ -191,12 +214,25 @@ def test_loading_a_state_with_fewer_groups_keeps_the_base_values_of_the_others()
 def test_base_values_of_groups_that_are_added_later_are_kept_for_them():
     optimizer = make_optimizer(8.0)
     scheduler = Halving(optimizer)
-    scheduler.load_state_dict({"num_updates": 1, "base_values": [1.0, 0.5]})
+    scheduler.load_state_dict({"num_updates": 1, "base_lr_values": [1.0, 0.5]})
     assert get_lrs(optimizer) == [0.5]
     assert scheduler.base_values == [1.0]
+    assert scheduler.state_dict()["base_lr_values"] == [1.0, 0.5]
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 4.0})
     scheduler.step()
     assert get_lrs(optimizer) == [0.25, 0.125]
+    assert optimizer.param_groups[1]["initial_lr"] == 0.5
+
+
+def test_the_base_value_of_a_removed_group_is_kept_for_when_it_is_added_again():
+    optimizer = make_optimizer(1.0, 0.5)
+    scheduler = Halving(optimizer)
+    group = optimizer.param_groups.pop()
+    scheduler.step()
+    assert scheduler.base_values == [1.0]
+    optimizer.param_groups.append(group)
+    scheduler.step()
+    assert get_lrs(optimizer) == [0.5, 0.25]
 
 
 def test_a_state_without_position_is_rejected_and_changes_nothing():
@@ -204,14 +240,14 @@ def test_a_state_without_position_is_rejected_and_changes_nothing():
     scheduler = Halving(optimizer)
     with pytest.raises(ValueError, match=r"no entry 'num_updates', only \['base_lrs', 'last_epoch'\]"):
         scheduler.load_state_dict({"last_epoch": 3, "base_lrs": [1.0]})
-    assert scheduler.state_dict() == {"base_values": [8.0], "num_updates": -1}
+    assert scheduler.state_dict() == state(-1, base=[8.0], present=[8.0])
 
 
 def test_the_state_can_be_loaded_without_running_code(tmp_path):
     scheduler = Halving(make_optimizer(np.float64(0.5)))
     scheduler.step()
     torch.save(scheduler.state_dict(), tmp_path / "state.pt")
-    assert torch.load(tmp_path / "state.pt", weights_only=True) == {"base_values": [0.5], "num_updates": 0}
+    assert torch.load(tmp_path / "state.pt", weights_only=True) == state(0, base=[0.5], present=[0.5])
 
 
 @pytest.mark.parametrize(("start", "end"), [(1e-6, 0.1), (0.1, 1e-6), (0.3, 0.7), (1e-9, 3.0)])

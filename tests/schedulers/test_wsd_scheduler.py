@@ -22,24 +22,30 @@ def make_scheduler(*lrs, **settings):
 def expected_curve(num_updates, checkpoints, ratio, warmup, base, minimum, start, is_sqrt):
     """A constant curve, onto which the end, then each decay, then the warm-up are written."""
     curve = np.full(num_updates, float(base))
-    curve[checkpoints[-1] :] = minimum
-    for checkpoint in reversed(checkpoints):  # an earlier decay overwrites the update at which a later one starts
-        earlier = [other for other in checkpoints if other < checkpoint]
-        first = max([checkpoint - max(1, round(ratio * checkpoint)), warmup, *earlier])
-        weights = np.linspace(0, 1, checkpoint - first + 1)
-        weights = weights**0.5 if is_sqrt else weights
-        curve[first : checkpoint + 1] = base * (1 - weights) + minimum * weights
-    curve[:warmup] = np.linspace(start, base, warmup + 1)[:-1]
+    curve[checkpoints[-1] :] = minimum * base
+    for checkpoint, earlier in zip(checkpoints, [0, *checkpoints], strict=False):
+        num_decaying = int(ratio * (checkpoint - earlier))
+        weights = np.arange(num_decaying) / max(num_decaying, 1)
+        if is_sqrt:
+            decay = (1 - weights**0.5) + minimum * weights**0.5
+        elif minimum == 0:
+            decay = np.where(weights == 0, 1.0, 0.0)
+        else:
+            decay = 1 / (weights / minimum + 1 - weights)
+        curve[checkpoint - num_decaying : checkpoint] = base * decay
+    num_warming = int(np.ceil(warmup))
+    curve[:num_warming] = (start + (base - start) * np.arange(num_warming) / (warmup or 1))[:num_updates]
     return curve
 
 
 @pytest.mark.parametrize(
     ("total", "num_checkpoints", "ratio", "warmup", "minimum", "is_sqrt"),
     [
-        *itertools.product([40, 101], [1, 2, 3], [0.01, 0.1, 0.5], [0, 9], [0.0, 1e-6], [True, False]),
+        *itertools.product([40, 101], [1, 2, 3], [0.0, 0.01, 0.1, 0.5], [0, 9], [0.0, 1e-6], [True, False]),
         (100, 1, 1.0, 0, 1e-3, True),
         (100, 1, 1.0, 30, 1e-3, False),
-        (100, 2, 1.0, 30, 1e-3, True),
+        (100, 2, 1.0, 30.5, 1e-3, True),
+        (100, 3, 0.2, 60, 1e-3, False),
         (16, 5, 0.1, 0, 0.0, True),
         (2, 2, 0.5, 0, 0.0, True),
         (1, 1, 0.1, 0, 0.0, True),
@@ -66,17 +72,16 @@ def test_the_learning_rates_of_a_whole_run_follow_the_formula(total, num_checkpo
         np.testing.assert_allclose(rates[:, column], expected, rtol=1e-12, atol=1e-15)
 
 
-def test_the_rate_falls_to_the_minimum_at_a_checkpoint_and_is_stable_again_one_update_later():
+def test_the_rate_falls_until_a_checkpoint_where_it_is_stable_again_and_to_the_minimum_at_the_end():
     rates = step_through(make_scheduler(total_steps=200, num_checkpoints=2, num_warmup_steps=10), 203)[:, 0]
     assert rates[0] == 1e-6
     assert rates[9] < rates[10] == 0.1
     assert (rates[10:91] == 0.1).all()
-    assert rates[91] == pytest.approx(1e-6 + (0.1 - 1e-6) * (1 - 0.1**0.5))
-    assert (np.diff(rates[90:101]) < 0).all()
-    assert rates[100] == 1e-6
-    assert (rates[101:181] == 0.1).all()
-    assert (np.diff(rates[180:201]) < 0).all()
-    assert (rates[200:] == 1e-6).all()
+    assert rates[91] == pytest.approx(0.1 * (1e-6 + (1 - 1e-6) * (1 - 0.1**0.5)))
+    assert (np.diff(rates[90:100]) < 0).all()
+    assert (rates[100:191] == 0.1).all()
+    assert (np.diff(rates[190:201]) < 0).all()
+    assert rates[200:] == pytest.approx([1e-7] * 3)
 
 
 @pytest.mark.parametrize(
@@ -116,31 +121,31 @@ def test_checkpoints_that_cannot_be_placed_are_rejected(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("checkpoints", "ratio", "warmup", "starts"),
+    ("checkpoints", "ratio", "starts"),
     [
-        ([100], 0.1, 0, [90]),
-        ([25, 50, 100], 0.1, 0, [23, 45, 90]),
-        ([50, 100], 0.7, 0, [15, 50]),
-        ([100], 1.0, 30, [30]),
-        ([100], 0.001, 0, [99]),
-        ([1, 2], 0.1, 0, [0, 1]),
-        ([3], 0.9, 2, [2]),
+        ([100], 0.1, [90]),
+        ([25, 50, 100], 0.1, [23, 48, 95]),
+        ([50, 100], 0.7, [15, 65]),
+        ([50, 100], 1.0, [0, 50]),
+        ([100], 0.001, [100]),
+        ([100], 0, [100]),
+        ([1, 2], 0.1, [1, 2]),
+        ([3], 0.9, [1]),
     ],
 )
-def test_a_decay_takes_its_fraction_of_updates_but_starts_after_the_warm_up_and_the_previous_checkpoint(
-    checkpoints, ratio, warmup, starts
-):
-    decays = plan_decays(checkpoints, ratio, warmup)
-    assert [decay["start_step"] for decay in decays] == starts
-    assert [decay["end_step"] for decay in decays] == checkpoints
-    assert [decay["num_decay_steps"] for decay in decays] == list(np.subtract(checkpoints, starts))
+def test_a_decay_takes_its_fraction_of_the_updates_since_the_checkpoint_before(checkpoints, ratio, starts):
+    decays = plan_decays(checkpoints, ratio)
+    assert [decay["pre_decay_step"] for decay in decays] == starts
+    assert [decay["period_start"] for decay in decays] == [0, *checkpoints[:-1]]
+    assert [decay["period_end"] for decay in decays] == checkpoints
+    assert [decay["decay_steps"] for decay in decays] == list(np.subtract(checkpoints, starts))
 
 
-def test_a_group_with_a_base_value_below_the_minimum_never_exceeds_it():
+def test_a_group_with_a_base_value_below_the_start_of_the_warm_up_never_exceeds_it():
     scheduler = make_scheduler(0.1, 1e-8, total_steps=20, lr_min=1e-3, num_warmup_steps=5, warmup_starting_lr=1e-2)
     rates = step_through(scheduler, 21)
-    assert rates[-1, 0] == 1e-3
-    np.testing.assert_allclose(rates[:, 1], 1e-8)
+    assert rates[-1, 0] == pytest.approx(1e-4)
+    np.testing.assert_allclose(rates[:18, 1], 1e-8)
 
 
 def test_the_length_of_the_run_can_be_given_in_epochs():
@@ -150,8 +155,10 @@ def test_the_length_of_the_run_can_be_given_in_epochs():
     assert make_scheduler(num_epochs=3, total_steps=20).total_steps == 20
 
 
-def test_a_fraction_of_a_warm_up_step_is_rounded():
-    assert make_scheduler(total_steps=20, num_warmup_steps=3.6).num_warmup_steps == 4
+def test_a_fraction_of_a_warm_up_step_is_kept():
+    scheduler = make_scheduler(total_steps=20, num_warmup_steps=3.6, warmup_starting_lr=0.01)
+    assert scheduler.num_warmup_steps == 3.6
+    assert step_through(scheduler, 4)[3, 0] == pytest.approx(0.01 + 0.09 * 3 / 3.6)
 
 
 @pytest.mark.parametrize(
@@ -172,23 +179,19 @@ def test_a_fraction_of_a_warm_up_step_is_rounded():
             "`num_epochs * num_update_steps_per_epoch` is 0",
         ),
         ({"num_warmup_steps": -1}, "`num_warmup_steps` is -1, but the length of the warm-up"),
-        (
-            {"num_warmup_steps": 100},
-            "The warm-up takes 100 updates, but the first checkpoint is after 100 of 100 updates, and its decay",
-        ),
-        ({"num_warmup_steps": 30, "num_checkpoints": 3}, "the first checkpoint is after 25 of 100"),
-        ({"decay_phase_ratio": 0.0}, "`decay_phase_ratio` is 0.0, but a fraction of the run must be a finite"),
-        ({"decay_phase_ratio": -0.1}, "`decay_phase_ratio` is -0.1"),
-        ({"decay_phase_ratio": 1.1}, "above 0 and at most 1. Change `decay_phase_ratio` where"),
+        ({"decay_phase_ratio": -0.1}, "`decay_phase_ratio` is -0.1, but a fraction of the run must be a finite"),
+        ({"decay_phase_ratio": 1.1}, "of at least 0 and at most 1. Change `decay_phase_ratio` where"),
         (
             {"lr_min": -1e-6},
-            "`lr_min` is -1e-06, but a learning rate must be a finite number of at least 0",
+            "`lr_min` is -1e-06, but a fraction of the initial learning rate must be a finite number of at least 0",
         ),
+        ({"lr_min": 1.2}, "`lr_min` is 1.2, but a fraction of the initial learning rate must be"),
         (
-            {"lr_min": 0.2},
-            "`lr_min` is 0.2, but the initial learning rate of the optimizer, the upper end of the schedule, is lower",
+            {"num_warmup_steps": 2, "warmup_starting_lr": 0.2},
+            "`warmup_starting_lr` is 0.2, but the initial learning rate of the optimizer, the upper end of the "
+            "schedule, is lower",
         ),
-        ({"warmup_starting_lr": float("nan")}, "`warmup_starting_lr` is nan"),
+        ({"num_warmup_steps": 2, "warmup_starting_lr": float("nan")}, "`warmup_starting_lr` is nan"),
         ({"num_checkpoints": 0}, "`num_checkpoints` is 0"),
         ({"num_checkpoints": 8}, "`num_checkpoints` is 8, but a run of 100 updates is too short"),
     ],
@@ -204,7 +207,8 @@ def test_a_continuation_has_no_warm_up():
     scheduler = make_scheduler(total_steps=20, num_warmup_steps=15, is_continuation_from_checkpoint=True)
     rates = step_through(scheduler, 21)[:, 0]
     assert (rates[:19] == 0.1).all()
-    assert rates[20] == 1e-6
+    assert rates[20] == pytest.approx(1e-7)
+    assert scheduler.num_warmup_steps == 15
 
 
 def test_a_restored_schedule_continues_like_an_uninterrupted_one():
@@ -225,14 +229,47 @@ def test_a_continuation_that_loads_an_earlier_state_stays_a_continuation_of_its_
     continuation.load_state_dict(earlier.state_dict())
     assert continuation.is_continuation_from_checkpoint
     assert continuation.get_checkpoint_steps() == [200]
-    assert continuation.get_current_step() == 45
+    assert continuation.get_current_step() == -1
     assert continuation.base_values == [0.3]
+    assert continuation.optimizer.param_groups[0]["lr"] == 0.3
     assert continuation.state_dict() == {
-        "base_values": [0.3],
-        "num_updates": 45,
-        "is_continuation_from_checkpoint": True,
+        "param_group_field": "lr",
+        "base_lr_values": [0.3],
+        "num_updates": -1,
+        "param_group_values": [0.3],
         "total_steps": 200,
+        "num_warmup_steps": 0,
+        "decay_phase_ratio": 0.1,
+        "lr_min": 1e-6,
+        "warmup_starting_lr": 1e-6,
+        "use_inverse_sqrt_decay": True,
+        "num_checkpoints": 1,
+        "is_continuation_from_checkpoint": True,
+        "checkpoint_steps": [200],
+        "checkpoint_decay_info": [
+            {"period_start": 0, "period_end": 200, "decay_steps": 20, "pre_decay_step": 180},
+        ],
+        "previous_checkpoint_step": None,
     }
+
+
+def test_resuming_a_continuation_restores_its_position():
+    settings = {"total_steps": 50, "num_warmup_steps": 5, "is_continuation_from_checkpoint": True}
+    uninterrupted = step_through(make_scheduler(0.1, 0.2, **settings), 52)
+    first = make_scheduler(0.1, 0.2, **settings)
+    step_through(first, 47)
+    second = make_scheduler(9.0, 9.0, **settings)
+    second.resume_from(first.state_dict())
+    np.testing.assert_array_equal(step_through(second, 5), uninterrupted[47:])
+
+
+def test_the_previous_checkpoint_is_the_last_that_was_reached():
+    scheduler = make_scheduler(total_steps=8, num_checkpoints=2)
+    seen = []
+    for _ in range(10):
+        scheduler.step()
+        seen.append(scheduler.previous_checkpoint_step)
+    assert seen == [None] * 4 + [4] * 4 + [8] * 2
 
 
 def test_a_run_does_not_become_a_continuation_by_loading_the_state_of_one():
@@ -252,12 +289,12 @@ def test_the_state_can_be_loaded_without_running_code(tmp_path):
 def test_decay_info_returns_copies_of_start_end_and_length():
     scheduler = make_scheduler(total_steps=100, num_checkpoints=2)
     expected = [
-        {"start_step": 45, "end_step": 50, "num_decay_steps": 5},
-        {"start_step": 90, "end_step": 100, "num_decay_steps": 10},
+        {"period_start": 0, "period_end": 50, "decay_steps": 5, "pre_decay_step": 45},
+        {"period_start": 50, "period_end": 100, "decay_steps": 5, "pre_decay_step": 95},
     ]
     info = scheduler.get_decay_info()
     assert info == expected
-    info[0]["start_step"] = 0
+    info[0]["period_start"] = 7
     assert scheduler.get_decay_info() == expected
 
 
@@ -271,11 +308,11 @@ def test_decay_info_returns_copies_of_start_end_and_length():
         (44, "stable", 10, 45, 34 / 35, 50, False),
         (45, "decay", 45, 50, 0.0, 50, False),
         (50, "decay", 45, 50, 1.0, 50, True),
-        (51, "stable", 50, 90, 1 / 40, 100, False),
-        (90, "decay", 90, 100, 0.0, 100, False),
-        (95, "decay", 90, 100, 0.5, 100, False),
-        (100, "decay", 90, 100, 1.0, 100, True),
-        (999, "decay", 90, 100, 1.0, 100, True),
+        (51, "stable", 50, 95, 1 / 45, 100, False),
+        (95, "decay", 95, 100, 0.0, 100, False),
+        (97, "decay", 95, 100, 0.4, 100, False),
+        (100, "decay", 95, 100, 1.0, 100, True),
+        (999, "decay", 95, 100, 1.0, 100, True),
     ],
 )
 def test_phase_info_describes_the_position_in_the_schedule(
@@ -283,6 +320,7 @@ def test_phase_info_describes_the_position_in_the_schedule(
 ):
     scheduler = make_scheduler(total_steps=100, num_checkpoints=2, num_warmup_steps=10)
     assert scheduler.get_phase_info(num_updates) == {
+        **scheduler.get_decay_info()[checkpoint // 100],
         "phase": phase,
         "start_step": start,
         "end_step": end,
@@ -304,7 +342,7 @@ def test_the_current_phase_advances_with_the_steps():
     assert scheduler.get_current_step() == 10
 
 
-@pytest.mark.parametrize(("num_warmup_epochs", "num_warmup_steps"), [(None, 0), (0, 0), (1, 8), (0.3, 2)])
+@pytest.mark.parametrize(("num_warmup_epochs", "num_warmup_steps"), [(None, 0), (0, 0), (1, 8), (0.3, 2.4)])
 def test_create_scheduler_fn_uses_the_length_of_the_run_and_a_warm_up_in_epochs(num_warmup_epochs, num_warmup_steps):
     create = WSDLrScheduler.create_scheduler_fn(num_warmup_epochs=num_warmup_epochs, num_checkpoints=2)
     values = {
@@ -350,7 +388,7 @@ def test_an_unresolved_placeholder_is_an_error_that_names_it():
 
 
 def test_wsd_lr_computes_the_same_curve():
-    decays = plan_decays([20, 40], 0.25, 6)
+    decays = plan_decays([20, 40], 0.25)
     curve = [
         wsd_lr(
             update,

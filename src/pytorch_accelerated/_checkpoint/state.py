@@ -31,6 +31,7 @@ from pytorch_accelerated._checkpoint.portable import (
 )
 from pytorch_accelerated._checkpoint.writer import CollectedState
 from pytorch_accelerated._data.rng import derive_seed, get_rng_state, seed_generators, set_rng_state
+from pytorch_accelerated._data.samplers import OrderState
 from pytorch_accelerated._data.streams import TrackedStream
 from pytorch_accelerated._distributed.accelerator import is_sharded
 from pytorch_accelerated._distributed.collectives import run_on_all
@@ -65,7 +66,10 @@ class Parts:
         means: The running means of the epoch on this process.
         window: The accumulation window on this process.
         stream: The source of the training data, if it can report its position.
+        order: What the samplers of the training data keep; ``None`` if there is no training data.
+        run_seed: The seed of the run, from which all others derive.
         seed: The seed of the data order.
+        run_number: Counts the training runs of the trainer from 0.
         stop_reason: Why the run was stopped for good; ``None`` if it was not.
         settings: The settings of the run; see `run_settings`.
         companions: What else has a state.
@@ -80,7 +84,10 @@ class Parts:
     means: EpochMeans
     window: AccumulationWindow
     stream: TrackedStream | None
+    order: OrderState | None
+    run_seed: int
     seed: int
+    run_number: int
     stop_reason: str | None
     settings: RunSettings
     companions: Companions = field(default_factory=Companions)
@@ -130,6 +137,7 @@ def _collect_state(parts: Parts, accelerator: Accelerator, extras: StateMapping 
         "gradients": gradients_of(model) if parts.window.total else {},
         "rng": get_rng_state(),
         "stream": stream,
+        "order": _order_state(parts.order, position),
         "companions": parts.companions.local_state(),
     }
     shared_state = _shared_state(parts, position, stream, extras)
@@ -140,7 +148,7 @@ def _collect_state(parts: Parts, accelerator: Accelerator, extras: StateMapping 
             "num_processes": int(accelerator.num_processes),
             "position": asdict(position),
             "metrics": latest_metrics(parts.run_history),
-            "settings": {**parts.settings, "seed": parts.seed},
+            "settings": {**parts.settings, "seed": parts.run_seed},
         },
         save_shards=_shard_saver(parts, accelerator) if is_sharded(accelerator) else None,
     )
@@ -155,7 +163,9 @@ def _shared_state(
         "current_epoch": parts.run_history.current_epoch + num_epochs_ahead,
         "trainer": {
             **state_dicts_of({**parts.shared, "progress": position, "scheduler": parts.scheduler}),
+            "run_seed": parts.run_seed,
             "seed": parts.seed,
+            "run_number": parts.run_number,
             "stopped": parts.stop_reason,
             "knows_stream": stream is not None and stream["state"] is not None,
             "companions": parts.companions.shared_state(),
@@ -199,6 +209,12 @@ def _sharded_objects(accelerator: Accelerator, parts: Parts) -> Iterator[None]:
             yield
     finally:
         configuration.automatic_checkpoint_naming = is_automatic
+
+
+def _order_state(order: OrderState | None, position: TrainingProgress) -> StateDict:
+    if order is None:
+        return {}
+    return order.at_start() if _num_batches_read(position) else order.now()
 
 
 def _num_batches_read(position: TrainingProgress) -> int:
@@ -251,6 +267,16 @@ class StateContents:
     def seed(self) -> int:
         """The seed of the data order."""
         return int(self.trainer_state["trainer"]["seed"])
+
+    @property
+    def run_seed(self) -> int:
+        """The seed of the run; before there was one of its own for each run, that of the data order."""
+        return int(self.trainer_state["trainer"].get("run_seed", self.seed))
+
+    @property
+    def run_number(self) -> int:
+        """Which training run of its trainer saved the state, from 0."""
+        return int(self.trainer_state["trainer"].get("run_number", 0))
 
     @property
     def stop_reason(self) -> str | None:
@@ -415,6 +441,8 @@ def restore_state(
     _restore_rng(contents, int(accelerator.process_index))
     load_state_dicts(parts.shared, entries)
     load_state_dicts(parts.local, process_state)
+    if parts.order is not None:
+        parts.order.restore(process_state.get("order", {}))
     load_gradients(model, process_state["gradients"])
     parts.companions.load(*contents.companions, name_state(saved.path))
     if scheduler_state is not None:

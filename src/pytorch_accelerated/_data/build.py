@@ -18,6 +18,7 @@ from pytorch_accelerated._data.determinism import (
     seed_order,
     uses_no_randomness,
 )
+from pytorch_accelerated._data.draws import NumberedOrder
 from pytorch_accelerated._data.in_memory import WholeBatchDataset, sliceable_tensors, unchanged
 from pytorch_accelerated._data.loaders import has_state, is_shardable, is_stream, loader_settings, num_batches_of
 from pytorch_accelerated._data.sharding import ShardedBatchSampler
@@ -106,6 +107,7 @@ def _build_seeded(loader: DataLoader[Any], settings: dict[str, Any], placement: 
         dataset = SeededDataset(dataset, loader.collate_fn, loader.num_workers > 0)
         settings |= {"collate_fn": unchanged}
         sources.append(dataset)
+        order = NumberedOrder(order)
     if not is_shardable(loader):
         return DataLoader(dataset, batch_size=None, sampler=order, **settings), sources
     return _build(dataset, order, settings, placement), sources

@@ -20,9 +20,11 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from pytorch_accelerated._data.draws import number_of
 from pytorch_accelerated._data.in_memory import WholeBatchDataset, sliceable_tensors, unchanged
-from pytorch_accelerated._data.loaders import show_arguments_of
+from pytorch_accelerated._data.loaders import keep_generator_of, show_arguments_of
 from pytorch_accelerated._data.rng import RandomStream, derive_seed, seed_host_generators, seeded_host_generators
+from pytorch_accelerated._data.samplers import OrderState, set_epoch_of
 from pytorch_accelerated._data.streams import TrackedStream
 from pytorch_accelerated._data.workers import WorkerSetup
 from pytorch_accelerated._proxy import Proxy
@@ -31,8 +33,8 @@ from pytorch_accelerated._proxy import Proxy
 class Seeded(Protocol):
     """A source of randomness that is a function of seed and epoch."""
 
-    def seed_epoch(self, epoch: int, seed: int) -> None:
-        """Prepare for the start of ``epoch``, counted from 0, in a run with this ``seed``."""
+    def seed_epoch(self, epoch: int, seed: int, run_number: int = 0) -> None:
+        """Prepare for the start of ``epoch``, counted from 0, in a run with this ``seed`` and number."""
 
 
 class SeededLoader:
@@ -62,6 +64,7 @@ class SeededLoader:
         self._sources = sources
         self._worker_setup = worker_setup
         self._given = given
+        self.order_state = OrderState(loader if given is None else given)
 
     def show_users_arguments(self, prepared: Any) -> None:
         """Let ``dataset`` and functions of the prepared loader be the user's, whatever it reads from inside.
@@ -70,15 +73,21 @@ class SeededLoader:
             prepared: What Accelerate made of the loader. One that a subclass has put in its place is left alone.
         """
         if self._given is not None and getattr(prepared, "worker_init_fn", None) is self._worker_setup:
+            keep_generator_of(self.loader, prepared)
             show_arguments_of(self._given, prepared)
 
-    def set_epoch(self, epoch: int, seed: int) -> None:
-        """Go to the start of ``epoch``, counted from 0, in a run with this ``seed``."""
+    def set_epoch(self, epoch: int, seed: int, run_number: int = 0) -> None:
+        """Go to the start of ``epoch``, counted from 0, in a run with this ``seed`` and number."""
         for source in self._sources:
-            source.seed_epoch(epoch, seed)
+            source.seed_epoch(epoch, seed, run_number)
+        set_epoch_of(self.loader if self._given is None else self._given, epoch)
+        self.order_state.start_epoch()
 
     def end_run(self) -> None:
-        """Allow the workers to exit when they are told to."""
+        """Allow the workers to exit when they are told to, and leave the user's samplers as they were."""
+        for source in self._sources:
+            if isinstance(source, SeededGenerator):
+                source.give_back()
         if self._worker_setup is not None:
             self._worker_setup.end_run()
 
@@ -87,10 +96,11 @@ class SeededLoader:
 
 
 class SeededDataset(Proxy, Dataset[Any], wraps="dataset"):
-    """Gives a `DataLoader` whole batches, whose randomness is a function of (seed, epoch, first index).
+    """Gives a `DataLoader` whole batches, whose randomness is a function of (seed, epoch, number of the `Draw`).
 
     Whatever dataset and collation draw from the global generators is the same in any worker, and after a mid-epoch
-    resume. In the main process, the state of the generators is restored afterwards.
+    resume. An index that is drawn again gets new random numbers. In the main process, the state of the generators is
+    restored afterwards.
 
     Args:
         dataset: The dataset. Its other attributes are passed through.
@@ -105,7 +115,7 @@ class SeededDataset(Proxy, Dataset[Any], wraps="dataset"):
         if has_workers:
             self._seed.share_memory_()  # type: ignore[no-untyped-call]
 
-    def seed_epoch(self, epoch: int, seed: int) -> None:
+    def seed_epoch(self, epoch: int, seed: int, run_number: int = 0) -> None:
         """Prepare for the start of an epoch, also in the workers."""
         self._seed.fill_(derive_seed(seed, "samples", epoch))
 
@@ -113,19 +123,20 @@ class SeededDataset(Proxy, Dataset[Any], wraps="dataset"):
         return len(self.dataset)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._load_seeded(index, lambda: self._collate(self.dataset[index]))
+        number, index = number_of(index)
+        return self._load_seeded(number, lambda: self._collate(self.dataset[index]))
 
     def __getitems__(self, indices: Iterable[Any]) -> Any:
         """Return the batch of the samples at ``indices``."""
-        first = next(iter(indices), None)
-        return self._load_seeded(first, lambda: self._collate(self._samples_at(indices)))
+        number, indices = number_of(indices)
+        return self._load_seeded(number, lambda: self._collate(self._samples_at(indices)))
 
     def _samples_at(self, indices: Iterable[Any]) -> Any:
         get_many = getattr(self.dataset, "__getitems__", None)
         return get_many(indices) if callable(get_many) else [self.dataset[index] for index in indices]
 
-    def _load_seeded(self, index: Any, load: Callable[[], Any]) -> Any:
-        seed = derive_seed(int(self._seed), index)
+    def _load_seeded(self, number: int | str, load: Callable[[], Any]) -> Any:
+        seed = derive_seed(int(self._seed), number)
         if get_worker_info() is not None:  # in a worker, nothing else draws
             seed_host_generators(seed)
             return load()
@@ -204,7 +215,8 @@ class SeededGenerator(torch.Generator):
     def __init__(self, purpose: str, *keys: int | str, given: torch.Generator | None = None) -> None:
         self._purpose = purpose
         self._keys = keys
-        self._given_seed = None if given is None else given.initial_seed()
+        self._given = given
+        self._sampler: Any = None
 
     @staticmethod
     def of(sampler: Any) -> SeededGenerator:
@@ -212,12 +224,20 @@ class SeededGenerator(torch.Generator):
         if not isinstance(sampler.generator, SeededGenerator):  # otherwise an earlier run used the sampler
             sampler.generator = SeededGenerator("order", given=sampler.generator)
         generator: SeededGenerator = sampler.generator
+        generator._sampler = sampler
         return generator
 
-    def seed_epoch(self, epoch: int, seed: int) -> None:
+    def give_back(self) -> None:
+        """Let the sampler have its own generator again."""
+        if self._sampler is not None and self._sampler.generator is self:
+            self._sampler.generator = self._given
+
+    def seed_epoch(self, epoch: int, seed: int, run_number: int = 0) -> None:
         """Prepare for the start of an epoch."""
-        base_seed = seed if self._given_seed is None else self._given_seed
-        self.manual_seed(derive_seed(base_seed, self._purpose, epoch, *self._keys))
+        if self._given is not None:
+            seed = self._given.initial_seed()
+            seed = derive_seed(seed, "run", run_number) if run_number else seed
+        self.manual_seed(derive_seed(seed, self._purpose, epoch, *self._keys))
 
 
 class SeededSampler(Proxy, wraps="sampler"):
@@ -231,7 +251,7 @@ class SeededSampler(Proxy, wraps="sampler"):
         self.sampler = sampler
         self._seed = 0
 
-    def seed_epoch(self, epoch: int, seed: int) -> None:
+    def seed_epoch(self, epoch: int, seed: int, run_number: int = 0) -> None:
         """Prepare for the start of an epoch."""
         self._seed = derive_seed(seed, "order", epoch)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -118,6 +118,16 @@ def show_arguments_of(given: DataLoader[Any], prepared: Any) -> None:
             setattr(prepared, name, getattr(given, name))
 
 
+def keep_generator_of(built: DataLoader[Any], prepared: Any) -> None:
+    """Let the workers of a prepared loader be seeded as those of the loader that it was made of.
+
+    Accelerate leaves the generator out where the main process reads a stream for all ranks.
+    """
+    inner = getattr(prepared, "base_dataloader", None)
+    if inner is not None and inner.generator is None:
+        inner.generator = built.generator
+
+
 @contextmanager
 def showing_inner_arguments(prepared: Any) -> Iterator[None]:
     """Undo `show_arguments_of` for the body, in which another loader is built from a prepared one."""
@@ -145,6 +155,18 @@ def guarantee_of_skipping(loader: Any) -> str:
     if _is_random_access(loader):
         return EXACT
     return _POSITION_ONLY if isinstance(loader, Iterator) else _SAME_IF_ORDER_IS
+
+
+def order_may_differ(attributes: Sequence[str]) -> str:
+    """Return a sentence for the user: what the samplers keep that is not saved.
+
+    Args:
+        attributes: Such as ``"MySampler.buckets"``.
+    """
+    return (
+        f"The order may differ: {', '.join(f'`{name}`' for name in attributes)} is not saved. Give the sampler "
+        "`state_dict` and `load_state_dict` if it changes from epoch to epoch."
+    )
 
 
 # --- iterating over batches --------------------------------------------------------------------------------------

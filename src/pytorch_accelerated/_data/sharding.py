@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pytorch_accelerated._data.draws import Draw
 from pytorch_accelerated._nested import count_rows, first_rows, repeat_rows
 from pytorch_accelerated._proxy import Proxy
 
@@ -47,15 +48,15 @@ class ShardedBatchSampler(Proxy, wraps="batch_sampler"):
         """Shard the batches from the next epoch on."""
         self._is_active = True
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Sequence[int]]:
         self.dummy_step = None
         return self._shard() if self._is_active else iter(self.batch_sampler)
 
-    def _shard(self) -> Iterator[list[int]]:
+    def _shard(self) -> Iterator[Sequence[int]]:
         batches = iter(self.batch_sampler)
-        local: list[int] = []
+        local: Sequence[int] = []
         for step in itertools.count():
-            group = list(itertools.islice(batches, self.num_processes))
+            group = [_with_length(batch) for batch in itertools.islice(batches, self.num_processes)]
             if len(group) == self.num_processes:
                 local = group[self.process_index]
                 yield local
@@ -64,8 +65,9 @@ class ShardedBatchSampler(Proxy, wraps="batch_sampler"):
                 yield self._part_of_rest(group, step, local)
             return
 
-    def _part_of_rest(self, group: list[list[int]], step: int, last_local: list[int]) -> list[int]:
+    def _part_of_rest(self, group: list[Sequence[int]], step: int, last_local: Sequence[int]) -> Sequence[int]:
         rest = [index for batch in group for index in batch]
+        number = getattr(group[0], "number", None)
         num_ranks_needed = math.ceil(len(rest) / max(map(len, group)))
         num_ranks = max(num_ranks_needed, min(self.num_processes, len(rest) // 2))
         if self.process_index >= num_ranks:
@@ -73,7 +75,8 @@ class ShardedBatchSampler(Proxy, wraps="batch_sampler"):
             return last_local or group[0]
         ranks = (self.process_index, self.process_index + 1)
         start, end = (math.ceil(len(rest) * rank / num_ranks) for rank in ranks)
-        return rest[start:end]
+        part = rest[start:end]
+        return part if number is None else Draw(number + self.process_index, part)
 
     def __len__(self) -> int:
         if not self._is_active:
@@ -129,6 +132,10 @@ class TrimmedDispatcher(Proxy, wraps="loader"):
 
     def __len__(self) -> int:
         return len(self.loader)
+
+
+def _with_length(batch: Any) -> Any:
+    return batch if hasattr(batch, "__len__") else list(batch)  # a batch may be an iterator of indices
 
 
 def sharding_of(loader: Any) -> ShardedBatchSampler | TrimmedDispatcher | None:

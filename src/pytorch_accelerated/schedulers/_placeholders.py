@@ -108,6 +108,11 @@ class TrainerPlaceholderValues(_Arithmetic, Enum):
     EVAL_DATALOADER_LEN = "eval_dataloader_len"
     """Evaluation batches per epoch on one process."""
 
+    @classmethod
+    def placeholder_set(cls) -> set[str]:
+        """Return the names of all placeholders."""
+        return set(cls.__members__)
+
     def __repr__(self) -> str:
         return str(self)
 

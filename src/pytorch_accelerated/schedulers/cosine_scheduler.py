@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated.exceptions import SchedulerSettingsError
 from pytorch_accelerated.schedulers._placeholders import NumberOrPlaceholder, TrainerPlaceholderValues
 from pytorch_accelerated.schedulers.scheduler_base import (
+    LOWEST_RATE,
     StatefulSchedulerBase,
     check_number,
     check_rate,
@@ -45,7 +46,8 @@ def cosine_lr(
         \end{cases}
 
     The curve is continuous: the warm-up ends where the cosine starts, at ``lr``, and the cosine ends where the cooldown
-    starts, at ``lr_min``. Without warm-up and cooldown this is the cosine with k-decay of Zhang and Li, "k-decay: A New
+    starts, at ``lr_min``; but if warm-up and cooldown together exceed the run, the warm-up is followed by the cooldown.
+    Without warm-up and cooldown this is the cosine with k-decay of Zhang and Li, "k-decay: A New
     Method For Learning Rate Schedule" (2020), arXiv:2004.05909. With ``k_decay=1`` it is the cosine of Loshchilov and
     Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts" (2017), arXiv:1608.03983.
 
@@ -79,6 +81,7 @@ class CosineLrScheduler(StatefulSchedulerBase):
 
     The curve is :func:`cosine_lr`, applied to the base value of each parameter group. A group never exceeds its base
     value: a group whose base value is below ``lr_min`` or ``warmup_starting_lr`` keeps its base value in that phase.
+    The constructor sets the rate of the first update, without counting a step.
 
     Args:
         optimizer: The optimizer whose learning rates are scheduled.
@@ -95,8 +98,8 @@ class CosineLrScheduler(StatefulSchedulerBase):
         num_cooldown_epochs: Epochs at the minimum at the end of the run, possibly fractional.
 
     Raises:
-        SchedulerSettingsError: A setting is out of range, warm-up and cooldown together exceed the run, or ``lr_min``
-            or the start of the warm-up is above the initial learning rate of the optimizer.
+        SchedulerSettingsError: A setting is out of range, or ``lr_min`` or the start of the warm-up is given, and is
+            above the initial learning rate of the optimizer.
         TypeError: A setting is not a number.
 
     Example:
@@ -115,10 +118,10 @@ class CosineLrScheduler(StatefulSchedulerBase):
         total_num_epochs: float,
         num_update_steps_per_epoch: int,
         k_decay: float = 1.0,
-        lr_min: float = 1e-6,
+        lr_min: float = LOWEST_RATE,
         min_lr_ratio: float | None = None,
         num_warmup_epochs: float = 0,
-        warmup_starting_lr: float = 1e-6,
+        warmup_starting_lr: float = LOWEST_RATE,
         warmup_starting_lr_ratio: float | None = None,
         num_cooldown_epochs: float = 0,
     ) -> None:
@@ -133,6 +136,8 @@ class CosineLrScheduler(StatefulSchedulerBase):
         self.warmup_starting_lr_ratio = warmup_starting_lr_ratio
         self.num_cooldown_epochs = num_cooldown_epochs
         self._check_settings()
+        # Not the method of a subclass, whose constructor has not finished.
+        self._set_values(CosineLrScheduler.get_updated_values(self, 0))
 
     @classmethod
     def create_scheduler_fn(
@@ -140,10 +145,10 @@ class CosineLrScheduler(StatefulSchedulerBase):
         total_num_epochs: NumberOrPlaceholder = TrainerPlaceholderValues.NUM_EPOCHS,
         num_update_steps_per_epoch: NumberOrPlaceholder = TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH,
         k_decay: NumberOrPlaceholder = 1.0,
-        lr_min: NumberOrPlaceholder = 1e-6,
+        lr_min: NumberOrPlaceholder = LOWEST_RATE,
         min_lr_ratio: NumberOrPlaceholder | None = None,
         num_warmup_epochs: NumberOrPlaceholder = 0,
-        warmup_starting_lr: NumberOrPlaceholder = 1e-6,
+        warmup_starting_lr: NumberOrPlaceholder = LOWEST_RATE,
         warmup_starting_lr_ratio: NumberOrPlaceholder | None = None,
         num_cooldown_epochs: NumberOrPlaceholder = 0,
     ) -> functools.partial[Self]:
@@ -174,7 +179,36 @@ class CosineLrScheduler(StatefulSchedulerBase):
 
     def get_updated_values(self, num_updates: int) -> list[float]:
         """Return the learning rate of each parameter group after ``num_updates`` updates."""
-        return [self._lr(num_updates, base_lr) for base_lr in self.base_values]
+        lengths = {
+            "total_updates": self.total_iterations,
+            "num_warmup_updates": self.warmup_iterations,
+            "num_cooldown_updates": self.num_cooldown_iterations,
+        }
+        return [
+            cosine_lr(
+                num_updates,
+                lr=base_lr,
+                lr_min=_lower_end(self.lr_min, self.min_lr_ratio, base_lr),
+                k_decay=self.k_decay,
+                warmup_starting_lr=_lower_end(self.warmup_starting_lr, self.warmup_starting_lr_ratio, base_lr),
+                **lengths,
+            )
+            for base_lr in self.base_values
+        ]
+
+    def state_dict(self) -> StateDict:
+        """Return position, base values and present values; also the curve, as 0.1.61 needs it to load the state."""
+        curve = {
+            "total_iterations": self.total_iterations,
+            "warmup_iterations": self.warmup_iterations,
+            "num_cooldown_iterations": self.num_cooldown_iterations,
+            "warmup_lr_init": self.warmup_lr_init,
+            "warmup_lr_ratio": self.warmup_lr_ratio,
+            "lr_min": self.lr_min,
+            "lr_min_ratio": self.lr_min_ratio,
+            "k_decay": self.k_decay,
+        }
+        return {**super().state_dict(), **curve}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore the position and the base values, and set the learning rates for that position.
@@ -182,22 +216,42 @@ class CosineLrScheduler(StatefulSchedulerBase):
         Settings are not restored, so a resumed run may be longer than originally planned.
 
         Args:
-            state_dict: What :meth:`state_dict` returned.
+            state_dict: What :meth:`state_dict` returned, here or in 0.1.61.
         """
-        # Overridden for the name of the argument, which is public: the base class calls it `scheduler_state_dict`.
         super().load_state_dict(state_dict)
+        self.step_update(max(self.num_updates, 0))
 
-    def _lr(self, num_updates: int, base_lr: float) -> float:
-        return cosine_lr(
-            num_updates,
-            total_updates=self.total_num_epochs * self.num_update_steps_per_epoch,
-            lr=base_lr,
-            lr_min=_lower_end(self.lr_min, self.min_lr_ratio, base_lr),
-            k_decay=self.k_decay,
-            num_warmup_updates=self.num_warmup_epochs * self.num_update_steps_per_epoch,
-            warmup_starting_lr=_lower_end(self.warmup_starting_lr, self.warmup_starting_lr_ratio, base_lr),
-            num_cooldown_updates=self.num_cooldown_epochs * self.num_update_steps_per_epoch,
-        )
+    # What 0.1.61 calls the settings.
+
+    @property
+    def total_iterations(self) -> float:
+        """Updates of the run."""
+        return self.total_num_epochs * self.num_update_steps_per_epoch
+
+    @property
+    def warmup_iterations(self) -> float:
+        """Updates of the warm-up."""
+        return self.num_warmup_epochs * self.num_update_steps_per_epoch
+
+    @property
+    def num_cooldown_iterations(self) -> float:
+        """Updates of the cooldown."""
+        return self.num_cooldown_epochs * self.num_update_steps_per_epoch
+
+    @property
+    def warmup_lr_init(self) -> float:
+        """Same as ``warmup_starting_lr``."""
+        return self.warmup_starting_lr
+
+    @property
+    def warmup_lr_ratio(self) -> float | None:
+        """Same as ``warmup_starting_lr_ratio``."""
+        return self.warmup_starting_lr_ratio
+
+    @property
+    def lr_min_ratio(self) -> float | None:
+        """Same as ``min_lr_ratio``."""
+        return self.min_lr_ratio
 
     def _check_settings(self) -> None:
         num_updates = self.num_update_steps_per_epoch
@@ -206,19 +260,22 @@ class CosineLrScheduler(StatefulSchedulerBase):
         check_number("k_decay", self.k_decay, "the exponent of the decay", is_zero_allowed=False)
         check_number("num_warmup_epochs", self.num_warmup_epochs, "the length of the warm-up")
         check_number("num_cooldown_epochs", self.num_cooldown_epochs, "the length of the cooldown")
+        self._check_lower_end("lr_min", self.lr_min, "min_lr_ratio", self.min_lr_ratio)
+        if self.num_warmup_epochs > 0:
+            self._check_lower_end(
+                "warmup_starting_lr",
+                self.warmup_starting_lr,
+                "warmup_starting_lr_ratio",
+                self.warmup_starting_lr_ratio,
+            )
         if self.num_warmup_epochs + self.num_cooldown_epochs > self.total_num_epochs:
-            raise SchedulerSettingsError(
+            warnings.warn(
                 f"`num_warmup_epochs` is {self.num_warmup_epochs!r} and `num_cooldown_epochs` is "
                 f"{self.num_cooldown_epochs!r}, but both are part of the run, which has only "
-                f"{self.total_num_epochs!r} epochs. Shorten them, or train longer."
+                f"{self.total_num_epochs!r} epochs. The rate drops to the minimum after the warm-up, or the warm-up "
+                "does not end. Shorten them, or train longer.",
+                stacklevel=3,
             )
-        self._check_lower_end("lr_min", self.lr_min, "min_lr_ratio", self.min_lr_ratio)
-        self._check_lower_end(
-            "warmup_starting_lr",
-            self.warmup_starting_lr,
-            "warmup_starting_lr_ratio",
-            self.warmup_starting_lr_ratio,
-        )
 
     def _check_lower_end(self, rate_name: str, rate: float, ratio_name: str, ratio: float | None) -> None:
         if ratio is None:

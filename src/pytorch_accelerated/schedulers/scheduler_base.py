@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,12 +11,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pytorch_accelerated.exceptions import SchedulerSettingsError
+from pytorch_accelerated._checkpoint.files import as_plain
+from pytorch_accelerated.exceptions import CheckpointError, SchedulerSettingsError
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from pytorch_accelerated._types import ParameterGroup, StateDict
+
+LOWEST_RATE = 1e-6
+"""The default of rates at which a warm-up starts or a decay ends. In a group with a lower base value, that counts."""
+
+
+class _MissingFieldError(SchedulerSettingsError, KeyError):
+    """A parameter group lacks the field to set; also a ``KeyError``, which 0.1.61 raised."""
+
+    __str__ = Exception.__str__  # that of `KeyError` shows the message in quotes
 
 
 class SchedulerBase(ABC):
@@ -26,18 +37,20 @@ class SchedulerBase(ABC):
 
     The base value of a parameter group is the value it has when the scheduler first sees it. The scheduler keeps it,
     and stores it in the group under ``initial_<field>``, as PyTorch's own schedulers do. If a group already has such an
-    entry, from an earlier run with the same optimizer, that is its base value; to start from another value, change both
-    the field and this entry. Groups added to the optimizer later are included from the next update on.
+    entry, from an earlier run with the same optimizer, that is its base value, and the new scheduler starts there; to
+    start from another value, change both the field and this entry. Groups added to the optimizer later are included
+    from the next update on.
 
-    A subclass with state of its own extends :meth:`state_dict` and :meth:`load_state_dict`. Settings do not belong in
-    the state: they come from the constructor, so that a resumed run may be longer than the original one.
+    What a subclass keeps in attributes of its own is part of the state, as far as it can be stored: tensors, numbers,
+    strings and containers of these. The settings of the library's own schedulers are not: they come from the
+    constructor, so that a resumed run may be longer than the original one.
 
     Args:
         optimizer: The optimizer, or any object with ``param_groups``, such as an optimizer prepared by Accelerate.
         param_group_field: The field of the parameter groups to set.
 
     Raises:
-        SchedulerSettingsError: A parameter group does not have that field.
+        SchedulerSettingsError: A parameter group does not have that field; it is also a ``KeyError``.
 
     Example:
         >>> class Halving(SchedulerBase):
@@ -49,28 +62,36 @@ class SchedulerBase(ABC):
         0.1
     """
 
+    # Programs written for 0.1.61 save and restore the `__dict__` of their schedulers, so these names are its names.
+    base_lr_values: list[float]
+    """Same as `base_values`, whatever the field is."""
+
+    _initial_param_group_field: str
+    _later_base_values: list[float]
+
     def __init__(self, optimizer: Optimizer, param_group_field: str = "lr") -> None:
         self.optimizer = optimizer
         self.param_group_field = param_group_field
-        self._initial_field = f"initial_{param_group_field}"
-        self._base_values: list[float] = []
-        self._add_new_groups()
+        self._initial_param_group_field = f"initial_{param_group_field}"
+        self.base_lr_values = []
+        self._later_base_values = []
+        self._set_values(self.base_values)
 
     @property
     def base_values(self) -> list[float]:
         """The base value of each parameter group of the optimizer, in order."""
-        self._add_new_groups()
-        return self._base_values[: len(self.optimizer.param_groups)]
+        self._match_groups()
+        return self.base_lr_values
 
     @abstractmethod
-    def get_updated_values(self, num_updates: int) -> Sequence[float] | float:
+    def get_updated_values(self, num_updates: int) -> Sequence[float] | float | None:
         """Return the values to use after ``num_updates`` updates.
 
         Args:
             num_updates: Updates done so far. The returned values apply to the update with this 0-based index.
 
         Returns:
-            One value per parameter group, in order, or a single number for all groups.
+            One value per parameter group, in order; a single number for all groups; or ``None`` to change nothing.
         """
 
     def step_update(self, num_updates: int) -> None:
@@ -82,25 +103,32 @@ class SchedulerBase(ABC):
         Raises:
             ValueError: The number of values from :meth:`get_updated_values` differs from the number of groups.
         """
-        groups = self.optimizer.param_groups
+        self._match_groups()
         values = self.get_updated_values(num_updates)
+        if values is None:
+            return
+        num_groups = len(self.optimizer.param_groups)
         if isinstance(values, (int, float, Real)):  # `Real` includes numpy scalars
-            values = [values] * len(groups)
-        elif len(values) != len(groups):
+            values = [values] * num_groups
+        elif len(values) != num_groups:
             raise ValueError(
-                f"`{type(self).__name__}.get_updated_values` returned {len(values)} values for {len(groups)} parameter "
-                "groups. Expected one per group. Return a value for each entry of `self.base_values`, or a single "
-                "number for all groups."
+                f"`{type(self).__name__}.get_updated_values` returned {len(values)} values for {num_groups} parameter "
+                "groups. Expected one per group. Return a value for each entry of `self.base_values`, a single number "
+                "for all groups, or `None` to change nothing."
             )
-        for group, value in zip(groups, values, strict=True):
-            self._set_value(group, float(value))
+        self._set_values(values)
 
     def state_dict(self) -> StateDict:
-        """Return what changes during a run, as plain numbers, lists and strings."""
-        return {"base_values": self.base_values}
+        """Return the base values, and the attributes that a subclass outside the library has added."""
+        library_names = _library_names(type(self))
+        return {
+            **{name: value for name, value in vars(self).items() if name not in library_names and _can_store(value)},
+            "param_group_field": self.param_group_field,
+            "base_lr_values": [*self.base_values, *self._later_base_values],
+        }
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Restore the base values.
+        """Restore the base values and the attributes of a subclass.
 
         Parameter groups beyond those in the state keep their own base values. Base values of groups that the optimizer
         does not have yet are kept for when those groups are added.
@@ -108,28 +136,42 @@ class SchedulerBase(ABC):
         Args:
             state_dict: What :meth:`state_dict` returned. Without base values in it, the current ones stay.
         """
-        self._base_values = list(state_dict.get("base_values", self._base_values))
-        for group, value in zip(self.optimizer.param_groups, self.base_values, strict=True):
-            group[self._initial_field] = value
+        base_values = state_dict.get("base_lr_values", state_dict.get("base_values"))  # the first versions' name
+        if base_values is not None:
+            self.base_lr_values, self._later_base_values = list(base_values), []
+            for group, value in zip(self.optimizer.param_groups, self.base_values, strict=True):
+                group[self._initial_param_group_field] = value
+        for name in state_dict.keys() - _library_names(type(self)):
+            setattr(self, name, state_dict[name])
 
-    def _add_new_groups(self) -> None:
-        for index, group in enumerate(self.optimizer.param_groups):
-            if index < len(self._base_values):
-                continue
-            if self.param_group_field not in group:
-                raise SchedulerSettingsError(
-                    f"`param_group_field` is {self.param_group_field!r}, but parameter group {index} of the optimizer "
-                    f"has no such field. Use one of its fields: {sorted(group.keys() - {'params'})}."
-                )
-            value = group.setdefault(self._initial_field, float(group[self.param_group_field]))
-            self._base_values.append(float(value))
+    def _match_groups(self) -> None:
+        """Add the base values of new groups, and set those of groups aside that the optimizer does not have."""
+        groups, known, later = self.optimizer.param_groups, self.base_lr_values, self._later_base_values
+        if len(known) == len(groups):  # as nearly always
+            return
+        while len(known) > len(groups):
+            later.insert(0, known.pop())
+        for index in range(len(known), len(groups)):
+            value = self._own_base_value(index, groups[index])
+            if later:
+                value = groups[index][self._initial_param_group_field] = later.pop(0)
+            known.append(value)
 
-    def _set_value(self, group: ParameterGroup, value: float) -> None:
-        present = group[self.param_group_field]
-        if isinstance(present, torch.Tensor):
-            present.fill_(value)  # a compiled or captured optimizer step reads this tensor object
-        else:
-            group[self.param_group_field] = value
+    def _own_base_value(self, index: int, group: ParameterGroup) -> float:
+        if self.param_group_field not in group:
+            raise _MissingFieldError(
+                f"`param_group_field` is {self.param_group_field!r}, but parameter group {index} of the optimizer "
+                f"has no such field. Use one of its fields: {sorted(group.keys() - {'params'})}."
+            )
+        return float(group.setdefault(self._initial_param_group_field, float(group[self.param_group_field])))
+
+    def _set_values(self, values: Sequence[float]) -> None:
+        for group, value in zip(self.optimizer.param_groups, values, strict=False):
+            present = group[self.param_group_field]
+            if isinstance(present, torch.Tensor):
+                present.fill_(float(value))  # a compiled or captured optimizer step reads this tensor object
+            else:
+                group[self.param_group_field] = float(value)
 
 
 class StatefulSchedulerBase(SchedulerBase):
@@ -141,26 +183,41 @@ class StatefulSchedulerBase(SchedulerBase):
     Args:
         optimizer: The optimizer, or any object with ``param_groups``.
         param_group_field: The field of the parameter groups to set.
-
-    Attributes:
-        num_updates: The number of updates for which values were last set; -1 before the first step.
     """
+
+    _num_updates: int
 
     def __init__(self, optimizer: Optimizer, param_group_field: str = "lr") -> None:
         super().__init__(optimizer, param_group_field)
-        self.num_updates = -1
+        self._num_updates = -1
+
+    @property
+    def num_updates(self) -> int:
+        """The number of updates for which values were last set; -1 before the first step. It can be set."""
+        return self._num_updates
+
+    @num_updates.setter
+    def num_updates(self, value: int) -> None:
+        self._num_updates = value
+
+    @property
+    def param_group_values(self) -> list[float]:
+        """The value that each parameter group has now."""
+        return [float(group[self.param_group_field]) for group in self.optimizer.param_groups]
 
     def step(self) -> None:
         """Advance by one update, and set the values for it."""
-        self.num_updates += 1
-        self.step_update(self.num_updates)
+        self._num_updates += 1
+        self.step_update(self._num_updates)
 
     def state_dict(self) -> StateDict:
-        """Return the position (``num_updates``) and the base values."""
-        return {**super().state_dict(), "num_updates": self.num_updates}
+        """Return the position (``num_updates``), the base values, the present values and the attributes added."""
+        return {**super().state_dict(), "num_updates": self.num_updates, "param_group_values": self.param_group_values}
 
     def load_state_dict(self, scheduler_state_dict: StateDict) -> None:
-        """Restore the position and the base values, and set the values for that position.
+        """Restore what :meth:`state_dict` returned.
+
+        The present values are restored, not computed: a subclass may compute them from those before.
 
         Args:
             scheduler_state_dict: What :meth:`state_dict` returned.
@@ -176,8 +233,41 @@ class StatefulSchedulerBase(SchedulerBase):
             )
         super().load_state_dict(scheduler_state_dict)
         self.num_updates = scheduler_state_dict["num_updates"]
-        if self.num_updates >= 0:
+        if self.num_updates < 0:
+            return
+        if "param_group_values" in scheduler_state_dict:
+            self._set_values(scheduler_state_dict["param_group_values"])
+        else:  # a state of the first versions
             self.step_update(self.num_updates)
+
+    def resume_from(self, state_dict: StateDict) -> None:
+        """Restore the state of the very run that continues; called by the trainer when a run is resumed.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+        """
+        self.load_state_dict(state_dict)
+
+
+def _library_names(scheduler_class: type) -> set[str]:
+    """Return the names of everything that the library's classes define, among the bases of a class or the class itself.
+
+    These are members, attributes, and settings, which are the arguments of constructors.
+    """
+    package = __name__.partition(".")[0]
+    names: set[str] = set()
+    for base in scheduler_class.__mro__:
+        if base.__module__.partition(".")[0] == package:
+            names |= {*vars(base), *inspect.get_annotations(base), *inspect.signature(base).parameters}
+    return names
+
+
+def _can_store(value: object) -> bool:
+    try:
+        as_plain(value)
+    except CheckpointError:
+        return False
+    return True
 
 
 def interpolate(start: float, end: float, weight: float) -> float:
@@ -227,6 +317,8 @@ def check_number(
 def check_rate(name: str, rate: float, base_values: Sequence[float]) -> None:
     """Raise unless the lower end of a schedule is a learning rate, and not above the base values of all groups.
 
+    The default is never too high: where it is above the base value, the base value counts.
+
     Args:
         name: Name of the argument.
         rate: Its value.
@@ -237,7 +329,7 @@ def check_rate(name: str, rate: float, base_values: Sequence[float]) -> None:
         SchedulerSettingsError: ``rate`` is negative, not finite, or above every base value.
     """
     check_number(name, rate, "a learning rate")
-    if base_values and rate > max(base_values):
+    if base_values and rate > max(base_values) and rate != LOWEST_RATE:
         raise SchedulerSettingsError(
             f"`{name}` is {rate!r}, but the initial learning rate of the optimizer, the upper end of the schedule, is "
             f"lower: {max(base_values)!r}. Lower `{name}`, or raise `lr` of the optimizer."

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from pytorch_accelerated.exceptions import SchedulerSettingsError
 from pytorch_accelerated.schedulers._placeholders import NumberOrPlaceholder, TrainerPlaceholderValues
 from pytorch_accelerated.schedulers.scheduler_base import (
+    LOWEST_RATE,
     StatefulSchedulerBase,
     check_number,
     check_rate,
@@ -29,34 +31,41 @@ if TYPE_CHECKING:
 
     from pytorch_accelerated._types import StateDict
 
+_SETTINGS_OF_THE_CURVE = ("decay_phase_ratio", "lr_min", "use_inverse_sqrt_decay", "num_checkpoints")
+"""What a continuation takes from the run that it continues."""
+
 
 class DecayInfo(TypedDict):
-    """One decay phase, in updates from the start of the run.
+    """The period up to a checkpoint, and the decay at its end. All but a length counts updates from the start.
 
-    After ``start_step`` updates the rate is still the stable one. After ``end_step`` updates it is the minimum; the
-    checkpoint is there.
+    Attributes:
+        period_start: Updates done at the checkpoint before, or 0.
+        period_end: Updates done at the checkpoint.
+        decay_steps: Length of the decay.
+        pre_decay_step: Updates done when the decay starts.
     """
 
-    start_step: int
-    end_step: int
-    num_decay_steps: int
+    period_start: int
+    period_end: int
+    decay_steps: int
+    pre_decay_step: int
 
 
-class PhaseInfo(TypedDict):
-    """The position of a run in the schedule.
+class PhaseInfo(DecayInfo):
+    """The position of a run in the schedule: in which period it is, and in which phase of that period.
 
     Attributes:
         phase: Name of the current phase.
         start_step: Updates done at the start of the phase.
         end_step: Updates done at the end of the phase.
         progress: Fraction of the phase that is done, from 0 to 1.
-        checkpoint_step: Updates done at the next checkpoint, or at the current one.
+        checkpoint_step: Same as ``period_end``: updates done at the next checkpoint, or at the current one.
         is_checkpoint: Whether the run is at that checkpoint.
     """
 
     phase: Literal["warmup", "stable", "decay"]
-    start_step: int
-    end_step: int
+    start_step: float
+    end_step: float
     progress: float
     checkpoint_step: int
     is_checkpoint: bool
@@ -93,32 +102,31 @@ def estimate_checkpoint_steps(total_steps: int, num_checkpoints: int = 3) -> lis
     return [total_steps // 2**exponent for exponent in reversed(range(num_checkpoints))]
 
 
-def plan_decays(
-    checkpoint_steps: Sequence[int], decay_phase_ratio: float = 0.1, num_warmup_steps: int = 0
-) -> list[DecayInfo]:
-    """Return the decay phase before each checkpoint.
+def plan_decays(checkpoint_steps: Sequence[int], decay_phase_ratio: float = 0.1) -> list[DecayInfo]:
+    """Return the period up to each checkpoint, with the decay at its end.
 
-    The decay before a checkpoint at update :math:`c` takes ``round(decay_phase_ratio * c)`` updates, but at least one.
-    It never starts during the warm-up or before the previous checkpoint.
+    Of the :math:`L` updates since the checkpoint before, the decay takes the last ``decay_phase_ratio`` :math:`L`,
+    rounded down.
 
     Args:
         checkpoint_steps: Updates done at each checkpoint, in ascending order.
-        decay_phase_ratio: Length of a decay as a fraction of the updates up to its checkpoint.
-        num_warmup_steps: Length of the warm-up, in updates.
+        decay_phase_ratio: Length of a decay as a fraction of its period, from 0 to 1.
 
     Example:
-        >>> for decay in plan_decays([50, 100]):
-        ...     print(decay)
-        {'start_step': 45, 'end_step': 50, 'num_decay_steps': 5}
-        {'start_step': 90, 'end_step': 100, 'num_decay_steps': 10}
+        >>> for period in plan_decays([50, 100]):
+        ...     print(period)
+        {'period_start': 0, 'period_end': 50, 'decay_steps': 5, 'pre_decay_step': 45}
+        {'period_start': 50, 'period_end': 100, 'decay_steps': 5, 'pre_decay_step': 95}
     """
-    decays: list[DecayInfo] = []
-    earliest_start = num_warmup_steps
-    for step in checkpoint_steps:
-        start = max(step - max(round(decay_phase_ratio * step), 1), earliest_start)
-        decays.append({"start_step": start, "end_step": step, "num_decay_steps": step - start})
-        earliest_start = step
-    return decays
+    periods: list[DecayInfo] = []
+    start = 0
+    for end in checkpoint_steps:
+        num_steps = math.floor(decay_phase_ratio * (end - start))
+        periods.append(
+            {"period_start": start, "period_end": end, "decay_steps": num_steps, "pre_decay_step": end - num_steps}
+        )
+        start = end
+    return periods
 
 
 def wsd_lr(
@@ -127,7 +135,7 @@ def wsd_lr(
     decays: Sequence[DecayInfo],
     lr: float,
     lr_min: float = 0.0,
-    num_warmup_steps: int = 0,
+    num_warmup_steps: float = 0,
     warmup_starting_lr: float = 0.0,
     use_inverse_sqrt_decay: bool = True,
 ) -> float:
@@ -135,54 +143,58 @@ def wsd_lr(
 
     .. math::
 
-        \eta(t) = \begin{cases}
-            \eta_w + (\eta_0 - \eta_w) \, t / W & t < W \\
-            \eta_e + (\eta_0 - \eta_e) \, (1 - f(p)), \quad
-                p = \frac{t - s}{c - s} & s < t \le c \text{ for a decay from } s \text{ to } c \\
-            \eta_e & t \text{ after the last decay} \\
+        \eta(k) = \begin{cases}
+            \eta_w + (\eta_0 - \eta_w) \, k / W & k < W \\
+            \eta_0 \, f(t), \quad t = \frac{k - s}{c - s}
+                & s \le k < c \text{ for a decay from } s \text{ to } c \\
+            \eta_0 \, m & k \text{ at or after the last checkpoint} \\
             \eta_0 & \text{otherwise}
         \end{cases}
 
-    where :math:`f(p) = \sqrt{p}`, the best shape according to Hägele et al., "Scaling Laws and Compute-Optimal Training
-    Beyond Fixed Training Durations" (2024), arXiv:2405.18392, or :math:`f(p) = p`.
+    where :math:`f(t) = m + (1 - m) (1 - \sqrt{t})`, the best shape according to Hägele et al., "Scaling Laws and
+    Compute-Optimal Training Beyond Fixed Training Durations" (2024), arXiv:2405.18392; or :math:`f(t) = 1 / (t / m + 1
+    - t)`, with which the inverse of the rate grows linearly, as Wen et al. (2024), arXiv:2410.05192, recommend. For
+    :math:`m = 0` the latter drops from 1 to 0 at once.
 
     Args:
-        update: Index :math:`t` of the update, which is also the number of updates done before it.
-        decays: The decays, from :math:`s` (``start_step``) to :math:`c` (``end_step``), as :func:`plan_decays` returns
-            them.
+        update: Index :math:`k` of the update, which is also the number of updates done before it.
+        decays: The decays, from :math:`s` (``pre_decay_step``) to the checkpoint :math:`c` (``period_end``), as
+            :func:`plan_decays` returns them.
         lr: Learning rate :math:`\eta_0` of the stable phase.
-        lr_min: Learning rate :math:`\eta_e` at the end of a decay.
-        num_warmup_steps: Length :math:`W` of the warm-up, in updates.
+        lr_min: Learning rate at the end of the run as a fraction :math:`m` of ``lr``.
+        num_warmup_steps: Length :math:`W` of the warm-up, in updates, possibly fractional.
         warmup_starting_lr: Learning rate :math:`\eta_w` of the first warm-up update.
-        use_inverse_sqrt_decay: Whether :math:`f` is the square root; otherwise the decay is linear.
+        use_inverse_sqrt_decay: Whether :math:`f` is the first of the two functions.
 
     Example:
-        >>> decays = plan_decays([8, 16], decay_phase_ratio=0.25)
-        >>> [wsd_lr(update, decays=decays, lr=1.0) for update in (6, 8, 9, 12, 13, 16)]
-        [1.0, 0.0, 1.0, 1.0, 0.5, 0.0]
+        >>> decays = plan_decays([8, 16], decay_phase_ratio=0.5)
+        >>> [wsd_lr(update, decays=decays, lr=1.0) for update in (4, 5, 7, 8, 12, 13, 16)]
+        [1.0, 0.5, 0.1339745962155614, 1.0, 1.0, 0.5, 0.0]
     """
     if update < num_warmup_steps:
         return interpolate(warmup_starting_lr, lr, update / num_warmup_steps)
-    decay = _next_decay(update, decays)
-    if update <= decay["start_step"]:
+    period = next((period for period in decays if update < period["period_end"]), None)
+    if period is None:
+        return lr * lr_min
+    if update <= period["pre_decay_step"]:
         return lr
-    progress = min((update - decay["start_step"]) / decay["num_decay_steps"], 1.0)
-    return interpolate(lr, lr_min, math.sqrt(progress) if use_inverse_sqrt_decay else progress)
+    progress = (update - period["pre_decay_step"]) / period["decay_steps"]  # above 0
+    if use_inverse_sqrt_decay:
+        return lr * interpolate(1.0, lr_min, math.sqrt(progress))
+    return lr * lr_min / interpolate(lr_min, 1.0, progress)
 
 
 class WSDLrScheduler(StatefulSchedulerBase):
     """Warms up, keeps the learning rate constant, and decays it before each checkpoint.
 
     The curve is :func:`wsd_lr`, applied to the base value of each parameter group. :func:`estimate_checkpoint_steps`
-    places the checkpoints, and :func:`plan_decays` the decays. At a checkpoint the rate is the minimum; one update
-    later it is the stable rate again, until the next decay. The last checkpoint is the end of the run.
-    :class:`~pytorch_accelerated.callbacks.WSDCheckpointCallback` saves the model before and after each decay.
+    places the checkpoints, and :func:`plan_decays` the decays. The last update before a checkpoint trains at the end of
+    the decay, and the first one after it at the stable rate again, until the next decay. The last checkpoint is the end
+    of the run, where the rate is the minimum. The constructor sets the rate of the first update, without counting a
+    step. :class:`~pytorch_accelerated.callbacks.WSDCheckpointCallback` saves training before and after each decay.
 
     A run that continues from a state of the stable phase is a new run: its scheduler counts from 0 and plans its own
-    checkpoints. With ``is_continuation_from_checkpoint`` it starts at the stable rate.
-
-    A group never exceeds its base value: a group whose base value is below ``lr_min`` or ``warmup_starting_lr`` keeps
-    its base value in that phase.
+    checkpoints. With ``is_continuation_from_checkpoint`` it starts at the stable rate; see :meth:`load_state_dict`.
 
     Args:
         optimizer: The optimizer whose learning rates are scheduled.
@@ -190,21 +202,25 @@ class WSDLrScheduler(StatefulSchedulerBase):
             the length of the run.
         num_update_steps_per_epoch: Updates per epoch.
         total_steps: Updates of the run; replaces the two arguments above.
-        num_warmup_steps: Updates of warm-up; rounded if fractional.
-        decay_phase_ratio: Length of a decay as a fraction of the updates up to its checkpoint, above 0 and at most 1. A
-            decay takes at least one update.
-        lr_min: Learning rate at the end of each decay.
-        warmup_starting_lr: Learning rate of the first warm-up update.
-        use_inverse_sqrt_decay: Whether a decay follows one minus the square root of its progress; otherwise it is
-            linear.
+        num_warmup_steps: Updates of warm-up, possibly fractional; ``None`` for a hundredth of the run, rounded down.
+        decay_phase_ratio: Length of a decay as a fraction of the updates since the checkpoint before, from 0 to 1. It
+            is rounded down to whole updates; 0 for no decay.
+        lr_min: Learning rate at the end of the run as a fraction of each group's base value, from 0 to 1.
+        warmup_starting_lr: Learning rate of the first warm-up update. A group with a lower base value keeps that.
+        use_inverse_sqrt_decay: Whether a decay follows one minus the square root of its progress. Otherwise the inverse
+            of the rate grows linearly.
         num_checkpoints: Number of checkpoints in the run.
         is_continuation_from_checkpoint: Whether the run continues from a state of an earlier run's stable phase. There
             is then no warm-up, whatever ``num_warmup_steps`` is.
 
+    Attributes:
+        checkpoint_steps: Updates done at each checkpoint.
+        checkpoint_decay_info: The period up to each checkpoint; see :class:`DecayInfo`.
+
     Raises:
-        SchedulerSettingsError: The length of the run is missing or contradictory, a setting is out of range, the first
-            checkpoint is within the warm-up, or ``lr_min`` or ``warmup_starting_lr`` is above the initial learning rate
-            of the optimizer.
+        SchedulerSettingsError: The length of the run is missing, contradictory or too short for the checkpoints, a
+            setting is out of range, or ``warmup_starting_lr`` is given and above the initial learning rate of the
+            optimizer.
         TypeError: A setting is not a number.
 
     Example:
@@ -221,34 +237,36 @@ class WSDLrScheduler(StatefulSchedulerBase):
         'decay'
     """
 
+    checkpoint_steps: list[int]
+    checkpoint_decay_info: list[DecayInfo]
+
     def __init__(
         self,
         optimizer: Optimizer,
         num_epochs: float | None = None,
         num_update_steps_per_epoch: int | None = None,
         total_steps: int | None = None,
-        num_warmup_steps: float = 0,
+        num_warmup_steps: float | None = 0,
         decay_phase_ratio: float = 0.1,
-        lr_min: float = 1e-6,
-        warmup_starting_lr: float = 1e-6,
+        lr_min: float = LOWEST_RATE,
+        warmup_starting_lr: float = LOWEST_RATE,
         use_inverse_sqrt_decay: bool = True,
         num_checkpoints: int = 1,
         is_continuation_from_checkpoint: bool = False,
     ) -> None:
         super().__init__(optimizer)
-        check_number("num_warmup_steps", num_warmup_steps, "the length of the warm-up")
-        check_number("decay_phase_ratio", decay_phase_ratio, "a fraction of the run", is_zero_allowed=False, maximum=1)
-        check_rate("lr_min", lr_min, self.base_values)
-        check_rate("warmup_starting_lr", warmup_starting_lr, self.base_values)
         self.total_steps = _total_steps(num_epochs, num_update_steps_per_epoch, total_steps)
-        self.num_warmup_steps = 0 if is_continuation_from_checkpoint else round(num_warmup_steps)
+        self.num_warmup_steps = self.total_steps // 100 if num_warmup_steps is None else num_warmup_steps
         self.decay_phase_ratio = decay_phase_ratio
         self.lr_min = lr_min
         self.warmup_starting_lr = warmup_starting_lr
         self.use_inverse_sqrt_decay = use_inverse_sqrt_decay
         self.num_checkpoints = num_checkpoints
         self.is_continuation_from_checkpoint = is_continuation_from_checkpoint
-        self._decays = plan_decays(self._place_checkpoints(), decay_phase_ratio, self.num_warmup_steps)
+        self._check_settings()
+        self._set_checkpoints(estimate_checkpoint_steps(self.total_steps, num_checkpoints))
+        # Not the method of a subclass, whose constructor has not finished.
+        self._set_values(WSDLrScheduler.get_updated_values(self, 0))
 
     @classmethod
     def create_scheduler_fn(
@@ -259,8 +277,8 @@ class WSDLrScheduler(StatefulSchedulerBase):
         ),
         num_warmup_epochs: NumberOrPlaceholder | None = None,
         decay_phase_ratio: NumberOrPlaceholder = 0.1,
-        lr_min: NumberOrPlaceholder = 1e-6,
-        warmup_starting_lr: NumberOrPlaceholder = 1e-6,
+        lr_min: NumberOrPlaceholder = LOWEST_RATE,
+        warmup_starting_lr: NumberOrPlaceholder = LOWEST_RATE,
         use_inverse_sqrt_decay: bool = True,
         num_checkpoints: int = 1,
         is_continuation_from_checkpoint: bool = False,
@@ -268,9 +286,9 @@ class WSDLrScheduler(StatefulSchedulerBase):
         """Return a function that creates this scheduler from an optimizer; pass it to ``Trainer.train``.
 
         The arguments are those of the class, with two exceptions: ``total_num_epochs`` is the length of the run, and
-        ``num_warmup_epochs`` is the length of the warm-up in epochs, possibly fractional (``None`` for no warm-up).
-        Each number may be a placeholder or an expression of placeholders, which the trainer replaces with the numbers
-        of the run. By default the schedule is as long as the run.
+        ``num_warmup_epochs`` is the length of the warm-up in epochs, possibly fractional (``None`` for a hundredth of
+        the run). Each number may be a placeholder or an expression of placeholders, which the trainer replaces with the
+        numbers of the run. By default the schedule is as long as the run.
 
         Example:
             >>> create = WSDLrScheduler.create_scheduler_fn(num_warmup_epochs=0.5)
@@ -280,7 +298,7 @@ class WSDLrScheduler(StatefulSchedulerBase):
         settings: dict[str, Any] = {
             "num_epochs": total_num_epochs,
             "num_update_steps_per_epoch": num_update_steps_per_epoch,
-            "num_warmup_steps": (num_warmup_epochs or 0) * num_update_steps_per_epoch,
+            "num_warmup_steps": None if num_warmup_epochs is None else num_warmup_epochs * num_update_steps_per_epoch,
             "decay_phase_ratio": decay_phase_ratio,
             "lr_min": lr_min,
             "warmup_starting_lr": warmup_starting_lr,
@@ -295,10 +313,10 @@ class WSDLrScheduler(StatefulSchedulerBase):
         return [
             wsd_lr(
                 num_updates,
-                decays=self._decays,
+                decays=self.checkpoint_decay_info,
                 lr=base_lr,
-                lr_min=min(self.lr_min, base_lr),
-                num_warmup_steps=self.num_warmup_steps,
+                lr_min=self.lr_min,
+                num_warmup_steps=self._warmup_length,
                 warmup_starting_lr=min(self.warmup_starting_lr, base_lr),
                 use_inverse_sqrt_decay=self.use_inverse_sqrt_decay,
             )
@@ -307,81 +325,135 @@ class WSDLrScheduler(StatefulSchedulerBase):
 
     def get_checkpoint_steps(self) -> list[int]:
         """Return the number of updates at each checkpoint, in ascending order."""
-        return [decay["end_step"] for decay in self._decays]
+        return list(self.checkpoint_steps)
 
     def get_decay_info(self) -> list[DecayInfo]:
-        """Return the decay phase before each checkpoint, in order."""
-        return [decay.copy() for decay in self._decays]
+        """Return the period up to each checkpoint, with the decay at its end, in order."""
+        return [period.copy() for period in self.checkpoint_decay_info]
 
     def get_phase_info(self, num_updates: int) -> PhaseInfo:
-        """Return the phase of the schedule after ``num_updates`` updates.
+        """Return the period and the phase of the schedule after ``num_updates`` updates.
 
-        A decay lasts from its ``start_step`` to its ``end_step``, both included. A negative number of updates counts as
-        0, and one beyond the end of the run as the end.
+        A decay lasts from its ``pre_decay_step`` to its ``period_end``, both included. A negative number of updates
+        counts as 0, and one beyond the end of the run as the end.
 
         Args:
             num_updates: Updates done.
         """
         step = min(max(num_updates, 0), self.total_steps)
-        decay = _next_decay(step, self._decays)
+        period = next(period for period in self.checkpoint_decay_info if step <= period["period_end"])
         phase: Literal["warmup", "stable", "decay"]
-        if step < self.num_warmup_steps:
-            phase, start, end = "warmup", 0, self.num_warmup_steps
-        elif step < decay["start_step"]:
-            previous_ends = [other["end_step"] for other in self._decays if other["end_step"] < step]
-            phase, start, end = "stable", max([self.num_warmup_steps, *previous_ends]), decay["start_step"]
+        start: float
+        end: float
+        if step < self._warmup_length:
+            phase, start, end = "warmup", 0, self._warmup_length
+        elif step < period["pre_decay_step"]:
+            phase, start, end = "stable", max(self._warmup_length, period["period_start"]), period["pre_decay_step"]
         else:
-            phase, start, end = "decay", decay["start_step"], decay["end_step"]
+            phase, start, end = "decay", period["pre_decay_step"], period["period_end"]
         return {
+            **period,
             "phase": phase,
             "start_step": start,
             "end_step": end,
-            "progress": (step - start) / (end - start),
-            "checkpoint_step": decay["end_step"],
-            "is_checkpoint": step == decay["end_step"],
+            "progress": (step - start) / (end - start) if start < end else 1.0,
+            "checkpoint_step": period["period_end"],
+            "is_checkpoint": step == period["period_end"],
         }
 
     def get_current_phase_info(self) -> PhaseInfo:
-        """Return the current phase of the schedule."""
+        """Return the current period and phase of the schedule."""
         return self.get_phase_info(self.num_updates)
 
     def get_current_step(self) -> int:
         """Return the number of updates done, as counted by :meth:`step`; -1 before its first call."""
         return self.num_updates
 
+    @property
+    def previous_checkpoint_step(self) -> int | None:
+        """Updates done at the last checkpoint that was reached; ``None`` before the first."""
+        return max((step for step in self.checkpoint_steps if step <= self.num_updates), default=None)
+
     def state_dict(self) -> StateDict:
-        """Return the position and the base values; for information also the kind and length of the run."""
+        """Return the position, base values, present values and, as 0.1.61 does, settings and plan."""
+        names = (
+            *_SETTINGS_OF_THE_CURVE,
+            "total_steps",
+            "num_warmup_steps",
+            "warmup_starting_lr",
+            "is_continuation_from_checkpoint",
+            "previous_checkpoint_step",
+        )
         return {
             **super().state_dict(),
-            "is_continuation_from_checkpoint": self.is_continuation_from_checkpoint,
-            "total_steps": self.total_steps,
+            **{name: getattr(self, name) for name in names},
+            "checkpoint_steps": self.get_checkpoint_steps(),
+            "checkpoint_decay_info": self.get_decay_info(),
         }
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore the position and the base values, and set the learning rates for that position.
 
-        Everything else stays as this scheduler was configured, including the length of the run and whether it is a
-        continuation: a resumed run may be longer than originally planned, and a run that continues from a checkpoint of
-        another run does not become that run. The restored position counts from the start of this schedule. To start the
-        schedule of a continuation from 0, pass ``initial_checkpoint`` to
-        :class:`~pytorch_accelerated.callbacks.WSDCheckpointCallback`, or load the checkpoint without the scheduler
-        (``load_scheduler=False``).
+        A state that 0.1.61 saved has no position; the present one is kept. Everything else stays as this scheduler was
+        configured, including the length of the run: a resumed run may be longer than originally planned.
+
+        A continuation (``is_continuation_from_checkpoint``) starts a stable phase of its own: it takes the base values,
+        ``decay_phase_ratio``, ``lr_min``, ``use_inverse_sqrt_decay`` and ``num_checkpoints`` from the state, but counts
+        from the start again, and plans its checkpoints for its own length. It warns if a setting changes. When the
+        trainer resumes a continuation (``resume_from``), it restores the position too; see :meth:`resume_from`.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned, here or in 0.1.61.
+
+        Raises:
+            SchedulerSettingsError: The run is too short for the number of checkpoints in the state.
+            ValueError: It is the state of a different scheduler.
+        """
+        position = state_dict.get("num_updates", self.num_updates if "base_lr_values" in state_dict else None)
+        if self.is_continuation_from_checkpoint and position is not None:
+            self._take_over_settings(state_dict)
+            position = -1
+        super().load_state_dict(state_dict if position is None else {**state_dict, "num_updates": position})
+        self.step_update(max(self.num_updates, 0))
+
+    def resume_from(self, state_dict: StateDict) -> None:
+        """Restore the state of the very run that continues, a continuation included; called by the trainer.
 
         Args:
             state_dict: What :meth:`state_dict` returned.
         """
-        # Overridden for the name of the argument, which is public: the base class calls it `scheduler_state_dict`.
-        super().load_state_dict(state_dict)
+        self.load_state_dict(state_dict)
+        self.num_updates = state_dict.get("num_updates", self.num_updates)
+        self.step_update(max(self.num_updates, 0))
 
-    def _place_checkpoints(self) -> list[int]:
-        steps = estimate_checkpoint_steps(self.total_steps, self.num_checkpoints)
-        if steps[0] <= self.num_warmup_steps:
-            raise SchedulerSettingsError(
-                f"The warm-up takes {self.num_warmup_steps} updates, but the first checkpoint is after {steps[0]} of "
-                f"{self.total_steps} updates, and its decay needs at least one update after the warm-up. Shorten the "
-                "warm-up, use fewer checkpoints, or train longer."
+    def _take_over_settings(self, state: StateDict) -> None:
+        own = {name: getattr(self, name) for name in _SETTINGS_OF_THE_CURVE}
+        settings = {name: state.get(name, value) for name, value in own.items()}
+        replaced = [f"`{name}` is {settings[name]!r}, not {own[name]!r}" for name in own if settings[name] != own[name]]
+        checkpoint_steps = estimate_checkpoint_steps(self.total_steps, settings["num_checkpoints"])  # may raise
+        if replaced:
+            warnings.warn(
+                f"This run continues another one, and takes over its decay: {', '.join(replaced)}. Pass the same "
+                "settings as before, or load the checkpoint without its scheduler (`load_scheduler=False`).",
+                stacklevel=3,
             )
-        return steps
+        vars(self).update(settings)
+        self._set_checkpoints(checkpoint_steps)
+
+    def _set_checkpoints(self, checkpoint_steps: list[int]) -> None:
+        self.checkpoint_steps = checkpoint_steps
+        self.checkpoint_decay_info = plan_decays(checkpoint_steps, self.decay_phase_ratio)
+
+    @property
+    def _warmup_length(self) -> float:
+        return 0 if self.is_continuation_from_checkpoint else self.num_warmup_steps
+
+    def _check_settings(self) -> None:
+        check_number("num_warmup_steps", self.num_warmup_steps, "the length of the warm-up")
+        check_number("decay_phase_ratio", self.decay_phase_ratio, "a fraction of the run", maximum=1)
+        check_number("lr_min", self.lr_min, "a fraction of the initial learning rate", maximum=1)
+        if self._warmup_length > 0:
+            check_rate("warmup_starting_lr", self.warmup_starting_lr, self.base_values)
 
 
 def _total_steps(num_epochs: float | None, num_update_steps_per_epoch: int | None, total_steps: int | None) -> int:
@@ -408,8 +480,3 @@ def _as_count(name: str, value: float) -> int:
     if value != int(value):
         raise SchedulerSettingsError(f"`{name}` is {value!r}, but a count must be a whole number. Round it up or down.")
     return int(value)
-
-
-def _next_decay(update: float, decays: Sequence[DecayInfo]) -> DecayInfo:
-    """Return the first decay that has not ended, or the last one if all have."""
-    return next((decay for decay in decays if update <= decay["end_step"]), decays[-1])
