@@ -1,4 +1,4 @@
-"""Nested structures: their batch size, their tensors, and changes to every item."""
+"""Nested structures: their rows, their tensors, and changes to every item."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Record:
     derived: list = field(init=False, default_factory=list)
 
 
-# --- the batch size --------------------------------------------------------------------------------------------------
+# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -45,14 +45,14 @@ class Record:
     ],
     ids=str,
 )
-def test_the_batch_size_is_the_first_dimension_of_the_first_tensor_at_any_depth(batch):
-    assert _nested.find_batch_size(batch) == 3
+def test_rows_are_counted_in_the_first_tensor_at_any_depth(batch):
+    assert _nested.count_rows(batch) == 3
 
 
-@pytest.mark.parametrize("batch", [None, "text", torch.tensor(1.0), [], {"a": [1, 2]}])
-def test_a_batch_without_a_sized_tensor_is_refused_with_its_type(batch):
-    with pytest.raises(ValueError, match=rf"No batch size was found: the batch, a {type(batch).__name__}.*Override"):
-        _nested.find_batch_size(batch)
+@pytest.mark.parametrize("value", [None, "text", torch.tensor(1.0), [], {"a": [1, 2]}])
+def test_a_value_without_rows_is_refused_with_its_type(value):
+    with pytest.raises(ValueError, match=rf"no rows to count: a {type(value).__name__} contains no tensor"):
+        _nested.count_rows(value)
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------

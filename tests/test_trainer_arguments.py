@@ -264,7 +264,7 @@ def test_an_invalid_output_of_a_training_step_is_explained(make_output, error, w
             ValueError,
             ("`calculate_eval_batch_loss` returned a dictionary without `batch_size`",),
         ),
-        ({"loss": torch.ones(4), "batch_size": 4}, ValueError, ("shape (4,)",)),
+        ({"loss": torch.ones(0), "batch_size": 4}, ValueError, ("shape (0,)",)),
         ({"loss": None, "batch_size": 4}, TypeError, ("loss is None",)),
     ],
 )

@@ -23,16 +23,17 @@ from pytorch_accelerated._data.sharding import sharding_of, without_samples
 from pytorch_accelerated._distributed.accelerator import skip_batches
 from pytorch_accelerated._distributed.collectives import (
     average_gradients,
+    drop_placeholders,
     gather_uneven,
     run_on_main,
     sum_over_processes,
 )
 from pytorch_accelerated._distributed.consensus import can_skip_exchange, overrides_any
 from pytorch_accelerated._distributed.fast_path import choose_no_sync
-from pytorch_accelerated._nested import concatenate, find_batch_size, first_rows, on_host
+from pytorch_accelerated._nested import concatenate, count_rows, first_rows, on_host
 from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute
 from pytorch_accelerated._signals import RunInterruptedError
-from pytorch_accelerated._step import batch_loss, predictions, raise_bad_loss, read_batch_output
+from pytorch_accelerated._step import batch_loss, mean_loss, predictions, raise_bad_loss, read_batch_output
 from pytorch_accelerated._types import (
     Batch,
     BatchOutput,
@@ -205,8 +206,9 @@ class TrainingLoop:
             batch: The batch from the loader, on the training device.
 
         Returns:
-            A dictionary with ``loss``, a scalar tensor: the mean over the batch, and ``batch_size``. Further keys are
-            passed on to the callbacks. ``metrics``, a dictionary of scalars, is averaged over the epoch like the loss.
+            A dictionary with ``loss``, a scalar tensor: the mean over the batch, and ``batch_size``, by default the
+            length of the targets' first dimension. Further keys are passed on to the callbacks. ``metrics``, a
+            dictionary of scalars, is averaged over the epoch like the loss.
             ``num_items_in_batch`` is the number of items the loss is the mean over, if these are not samples.
         """
         return batch_loss(self.model, self.loss_func, batch)
@@ -246,7 +248,10 @@ class TrainingLoop:
         self.model.eval()
 
     def calculate_eval_batch_loss(self, batch: Batch) -> BatchOutput:
-        """Compute the loss of one evaluation batch, without gradients; see `calculate_train_batch_loss`."""
+        """Compute the loss of one evaluation batch, without gradients; see `calculate_train_batch_loss`.
+
+        If the loss has several elements, their mean counts.
+        """
         with torch.no_grad():
             return batch_loss(self.model, self.loss_func, batch)
 
@@ -293,7 +298,8 @@ class TrainingLoop:
         Args:
             tensor: A tensor of shape ``(rows, ...)``, or tuples, lists and mappings of such tensors.
             padding_value: Needed if dimensions other than the first may differ between processes: they are padded with
-                it. Rows are never padded in the result, and real values that equal it are kept.
+                it. Rows are never padded in the result, and real values that equal it are kept, unless a tensor
+                consists of nothing else: it stands for no rows, so that a process may have nothing to contribute.
 
         Returns:
             The same structure with tensors of shape ``(sum of rows, ...)``; with one process, ``tensor`` itself.
@@ -301,6 +307,8 @@ class TrainingLoop:
         Raises:
             ValueError: The shapes do not fit together; raised on every process.
         """
+        if padding_value is not None:
+            tensor = drop_placeholders(tensor, padding_value)
         if self._accelerator.num_processes == 1:
             return self._accelerator.gather(tensor)
         return gather_uneven(tensor, padding_value)
@@ -448,7 +456,10 @@ class TrainingLoop:
         run, progress = self._loop_run, self._loop_run.training.progress
         try:
             if progress.phase == "training":  # otherwise a resumed run has only evaluation left
+                if overrides_any(self, ("_run_train_epoch",)):
+                    run.start_epoch_of_subclass()
                 run.was_last_epoch = self._run_train_epoch(run.train_dataloader)
+                run.num_batches_to_skip, progress.phase = 0, "evaluation"
             self._loop_evaluate()
             progress.phase = "end"
             self.training_run_epoch_end()
@@ -495,13 +506,14 @@ class TrainingLoop:
             run.is_update_due = is_last or (step + 1) % config.gradient_accumulation_steps == 0
             self._accelerator.sync_gradients = run.is_update_due
             epoch.is_dummy_step = sharding is not None and sharding.dummy_step == step
+            self._loop_fire(TrainerCallback.on_train_step_start, batch=batch, step=step)
             if run.is_update_due:
                 self._perform_forward_and_backward_passes(batch, step)
                 self._loop_update()
             else:
                 with no_sync():
                     self._perform_forward_and_backward_passes(batch, step)
-            self._loop_end_train_step(batch, step)
+            self._loop_end_train_step(step)
 
         run.is_epoch_cut_short = run.is_update_limit_reached and not is_last
         run.training.progress.phase = "evaluation"
@@ -526,28 +538,34 @@ class TrainingLoop:
         return enumerate_batches(rest, num_done)
 
     def _perform_forward_and_backward_passes(self, batch: Batch, step: int) -> None:
-        """Process one batch: weigh it, scale its loss, compute the gradients, and record the loss."""
+        """Process one batch: weigh it, scale its loss, compute the gradients, and record the loss.
+
+        The step ends after the update, unless a subclass makes the updates in a `_run_train_epoch` of its own.
+        """
         run, training = self._loop_run, self._loop_run.training
-        self._loop_fire(TrainerCallback.on_train_step_start, batch=batch, step=step)
         batch_output = self.calculate_train_batch_loss(batch)
         weight, batch_size = read_batch_output(batch_output, "calculate_train_batch_loss")
         if training.current_pass.is_dummy_step:
             weight = batch_size = 0
         self._loop_fire(TrainerCallback.on_backward_start, batch=batch, batch_output=batch_output, step=step)
         loss = batch_output["loss"]
-        scale = training.window.add(weight, batch_size, step)
+        scale = training.window.add(weight, batch_size, step) if run.makes_updates else run.plain_scale
         if run.is_update_due and run.consensus.is_needed:
             run.start_exchange(step)
         self.backward_step(loss if scale is None else loss * scale)
         self._loop_track(loss, weight, batch_output)
-        run.batch_output = batch_output
+        run.step_results.append((batch, batch_output))
+        if not run.makes_updates:
+            run.count_step_of_subclass(step, batch_size)
+            self._loop_end_train_step(step)
 
     def _loop_update(self) -> None:
         """Make one update: complete the gradients, clip them, step optimizer and scheduler, discard the gradients."""
         run = self._loop_run
         num_samples = self._loop_complete_gradients()
         self._loop_fire(TrainerCallback.on_optimizer_step_start)
-        self._clip_gradients()
+        if run.config.gradient_clip_value is not None or run.config.gradient_clip_norm is not None:
+            self._clip_gradients()
         self.optimizer_step()
         run.training.progress.num_updates += 1
         run.training.progress.num_samples += num_samples
@@ -583,11 +601,11 @@ class TrainingLoop:
             norm = clip_functions.clip_grad_norm_(outside.together_with(self.model), config.gradient_clip_norm)
             self._loop_run.gradient_norm = norm
 
-    def _loop_end_train_step(self, batch: Batch, step: int) -> None:
+    def _loop_end_train_step(self, step: int) -> None:
         run = self._loop_run
         run.training.progress.num_batches_in_epoch = step + 1
-        batch_output, run.batch_output = run.batch_output, None
-        if batch_output is not None:  # otherwise a subclass has replaced the step, and fires the event if it wants it
+        results, run.step_results = run.step_results, []  # none if a subclass has replaced the step
+        for batch, batch_output in results:
             if run.training.current_pass.is_dummy_step:
                 batch, batch_output = without_samples(batch, batch_output)
             self._loop_fire(TrainerCallback.on_train_step_end, batch=batch, batch_output=batch_output, step=step)
@@ -634,7 +652,7 @@ class TrainingLoop:
         is_repeatable, run.is_evaluation_repeatable = run.is_evaluation_repeatable, False
         evaluation = DataPass("evaluation", valid_dl, is_intermediate)
         evaluation.loss_name = "eval_loss_epoch" if is_training else "evaluation_loss"
-        with self._loop_suspend_training(evaluation), preserve_rng_state():
+        with self._loop_suspend_training(evaluation), preserve_rng_state(), torch.no_grad():
             run.set_data_epoch(run.seeded_eval_loaders, valid_dl, 0, run.seed)
             self.eval_epoch_start()
             self._loop_fire(TrainerCallback.on_eval_epoch_start, is_intermediate=is_intermediate)
@@ -651,8 +669,8 @@ class TrainingLoop:
     def _loop_eval_step(self, batch: Batch, step: int) -> None:
         self._loop_fire(TrainerCallback.on_eval_step_start, batch=batch, step=step)
         batch_output = self.calculate_eval_batch_loss(batch)
-        weight, _ = read_batch_output(batch_output, "calculate_eval_batch_loss")
-        self._loop_track(batch_output["loss"], weight, batch_output)
+        weight, _ = read_batch_output(batch_output, "calculate_eval_batch_loss", may_have_several_losses=True)
+        self._loop_track(mean_loss(batch_output["loss"]), weight, batch_output)
         if self._loop_run.training.current_pass.is_dummy_step:
             batch, batch_output = without_samples(batch, batch_output)
         self._loop_fire(TrainerCallback.on_eval_step_end, batch=batch, batch_output=batch_output, step=step)
@@ -679,14 +697,14 @@ class TrainingLoop:
         run = self._loop_run
         is_kept = on_every_process or run.config.is_world_process_zero
         outputs = []
-        with preserve_rng_state():
+        with preserve_rng_state(), torch.no_grad():
             self.eval_epoch_start()
             loader = run.eval_dataloaders[""]
             sharding = sharding_of(loader)
             for step, batch, _ in enumerate_batches(loader):
                 local = self.calculate_predictions(batch)
                 if sharding is not None and sharding.dummy_step == step:
-                    local = first_rows(local, find_batch_size(local), 0)
+                    local = first_rows(local, count_rows(local), 0)
                 gathered = self.gather(local)
                 if is_kept:
                     outputs.append(on_host(gathered) if move_to_host else gathered)

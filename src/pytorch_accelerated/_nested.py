@@ -17,28 +17,25 @@ Key = TypeVar("Key")
 Item = TypeVar("Item")
 
 
-def find_batch_size(batch: Nested) -> int:
-    """Return the length of the first dimension of the first tensor in a batch, at any depth.
+def count_rows(value: Nested) -> int:
+    """Return the length of the first dimension of the first tensor in a nested structure, at any depth.
 
     Args:
-        batch: A tensor, or tuples, lists, mappings and dataclasses of tensors.
+        value: A tensor, or tuples, lists, mappings and dataclasses of tensors.
 
     Raises:
-        ValueError: The batch has no tensor with at least one dimension.
+        ValueError: There is no tensor with at least one dimension.
 
     Example:
-        >>> find_batch_size({"id": ["a", "b"], "image": (torch.zeros(2, 3), torch.zeros(2))})
+        >>> count_rows({"id": ["a", "b"], "image": (torch.zeros(2, 3), torch.zeros(2))})
         2
     """
-    if isinstance(batch, torch.Tensor) and batch.ndim > 0:
-        return batch.shape[0]
-    for tensor in tensors_in(batch):
+    for tensor in tensors_in(value):
         if tensor.ndim > 0:
             return tensor.shape[0]
     raise ValueError(
-        f"No batch size was found: the batch, a {type(batch).__name__}, contains no tensor with at least one "
-        "dimension. Override `calculate_train_batch_loss` and `calculate_eval_batch_loss` and return the `batch_size` "
-        "yourself."
+        f"There are no rows to count: a {type(value).__name__} contains no tensor with at least one dimension. Return "
+        "tensors with one row per sample."
     )
 
 

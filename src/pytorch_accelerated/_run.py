@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pytorch_accelerated._accumulation import AccumulationWindow, OutsideParameters, are_finite, are_gradients_finite
 from pytorch_accelerated._checkpoint.folder import Lineage
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
         StateMapping,
     )
     from pytorch_accelerated.run_config import TrainerRunConfig
+
+
+TrainerType = TypeVar("TrainerType", bound="TrainingLoop")
 
 
 class DataPass:
@@ -113,6 +116,14 @@ class TrainingPosition:
         self.lineage = Lineage()
         """Numbers the training states of this training."""
 
+        self.stream_position: StateMapping | None = None
+        """Where the streams of training data were when the state was saved that this training was restored from."""
+
+        self.num_scheduler_updates: int | None = None
+        """The number of updates that a scheduler of timm knows of; a subclass may set it to count from elsewhere."""
+
+        self._num_updates_counted = 0  # of those in `progress`, for the scheduler
+
         self.settings: RunSettings = {}
         """What a run that is resumed from here ought to have in common with this one."""
 
@@ -129,6 +140,25 @@ class TrainingPosition:
             self.window.reset()
         epoch.means.first_step = num_done
         self.epoch = self.current_pass = epoch
+
+    def move_to_epoch(self, epoch: int) -> None:
+        """Move to the start of an epoch, counted from 1, unless it is the current one."""
+        progress = self.progress
+        if progress.num_epochs_completed != epoch - 1:
+            progress.num_epochs_completed = epoch - 1
+            progress.num_batches_in_epoch = progress.num_evaluations_in_epoch = 0
+            progress.phase = "training"
+            self.stream_position = None
+
+    def count_scheduler_update(self) -> None:
+        """Count the updates since the last one that a scheduler of timm was told of."""
+        num_updates = self.progress.num_updates
+        self.num_scheduler_updates = (self.num_scheduler_updates or 0) + num_updates - self._num_updates_counted
+        self._num_updates_counted = num_updates
+
+    def restart_scheduler_updates(self) -> None:
+        """Count the updates for a scheduler of timm from the position in training on."""
+        self.num_scheduler_updates = self._num_updates_counted = self.progress.num_updates
 
     @contextmanager
     def suspended_by(self, evaluation: DataPass) -> Iterator[None]:
@@ -212,8 +242,16 @@ class Run:
         """
 
         # The step under way.
+        self.makes_updates = False
+        """Whether the library's `_run_train_epoch` is under way, which makes the updates, and then ends the steps.
+
+        A subclass may have one of its own instead.
+        """
+
         self.is_update_due = False
-        self.batch_output: BatchOutput | None = None
+        self.step_results: list[tuple[Batch, BatchOutput]] = []
+        """The batch of the step and what came of it, for ``on_train_step_end``; several if a subclass makes it so."""
+
         self.gradient_norm: torch.Tensor | None = None
 
         self.can_guard_updates = False
@@ -332,6 +370,16 @@ class Run:
         self.training = TrainingPosition(seed, num_epochs_completed, window, run_number)
         self.training.settings = settings
         self.total_num_epochs = num_epochs_completed + num_epochs
+        self.training.restart_scheduler_updates()
+
+    def start_resumed_training(self, num_epochs: int) -> None:
+        """Continue the training whose position has been restored, up to this number of epochs."""
+        training, progress = self.training, self.training.progress
+        self.num_batches_to_skip = progress.num_batches_in_epoch if progress.phase == "training" else 0
+        self.stream_position = training.stream_position
+        self.total_num_epochs = num_epochs
+        self.is_resumed = True
+        training.restart_scheduler_updates()
 
     @contextmanager
     def keeping_position(self) -> Iterator[None]:
@@ -343,19 +391,44 @@ class Run:
         finally:
             self.training, self.seed = position, seed
 
-    def start_train_epoch(self, loader: Loader) -> int:
-        """Start an epoch, or the rest of one; return how many of its batches a resumed run has done before."""
-        training = self.training
-        num_done, self.num_batches_to_skip = self.num_batches_to_skip, 0
+    def start_train_epoch(self, loader: Loader, makes_updates: bool = True) -> int:
+        """Start an epoch, or the rest of one; return how many of its batches a resumed run has done before.
+
+        Args:
+            loader: Yields the batches of the whole epoch.
+            makes_updates: Whether the library makes the updates; see `start_epoch_of_subclass`.
+        """
+        training, num_done = self.training, self.num_batches_to_skip
+        self.makes_updates, self.is_update_due = makes_updates, False
+        if makes_updates:
+            self.num_batches_to_skip = 0
         training.start_epoch(loader, num_done)
         epoch = training.progress.num_epochs_completed
         self.set_data_epoch(self.seeded_train_loaders, loader, epoch, training.seed, training.run_number)
         return num_done
 
+    def start_epoch_of_subclass(self) -> None:
+        """Start an epoch of which a subclass makes the updates, unless its method calls that of the library."""
+        self.start_train_epoch(self.train_dataloader, makes_updates=False)
+        self.count_batches(self.train_dataloader)
+
     def count_batches(self, loader: Loader) -> None:
         """Find out how many batches the epoch has; after its start, where a callback may have changed the dataset."""
         self.num_batches_per_epoch = reliable_num_batches_of(loader)
         self.training.window.start_epoch(self.config.gradient_accumulation_steps, self.num_batches_per_epoch)
+
+    @property
+    def plain_scale(self) -> float | None:
+        """What a loss is multiplied by where a subclass makes the updates, and no batch can be weighed."""
+        num_batches = self.config.gradient_accumulation_steps
+        return None if num_batches == 1 else 1 / num_batches
+
+    def count_step_of_subclass(self, step: int, num_samples: int) -> None:
+        """Count the samples of a step, and the update that a subclass is expected to make after it."""
+        progress, num_batches = self.training.progress, self.config.gradient_accumulation_steps
+        progress.num_samples += num_samples * self.config.num_processes
+        if (step + 1) % num_batches == 0 or step + 1 == self.num_batches_per_epoch:
+            progress.num_updates += 1
 
     def start_exchange(self, step: int) -> None:
         """Tell the other ranks the weight of this rank's share of the update, while the backward pass runs."""
@@ -465,6 +538,29 @@ def run_of(trainer: TrainingLoop) -> Run:
     double: Any = trainer
     run: Run = getattr(double, "_loop_run", double)
     return run
+
+
+def library_of(trainer: TrainerType) -> TrainerType:
+    """Return a trainer with the methods of the library, for callbacks of the library.
+
+    A subclass may use the names of those that 0.1.61 did not have for something else. A test double of the trainer,
+    whose class is not derived from one of the library, shows its own methods.
+    """
+    view: Any = _LibraryView(trainer)
+    shown: TrainerType = view
+    return shown
+
+
+class _LibraryView:
+    def __init__(self, trainer: TrainingLoop) -> None:
+        self._trainer = trainer
+
+    def __getattr__(self, name: str) -> Any:
+        kind = type(self._trainer)
+        for base in kind.__mro__:
+            if name in vars(base) and base.__module__.partition(".")[0] == __name__.partition(".")[0]:
+                return vars(base)[name].__get__(self._trainer, kind)
+        return getattr(self._trainer, name)
 
 
 class RunAttribute(Forwarded[Value]):

@@ -9,8 +9,9 @@ from typing import NoReturn, ParamSpec, TypeVar
 
 import torch
 
+from pytorch_accelerated._batch_size import size_of_batch, size_of_pair
 from pytorch_accelerated._data.workers import is_worker_failure
-from pytorch_accelerated._nested import find_batch_size, rebuild
+from pytorch_accelerated._nested import rebuild
 from pytorch_accelerated._types import Batch, BatchOutput, LossFunction, ModelOutput, Nested
 from pytorch_accelerated.exceptions import add_note
 
@@ -29,7 +30,7 @@ def batch_loss(model: Callable[..., ModelOutput], loss_func: LossFunction | None
         batch: A pair of inputs and targets; without a loss function, whatever the model takes.
 
     Returns:
-        ``loss``, ``model_outputs`` and ``batch_size``.
+        ``loss``, ``model_outputs`` and ``batch_size``, the length of the first dimension of the targets.
 
     Raises:
         TypeError: There is a loss function, but the batch is not a pair.
@@ -50,7 +51,9 @@ def batch_loss(model: Callable[..., ModelOutput], loss_func: LossFunction | None
     except Exception as error:
         _note_arguments(error, "The loss function", model_outputs, targets)
         raise
-    return {"loss": loss, "model_outputs": model_outputs, "batch_size": _batch_size_of(inputs)}
+    is_plain = isinstance(targets, torch.Tensor) and targets.ndim > 0
+    batch_size = targets.size(0) if is_plain else size_of_pair(inputs, targets)
+    return {"loss": loss, "model_outputs": model_outputs, "batch_size": batch_size}
 
 
 def _loss_of_model(model: Callable[..., ModelOutput], batch: Batch) -> BatchOutput:
@@ -71,12 +74,7 @@ def _loss_of_model(model: Callable[..., ModelOutput], batch: Batch) -> BatchOutp
             "model must return its loss as `outputs.loss` or `outputs['loss']`. Check that the batch holds the labels, "
             "or pass a `loss_func`."
         )
-    return {"loss": loss, "model_outputs": model_outputs, "batch_size": _batch_size_of(batch)}
-
-
-def _batch_size_of(batch: Batch) -> int:
-    is_plain = isinstance(batch, torch.Tensor) and batch.ndim > 0
-    return batch.shape[0] if is_plain else find_batch_size(batch)
+    return {"loss": loss, "model_outputs": model_outputs, "batch_size": size_of_batch(batch)}
 
 
 def predictions(model: Callable[..., ModelOutput], batch: Batch) -> ModelOutput:
@@ -119,12 +117,15 @@ def _outline(value: Nested) -> Nested:
 # --- what a step returns -----------------------------------------------------------------------------------------
 
 
-def read_batch_output(batch_output: BatchOutput | torch.Tensor, hook: str) -> tuple[float | torch.Tensor, int]:
+def read_batch_output(
+    batch_output: BatchOutput | torch.Tensor, hook: str, may_have_several_losses: bool = False
+) -> tuple[float | torch.Tensor, int]:
     """Return the weight and the size of a batch.
 
     Args:
         batch_output: What the step returned.
         hook: The method that returned it, for the message.
+        may_have_several_losses: Whether the loss may have more than one element, as in an evaluation.
 
     Returns:
         The number of items that the loss is the mean over (tokens, if the step says so, otherwise samples), and the
@@ -141,8 +142,18 @@ def read_batch_output(batch_output: BatchOutput | torch.Tensor, hook: str) -> tu
     except (KeyError, TypeError, IndexError):
         _raise_bad_batch_output(batch_output, hook)
     if loss is None or (isinstance(loss, torch.Tensor) and loss.numel() != 1):
-        _raise_not_one_number(loss)
+        _check_losses(loss, may_have_several_losses)
     return batch_output.get("num_items_in_batch", batch_size), int(batch_size)
+
+
+def _check_losses(loss: torch.Tensor | None, may_be_several: bool) -> None:
+    if loss is None or loss.numel() == 0 or not may_be_several:
+        _raise_not_one_number(loss)
+
+
+def mean_loss(loss: float | torch.Tensor) -> float | torch.Tensor:
+    """Return the loss of an evaluation batch as a single number: the mean of its elements."""
+    return loss.mean() if isinstance(loss, torch.Tensor) and loss.numel() != 1 else loss
 
 
 def _raise_bad_batch_output(batch_output: object, hook: str) -> NoReturn:

@@ -103,7 +103,7 @@ class Scheduler(Stateful, Protocol):
 class TimmScheduler(Scheduler, Protocol):
     """A scheduler of timm: `step_update` takes the number of updates, and `step` that of epochs, done so far."""
 
-    def step_update(self, num_updates: int) -> object:
+    def step_update(self, num_updates: int | None) -> object:
         """Set the values that apply after ``num_updates`` updates."""
 
 

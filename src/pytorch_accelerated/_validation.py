@@ -7,7 +7,7 @@ import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from pytorch_accelerated._data.loaders import is_dataset, is_map_style, is_shardable, num_batches_of
+
+Number = TypeVar("Number")
 
 
 def check_no_run(is_running: bool) -> None:
@@ -68,6 +70,11 @@ def check_positive_integer(name: str, value: SupportsIndex, unit: str) -> None:
         raise ValueError(f"`{name}` is {value!r}. Expected a whole number of {unit}, at least 1.")
 
 
+def as_whole_number(value: Number) -> Number | int:
+    """Return a float of whole value, such as ``1e4``, as an integer; anything else is returned unchanged."""
+    return int(value) if isinstance(value, (float, np.floating)) and float(value).is_integer() else value
+
+
 def check_positive_number(name: str, value: float | None) -> None:
     """Raise unless ``value`` is ``None`` or a number above 0.
 
@@ -79,12 +86,12 @@ def check_positive_number(name: str, value: float | None) -> None:
 
 
 def check_numbers_of_run(
-    num_epochs: int,
     per_device_batch_size: int,
+    num_epochs: int,
     gradient_accumulation_steps: int,
     max_num_train_steps: int | None,
     gradient_clip_value: float | None,
-    gradient_clip_norm: float | None,
+    gradient_clip_norm: float | None = None,
 ) -> None:
     """Raise unless all numbers that a run is started with are valid.
 

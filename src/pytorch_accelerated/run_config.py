@@ -17,7 +17,8 @@ class TrainerRunConfig:
     processes make together. Lengths are ``None`` if the dataset has no length.
 
     Args:
-        num_epochs: Requested number of epochs.
+        num_epochs: Number of epochs of the run: as requested, or fewer if ``max_num_train_steps`` ends it before. The
+            last one may be cut short.
         train_per_device_batch_size: Samples in a training batch of one process.
         train_dl_kwargs: Keyword arguments of the training loader.
         eval_per_device_batch_size: Samples in an evaluation batch of one process.
@@ -102,6 +103,13 @@ def count_updates(
     return num_updates_per_epoch, num_updates
 
 
+def _count_epochs(num_epochs: int, num_updates_per_epoch: int | None, max_num_train_steps: int | None) -> int:
+    """Return the number of epochs that a run starts, so that a schedule over all of them ends with the run."""
+    if max_num_train_steps is None or not num_updates_per_epoch:
+        return num_epochs
+    return min(num_epochs, math.ceil(max_num_train_steps / num_updates_per_epoch))
+
+
 def derive_run_config(
     *,
     num_epochs: int,
@@ -116,7 +124,7 @@ def derive_run_config(
     """Derive the configuration of a run from the settings of one process.
 
     Args:
-        num_epochs: See `TrainerRunConfig`.
+        num_epochs: Requested number of epochs.
         num_batches_per_epoch: Training batches per process and epoch; ``None`` if unknown.
         gradient_accumulation_steps: See `TrainerRunConfig`.
         max_num_train_steps: Maximum number of updates in the run; ``None`` for no limit.
@@ -129,7 +137,7 @@ def derive_run_config(
         num_epochs, num_batches_per_epoch, gradient_accumulation_steps, max_num_train_steps
     )
     return TrainerRunConfig(
-        num_epochs=num_epochs,
+        num_epochs=_count_epochs(num_epochs, num_updates_per_epoch, max_num_train_steps),
         train_per_device_batch_size=train_per_device_batch_size,
         eval_per_device_batch_size=eval_per_device_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,

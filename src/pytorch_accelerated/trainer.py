@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -53,7 +53,7 @@ from pytorch_accelerated._distributed.accelerator import (
     release,
 )
 from pytorch_accelerated._distributed.collectives import all_gather_objects, broadcast_values, num_local_processes
-from pytorch_accelerated._distributed.consensus import StopConsensus
+from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._loop import TrainingLoop
@@ -145,6 +145,7 @@ class Trainer(TrainingLoop):
         self.collate_fn: CollateFunction | None = None
         self.create_scheduler_fn: SchedulerFactory | None = None
         self._loop_last_evaluation = EvaluationSettings()
+        self._callbacks = callbacks if isinstance(callbacks, (list, tuple)) else tuple(callbacks)
         self._loop_seed = seed
         self._loop_accelerator_source = accelerator
         self._loop_mixed_precision = mixed_precision
@@ -155,7 +156,7 @@ class Trainer(TrainingLoop):
         self._loop_run = Run(0, rank, is_sharded(self._accelerator))
         if seed is not None:
             seed_generators(derive_seed(seed, "rank", rank) if rank else seed)
-        self.callback_handler = self._create_callback_handler(callbacks)
+        self.callback_handler = self._create_callback_handler()
         self.callback_handler.call_event("on_init_end", self)
 
     # --- entry points --------------------------------------------------------------------------------------------
@@ -229,12 +230,12 @@ class Trainer(TrainingLoop):
         """
         _validation.check_no_run(self._loop_run.is_active)
         numbers: dict[str, Any] = {
-            "num_epochs": num_epochs,
             "per_device_batch_size": per_device_batch_size,
+            "num_epochs": num_epochs,
             "gradient_accumulation_steps": gradient_accumulation_steps,
-            "max_num_train_steps": max_num_train_steps,
+            "max_num_train_steps": _validation.as_whole_number(max_num_train_steps),
             "gradient_clip_value": gradient_clip_value,
-            "gradient_clip_norm": gradient_clip_norm,
+            **({} if gradient_clip_norm is None else {"gradient_clip_norm": gradient_clip_norm}),
         }
         _validation.check_numbers_of_run(**numbers)
         for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
@@ -247,14 +248,14 @@ class Trainer(TrainingLoop):
         self.collate_fn = collate_fn
         self.create_scheduler_fn = create_scheduler_fn
         with self._loop_run_context() as run:
-            saved = self._loop_find_state(resume_from, allow_other_num_processes)
+            state = self._loop_find_state(resume_from, allow_other_num_processes)
             self._loop_make_train_loader(per_device_batch_size, train_dataloader_kwargs)
             if eval_dataset is not None:
                 self._loop_make_eval_loaders(per_device_batch_size, eval_dataloader_kwargs)
             self._loop_prepare_run(**numbers)
-            self._loop_set_up_training(num_epochs, saved, reset_run_history)
+            self._loop_set_up_training(num_epochs, state, reset_run_history)
             self._run_training()
-            self.wait_for_training_state()
+            self._loop_state_writer.wait()
         if run.interruption is not None:
             raise run.interruption.to_exit_exception()
 
@@ -460,6 +461,9 @@ class Trainer(TrainingLoop):
     ) -> StateDict:
         """Restore what `save_training_state` wrote. Must be called on every process.
 
+        If a subclass overrides this method, `train` calls it with ``resume_from``, when model, optimizer and scheduler
+        are ready, and continues in the epoch that it returns as ``current_epoch``.
+
         Args:
             input_dir: The directory.
             allow_other_num_processes: Whether the state may come from a different number of processes.
@@ -482,9 +486,9 @@ class Trainer(TrainingLoop):
         """Create the accelerator that serves all runs of this trainer."""
         return create_accelerator(self._loop_accelerator_source, self._loop_mixed_precision)
 
-    def _create_callback_handler(self, callbacks: Iterable[TrainerCallback | type[TrainerCallback]]) -> CallbackHandler:
+    def _create_callback_handler(self) -> CallbackHandler:
         limit = limit_from_environment()
-        return CallbackHandler([*([] if limit is None else [LimitBatchesCallback(limit)]), *callbacks])
+        return CallbackHandler([*([] if limit is None else [LimitBatchesCallback(limit)]), *self._callbacks])
 
     @contextmanager
     def _loop_run_context(self) -> Iterator[Run]:
@@ -518,16 +522,29 @@ class Trainer(TrainingLoop):
         self.collate_fn = collate_fn
         with self._loop_run_context() as run:
             self._loop_make_eval_loaders(batch_size, dl_kwargs)
-            self._loop_prepare_run(num_epochs=1, per_device_batch_size=batch_size)
+            self._loop_prepare_run(
+                per_device_batch_size=batch_size,
+                num_epochs=1,
+                gradient_accumulation_steps=1,
+                max_num_train_steps=None,
+                gradient_clip_value=None,
+            )
             self._check_eval_batch_size()
             run.consensus = self._loop_create_consensus()
             yield
 
     def _loop_find_state(
         self, resume_from: str | os.PathLike[str] | bool | None, allow_other_num_processes: bool
-    ) -> SavedState | None:
-        """Return the state that the run continues from; ``None`` if it starts from scratch."""
-        return resume.find_state_to_resume(
+    ) -> SavedState | Callable[[], StateDict] | None:
+        """Return the verified state that the run continues from; ``None`` if it starts from scratch.
+
+        If a subclass overrides `load_training_state`, its method reads and checks the state. It is returned instead.
+        """
+        options = {"allow_other_num_processes": True} if allow_other_num_processes else {}
+        is_overridden = overrides_any(self, ("load_training_state",))
+        if is_overridden and resume.is_directory(resume_from):
+            return partial(self.load_training_state, resume_from, **options)
+        saved = resume.find_state_to_resume(
             resume_from,
             _folders_of_states(self.callback_handler),
             is_main=self._accelerator.is_main_process,
@@ -535,6 +552,9 @@ class Trainer(TrainingLoop):
             allow_other_num_processes=allow_other_num_processes,
             print_fn=self.print,
         )
+        if is_overridden and saved is not None:
+            return partial(self.load_training_state, str(saved.path), **options)
+        return saved
 
     def _loop_make_train_loader(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:
         self._loop_run.train_dl_kwargs = None  # those of an earlier run
@@ -595,12 +615,12 @@ class Trainer(TrainingLoop):
 
     def _create_run_config(
         self,
-        num_epochs: int,
         per_device_batch_size: int,
-        gradient_accumulation_steps: int = 1,
-        max_num_train_steps: int | None = None,
-        gradient_clip_value: float | None = None,
-        gradient_clip_norm: float | None = None,
+        num_epochs: int,
+        gradient_accumulation_steps: int,
+        max_num_train_steps: int | None,
+        gradient_clip_value: float | None,
+        gradient_clip_norm: float | None = None,  # only passed if it was asked for: 0.1.61 does not have it
     ) -> TrainerRunConfig:
         run, accelerator = self._loop_run, self._accelerator
         config = derive_run_config(
@@ -629,7 +649,9 @@ class Trainer(TrainingLoop):
         run = self._loop_run
         return StopConsensus(run.config.num_processes, run.find_non_finite_loss, self._loop_can_skip_exchange)
 
-    def _loop_set_up_training(self, num_epochs: int, saved: SavedState | None, reset_run_history: bool) -> None:
+    def _loop_set_up_training(
+        self, num_epochs: int, state: SavedState | Callable[[], StateDict] | None, reset_run_history: bool
+    ) -> None:
         """Prepare everything that a training run needs next to model and loaders.
 
         The order matters: settings are taken before a scheduler changes the optimizer; a state that does not fit is
@@ -641,7 +663,8 @@ class Trainer(TrainingLoop):
         )
         num_batches = run.training.settings["num_batches_per_epoch"]
         _validation.warn_about_long_accumulation(config.gradient_accumulation_steps, num_batches)
-        contents = None if saved is None else read_state(saved, self._accelerator, self._loop_state_parts())
+        if isinstance(state, SavedState):
+            state = partial(self._loop_restore, read_state(state, self._accelerator, self._loop_state_parts()))
         if reset_run_history:
             self.run_history.reset()
         self._check_eval_batch_size()
@@ -655,10 +678,12 @@ class Trainer(TrainingLoop):
         self._loop_set_up_scheduler()
         nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
         window = AccumulationWindow(config.gradient_accumulation_steps, nominal_weight)
+        if overrides_any(self, ("_create_run_config",)):
+            num_epochs = config.num_epochs
         run.start_training(self.run_history.current_epoch - 1, num_epochs, window)
         self._loop_companions().check_before_run(bool(_folders_of_states(self.callback_handler)), config.is_distributed)
-        if contents is not None:
-            self._loop_resume(contents, num_epochs)
+        if state is not None:
+            self._loop_resume(state, num_epochs)
 
     def _loop_set_up_scheduler(self) -> None:
         self.scheduler = self.create_scheduler()
@@ -667,20 +692,26 @@ class Trainer(TrainingLoop):
         if state is not None:
             self._loop_load_scheduler_state(state)
 
-    def _loop_resume(self, contents: StateContents, num_epochs: int) -> None:
-        run, progress = self._loop_run, self._loop_run.training.progress
+    def _loop_resume(self, restore: Callable[[], StateDict], num_epochs: int) -> None:
+        """Continue where a training state left off.
+
+        Args:
+            restore: Restores the state, and returns the user's entries.
+            num_epochs: The number of epochs at which training ends.
+        """
+        run = self._loop_run
         run.is_resuming = True
         try:
-            user_entries = self._loop_restore(contents)
+            current_epoch = restore().get("current_epoch")
         finally:
             run.is_resuming = False
-        self.run_history._set_epoch(user_entries["current_epoch"])  # noqa: SLF001 - a seam of 0.1.61
-        run.num_batches_to_skip = progress.num_batches_in_epoch if progress.phase == "training" else 0
-        run.stream_position = contents.stream_position
-        run.total_num_epochs = num_epochs
-        run.is_resumed = True
-        if run.config.is_world_process_zero:
-            resume.warn_about_mismatch(contents.saved, self._loop_state_parts().settings)
+        if current_epoch is not None:
+            self.run_history._set_epoch(current_epoch)  # noqa: SLF001 - a seam of 0.1.61
+            run.training.move_to_epoch(int(current_epoch))
+        run.start_resumed_training(num_epochs)
+        saved = run.training.lineage.origin
+        if saved is not None and run.config.is_world_process_zero:
+            resume.warn_about_mismatch(saved, self._loop_state_parts().settings)
 
     def _check_eval_batch_size(self) -> None:
         """Refuse evaluation data that yields no batch; a subclass may demand more."""
@@ -712,7 +743,7 @@ class Trainer(TrainingLoop):
         """Find what else has a state among the attributes of the trainer and its callbacks, and at Accelerate."""
         callbacks, model = self.callback_handler.callbacks, portable.unwrap_model(self.model, self._accelerator)
         saved = (model, self.model, self.optimizer, self.scheduler, self.run_history, self.callback_handler, *callbacks)
-        left_out = self.left_out_of_states
+        left_out = {"_callbacks", *_names_in(self.left_out_of_states)}
         owners = {
             "": {name: value for name, value in vars(self).items() if name not in left_out},
             **attributes_without_state(callbacks),
@@ -732,6 +763,7 @@ class Trainer(TrainingLoop):
         )
         run.seed, training.seed, training.run_number = contents.run_seed, contents.seed, contents.run_number
         training.early_stop_reason = contents.stop_reason
+        training.stream_position = contents.stream_position
         training.lineage = Lineage(contents.saved)
         return contents.user_entries
 
@@ -761,7 +793,7 @@ class Trainer(TrainingLoop):
                 run.training.epoch.loader = None  # and with it the data
             run.outside_parameters, run.complete_resume = OutsideParameters(), do_nothing
             run.consensus = StopConsensus(num_processes=1)  # that of the run would keep the trainer alive
-            run.batch_output = None
+            run.step_results = []
         finally:
             if outer.is_active:
                 self._loop_run = outer
@@ -771,6 +803,11 @@ def _folders_of_states(callback_handler: CallbackHandler) -> set[Path]:
     """Return the folders in which a run saves training states."""
     callbacks = callback_handler.callbacks
     return {callback.save_dir for callback in callbacks if isinstance(callback, SaveTrainingStateCallback)}
+
+
+def _names_in(left_out_of_states: object) -> Collection[str]:
+    # A subclass written for 0.1.61 may use the name of the attribute for something else.
+    return left_out_of_states if isinstance(left_out_of_states, (list, tuple, set, frozenset)) else ()
 
 
 def _start_counting(scheduler: Scheduler | None) -> None:
@@ -794,12 +831,20 @@ class TrainerWithTimmScheduler(Trainer):
         super().__init__(*args, **kwargs)
 
     @property
-    def num_updates(self) -> int:
-        """The number of updates the run has made."""
-        return self._loop_run.training.progress.num_updates
+    def num_updates(self) -> int | None:
+        """The number of updates that the scheduler knows of; ``None`` before the first training.
+
+        It may be set: counting continues from there.
+        """
+        return self._loop_run.training.num_scheduler_updates
+
+    @num_updates.setter
+    def num_updates(self, num_updates: int | None) -> None:
+        self._loop_run.training.num_scheduler_updates = num_updates
 
     def scheduler_step(self) -> None:
         """Pass the number of updates to the scheduler: 1, 2, 3, ..."""
+        self._loop_run.training.count_scheduler_update()
         if self.scheduler is not None:
             self.scheduler.step_update(num_updates=self.num_updates)
 

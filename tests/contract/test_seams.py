@@ -21,10 +21,10 @@ from pytorch_accelerated.tracking import InMemoryRunHistory, LossTracker
 
 METHODS = {
     "_create_accelerator": ("self", "tools put a configured accelerator in its place"),
-    "_create_callback_handler": ("self, callbacks", "subclasses add callbacks of their own"),
+    "_create_callback_handler": ("self", "subclasses add callbacks of their own to `_callbacks`"),
     "_create_run_config": (
-        "self, num_epochs, per_device_batch_size, gradient_accumulation_steps=1, max_num_train_steps=None, "
-        "gradient_clip_value=None, gradient_clip_norm=None",
+        "self, per_device_batch_size, num_epochs, gradient_accumulation_steps, max_num_train_steps, "
+        "gradient_clip_value, gradient_clip_norm=None",
         "subclasses return a configuration with more fields",
     ),
     "_prepare_model_optimizer_and_dataloaders": ("self", "subclasses prepare further objects, or nothing"),
@@ -254,7 +254,7 @@ def test_create_callback_handler_may_return_a_handler_of_the_users():
         pass
 
     recorder = EventRecorder()
-    trainer = make_trainer(cls=subclass(_create_callback_handler=lambda self, callbacks: Handler([recorder])))
+    trainer = make_trainer(cls=subclass(_create_callback_handler=lambda self: Handler([recorder])))
     assert type(trainer.callback_handler) is Handler
     train(trainer)
     assert recorder.log[-1] == "on_training_run_end"
@@ -460,7 +460,7 @@ def test_clip_gradients_is_called_once_per_update_with_the_gradients_there():
     norms = []
     probe = Probe(on_optimizer_step_end=lambda trainer, **kwargs: norms.append(trainer.model.weight.grad.norm().item()))
     trainer = make_trainer(cls=subclass(_clip_gradients=clip), callbacks=[probe])
-    train(trainer, num_samples=16, gradient_accumulation_steps=2)
+    train(trainer, num_samples=16, gradient_accumulation_steps=2, gradient_clip_value=1.0)
     assert len(gradients) == 2
     assert min(gradients) > 1e-3
     assert max(norms) <= 1e-3 * 1.001

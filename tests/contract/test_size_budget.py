@@ -125,6 +125,7 @@ def test_private_names_of_the_trainer_have_the_prefix_that_subclasses_avoid():
     assert {name for name in own if not name.startswith("_loop_")} == {
         "_accelerator",
         "_add_epoch_loss_to_run_history",
+        "_callbacks",
         "_check_eval_batch_size",
         "_clip_gradients",
         "_create_accelerator",

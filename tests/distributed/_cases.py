@@ -33,7 +33,12 @@ from _support import (
 from pytorch_accelerated import Trainer
 from pytorch_accelerated._checkpoint import portable
 from pytorch_accelerated._distributed import collectives
-from pytorch_accelerated.callbacks import EarlyStoppingCallback, StepBasedEvaluationCallback, WSDCheckpointCallback
+from pytorch_accelerated.callbacks import (
+    EarlyStoppingCallback,
+    SaveTrainingStateCallback,
+    StepBasedEvaluationCallback,
+    WSDCheckpointCallback,
+)
 from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
 from pytorch_accelerated.utils import local_process_zero_first, local_process_zero_only, world_process_zero_only
 
@@ -143,6 +148,87 @@ def case_early_stopping_ends_all_processes_in_the_same_epoch(rank: int, director
     return {"epoch": trainer.run_history.current_epoch, "reason": trainer.stop_reason}
 
 
+# --- programs written for 0.1.61 ---------------------------------------------------------------------------------
+
+
+class OwnEpochs(Trainer):
+    """Has an epoch loop of its own, as programs for 0.1.61 write it."""
+
+    def _run_train_epoch(self, train_dl: Any) -> None:
+        self.train_epoch_start()
+        self._loss_tracker.reset()
+        for step, batch in enumerate(train_dl):
+            self.callback_handler.call_event("on_train_step_start", self, batch=batch, step=step)
+            self._perform_forward_and_backward_passes(batch, step)
+            self.optimizer_step()
+            self.scheduler_step()
+            self.optimizer_zero_grad()
+        self.train_epoch_end()
+        self._add_epoch_loss_to_run_history("train_loss_epoch")
+
+
+def case_an_own_epoch_loop_trains_like_that_of_the_library(rank: int, directory: Path) -> Any:
+    trained = {}
+    for cls in (OwnEpochs, Trainer):
+        num_steps: list[int] = []
+        probe = Probe(on_train_step_end=lambda trainer, step, seen=num_steps, **kwargs: seen.append(step))
+        trainer = make_trainer(cls=cls, seed=5, callbacks=[probe])
+        train(trainer, make_dataset(32), num_epochs=3, eval_dataset=make_dataset(8))
+        trained[cls.__name__] = {
+            "weights": weights_of(trainer.model),
+            "metrics": metrics_of(trainer),
+            "steps": num_steps,
+        }
+        trained[cls.__name__]["progress"] = vars(trainer.progress)
+    return trained
+
+
+class TimeFirst(nn.Module):
+    """Inputs of shape (time, batch, features), and targets of shape (time, batch, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = make_model()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.layer(inputs)
+
+
+def time_first(samples: Any) -> Any:
+    inputs = torch.stack([inputs for inputs, _ in samples]).expand(7, -1, -1)
+    return inputs, torch.stack([targets for _, targets in samples]).expand(7, -1, -1)
+
+
+def case_batches_whose_targets_are_longer_than_the_number_of_samples_train(rank: int, directory: Path) -> Any:
+    """The default step weighs a batch by the first dimension of its targets, as 0.1.61 does: here the time."""
+    trainer = make_trainer(TimeFirst(), seed=5)
+    kwargs = {"train_dataloader_kwargs": {"shuffle": False, "num_workers": 0}, "collate_fn": time_first}
+    train(trainer, make_dataset(64), num_epochs=3, **kwargs)
+    expected = make_trainer(make_model(), seed=5)
+    train(expected, make_dataset(64), num_epochs=3, train_dataloader_kwargs={"shuffle": False})
+    return {"weights": weights_of(trainer.model.layer), "expected": weights_of(expected.model)}
+
+
+def case_an_own_method_resumes_on_every_process(rank: int, directory: Path) -> Any:
+    calls = []
+
+    class Extended(Trainer):
+        def load_training_state(self, path: Any) -> Any:
+            calls.append(str(path))
+            return super().load_training_state(path)
+
+    saving = SaveTrainingStateCallback(directory / "own_states", save_every_n_steps=3)
+    uninterrupted = train(make_trainer(seed=5, callbacks=[saving]), make_dataset(32), num_epochs=2)
+    state = directory / "own_states" / "step_3"
+    resumed = train(make_trainer(cls=Extended, seed=5), make_dataset(32), num_epochs=2, resume_from=state)
+    return {
+        "calls": calls == [str(state)],
+        "weights": weights_of(resumed.model),
+        "expected": weights_of(uninterrupted.model),
+        "metrics": metrics_of(resumed) == metrics_of(uninterrupted),
+    }
+
+
 # --- collectives -------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +238,7 @@ def case_gather_concatenates_uneven_rows_without_padding(rank: int, directory: P
     wide = torch.ones(1, 2 + rank) * (rank + 1)
     uneven = {
         "rows": trainer.gather(rows, padding_value=-1),
-        "vector": trainer.gather(torch.arange(rank + 1), padding_value=0),
+        "vector": trainer.gather(torch.arange(rank + 1), padding_value=9),
         "none": trainer.gather(torch.ones(2 * rank, 3), padding_value=0),
         "wide": trainer.gather(wide, padding_value=-5),
         "scalar": trainer.gather(torch.tensor(float(rank)), padding_value=0),
@@ -160,6 +246,28 @@ def case_gather_concatenates_uneven_rows_without_padding(rank: int, directory: P
         "nested": trainer.gather({"a": [rows, (torch.full((1 + rank,), rank),)]}, padding_value=-1),
     }
     return {**uneven, "even": trainer.gather(torch.tensor([rank]))}
+
+
+def case_a_process_with_nothing_to_gather_passes_padding(rank: int, directory: Path) -> Any:
+    """The padding may have other dimensions, and another type, than what the other process has."""
+    trainer = make_trainer()
+    rows = torch.tensor([[1.5, -1.0], [-1.0, -1.0]])
+    return {
+        "row": trainer.gather(rows if rank == 0 else torch.tensor([[-1.0, -1.0]]), padding_value=-1),
+        "vector": trainer.gather(rows if rank == 1 else torch.tensor([-1] * 2), padding_value=-1),
+        "wider": trainer.gather(rows if rank == 1 else torch.full((3, 7), -1.0), padding_value=-1),
+        "none": trainer.gather(torch.tensor([[-1, -1]]), padding_value=-1),
+        "nested": trainer.gather([{"a": rows if rank == 0 else torch.tensor([-1.0])}], padding_value=-1),
+        "refused": message_of(lambda: trainer.gather(rows if rank == 0 else rows[0], padding_value=-1)),
+    }
+
+
+def message_of(function: Any) -> str:
+    try:
+        function()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def case_decorators_choose_the_processes_that_call(rank: int, directory: Path) -> Any:

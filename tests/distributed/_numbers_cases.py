@@ -313,13 +313,17 @@ def case_each_sample_of_a_stream_is_used_once(rank: int, directory: Path) -> Any
 
 def case_gather_keeps_rows_and_structure(rank: int, directory: Path) -> Any:
     trainer = make_trainer()
+    padding = torch.full((1 + rank, 1 + rank), -1)
+    nearly_padding = padding.clone()
+    nearly_padding[0, 0] = 5
     return {
         "uneven": trainer.gather(torch.full((rank, 2), float(rank))),
         "none on the main process": trainer.gather(torch.arange(2 * rank)),
         "none on the last process": trainer.gather(torch.arange(2)[: 2 * (rank < num_processes() - 1)]),
         "none at all": trainer.gather(torch.ones(0, 3)),
         "no width": trainer.gather(torch.ones(rank + 1, 0)),
-        "equal to the padding": trainer.gather(torch.full((1 + rank, 1 + rank), -1), padding_value=-1),
+        "equal to the padding": trainer.gather(nearly_padding, padding_value=-1),
+        "padding only": trainer.gather(padding, padding_value=-1),
         "true": trainer.gather(torch.ones(rank, dtype=torch.bool)),
         "scalar": trainer.gather(torch.tensor(rank)),
         "nested": trainer.gather(

@@ -93,6 +93,36 @@ def test_early_stopping_ends_all_processes_in_the_same_epoch(results):
     assert results[0]["epoch"] == 3
 
 
+# --- programs written for 0.1.61 ---------------------------------------------------------------------------------
+
+
+def test_an_own_epoch_loop_trains_like_that_of_the_library(results):
+    """Row 4.6 of the behaviour of 0.1.61: the same order, losses, weights, events and counts."""
+    for result in results:
+        own, library = result["OwnEpochs"], result["Trainer"]
+        torch.testing.assert_close(own["weights"], library["weights"])
+        assert own["metrics"].keys() == library["metrics"].keys()
+        for name, values in library["metrics"].items():
+            assert own["metrics"][name] == pytest.approx(values)
+        assert own["steps"] == library["steps"] == [0, 1, 2, 3] * 3
+        assert own["progress"] == library["progress"]
+    assert_equal(results[0]["OwnEpochs"]["weights"], results[1]["OwnEpochs"]["weights"])
+
+
+def test_batches_whose_targets_are_longer_than_the_number_of_samples_train(results):
+    """Row 4.3 of the behaviour of 0.1.61: all batches weigh the same, so training is that without the time."""
+    for result in results:
+        torch.testing.assert_close(result["weights"], result["expected"])
+
+
+def test_an_own_method_resumes_on_every_process(results):
+    """Row 4.10 of the behaviour of 0.1.61."""
+    for result in results:
+        assert result["calls"]
+        assert result["metrics"]
+        assert_equal(result["weights"], result["expected"])
+
+
 # --- collectives -------------------------------------------------------------------------------------------------
 
 
@@ -112,6 +142,18 @@ def test_gather_concatenates_uneven_rows_without_padding(results):
         assert type(nested["a"][1]) is tuple
         assert_equal(nested["a"][0], rows)
         assert_equal(nested["a"][1][0], torch.tensor([0, 1, 1]))
+
+
+def test_a_process_with_nothing_to_gather_passes_padding(results):
+    """Row 4.4 of the behaviour of 0.1.61: it adds no rows, whatever the dimensions and the type of its padding."""
+    rows = torch.tensor([[1.5, -1.0], [-1.0, -1.0]])
+    for result in results:
+        for name in ("row", "vector", "wider"):
+            assert_equal(result[name][:, :2], rows)
+            assert len(result[name]) == 2
+        assert_equal(result["nested"][0]["a"], rows)
+        assert len(result["none"]) == 0
+        assert "differ in their number of dimensions or their type" in result["refused"]
 
 
 def test_decorators_choose_the_processes_that_call(results):

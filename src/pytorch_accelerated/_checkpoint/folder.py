@@ -107,7 +107,7 @@ class Lineage:
     """
 
     def __init__(self, origin: SavedState | None = None) -> None:
-        self._origin = origin
+        self.origin = origin
         self._next: dict[Path, tuple[int, int]] = {}
 
     def take_number(self, folder: Path) -> tuple[int, int]:
@@ -120,10 +120,10 @@ class Lineage:
     def _first_in(self, folder: Path) -> tuple[int, int]:
         known = [state for state in list_states(folder) if state.position is not None]
         if not known:
-            return (0 if self._origin is None else self._origin.generation), 0
+            return (0 if self.origin is None else self.origin.generation), 0
         newest = known[-1]
-        if self._origin is not None and newest.order <= self._origin.order:
-            return self._origin.generation, newest.number + 1
+        if self.origin is not None and newest.order <= self.origin.order:
+            return self.origin.generation, newest.number + 1
         return newest.generation + 1, 0
 
 

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from pytorch_accelerated._checkpoint.files import restore_backup
 from pytorch_accelerated._checkpoint.folder import claim_folder, find_newest_state, list_states
@@ -59,7 +59,7 @@ def find_state_to_resume(
     """
     if resume_from is None or resume_from is False:
         return None
-    if resume_from is not True and resume_from != "latest":  # `Path("latest")` is not equal to it: a directory
+    if is_directory(resume_from):
         return open_state(resume_from, is_main, num_processes, allow_other_num_processes)
     folder = _only(folders)
     saved, skipped = run_on_main(lambda: _claim_and_find_newest(folder), is_main, num_processes)
@@ -71,6 +71,12 @@ def find_state_to_resume(
     _check_num_processes(saved, num_processes, allow_other_num_processes)
     print_fn(f"Resuming from {str(saved.path)!r}.")
     return saved
+
+
+def is_directory(resume_from: str | os.PathLike[str] | bool | None) -> TypeGuard[str | os.PathLike[str]]:
+    """Return whether ``resume_from`` names a state, rather than to ask for the newest one, or for none."""
+    is_request = resume_from is None or isinstance(resume_from, bool)
+    return not is_request and resume_from != "latest"  # `Path("latest")` is not equal to it: a directory
 
 
 def _only(folders: Collection[Path]) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pytorch_accelerated._data.draws import Draw
 from pytorch_accelerated._data.samplers import parts_of
-from pytorch_accelerated._nested import find_batch_size, first_rows, repeat_rows
+from pytorch_accelerated._nested import count_rows, first_rows, repeat_rows
 from pytorch_accelerated._proxy import Proxy
 
 
@@ -117,7 +117,7 @@ class TrimmedDispatcher(Proxy, wraps="loader"):
             yield self._without_added_rows(batch, step) if self.loader.end_of_dataloader else batch
 
     def _without_added_rows(self, batch: Any, step: int) -> Any:
-        num_rows = find_batch_size(batch)
+        num_rows = count_rows(batch)
         num_real = self.loader.remainder - self.process_index * num_rows
         if num_real >= num_rows:
             return batch
@@ -127,7 +127,7 @@ class TrimmedDispatcher(Proxy, wraps="loader"):
         return first_rows(batch, num_rows, num_real)
 
     def _slice_or_repeat(self, batch: Any, rows: slice, **kwargs: Any) -> Any:
-        num_rows = find_batch_size(batch)
+        num_rows = count_rows(batch)
         # Accelerate adds too few rows if the first step has fewer rows than there are ranks.
         return repeat_rows(batch, num_rows, rows.stop) if rows.stop > num_rows else self._slice(batch, rows, **kwargs)
 

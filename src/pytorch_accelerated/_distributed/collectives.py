@@ -6,6 +6,7 @@ called on every process.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass
@@ -180,7 +181,8 @@ def gather_uneven(value: Nested, padding_value: float | None = None) -> Nested:
     Args:
         value: A tensor of shape ``(rows, ...)``, or tuples, lists, mappings and dataclasses of them with the same
             structure on every process.
-        padding_value: Fills the dimensions after the first where processes differ in them; ``None`` if they agree.
+        padding_value: Fills the dimensions after the first where processes differ in them; ``None`` if they agree. A
+            process without rows then takes the dimensions and the type of the others.
 
     Returns:
         The structure of ``value`` with tensors of shape ``(sum of rows, ...)``. Scalar tensors become a vector with one
@@ -197,8 +199,10 @@ def gather_uneven(value: Nested, padding_value: float | None = None) -> Nested:
             f"A {type(value).__name__} cannot be gathered. Expected a tensor, or tuples, lists and mappings of "
             "tensors. Use `accelerate.utils.gather_object` for other objects."
         )
-    if value.ndim == 0:
+    if value.ndim == 0 and padding_value is None:
         return gather(value)
+    if padding_value is not None:
+        value = _fit_others(value)
     shapes = gather(torch.tensor([value.shape], device=value.device))  # (num_processes, ndim)
     num_rows, *sizes = shapes.unbind(dim=1)
     if padding_value is None and any(size.unique().numel() > 1 for size in sizes):
@@ -210,6 +214,46 @@ def gather_uneven(value: Nested, padding_value: float | None = None) -> Nested:
     padded[tuple(slice(size) for size in value.shape)] = value
     blocks = gather(padded).split(padded.shape[0]) if padded.numel() else [padded] * len(num_rows)
     return torch.cat([block[:rows] for block, rows in zip(blocks, num_rows.tolist(), strict=True)])
+
+
+def _fit_others(value: torch.Tensor) -> torch.Tensor:
+    """Return the tensor of this process with the number of dimensions, and the type, that the other processes have.
+
+    Only a tensor without rows is changed, and a scalar, which becomes a row.
+
+    Raises:
+        ValueError: Processes with rows differ in them. Raised on every process.
+    """
+    value = value.reshape(1) if value.ndim == 0 else value
+    all_kinds = gather_object([(len(value) > 0, value.ndim, value.dtype)])
+    kinds = {(ndim, dtype) for has_rows, ndim, dtype in all_kinds if has_rows} or {all_kinds[0][1:]}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"The tensors to gather differ in their number of dimensions or their type: {sorted(map(str, kinds))}. "
+            "Expected the same on every process that has rows."
+        )
+    ndim, dtype = kinds.pop()
+    return value.to(dtype) if value.ndim == ndim else value.new_empty((0,) * ndim, dtype=dtype)
+
+
+def drop_placeholders(value: Nested, padding_value: float) -> Nested:
+    """Return a nested structure in which each tensor that consists of the padding value only has no rows.
+
+    Programs gather such a tensor where a process has nothing to contribute.
+
+    Args:
+        value: A tensor, or tuples, lists, mappings and dataclasses of tensors. Scalars have no rows, and are kept.
+        padding_value: The value, which other tensors may contain too.
+
+    Example:
+        >>> drop_placeholders((torch.tensor([[-1, -1]]), torch.tensor([1, -1])), -1)
+        (tensor([], size=(0, 2), dtype=torch.int64), tensor([ 1, -1]))
+    """
+    if not isinstance(value, torch.Tensor):
+        return rebuild(value, lambda item: drop_placeholders(item, padding_value))
+    is_padding = torch.isnan(value) if math.isnan(padding_value) else value == padding_value
+    is_placeholder = value.ndim > 0 and value.numel() > 0 and bool(is_padding.all())
+    return value[:0] if is_placeholder else value
 
 
 def remove_padding(padded_tensor: torch.Tensor, pad_value: float) -> torch.Tensor:

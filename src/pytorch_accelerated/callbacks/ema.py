@@ -10,7 +10,7 @@ from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._ema import ModelEma
 from pytorch_accelerated._metrics import BestMetric
 from pytorch_accelerated._proxy import WritableForwarded
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._run import library_of, run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.handler import CallbackHandler
@@ -128,7 +128,7 @@ class ModelEmaCallback(TrainerCallback):
             return
         if trainer.run_config.is_distributed:
             _broadcast_buffers(self._average())
-        trainer.evaluate_another(self._average().module, self._callback_handler, _PREFIX)
+        library_of(trainer).evaluate_another(self._average().module, self._callback_handler, _PREFIX)
         self._save_if_best(trainer)
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -138,7 +138,7 @@ class ModelEmaCallback(TrainerCallback):
             ValueError: Nothing was recorded under its name, or the value is not a number.
         """
         if self.evaluate_during_training and run_of(trainer).eval_dataloaders:
-            trainer.get_agreed_metric(self.watch_metric)
+            library_of(trainer).get_agreed_metric(self.watch_metric)
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the average if this run has not saved one."""
@@ -190,7 +190,7 @@ class ModelEmaCallback(TrainerCallback):
 
     def _save_if_best(self, trainer: Trainer) -> None:
         try:
-            value = trainer.get_agreed_metric(self.watch_metric)
+            value = library_of(trainer).get_agreed_metric(self.watch_metric)
         except ValueError:
             return  # the next dataset may record it; the end of the epoch checks that
         if self._best.is_improved_by(value, self.greater_is_better):

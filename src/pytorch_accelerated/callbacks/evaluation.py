@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._run import library_of, run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
@@ -52,7 +52,7 @@ class StepBasedEvaluationCallback(TrainerCallback):
             return
         self._num_updates_seen = num_updates
         if num_updates % self.eval_every_n_steps == 0:
-            trainer.evaluate_now()
+            library_of(trainer).evaluate_now()
 
 
 class LimitEvalStepsCallback(TrainerCallback):
@@ -75,7 +75,7 @@ class LimitEvalStepsCallback(TrainerCallback):
     def on_eval_epoch_start(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
         """Limit the evaluation that is about to start."""
         if is_intermediate or not self.limit_intermediate_only:
-            trainer.limit_eval_steps(self.num_eval_steps)
+            library_of(trainer).limit_eval_steps(self.num_eval_steps)
 
 
 class LimitBatchesCallback(TrainerCallback):
@@ -97,8 +97,8 @@ class LimitBatchesCallback(TrainerCallback):
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Limit the loaders for training and evaluation."""
-        trainer.limit_batches(self.num_batches)
+        library_of(trainer).limit_batches(self.num_batches)
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Limit the loaders of the evaluation."""
-        trainer.limit_batches(self.num_batches)
+        library_of(trainer).limit_batches(self.num_batches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated._run import library_of
 from pytorch_accelerated._signals import PREEMPTION_SIGNALS
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
@@ -34,4 +35,4 @@ class PreemptionCallback(TrainerCallback):
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Listen for the signals until the run ends."""
-        trainer.end_run_on_signals(*self.signals)
+        library_of(trainer).end_run_on_signals(*self.signals)

@@ -14,7 +14,7 @@ from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._distributed.collectives import run_on_main
 from pytorch_accelerated._metrics import BestMetric
 from pytorch_accelerated._proxy import WritableForwarded
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._run import library_of, run_of
 from pytorch_accelerated._signals import PREEMPTION_SIGNALS
 from pytorch_accelerated._validation import check_positive_integer, check_positive_number
 from pytorch_accelerated.callbacks.base import TrainerCallback
@@ -99,7 +99,7 @@ class SaveBestModelCallback(TrainerCallback):
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the model if the metric has improved."""
-        value = trainer.get_agreed_metric(self.watch_metric)
+        value = library_of(trainer).get_agreed_metric(self.watch_metric)
         if not self._best.is_improved_by(value, self.greater_is_better):
             return
         epoch = trainer.run_history.current_epoch
@@ -232,7 +232,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._written = []
         self._is_delayed = False
         if self.save_on_preemption:
-            trainer.end_run_on_signals(*PREEMPTION_SIGNALS)
+            library_of(trainer).end_run_on_signals(*PREEMPTION_SIGNALS)
 
     def on_train_step_end(self, trainer: Trainer, batch: Batch, batch_output: BatchOutput, **kwargs: Any) -> None:
         """Save a state if one is due.
@@ -311,7 +311,7 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def _wait(self, trainer: Trainer) -> None:
         with self._handled_save_error(trainer):
-            trainer.wait_for_training_state()
+            library_of(trainer).wait_for_training_state()
 
     @contextmanager
     def _handled_save_error(self, trainer: Trainer) -> Iterator[None]:

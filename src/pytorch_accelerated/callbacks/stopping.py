@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated._loss_monitor import describe_non_finite_loss
 from pytorch_accelerated._metrics import PatienceCounter
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._run import library_of, run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
@@ -128,7 +128,7 @@ class EarlyStoppingCallback(TrainerCallback):
         Raises:
             StopTrainingError: The patience is used up.
         """
-        value = trainer.get_agreed_metric(self.watch_metric)
+        value = library_of(trainer).get_agreed_metric(self.watch_metric)
         if self._counter.update(value):
             raise StopTrainingError(
                 f"{self.watch_metric} has not improved on {self._counter.best.value} "

@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset, Subset
 from pytorch_accelerated import _validation
 from pytorch_accelerated._data.rng import preserve_rng_state, seed_generators
 from pytorch_accelerated._distributed.collectives import broadcast_from_main
+from pytorch_accelerated._run import run_of
 from pytorch_accelerated._types import CollateFunction, Samples, StateMapping
 from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.finetuning import BN_MODULES
@@ -312,7 +313,7 @@ class _Experiment:
 
     def _create_trainer(self) -> Trainer:
         trainer = create_trainer(self.make_trainer, self.seed)
-        if trainer.is_sharded:
+        if run_of(trainer).is_sharded:
             raise ValueError(
                 "The trainer shards its model (FSDP or DeepSpeed), so no process has complete gradients. Expected "
                 "complete gradients on every process, to compare them. Run the check without sharding, in one process "

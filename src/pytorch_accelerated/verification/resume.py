@@ -17,6 +17,7 @@ from pytorch_accelerated import _validation
 from pytorch_accelerated._data.loaders import num_batches_of
 from pytorch_accelerated._data.rng import get_rng_state, preserve_rng_state
 from pytorch_accelerated._distributed.collectives import all_gather_objects, broadcast_from_main
+from pytorch_accelerated._run import run_of
 from pytorch_accelerated._types import Batch, BatchOutput, Data
 from pytorch_accelerated.callbacks import (
     LogMetricsCallback,
@@ -267,7 +268,7 @@ class _Recorder(TrainerCallback):
         self._digests_at_step_start: list[_Digest] = []
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        self.process_index = trainer.process_index
+        self.process_index = run_of(trainer).process_index
         self.num_processes = trainer.run_config.num_processes
         self.digests[_AT_START] = _digests_of(trainer)
 
@@ -324,7 +325,7 @@ class _SavingRecorder(_Recorder):
         folder = tempfile.mkdtemp(prefix="verify_resume_") if self.process_index == 0 else ""
         self._folder = broadcast_from_main(folder, self.num_processes)
         if self._requested_stops is None:
-            self._requested_stops = _default_stops(trainer.train_dataloader, trainer.run_config.num_epochs)
+            self._requested_stops = _default_stops(run_of(trainer).train_dataloader, trainer.run_config.num_epochs)
 
     def on_train_step_end(
         self, trainer: Trainer, batch: Batch, batch_output: BatchOutput, *, step: int = 0, **kwargs: Any
@@ -354,7 +355,7 @@ def _digests_of(trainer: Trainer) -> list[_Digest]:
     history = trainer.run_history
     names = [name for name, _ in model.named_parameters()]
     # A state holds the buffers of rank 0 only.
-    tensors = model.state_dict() if trainer.process_index == 0 else dict(model.named_parameters())
+    tensors = model.state_dict() if run_of(trainer).process_index == 0 else dict(model.named_parameters())
     digests = [_Digest("model", f"`{name}` of the model", _digest(value)) for name, value in tensors.items()]
     optimizer = trainer.optimizer.state_dict()
     for index, state in optimizer["state"].items():

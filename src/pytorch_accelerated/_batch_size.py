@@ -1,0 +1,141 @@
+"""How many samples a batch holds, found in its tensors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import NoReturn
+
+import torch
+from torch.nn.utils.rnn import PackedSequence
+
+from pytorch_accelerated._types import Batch, Nested
+
+LABEL_NAMES = ("labels", "label", "targets", "target", "y")
+"""The entries of a mapping that are the targets, of which there is one for each sample."""
+
+
+def size_of_pair(inputs: Nested, targets: Nested) -> int:
+    """Return the number of samples in a batch of inputs and targets: the length of the targets' first dimension.
+
+    The inputs decide where the targets have no dimension, and where they are a list, which may hold a target for each
+    sample, or several tensors with a row for each.
+
+    Args:
+        inputs: The inputs of the model.
+        targets: What the loss function compares its outputs with.
+
+    Raises:
+        ValueError: Neither has a tensor with at least one dimension.
+
+    Example:
+        >>> size_of_pair(torch.zeros(5, 3, 2), torch.zeros(3, 1))  # sequences of five steps
+        3
+        >>> boxes = [torch.zeros(4, 4), torch.zeros(4, 4)]
+        >>> size_of_pair(torch.zeros(2, 3, 32, 32), boxes)
+        2
+    """
+    of_targets, of_inputs = _possible_sizes(targets), _possible_sizes(inputs)
+    for size in of_targets:
+        if size in of_inputs:
+            return size
+    if not of_targets and not of_inputs:
+        _raise_no_size((inputs, targets))
+    return (of_targets or of_inputs)[0]
+
+
+def size_of_batch(batch: Batch) -> int:
+    """Return the number of samples in a batch that is passed to the model as a whole.
+
+    Args:
+        batch: A tensor, or arguments of the model: a mapping or a sequence. In a mapping, the labels or targets tell
+            the size; otherwise it is what all tensors have as the length of their first dimension. If there is none,
+            the length of most tensors is taken, or of the last one, with a warning.
+
+    Raises:
+        ValueError: There is no tensor with at least one dimension.
+
+    Example:
+        >>> size_of_batch({"scale": torch.ones(1), "x": torch.zeros(8, 4), "labels": torch.zeros(8)})
+        8
+    """
+    named = _as_mapping(batch)
+    if named is not None:
+        sizes = _sizes_of_labels(named) or _sizes_of_parts(named)
+    elif isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
+        sizes = _sizes_of_parts({f"[{index}]": part for index, part in enumerate(batch)})
+    else:
+        sizes = _possible_sizes(batch)
+    if not sizes:
+        _raise_no_size(batch)
+    return sizes[0]
+
+
+def _possible_sizes(value: Nested) -> list[int]:
+    """Return what the number of samples in a part of a batch may be, the most likely first; empty if nothing tells."""
+    if isinstance(value, torch.Tensor):
+        return [value.size(0)] if value.ndim > 0 else []
+    if isinstance(value, PackedSequence):
+        return [int(value.batch_sizes[0])]
+    named = _as_mapping(value)
+    if named is not None:
+        return _sizes_of_labels(named) or _by_frequency([_possible_sizes(part) for part in named.values()])
+    return _sizes_of_sequence(value) if isinstance(value, (tuple, list)) else []
+
+
+def _as_mapping(value: Nested) -> Mapping[str, Nested] | None:
+    """Return the parts of a mapping, a dataclass or a named tuple by name; ``None`` for anything else."""
+    if isinstance(value, Mapping):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    is_named_tuple = hasattr(value, "_asdict") and not isinstance(value, PackedSequence)
+    return value._asdict() if is_named_tuple else None
+
+
+def _sizes_of_labels(batch: Mapping[str, Nested]) -> list[int]:
+    for name in LABEL_NAMES:
+        sizes = _possible_sizes(batch[name]) if name in batch else []
+        if sizes:
+            return sizes
+    return []
+
+
+def _sizes_of_sequence(value: Sequence[Nested]) -> list[int]:
+    """Return the possible sizes of a sequence, of samples or of tensors with a row per sample."""
+    parts = [(part, sizes) for part, sizes in zip(value, map(_possible_sizes, value), strict=True) if sizes]
+    if not parts:
+        return []
+    shared = [size for size in parts[0][1] if all(size in sizes for _, sizes in parts)]
+    is_of_tensors = all(isinstance(part, torch.Tensor) for part, _ in parts)
+    return [*shared, len(value)] if is_of_tensors else [len(value), *shared]
+
+
+def _sizes_of_parts(parts: Mapping[str, Nested]) -> list[int]:
+    """Return the possible sizes of the arguments of a model, and warn if no size fits all of them."""
+    named = {name: sizes for name, sizes in ((name, _possible_sizes(part)) for name, part in parts.items()) if sizes}
+    sizes = _by_frequency(list(named.values()))
+    if named and not all(sizes[0] in possible for possible in named.values()):
+        lengths = ", ".join(f"{name}: {possible[0]}" for name, possible in named.items())
+        warnings.warn(
+            f"The tensors of a batch have different lengths ({lengths}), so its number of samples is not certain. "
+            f"{sizes[0]} is used as the weight of its loss. Name the targets `labels` in a mapping, or override "
+            "`calculate_train_batch_loss` and `calculate_eval_batch_loss` and return the `batch_size` yourself.",
+            stacklevel=2,
+        )
+    return sizes
+
+
+def _by_frequency(parts: Sequence[Sequence[int]]) -> list[int]:
+    """Return the sizes that parts may have: first those of most parts, and of several those of the last part."""
+    candidates = dict.fromkeys(size for sizes in reversed(parts) for size in sizes)
+    return sorted(candidates, key=lambda size: -sum(size in sizes for sizes in parts))
+
+
+def _raise_no_size(batch: Batch) -> NoReturn:
+    raise ValueError(
+        f"No batch size was found: the batch, a {type(batch).__name__}, contains no tensor with at least one "
+        "dimension. Override `calculate_train_batch_loss` and `calculate_eval_batch_loss` and return the `batch_size` "
+        "yourself."
+    )
