@@ -77,7 +77,7 @@ def test_a_generator_trains_for_one_epoch():
 
 def test_a_generator_is_refused_for_more_than_one_epoch():
     dataset = make_dataset(10)
-    with pytest.raises(ValueError, match=r"is an iterator \(generator\).* such as a list"):
+    with pytest.raises(ValueError, match=r"is an iterator \(generator\).* an object of a class whose"):
         train_on((dataset[start : start + 4] for start in (0, 4, 8)), num_epochs=2)
 
 
