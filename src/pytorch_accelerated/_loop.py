@@ -316,8 +316,8 @@ class TrainingLoop:
     def get_agreed_metric(self, metric_name: str) -> float:
         """Return the latest value of a metric on the main process, as a number, on every process.
 
-        What `evaluate` records counts only if training records nothing under this name. Use it for decisions that all processes must make alike. Must be called on every process; only the main process
-        need have recorded the metric.
+        Use it for decisions that all processes must make alike. What `evaluate` records counts only if training records
+        nothing under this name. Must be called on every process; only the main process need have recorded the metric.
 
         Raises:
             ValueError: Nothing was recorded under this name, or the value is not a single number.

@@ -130,8 +130,7 @@ class InMemoryRunHistory(RunHistory):
 
         If only `Trainer.evaluate` recorded the metric, these are the values.
         """
-        values = self._metrics.get(metric_name) or self._metrics.get(self._newest_series.get(metric_name, ""), ())
-        return list(values)
+        return list(self._metrics.get(metric_name) or self._metrics.get(self._newest_series.get(metric_name, "")) or ())
 
     def get_latest_metric(self, metric_name: str) -> MetricValue:
         """Return the newest value of a metric.

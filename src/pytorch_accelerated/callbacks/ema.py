@@ -8,7 +8,6 @@ import torch
 
 from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._ema import ModelEma
-from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.handler import CallbackHandler

@@ -152,7 +152,7 @@ class CallbackHandler:
         return callbacks
 
     def nested_last(self) -> list[object]:
-        """Return the callbacks, and after them those that are nested in one: an order that nested ones do not change."""
+        """Return the callbacks, then those that are nested in one, which leaves the position of the others as it is."""
         return [*self.callbacks, *(each for each in self.with_nested_callbacks() if each not in self.callbacks)]
 
     def _named_callbacks(self) -> Iterator[tuple[str, Any]]:
