@@ -79,9 +79,7 @@ class ModelFreezer:
         [True, False, False]
     """
 
-    def __init__(
-        self, model: nn.Module, freeze_batch_norms: bool = False, *, should_keep_frozen: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, freeze_batch_norms: bool = False, *, should_keep_frozen: bool = False) -> None:
         self.model = model
         self.freeze_batch_norms = freeze_batch_norms
         if not should_keep_frozen:
