@@ -51,6 +51,7 @@ from pytorch_accelerated._distributed.accelerator import (
     is_sharded,
     placement_of,
     prepare,
+    rejoin_process,
     release,
 )
 from pytorch_accelerated._distributed.collectives import broadcast_values, num_local_processes
@@ -486,6 +487,11 @@ class Trainer(TrainingLoop):
         return self._loop_restore(read_state(saved, accelerator, self._loop_state_parts()))
 
     # --- the start and the end of a run --------------------------------------------------------------------------
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy of another trainer, or the one that was pickled; outside a run, both work at any time."""
+        vars(self).update(state)
+        rejoin_process(self._accelerator, self.optimizer)
 
     def _create_accelerator(self) -> Accelerator:
         """Create the accelerator that serves all runs of this trainer."""
