@@ -275,6 +275,11 @@ class Run:
             if previous.is_active:  # this run is nested in a callback of the other, which signals end
                 self.interrupt = previous.interrupt
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out the loaders: a copy of the trainer makes its own in its next run, and workers cannot be copied."""
+        no_loaders = {"train_dataloader": None, "eval_dataloaders": {}, "seeded_train_loaders": []}
+        return {**vars(self), **no_loaders, "seeded_eval_loaders": []}
+
     # --- model and data ------------------------------------------------------------------------------------------
 
     @property

@@ -42,6 +42,7 @@ from pytorch_accelerated._data.limits import LIMIT_BATCHES_ENV_VAR, limit_from_e
 from pytorch_accelerated._data.loaders import batch_size_of, is_dataset, num_batches_of
 from pytorch_accelerated._data.rng import derive_seed, restore_generators, seed_generators
 from pytorch_accelerated._data.workers import defer_worker_errors
+from pytorch_accelerated._data.workers import worker_init_fn as worker_init_fn  # as in 0.1.61
 from pytorch_accelerated._distributed.accelerator import (
     PreparedModel,
     choose_seed,
@@ -50,6 +51,7 @@ from pytorch_accelerated._distributed.accelerator import (
     is_sharded,
     placement_of,
     prepare,
+    rejoin_process,
     release,
 )
 from pytorch_accelerated._distributed.collectives import all_gather_objects, broadcast_values, num_local_processes
@@ -72,16 +74,24 @@ from pytorch_accelerated._types import (
     StateMapping,
     TimmScheduler,
 )
-from pytorch_accelerated.callbacks import (
+from pytorch_accelerated.callbacks import (  # those renamed to themselves can be imported from here, as in 0.1.61
     CallbackHandler,
     LimitBatchesCallback,
     SaveTrainingStateCallback,
     TrainerCallback,
     get_default_callbacks,
 )
+from pytorch_accelerated.callbacks import LogMetricsCallback as LogMetricsCallback
+from pytorch_accelerated.callbacks import MoveModulesToDeviceCallback as MoveModulesToDeviceCallback
+from pytorch_accelerated.callbacks import PrintProgressCallback as PrintProgressCallback
+from pytorch_accelerated.callbacks import ProgressBarCallback as ProgressBarCallback
+from pytorch_accelerated.callbacks import StopTrainingError as StopTrainingError
+from pytorch_accelerated.callbacks import TerminateOnNaNCallback as TerminateOnNaNCallback
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
 from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
+from pytorch_accelerated.tracking import InMemoryRunHistory as InMemoryRunHistory  # as in 0.1.61
+from pytorch_accelerated.tracking import LossTracker as LossTracker  # as in 0.1.61
 from pytorch_accelerated.tracking import RunHistory
 
 __all__ = [
@@ -481,6 +491,11 @@ class Trainer(TrainingLoop):
         return self._loop_restore(read_state(saved, accelerator, self._loop_state_parts()))
 
     # --- the start and the end of a run --------------------------------------------------------------------------
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy of another trainer, or the one that was pickled; outside a run, both work at any time."""
+        vars(self).update(state)
+        rejoin_process(self._accelerator, self.optimizer)
 
     def _create_accelerator(self) -> Accelerator:
         """Create the accelerator that serves all runs of this trainer."""
