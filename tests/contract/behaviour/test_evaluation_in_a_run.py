@@ -63,7 +63,7 @@ def state_of(trainer):
 
 
 def run(event=None, call=None, accumulation=2):
-    """Train, and let each occurrence of an event of the outer run call something; return the trainer and differences."""
+    """Train, and let each occurrence of an event of the run call something; return the trainer and differences."""
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
