@@ -58,7 +58,7 @@ from pytorch_accelerated._distributed.collectives import all_gather_objects, bro
 from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
-from pytorch_accelerated._loop import TrainingLoop
+from pytorch_accelerated._loop import TrainingLoop, preserve_modes
 from pytorch_accelerated._run import Run, do_nothing
 from pytorch_accelerated._types import (
     CollateFunction,
@@ -291,12 +291,13 @@ class Trainer(TrainingLoop):
             ValueError: There is nothing to evaluate.
         """
         settings = EvaluationSettings(per_device_batch_size, dataloader_kwargs, collate_fn)
-        if dataset is not None:
-            self.eval_dataset = dataset
-        else:
-            settings = settings.completed_by(self._loop_last_evaluation)
-        with self._loop_evaluation_context(*settings):
-            self._run_evaluation()
+        with _without_trace_in_a_run(self):
+            if dataset is not None:
+                self.eval_dataset = dataset
+            else:
+                settings = settings.completed_by(self._loop_last_evaluation)
+            with self._loop_evaluation_context(*settings):
+                self._run_evaluation()
 
     def predict(
         self,
@@ -325,13 +326,10 @@ class Trainer(TrainingLoop):
             TypeError: The dataset is a dictionary.
         """
         _validation.check_single_dataset(dataset)
-        eval_dataset, self.eval_dataset = self.eval_dataset, dataset
-        last_evaluation = self._loop_last_evaluation
-        try:
+        with _without_trace_in_a_run(self), _preserve_attributes(self, "eval_dataset", "_loop_last_evaluation"):
+            self.eval_dataset = dataset
             with self._loop_evaluation_context(per_device_batch_size, dataloader_kwargs, collate_fn):
                 return self._loop_predict(on_every_process, move_to_host)
-        finally:
-            self.eval_dataset, self._loop_last_evaluation = eval_dataset, last_evaluation
 
     # --- hooks: override them to change what happens -------------------------------------------------------------
 
@@ -812,6 +810,27 @@ class Trainer(TrainingLoop):
         finally:
             if outer.is_active:
                 self._loop_run = outer
+
+
+@contextmanager
+def _without_trace_in_a_run(trainer: Trainer) -> Iterator[None]:
+    """If a run is under way, let it continue after an evaluation as if there had been none."""
+    if not trainer._loop_run.is_active:  # noqa: SLF001 - same module
+        yield
+        return
+    arguments = ("eval_dataset", "collate_fn", "_loop_last_evaluation")
+    with preserve_modes(vars(trainer).values()), _preserve_attributes(trainer, *arguments):
+        yield
+
+
+@contextmanager
+def _preserve_attributes(owner: object, *names: str) -> Iterator[None]:
+    values = [getattr(owner, name) for name in names]
+    try:
+        yield
+    finally:
+        for name, value in zip(names, values, strict=True):
+            setattr(owner, name, value)
 
 
 def _folders_of_states(callback_handler: CallbackHandler) -> set[Path]:
