@@ -239,8 +239,9 @@ class Run:
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out the loaders: a copy of the trainer makes its own in its next run, and workers cannot be copied."""
-        no_loaders = {"train_dataloader": None, "eval_dataloaders": {}, "seeded_train_loaders": []}
-        return {**vars(self), **no_loaders, "seeded_eval_loaders": []}
+        no_loaders = Run(self.seed)
+        names = ("train_dataloader", "eval_dataloaders", "seeded_train_loaders", "seeded_eval_loaders")
+        return {**vars(self), **{name: getattr(no_loaders, name) for name in names}}
 
     # --- model and data ------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ from pytorch_accelerated._data.workers import worker_init_fn as worker_init_fn  
 from pytorch_accelerated._distributed.accelerator import (
     PreparedModel,
     choose_seed,
+    copy_accelerator,
     create_accelerator,
     disable_loss_scaling,
     is_sharded,
@@ -487,6 +489,13 @@ class Trainer(TrainingLoop):
         return self._loop_restore(read_state(saved, accelerator, self._loop_state_parts()))
 
     # --- the start and the end of a run --------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trainer:
+        """Return a trainer of copies of the model, the optimizer and all else. Nothing may be running."""
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        memo[id(self._accelerator)] = copy_accelerator(self._accelerator, memo)
+        copied.__setstate__(copy.deepcopy(self.__reduce_ex__(4)[2], memo))  # type: ignore[arg-type]
+        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become a copy of another trainer, or the one that was pickled; outside a run, both work at any time."""

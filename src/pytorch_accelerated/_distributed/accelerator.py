@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -289,6 +290,13 @@ def _restore_step(optimizer: object) -> None:
     # own optimizers do not take it into a copy.
     if isinstance(optimizer, AcceleratedOptimizer) and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         vars(optimizer).pop("step", None)
+
+
+def copy_accelerator(accelerator: Accelerator, memo: dict[int, Any]) -> Accelerator:
+    """Return an accelerator for a copy of the trainer; ``memo`` has the copies made so far, as in `copy.deepcopy`."""
+    if isinstance(accelerator, Accelerator):
+        return AcceleratorRegistry(accelerator).copy(memo)
+    return copy.deepcopy(accelerator, memo)  # a test double
 
 
 def rejoin_process(accelerator: Accelerator, optimizer: Optimizer | None) -> None:
