@@ -338,11 +338,11 @@ class Trainer(TrainingLoop):
 
     def get_default_train_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
         """Return the default keyword arguments of the training loader; the user's are merged into them."""
-        return {"shuffle": True, **self._loop_default_dl_kwargs(self.train_dataset, batch_size)}
+        return {"shuffle": True, **_default_dl_kwargs(self.train_dataset, batch_size, self._accelerator)}
 
     def get_default_eval_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
         """Return the default keyword arguments of the evaluation loader; the user's are merged into them."""
-        return {"shuffle": False, **self._loop_default_dl_kwargs(self.eval_dataset, batch_size)}
+        return {"shuffle": False, **_default_dl_kwargs(self.eval_dataset, batch_size, self._accelerator)}
 
     def create_train_dataloader(self, batch_size: int, train_dl_kwargs: DataLoaderKwargs | None = None) -> Loader:
         """Create the loader of ``self.train_dataset``; any iterable of batches will do."""
@@ -564,7 +564,7 @@ class Trainer(TrainingLoop):
         self._loop_run.train_dl_kwargs = None  # those of an earlier run
         with _validation.explain_bad_data("train_dataset", self.train_dataset):
             loader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
-        seeded_loader = self._loop_seed_loader("train_dataset", loader)
+        seeded_loader = _seed_loader("train_dataset", loader, self._accelerator)
         _validation.check_loader_not_empty("train_dataset", loader)
         self._loop_run.seeded_train_loaders = [seeded_loader]
         self._loop_run.train_dataloader = seeded_loader.loader
@@ -581,20 +581,11 @@ class Trainer(TrainingLoop):
                 with _validation.explain_bad_data("eval_dataset", dataset):
                     loader = self.create_eval_dataloader(batch_size=batch_size, eval_dl_kwargs=dl_kwargs)
                 if loader is not None:
-                    seeded_loader = self._loop_seed_loader("eval_dataset", loader)
+                    seeded_loader = _seed_loader("eval_dataset", loader, self._accelerator)
                     run.seeded_eval_loaders.append(seeded_loader)
                     run.eval_dataloaders[name] = seeded_loader.loader
         finally:
             self.eval_dataset = datasets
-
-    def _loop_seed_loader(self, dataset_name: str, loader: Loader) -> SeededLoader:
-        _validation.check_data_of_loader(dataset_name, loader)
-        return rebuild_loader(loader, placement_of(self._accelerator))
-
-    def _loop_default_dl_kwargs(self, dataset: Data, batch_size: int) -> dict[str, Any]:
-        num_processes = num_local_processes(int(self._accelerator.num_processes))
-        pin_memory = self._accelerator.device.type == "cuda"
-        return default_dl_kwargs(dataset, batch_size, num_processes, pin_memory)
 
     def _loop_prepare_run(self, **numbers: Any) -> None:
         """Prepare model, optimizer and loaders, and fix the configuration of the run."""
@@ -786,6 +777,16 @@ class Trainer(TrainingLoop):
         finally:
             if outer.is_active:
                 self._loop_run = outer
+
+
+def _default_dl_kwargs(dataset: Data, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:
+    num_processes = num_local_processes(int(accelerator.num_processes))
+    return default_dl_kwargs(dataset, batch_size, num_processes, pin_memory=accelerator.device.type == "cuda")
+
+
+def _seed_loader(dataset_name: str, loader: Loader, accelerator: Accelerator) -> SeededLoader:
+    _validation.check_data_of_loader(dataset_name, loader)
+    return rebuild_loader(loader, placement_of(accelerator))
 
 
 def _folders_of_states(callback_handler: CallbackHandler) -> set[Path]:
