@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -57,7 +57,7 @@ from pytorch_accelerated._distributed.accelerator import (
     release,
 )
 from pytorch_accelerated._distributed.collectives import broadcast_values, num_local_processes
-from pytorch_accelerated._distributed.consensus import StopConsensus
+from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._loop import TrainingLoop
@@ -80,7 +80,6 @@ from pytorch_accelerated.callbacks import (  # those renamed to themselves can b
     CallbackHandler,
     LimitBatchesCallback,
     SaveTrainingStateCallback,
-    TrainerCallback,
     get_default_callbacks,
 )
 from pytorch_accelerated.callbacks import LogMetricsCallback as LogMetricsCallback
@@ -89,6 +88,7 @@ from pytorch_accelerated.callbacks import PrintProgressCallback as PrintProgress
 from pytorch_accelerated.callbacks import ProgressBarCallback as ProgressBarCallback
 from pytorch_accelerated.callbacks import StopTrainingError as StopTrainingError
 from pytorch_accelerated.callbacks import TerminateOnNaNCallback as TerminateOnNaNCallback
+from pytorch_accelerated.callbacks.handler import Callbacks
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
 from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
@@ -120,7 +120,7 @@ class Trainer(TrainingLoop):
         loss_func: Called with the model's outputs and the second item of a batch. ``None`` if the model returns its
             loss.
         optimizer: The optimizer of the model's parameters. ``None`` if the trainer only evaluates.
-        callbacks: Callbacks, as instances or classes, called in this order.
+        callbacks: Callbacks, as instances or classes, called in this order. One alone needs no list; ``None`` is none.
         run_history: Where metrics are recorded; in memory by default.
         mixed_precision: ``"no"``, ``"fp16"``, ``"bf16"`` or ``"fp8"``; ``None`` for the one configured in Accelerate.
         seed: Seeds all random number generators now, and the data order of each run. With ``None`` nothing is seeded,
@@ -144,7 +144,7 @@ class Trainer(TrainingLoop):
         model: nn.Module,
         loss_func: LossFunction | None,
         optimizer: Optimizer | None,
-        callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = DEFAULT_CALLBACKS,
+        callbacks: Callbacks = DEFAULT_CALLBACKS,
         run_history: RunHistory | None = None,
         *,
         mixed_precision: str | None = None,
@@ -251,8 +251,9 @@ class Trainer(TrainingLoop):
         _validation.check_numbers_of_run(**numbers)
         for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             _validation.check_reiterable(name, data, num_epochs, max_num_train_steps)
-        _validation.check_create_scheduler_fn(create_scheduler_fn)
-        _validation.check_trainable(self.model, self.loss_func, self.optimizer)
+        if not overrides_any(self, ["create_scheduler"]):
+            _validation.check_create_scheduler_fn(create_scheduler_fn)
+        _check_parts_of_training(self)
 
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
@@ -291,6 +292,8 @@ class Trainer(TrainingLoop):
         Raises:
             ValueError: There is nothing to evaluate.
         """
+        if not overrides_any(self, ["calculate_eval_batch_loss"]):
+            _validation.check_loss_func(self.loss_func)
         settings = EvaluationSettings(per_device_batch_size, dataloader_kwargs, collate_fn)
         if dataset is not None:
             self.eval_dataset = dataset
@@ -506,9 +509,11 @@ class Trainer(TrainingLoop):
         """Create the accelerator that serves all runs of this trainer."""
         return create_accelerator(self._loop_accelerator_source, self._loop_mixed_precision)
 
-    def _create_callback_handler(self, callbacks: Iterable[TrainerCallback | type[TrainerCallback]]) -> CallbackHandler:
+    def _create_callback_handler(self, callbacks: Callbacks) -> CallbackHandler:
         limit = limit_from_environment()
-        return CallbackHandler([*([] if limit is None else [LimitBatchesCallback(limit)]), *callbacks])
+        handler = CallbackHandler(None if limit is None else LimitBatchesCallback(limit))
+        handler.add_callbacks(callbacks)
+        return handler
 
     @contextmanager
     def _loop_run_context(self) -> Iterator[Run]:
@@ -539,6 +544,7 @@ class Trainer(TrainingLoop):
     ) -> Iterator[None]:
         """Prepare a pass over ``self.eval_dataset``, and clean up afterwards."""
         _validation.check_positive_integer("per_device_batch_size", batch_size, "samples")
+        _validation.check_model(self.model)
         self.collate_fn = collate_fn
         with self._loop_run_context() as run:
             self._loop_make_eval_loaders(batch_size, dl_kwargs)
@@ -673,7 +679,9 @@ class Trainer(TrainingLoop):
             self._loop_resume(contents, num_epochs)
 
     def _loop_set_up_scheduler(self) -> None:
-        self.scheduler = self.create_scheduler()
+        scheduler = self.create_scheduler()
+        _validation.check_scheduler(scheduler, not overrides_any(self, ["scheduler_step"]))
+        self.scheduler = scheduler
         _start_counting(self.scheduler)
         state, self._loop_pending_scheduler_state = self._loop_pending_scheduler_state, None
         if state is not None:
@@ -777,6 +785,15 @@ class Trainer(TrainingLoop):
         finally:
             if outer.is_active:
                 self._loop_run = outer
+
+
+def _check_parts_of_training(trainer: Trainer) -> None:
+    """Refuse a model, a loss function or an optimizer that is none; a step of the subclass may use any loss function."""
+    _validation.check_model(trainer.model)
+    if not overrides_any(trainer, ["calculate_train_batch_loss"]):
+        _validation.check_loss_func(trainer.loss_func)
+    _validation.check_optimizer(trainer.optimizer)
+    _validation.check_trainable(trainer.model, trainer.loss_func, trainer.optimizer)
 
 
 def _default_dl_kwargs(dataset: Data, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:
