@@ -788,7 +788,7 @@ class Trainer(TrainingLoop):
 
 
 def _check_parts_of_training(trainer: Trainer) -> None:
-    """Refuse a model, a loss function or an optimizer that is none; a step of the subclass may use any loss function."""
+    """Refuse a model, a loss function or an optimizer that is none. A step of one's own may use any loss function."""
     _validation.check_model(trainer.model)
     if not overrides_any(trainer, ["calculate_train_batch_loss"]):
         _validation.check_loss_func(trainer.loss_func)
