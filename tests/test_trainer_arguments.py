@@ -292,6 +292,7 @@ class LossClass:
         (nn.MSELoss, "the class `MSELoss`.*Pass an instance, `MSELoss\\(...\\)`"),
         (nn.CrossEntropyLoss, "the class `CrossEntropyLoss`"),
         (LossClass, "the class `LossClass`"),
+        (partial(nn.MSELoss, reduction="sum"), "a `functools.partial` of `MSELoss`.*what it returns when it is called"),
         ("mse", "'mse', of type str.*Expected a function of outputs and targets"),
         ([nn.MSELoss()], "an object of type list.*Pass the loss function itself"),
         (torch.optim.SGD([torch.zeros(1)], lr=0.1), "an object of type SGD"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
+from functools import partial, wraps
 
 import numpy as np
 import pytest
@@ -51,12 +51,24 @@ def test_a_scheduler_instance_or_an_uncallable_object_is_refused(value):
     [
         (lambda: None, "`<lambda>\\(\\)`.*too many positional arguments"),
         (StepLR, "`StepLR\\(optimizer.*missing a required argument: 'step_size'"),
+        (partial(StepLR, gamma=0.5), "`StepLR\\(optimizer.*missing a required argument: 'step_size'"),
         (lambda optimizer, num_epochs: None, ".*missing a required argument: 'num_epochs'"),
     ],
 )
 def test_a_function_that_cannot_be_called_with_the_optimizer_alone_is_refused(function, words):
     with pytest.raises(TypeError, match=f"`create_scheduler_fn` is {words}.*Expected a function.*`functools.partial`"):
         _validation.check_create_scheduler_fn(function)
+
+
+def test_a_decorator_may_add_the_arguments_of_a_scheduler_function():
+    def with_step_size(function):
+        @wraps(function)
+        def create_scheduler(optimizer):
+            return function(optimizer, 1)
+
+        return create_scheduler
+
+    _validation.check_create_scheduler_fn(with_step_size(StepLR))
 
 
 def test_objects_that_are_no_pytorch_model_or_optimizer_are_not_checked():

@@ -140,13 +140,14 @@ def check_create_scheduler_fn(create_scheduler_fn: object) -> None:
 
 def _check_takes_optimizer(create_scheduler_fn: Callable[..., object]) -> None:
     try:
-        signature = inspect.signature(create_scheduler_fn)
+        signature = inspect.signature(create_scheduler_fn, follow_wrapped=False)
     except (TypeError, ValueError):  # it has none, as some functions written in C
         return
     try:
         signature.bind(None)
     except TypeError as error:
-        name = getattr(create_scheduler_fn, "__name__", type(create_scheduler_fn).__name__)
+        function = getattr(create_scheduler_fn, "func", create_scheduler_fn)  # of a `functools.partial`
+        name = getattr(function, "__name__", type(function).__name__)
         raise TypeError(
             f"`create_scheduler_fn` is `{name}{signature}`, which cannot be called with the optimizer alone ({error}). "
             "Expected a function that takes the optimizer and returns a scheduler. Pass `lambda optimizer: ...`, or "
@@ -193,7 +194,8 @@ def check_loss_func(loss_func: object) -> None:
     Raises:
         TypeError: It is not callable, or a class that would take outputs and targets for its settings.
     """
-    is_class = inspect.isclass(loss_func) and loss_func.__new__ is object.__new__  # otherwise it may return a loss
+    called = loss_func.func if isinstance(loss_func, functools.partial) else loss_func
+    is_class = inspect.isclass(called) and called.__new__ is object.__new__  # otherwise it may return a loss
     if loss_func is None or (callable(loss_func) and not is_class):
         return
     raise TypeError(
