@@ -413,8 +413,8 @@ class Trainer(TrainingLoop):
             load_scheduler: Same for the scheduler. Before training, its state is kept until the scheduler is created.
 
         Returns:
-            All entries of the file: ``model_state_dict``, ``optimizer_state_dict`` and ``scheduler_state_dict`` if they
-            were saved, and the additional ones.
+            All entries of the file, which are ``model_state_dict``, ``optimizer_state_dict`` and
+            ``scheduler_state_dict`` if they were saved, and the additional ones.
 
         Raises:
             FileNotFoundError: There is no such file.
