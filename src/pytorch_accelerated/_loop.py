@@ -205,9 +205,9 @@ class TrainingLoop:
         """Compute the loss of one training batch; called for each batch, on each process.
 
         By default the batch is a pair: the model is called with its first item, the loss function with the outputs and
-        the second item. Without a loss function the model is called with the whole batch, whose items become its
-        arguments (keyword arguments if it is a mapping or a dataclass), and must return its loss as ``outputs.loss`` or
-        ``outputs["loss"]``.
+        the second item. A warning tells of further items, which are not used. Without a loss function the model is
+        called with the whole batch, whose items become its arguments (keyword arguments if it is a mapping or a
+        dataclass), and must return its loss as ``outputs.loss`` or ``outputs["loss"]``.
 
         Args:
             batch: The batch from the loader, on the training device.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -46,6 +47,7 @@ from pytorch_accelerated._data.workers import worker_init_fn as worker_init_fn  
 from pytorch_accelerated._distributed.accelerator import (
     PreparedModel,
     choose_seed,
+    copy_accelerator,
     create_accelerator,
     disable_loss_scaling,
     is_sharded,
@@ -78,7 +80,6 @@ from pytorch_accelerated.callbacks import (  # those renamed to themselves can b
     CallbackHandler,
     LimitBatchesCallback,
     SaveTrainingStateCallback,
-    TrainerCallback,
     get_default_callbacks,
 )
 from pytorch_accelerated.callbacks import LogMetricsCallback as LogMetricsCallback
@@ -87,6 +88,7 @@ from pytorch_accelerated.callbacks import PrintProgressCallback as PrintProgress
 from pytorch_accelerated.callbacks import ProgressBarCallback as ProgressBarCallback
 from pytorch_accelerated.callbacks import StopTrainingError as StopTrainingError
 from pytorch_accelerated.callbacks import TerminateOnNaNCallback as TerminateOnNaNCallback
+from pytorch_accelerated.callbacks.handler import Callbacks
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
 from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
@@ -118,7 +120,7 @@ class Trainer(TrainingLoop):
         loss_func: Called with the model's outputs and the second item of a batch. ``None`` if the model returns its
             loss.
         optimizer: The optimizer of the model's parameters. ``None`` if the trainer only evaluates.
-        callbacks: Callbacks, as instances or classes, called in this order.
+        callbacks: Callbacks, as instances or classes, called in this order. One alone needs no list; ``None`` is none.
         run_history: Where metrics are recorded; in memory by default.
         mixed_precision: ``"no"``, ``"fp16"``, ``"bf16"`` or ``"fp8"``; ``None`` for the one configured in Accelerate.
         seed: Seeds all random number generators now, and the data order of each run. With ``None`` nothing is seeded,
@@ -142,7 +144,7 @@ class Trainer(TrainingLoop):
         model: nn.Module,
         loss_func: LossFunction | None,
         optimizer: Optimizer | None,
-        callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = DEFAULT_CALLBACKS,
+        callbacks: Callbacks = DEFAULT_CALLBACKS,
         run_history: RunHistory | None = None,
         *,
         mixed_precision: str | None = None,
@@ -155,7 +157,7 @@ class Trainer(TrainingLoop):
         self.collate_fn: CollateFunction | None = None
         self.create_scheduler_fn: SchedulerFactory | None = None
         self._loop_last_evaluation = EvaluationSettings()
-        self._callbacks = callbacks if isinstance(callbacks, (list, tuple)) else tuple(callbacks)
+        self._callbacks: Callbacks = tuple(callbacks) if isinstance(callbacks, Iterator) else callbacks
         self._loop_seed = seed
         self._loop_accelerator_source = accelerator
         self._loop_mixed_precision = mixed_precision
@@ -250,8 +252,9 @@ class Trainer(TrainingLoop):
         _validation.check_numbers_of_run(**numbers)
         for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             _validation.check_reiterable(name, data, num_epochs, max_num_train_steps)
-        _validation.check_create_scheduler_fn(create_scheduler_fn)
-        _validation.check_trainable(self.model, self.loss_func, self.optimizer)
+        if not overrides_any(self, ["create_scheduler"]):
+            _validation.check_create_scheduler_fn(create_scheduler_fn)
+        _check_parts_of_training(self)
 
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
@@ -290,6 +293,8 @@ class Trainer(TrainingLoop):
         Raises:
             ValueError: There is nothing to evaluate.
         """
+        if not overrides_any(self, ["calculate_eval_batch_loss"]):
+            _validation.check_loss_func(self.loss_func)
         settings = EvaluationSettings(per_device_batch_size, dataloader_kwargs, collate_fn)
         with _without_trace_in_a_run(self):
             if dataset is not None:
@@ -335,11 +340,11 @@ class Trainer(TrainingLoop):
 
     def get_default_train_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
         """Return the default keyword arguments of the training loader; the user's are merged into them."""
-        return {"shuffle": True, **self._loop_default_dl_kwargs(self.train_dataset, batch_size)}
+        return {"shuffle": True, **_default_dl_kwargs(self.train_dataset, batch_size, self._accelerator)}
 
     def get_default_eval_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
         """Return the default keyword arguments of the evaluation loader; the user's are merged into them."""
-        return {"shuffle": False, **self._loop_default_dl_kwargs(self.eval_dataset, batch_size)}
+        return {"shuffle": False, **_default_dl_kwargs(self.eval_dataset, batch_size, self._accelerator)}
 
     def create_train_dataloader(self, batch_size: int, train_dl_kwargs: DataLoaderKwargs | None = None) -> Loader:
         """Create the loader of ``self.train_dataset``; any iterable of batches will do."""
@@ -407,8 +412,8 @@ class Trainer(TrainingLoop):
             load_scheduler: Same for the scheduler. Before training, its state is kept until the scheduler is created.
 
         Returns:
-            All entries of the file: ``model_state_dict``, ``optimizer_state_dict`` and ``scheduler_state_dict`` if they
-            were saved, and the additional ones.
+            All entries of the file, which are ``model_state_dict``, ``optimizer_state_dict`` and
+            ``scheduler_state_dict`` if they were saved, and the additional ones.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -490,6 +495,13 @@ class Trainer(TrainingLoop):
 
     # --- the start and the end of a run --------------------------------------------------------------------------
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trainer:
+        """Return a trainer of copies of the model, the optimizer and all else. Nothing may be running."""
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        memo[id(self._accelerator)] = copy_accelerator(self._accelerator, memo)
+        copied.__setstate__(copy.deepcopy(self.__reduce_ex__(4)[2], memo))  # type: ignore[arg-type]
+        return copied
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become a copy of another trainer, or the one that was pickled; outside a run, both work at any time."""
         vars(self).update(state)
@@ -501,7 +513,9 @@ class Trainer(TrainingLoop):
 
     def _create_callback_handler(self) -> CallbackHandler:
         limit = limit_from_environment()
-        return CallbackHandler([*([] if limit is None else [LimitBatchesCallback(limit)]), *self._callbacks])
+        handler = CallbackHandler(None if limit is None else LimitBatchesCallback(limit))
+        handler.add_callbacks(self._callbacks)
+        return handler
 
     @contextmanager
     def _loop_run_context(self) -> Iterator[Run]:
@@ -532,6 +546,7 @@ class Trainer(TrainingLoop):
     ) -> Iterator[None]:
         """Prepare a pass over ``self.eval_dataset``, and clean up afterwards."""
         _validation.check_positive_integer("per_device_batch_size", batch_size, "samples")
+        _validation.check_model(self.model)
         self.collate_fn = collate_fn
         with self._loop_run_context() as run:
             self._loop_make_eval_loaders(batch_size, dl_kwargs)
@@ -573,7 +588,7 @@ class Trainer(TrainingLoop):
         self._loop_run.train_dl_kwargs = None  # those of an earlier run
         with _validation.explain_bad_data("train_dataset", self.train_dataset):
             loader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
-        seeded_loader = self._loop_seed_loader("train_dataset", loader)
+        seeded_loader = _seed_loader("train_dataset", loader, self._accelerator)
         _validation.check_loader_not_empty("train_dataset", loader)
         self._loop_run.seeded_train_loaders = [seeded_loader]
         self._loop_run.train_dataloader = seeded_loader.loader
@@ -590,23 +605,11 @@ class Trainer(TrainingLoop):
                 with _validation.explain_bad_data("eval_dataset", dataset):
                     loader = self.create_eval_dataloader(batch_size=batch_size, eval_dl_kwargs=dl_kwargs)
                 if loader is not None:
-                    seeded_loader = self._loop_seed_loader("eval_dataset", loader)
+                    seeded_loader = _seed_loader("eval_dataset", loader, self._accelerator)
                     run.seeded_eval_loaders.append(seeded_loader)
                     run.eval_dataloaders[name] = seeded_loader.loader
         finally:
             self.eval_dataset = datasets
-
-    def _loop_seed_loader(self, dataset_name: str, loader: Loader) -> SeededLoader:
-        _validation.check_data_of_loader(dataset_name, loader)
-        _validation.warn_about_ready_batches(dataset_name, loader)
-        lengths = all_gather_objects(num_batches_of(loader), int(self._accelerator.num_processes))
-        _validation.check_same_length(dataset_name, lengths)
-        return rebuild_loader(loader, placement_of(self._accelerator))
-
-    def _loop_default_dl_kwargs(self, dataset: Data, batch_size: int) -> dict[str, Any]:
-        num_processes = num_local_processes(int(self._accelerator.num_processes))
-        pin_memory = self._accelerator.device.type == "cuda"
-        return default_dl_kwargs(dataset, batch_size, num_processes, pin_memory)
 
     def _loop_prepare_run(self, **numbers: Any) -> None:
         """Prepare model, optimizer and loaders, and fix the configuration of the run."""
@@ -699,7 +702,9 @@ class Trainer(TrainingLoop):
             self._loop_resume(state, num_epochs)
 
     def _loop_set_up_scheduler(self) -> None:
-        self.scheduler = self.create_scheduler()
+        scheduler = self.create_scheduler()
+        _validation.check_scheduler(scheduler, not overrides_any(self, ["scheduler_step"]))
+        self.scheduler = scheduler
         _start_counting(self.scheduler)
         state, self._loop_pending_scheduler_state = self._loop_pending_scheduler_state, None
         if state is not None:
@@ -831,6 +836,28 @@ def _preserve_attributes(owner: object, *names: str) -> Iterator[None]:
     finally:
         for name, value in zip(names, values, strict=True):
             setattr(owner, name, value)
+
+
+def _check_parts_of_training(trainer: Trainer) -> None:
+    """Refuse a model, a loss function or an optimizer that is none. A step of one's own may use any loss function."""
+    _validation.check_model(trainer.model)
+    if not overrides_any(trainer, ["calculate_train_batch_loss"]):
+        _validation.check_loss_func(trainer.loss_func)
+    _validation.check_optimizer(trainer.optimizer)
+    _validation.check_trainable(trainer.model, trainer.loss_func, trainer.optimizer)
+
+
+def _default_dl_kwargs(dataset: Data, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:
+    num_processes = num_local_processes(int(accelerator.num_processes))
+    return default_dl_kwargs(dataset, batch_size, num_processes, pin_memory=accelerator.device.type == "cuda")
+
+
+def _seed_loader(dataset_name: str, loader: Loader, accelerator: Accelerator) -> SeededLoader:
+    _validation.check_data_of_loader(dataset_name, loader)
+    _validation.warn_about_ready_batches(dataset_name, loader)
+    lengths = all_gather_objects(num_batches_of(loader), int(accelerator.num_processes))
+    _validation.check_same_length(dataset_name, lengths)
+    return rebuild_loader(loader, placement_of(accelerator))
 
 
 def _folders_of_states(callback_handler: CallbackHandler) -> set[Path]:

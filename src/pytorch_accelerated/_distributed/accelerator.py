@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import os
 from collections import deque
 from collections.abc import Mapping
@@ -287,10 +288,17 @@ def release(accelerator: Accelerator, *prepared: object) -> None:
 
 
 def _restore_step(optimizer: object) -> None:
-    # Schedulers replace the method by a function that would make a copy of the optimizer update the original. PyTorch's
-    # own optimizers do not take it into a copy.
-    if isinstance(optimizer, AcceleratedOptimizer) and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        vars(optimizer).pop("step", None)
+    # PyTorch's schedulers wrap the method, on the instance. In a copy of the optimizer, that function would update the
+    # original; PyTorch's own optimizers leave it out of copies.
+    if isinstance(optimizer, AcceleratedOptimizer) and hasattr(vars(optimizer).get("step"), "__wrapped__"):
+        del vars(optimizer)["step"]
+
+
+def copy_accelerator(accelerator: Accelerator, memo: dict[int, Any]) -> Accelerator:
+    """Return an accelerator for a copy of the trainer; ``memo`` has the copies made so far, as in `copy.deepcopy`."""
+    if isinstance(accelerator, Accelerator):
+        return AcceleratorRegistry(accelerator).copy(memo)
+    return copy.deepcopy(accelerator, memo)  # a test double
 
 
 def rejoin_process(accelerator: Accelerator, optimizer: Optimizer | None) -> None:

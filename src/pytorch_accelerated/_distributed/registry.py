@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
@@ -60,6 +61,17 @@ class AcceleratorRegistry:
         finally:
             for name, objects in previous.items():
                 setattr(self._accelerator, name, objects)
+
+    def copy(self, memo: dict[int, Any]) -> Accelerator:
+        """Return an accelerator with copies of what training changes; `copy.deepcopy` returns the accelerator itself.
+
+        Args:
+            memo: The copies made so far, as in `copy.deepcopy`.
+        """
+        copied = copy.copy(self._accelerator)
+        for name in ("scaler", *_SAVED_OBJECTS):
+            setattr(copied, name, copy.deepcopy(getattr(copied, name), memo))
+        return copied
 
     def registered_objects(self) -> list[object]:
         """Return what the user passed to `Accelerator.register_for_checkpointing`."""
