@@ -46,8 +46,9 @@ from pytorch_accelerated._types import (
     Nested,
     Scheduler,
 )
-from pytorch_accelerated._validation import check_run
+from pytorch_accelerated._validation import check_positive_integer, check_run
 from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.callbacks.evaluation import LimitBatchesCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError, add_note
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.run_config import TrainerRunConfig
@@ -364,6 +365,7 @@ class TrainingLoop:
             RuntimeError: No evaluation is under way.
         """
         check_run(self._loop_run.is_evaluating, "limit_eval_steps", "on_eval_epoch_start")
+        check_positive_integer("num_eval_steps", num_eval_steps, "batches")
         self._loop_run.training.current_pass.max_num_steps = num_eval_steps
 
     def evaluate_now(self) -> None:
@@ -701,6 +703,9 @@ class TrainingLoop:
         run = self._loop_run
         is_kept = on_every_process or run.config.is_world_process_zero
         outputs = []
+        for callback in self.callback_handler.callbacks:  # predictions have no events
+            if isinstance(callback, LimitBatchesCallback):
+                self.limit_batches(callback.num_batches)
         with preserve_rng_state(), torch.no_grad():
             self.eval_epoch_start()
             loader = run.eval_dataloaders[""]

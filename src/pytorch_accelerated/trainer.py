@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,12 +28,15 @@ from pytorch_accelerated._checkpoint.companions import (
 )
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._checkpoint.manifest import SavedState, name_state
+from pytorch_accelerated._checkpoint.scheduler_state import check_scheduler_state, load_scheduler_state
 from pytorch_accelerated._checkpoint.state import (
     Parts,
     StateContents,
     collect_state,
+    prepare_new_schedule,
     read_state,
     restore_state,
+    undone_if_refused,
 )
 from pytorch_accelerated._checkpoint.writer import StateWriter
 from pytorch_accelerated._data.build import rebuild_loader
@@ -52,6 +55,7 @@ from pytorch_accelerated._distributed.accelerator import (
     disable_loss_scaling,
     is_sharded,
     placement_of,
+    precision_of,
     prepare,
     rejoin_process,
     release,
@@ -235,7 +239,7 @@ class Trainer(TrainingLoop):
 
         Raises:
             ValueError: An argument has an invalid value, or model and optimizer do not belong together.
-            CheckpointError: The state to resume is damaged, or belongs to another model; nothing has been changed.
+            CheckpointError: The state to resume is damaged, or does not fit the trainer; nothing has been changed.
             TypeError: An argument has the wrong type.
             KeyboardInterrupt: Ctrl-C was pressed; the run ended gracefully first.
             SystemExit: Same for another signal that a callback listens to; the code is 128 + its number.
@@ -397,8 +401,10 @@ class Trainer(TrainingLoop):
         model_state = portable.model_state_of(self.model, accelerator)
         optimizer = self.optimizer if save_optimizer else None
         scheduler = portable.with_state(self.scheduler, is_writer) if save_scheduler else None
-        extras = {**self._loop_companions().trained_state(), **(checkpoint_kwargs or {})}
-        checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, extras)
+        companions = self._loop_companions()
+        extras = {**companions.trained_state(), **(checkpoint_kwargs or {})}
+        modules = None if self._loop_run.is_sharded else {"": self.get_model(), **companions.modules}
+        checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, extras, modules)
         portable.save_checkpoint(checkpoint, save_path, is_writer, accelerator.num_processes)
 
     def load_checkpoint(
@@ -417,18 +423,20 @@ class Trainer(TrainingLoop):
 
         Raises:
             FileNotFoundError: There is no such file.
-            CheckpointError: It is damaged, or belongs to another model; nothing has been changed.
+            CheckpointError: It is damaged, or belongs to another model, optimizer or scheduler; nothing has
+                been changed.
+            ValueError: It is not a local file.
         """
         optimizer = self.optimizer if load_optimizer else None
-        companions = self._loop_companions()
-        checkpoint = portable.load_checkpoint(
-            checkpoint_path, self.get_model(), optimizer, check=companions.check_trained_state
+        return portable.load_checkpoint(
+            checkpoint_path,
+            self.get_model(),
+            optimizer,
+            self.scheduler,
+            self._loop_load_scheduler_state if load_scheduler else None,
+            self._loop_companions(),
+            holder=self.optimizer,
         )
-        companions.load_trained_state(checkpoint)
-        scheduler_state = checkpoint.get("scheduler_state_dict")
-        if load_scheduler and scheduler_state is not None:
-            self._loop_load_scheduler_state(scheduler_state)
-        return checkpoint
 
     def save_training_state(
         self,
@@ -486,7 +494,7 @@ class Trainer(TrainingLoop):
 
         Raises:
             FileNotFoundError: There is no such directory.
-            CheckpointError: The state is incomplete, damaged, or of another model; nothing has been changed.
+            CheckpointError: The state is incomplete or damaged, or does not fit; nothing has been changed.
         """
         accelerator = self._accelerator
         is_main, num_processes = accelerator.is_main_process, int(accelerator.num_processes)
@@ -653,7 +661,7 @@ class Trainer(TrainingLoop):
             eval_dl_kwargs=run.eval_dl_kwargs,
             is_local_process_zero=accelerator.is_local_main_process,
             is_world_process_zero=accelerator.is_main_process,
-            mixed_precision=accelerator.mixed_precision,
+            mixed_precision=precision_of(accelerator),
             seed=run.seed,
         )
         if run.is_training_run:
@@ -670,45 +678,51 @@ class Trainer(TrainingLoop):
     ) -> None:
         """Prepare everything that a training run needs next to model and loaders.
 
-        The order matters: settings are taken before a scheduler changes the optimizer; a state that does not fit is
-        refused before anything of the previous run is forgotten; it is restored when there is a scheduler to restore.
+        The order matters: settings are taken before a scheduler changes the optimizer; a state is restored when there
+        is a scheduler to restore. If it does not fit, nothing of the previous run is forgotten.
         """
         run, config = self._loop_run, self._loop_run.config
-        run.training.settings = resume.run_settings(
-            config, self.train_dataset, run.train_dataloader, self.optimizer, self.loss_func, self._loop_seed
-        )
-        num_batches = run.training.settings["num_batches_per_epoch"]
-        _validation.warn_about_long_accumulation(config.gradient_accumulation_steps, num_batches)
-        if isinstance(state, SavedState):
-            state = partial(self._loop_restore, read_state(state, self._accelerator, self._loop_state_parts()))
-        if reset_run_history:
-            self.run_history.reset()
         self._check_eval_batch_size()
         run.consensus = self._loop_create_consensus()
-        _clear_gradients(self.model, self.optimizer)
-        if not run.is_sharded:  # otherwise the optimizer has other parameters than the model, which stand for the same
-            run.outside_parameters = OutsideParameters(self.model, self.optimizer)
-        if config.is_distributed:
-            broadcast_values(run.outside_parameters)
         disable_loss_scaling(self._accelerator, config.gradient_accumulation_steps)
-        self._loop_set_up_scheduler()
-        nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
-        window = AccumulationWindow(config.gradient_accumulation_steps, nominal_weight)
-        if overrides_any(self, ("_create_run_config",)):
-            num_epochs = config.num_epochs
-        run.start_training(self.run_history.current_epoch - 1, num_epochs, window)
-        self._loop_companions().check_before_run(bool(_folders_of_states(self.callback_handler)), config.is_distributed)
-        if state is not None:
-            self._loop_resume(state, num_epochs)
+        with ExitStack() as undo:
+            if state is not None or self._loop_pending_scheduler_state is not None:
+                kept = _attributes_of_training(self, run)
+                undo.enter_context(undone_if_refused(self._loop_state_parts(), self._accelerator, kept))
+            run.training.settings = resume.run_settings(
+                config, self.train_dataset, run.train_dataloader, self.optimizer, self.loss_func, self._loop_seed
+            )
+            num_batches = run.training.settings["num_batches_per_epoch"]
+            _validation.warn_about_long_accumulation(config.gradient_accumulation_steps, num_batches)
+            if isinstance(state, SavedState):
+                contents = read_state(state, self._accelerator, self._loop_state_parts())
+                prepare_new_schedule(contents, self._loop_state_parts())
+                state = partial(self._loop_restore, contents)
+            if reset_run_history:
+                self.run_history.reset()
+            _set_up_parameters(run, self.model, self.optimizer)
+            self._loop_set_up_scheduler(is_resumed=state is not None)
+            nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
+            window = AccumulationWindow(config.gradient_accumulation_steps, nominal_weight)
+            if overrides_any(self, ("_create_run_config",)):
+                num_epochs = config.num_epochs
+            run.start_training(self.run_history.current_epoch - 1, num_epochs, window)
+            saves_states = bool(_folders_of_states(self.callback_handler))
+            self._loop_companions().check_before_run(saves_states, config.is_distributed)
+            if state is not None:
+                self._loop_resume(state, num_epochs)
 
-    def _loop_set_up_scheduler(self) -> None:
+    def _loop_set_up_scheduler(self, is_resumed: bool) -> None:
         scheduler = self.create_scheduler()
         _validation.check_scheduler(scheduler, not overrides_any(self, ["scheduler_step"]))
         self.scheduler = scheduler
         _start_counting(self.scheduler)
-        state, self._loop_pending_scheduler_state = self._loop_pending_scheduler_state, None
-        if state is not None:
-            self._loop_load_scheduler_state(state)
+        state = self._loop_pending_scheduler_state
+        if self.scheduler is not None and state is not None and not is_resumed:
+            self._loop_pending_scheduler_state = None
+            source = "The scheduler state that was loaded before the run"
+            check_scheduler_state(self.scheduler, state, source)
+            load_scheduler_state(state, self._loop_load_scheduler_state, source)
 
     def _loop_resume(self, restore: Callable[[], StateDict], num_epochs: int) -> None:
         """Continue where a training state left off.
@@ -723,6 +737,7 @@ class Trainer(TrainingLoop):
             current_epoch = restore().get("current_epoch")
         finally:
             run.is_resuming = False
+        self._loop_pending_scheduler_state = None  # of a run without a scheduler
         if current_epoch is not None:
             self.run_history._set_epoch(current_epoch)  # noqa: SLF001 - a seam of 0.1.61
             run.training.move_to_epoch(int(current_epoch))
@@ -786,13 +801,14 @@ class Trainer(TrainingLoop):
         return contents.user_entries
 
     def _loop_load_scheduler_state(self, state: StateDict) -> None:
+        """Load a state, of which the scheduler gets a copy, or keep it until there is a scheduler."""
         if self.scheduler is None:
             self._loop_pending_scheduler_state = state
             return
         if self._loop_run.is_resuming and isinstance(self.scheduler, StatefulSchedulerBase):
-            self.scheduler.resume_from(state)
+            self.scheduler.resume_from(copy.deepcopy(dict(state)))
         else:
-            self.scheduler.load_state_dict(state)
+            self.scheduler.load_state_dict(copy.deepcopy(dict(state)))
         _start_counting(self.scheduler)
 
     def _loop_teardown(self, run: Run, outer: Run) -> None:
@@ -876,11 +892,24 @@ def _start_counting(scheduler: Scheduler | None) -> None:
         scheduler.step()  # so that update k trains at curve(k)
 
 
-def _clear_gradients(model: nn.Module, optimizer: Optimizer) -> None:
-    """Discard the gradients left from before the run, also those of parameters that the optimizer does not hold."""
+def _attributes_of_training(trainer: Trainer, run: Run) -> list[tuple[object, str]]:
+    """Return what is set when a run starts to train, and set back if the state to resume is refused."""
+    of_trainer = [(trainer, "scheduler"), (trainer, "_loop_pending_scheduler_state")]
+    return [*of_trainer, (run, "training"), (run.training, "settings")]
+
+
+def _set_up_parameters(run: Run, model: nn.Module, optimizer: Optimizer) -> None:
+    """Find the parameters that the optimizer holds beside the model, and discard the gradients from before the run.
+
+    Gradients are discarded also of parameters that the optimizer does not hold.
+    """
     if isinstance(model, nn.Module):
         model.zero_grad()
     optimizer.zero_grad()
+    if not run.is_sharded:  # otherwise the optimizer has other parameters than the model, which stand for the same
+        run.outside_parameters = OutsideParameters(model, optimizer)
+    if run.config.is_distributed:
+        broadcast_values(run.outside_parameters)
 
 
 class TrainerWithTimmScheduler(Trainer):

@@ -8,6 +8,7 @@ import re
 import socket
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -16,6 +17,7 @@ from pytorch_accelerated._checkpoint.files import create_folder, delete_folder, 
 from pytorch_accelerated._checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
+    TRAINER_STATE,
     NewerFormatError,
     SavedState,
     find_damage,
@@ -33,6 +35,7 @@ _ROTATED_NAME = re.compile(r"(epoch|step)_\d+")
 _STATE_NAME = re.compile(rf"{_ROTATED_NAME.pattern}|final")
 _LEFTOVER_NAME = re.compile(rf"\.({_STATE_NAME.pattern})\.(tmp|old)")
 _LOCK = ".lock"
+_LONGEST_PATH = f".epoch_{'0' * 12}.old/{TRAINER_STATE}"
 
 _held_locks: dict[Path, IO[str]] = {}
 """The open lock files of this process, by folder."""
@@ -207,6 +210,8 @@ def claim_folder(folder: Path) -> None:
     """
     try:
         create_folder(folder)
+        with suppress(FileNotFoundError):
+            os.lstat(folder / _LONGEST_PATH)  # raises if the path of a file would be too long
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
         _lock(folder)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from torch.optim import Optimizer
 
@@ -111,6 +112,25 @@ class AcceleratorRegistry:
         # `AcceleratorState()` would initialize the state where it does not exist yet.
         precision: str | None = AcceleratorState._shared_state.get("_mixed_precision")  # noqa: SLF001 - see the class
         return precision
+
+    @staticmethod
+    def process_device() -> torch.device | None:
+        """Return the device of this process; ``None`` before Accelerate knows it."""
+        device: torch.device | None = PartialState._shared_state.get("device")  # noqa: SLF001 - see the class
+        return device
+
+    @staticmethod
+    @contextmanager
+    def process_state_kept_on_error() -> Iterator[None]:
+        """Forget what a failed accelerator has set for all later ones of this process."""
+        state = AcceleratorState._shared_state  # noqa: SLF001 - see the class
+        before = dict(state)
+        try:
+            yield
+        except BaseException:
+            state.clear()
+            state.update(before)
+            raise
 
     @staticmethod
     def has_process_state() -> bool:

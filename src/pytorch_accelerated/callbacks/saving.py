@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytorch_accelerated._checkpoint.files import PathAttribute, local_path
 from pytorch_accelerated._checkpoint.folder import Retention, claim_folder, release_folder, rotate
+from pytorch_accelerated._checkpoint.optimizer_state import DifferentPartError
 from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._distributed.collectives import run_on_main
 from pytorch_accelerated._metrics import BestMetric
@@ -46,6 +48,8 @@ class SaveBestModelCallback(TrainerCallback):
         load_saved_checkpoint: Whether to load the best model at the end of the run. Otherwise the trainer keeps the
             model of the last epoch.
     """
+
+    save_path = PathAttribute()
 
     best_metric = WritableForwarded["float | None"]("_best.value")
     """The best value so far; ``None`` before the first."""
@@ -92,7 +96,7 @@ class SaveBestModelCallback(TrainerCallback):
             self._best.reset()
 
     def _check_saved_model(self) -> None:
-        if self._has_saved and self.load_saved_checkpoint and not Path(self.save_path).is_file():
+        if self._has_saved and self.load_saved_checkpoint and not local_path(self.save_path).is_file():
             raise FileNotFoundError(
                 f"The run being resumed saved its best model (epoch {self.best_metric_epoch}) to "
                 f"{str(self.save_path)!r}, but that file does not exist. Restore it, start from the working directory "
@@ -130,7 +134,12 @@ class SaveBestModelCallback(TrainerCallback):
         trainer.print(
             f"Loading the best model: {self.watch_metric} {self.best_metric} in epoch {self.best_metric_epoch}"
         )
-        trainer.load_checkpoint(self.save_path, load_optimizer=self.save_optimizer, load_scheduler=self.save_scheduler)
+        loaded = {"load_optimizer": self.save_optimizer, "load_scheduler": self.save_scheduler}
+        try:
+            trainer.load_checkpoint(self.save_path, **loaded)
+        except DifferentPartError as error:  # the program has changed the optimizer since, for example added a group
+            trainer.print(f"Only the model is loaded, because optimizer or scheduler have changed since: {error}")
+            trainer.load_checkpoint(self.save_path, load_optimizer=False, load_scheduler=False)
 
     def state_dict(self) -> StateDict:
         """Return the best value, its epoch, and whether a checkpoint was saved."""
@@ -177,6 +186,7 @@ class SaveTrainingStateCallback(TrainerCallback):
     """
 
     is_called_last = True
+    save_dir = PathAttribute()
 
     def __init__(
         self,
@@ -232,7 +242,7 @@ class SaveTrainingStateCallback(TrainerCallback):
             ValueError: The run will not record the metric that ``keep_best`` needs.
         """
         config = trainer.run_config
-        run_on_main(lambda: claim_folder(self.save_dir), config.is_world_process_zero, config.num_processes)
+        run_on_main(lambda: claim_folder(local_path(self.save_dir)), config.is_world_process_zero, config.num_processes)
         if self.keep_best is not None:
             check_watched_metric(trainer, self.watch_metric, type(self).__name__)
         if not run_of(trainer).is_resumed:
@@ -280,11 +290,12 @@ class SaveTrainingStateCallback(TrainerCallback):
         if self.save_at_end and run_of(trainer).is_interrupted is not True:
             self._save(trainer, "final")
         self._wait(trainer)
-        release_folder(self.save_dir)
+        release_folder(local_path(self.save_dir))
 
     def on_exception(self, trainer: Trainer, *, exception: BaseException, **kwargs: Any) -> None:
         """Unlock the folder."""
-        release_folder(self.save_dir)
+        with suppress(ValueError):  # such a path was refused
+            release_folder(local_path(self.save_dir))
 
     def state_dict(self) -> StateDict:
         """Return the number of steps of the run so far."""
@@ -308,7 +319,8 @@ class SaveTrainingStateCallback(TrainerCallback):
         """Save a state, then delete the states that it supersedes."""
         self._wait(trainer)
         path = self.save_dir / name
-        self._written = [*(other for other in self._written if other != path), path]
+        written = local_path(path)
+        self._written = [*(other for other in self._written if other != written), written]
         config = trainer.run_config
         with self._handled_save_error(trainer):
             metadata = {"global_step": self._num_steps}
@@ -338,7 +350,7 @@ class SaveTrainingStateCallback(TrainerCallback):
     def _rotate(self) -> None:
         if self.max_checkpoints is not None:
             best = (self.keep_best or 0, self.watch_metric, self.greater_is_better)
-            rotate(self.save_dir, Retention(self.max_checkpoints, *best), self._written)
+            rotate(local_path(self.save_dir), Retention(self.max_checkpoints, *best), self._written)
 
 
 def _check_counts(*, max_checkpoints: int | None, keep_best: int | None, **intervals: int | None) -> None:
@@ -359,6 +371,10 @@ def _check_counts(*, max_checkpoints: int | None, keep_best: int | None, **inter
 
 def _is_multiple(number: int, divisor: int | None) -> bool:
     return divisor is not None and number % divisor == 0
+
+
+_MANY_UPDATES = 2**31
+"""As good as never; the number of updates left is infinite if the number of minutes is."""
 
 
 @dataclass
@@ -393,7 +409,7 @@ class _Timer:
         num_left = run_on_main(
             lambda: num_made * self._ratio_left(), config.is_world_process_zero, config.num_processes
         )
-        self._next_check = num_updates + (max(1, int(num_left / 2)) if config.is_distributed else 1)
+        self._next_check = num_updates + (max(1, int(min(num_left / 2, _MANY_UPDATES))) if config.is_distributed else 1)
         return num_left <= 0
 
     def _ratio_left(self) -> float:
