@@ -285,7 +285,9 @@ class Trainer(TrainingLoop):
     ) -> None:
         """Evaluate the model, before, after or without training; needs no optimizer.
 
-        The loss is recorded as ``evaluation_loss`` in the run history, which keeps what training recorded.
+        The loss is recorded as ``evaluation_loss`` in the run history, which keeps what training recorded. What
+        callbacks and hooks record meanwhile gets ``evaluation_`` in front too, and `RunHistory.get_latest_metric` finds
+        it by its plain name until training records it again.
 
         Args:
             dataset: A dataset of samples, an iterable of batches, or a dictionary of these. ``None`` for the one that
@@ -743,6 +745,8 @@ class Trainer(TrainingLoop):
             run.training.move_to_epoch(int(current_epoch))
         run.start_resumed_training(num_epochs)
         saved = run.training.lineage.origin
+        if saved is not None:
+            self.print(f"Resuming from {str(saved.path)!r} in epoch {self.run_history.current_epoch}.")
         if saved is not None and run.config.is_world_process_zero:
             resume.warn_about_mismatch(saved, self._loop_state_parts().settings)
 
@@ -767,7 +771,7 @@ class Trainer(TrainingLoop):
             run_seed=run.seed,
             seed=training.seed,
             run_number=training.run_number,
-            stop_reason=training.early_stop_reason,
+            stop_reason=self._loop_early_stop_reason(),
             settings={**training.settings, "scheduler": resume.name_of(self.scheduler)},
             companions=self._loop_companions(),
         )

@@ -763,6 +763,6 @@ def test_a_resumed_run_prints_how_exactly_the_data_resumes(tmp_path, capsys, mak
     uninterrupted = run()
     assert "Resuming" not in capsys.readouterr().out
     assert_equal(run(resume_from=tmp_path / "state"), uninterrupted)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Resuming")]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Resuming epoch")]
     assert line.startswith("Resuming epoch 1 after batch 3. ")
     assert printed in line

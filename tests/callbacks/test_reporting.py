@@ -41,7 +41,8 @@ def test_the_start_and_end_of_runs_and_epochs_are_printed(capsys):
     train(trainer, num_epochs=2, eval_dataset=make_dataset(4))
     trainer.evaluate(make_dataset(4))
     assert capsys.readouterr().out == (
-        "\nStarting training run\n\nStarting epoch 1\n\nStarting epoch 2\nFinishing training run\n"
+        "\nStarting training run\n\nStarting epoch 1\nStarting evaluation\n\nStarting epoch 2\nStarting evaluation\n"
+        "Finishing training run\n"
         "\nStarting evaluation run\nFinishing evaluation run\n"
     )
 

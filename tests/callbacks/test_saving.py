@@ -471,7 +471,7 @@ def test_states_are_saved_to_training_states_in_the_working_directory_by_default
     ids=["epochs", "steps", "both"],
 )
 def test_exactly_the_newest_states_are_kept_at_any_time(tmp_path, settings, names, max_checkpoints):
-    """Checked after each save. The final state does not count."""
+    """Checked after each save. The final state counts like the others."""
     seen = []
 
     class Watched(Trainer):
@@ -484,23 +484,23 @@ def test_exactly_the_newest_states_are_kept_at_any_time(tmp_path, settings, name
             seen[-1] = (*seen[-1], set(states_in(tmp_path)))
 
     save = SaveTrainingStateCallback(tmp_path, max_checkpoints=max_checkpoints, **settings)
-    look_after = Probe(on_train_step_end=look, on_training_run_epoch_end=look, on_training_run_end=look)
+    look_after = Probe(on_train_step_end=look, on_train_epoch_end=look, on_training_run_end=look)
     look_after.is_called_last = True
     train(make_trainer(cls=Watched, callbacks=[save, look_after]), num_epochs=4)
-    assert [name for name, *_ in seen] == [*names, "final"]
-    for count, (name, before_deleting, after_deleting) in enumerate(seen[:-1], start=1):
+    names = [*names, "final"]
+    assert [name for name, *_ in seen] == names
+    for count, (name, before_deleting, after_deleting) in enumerate(seen, start=1):
         newest = set(names[max(0, count - max_checkpoints) : count])
         assert after_deleting == newest
         oldest = {names[count - max_checkpoints - 1]} if count > max_checkpoints else set()
         assert before_deleting == newest | oldest, f"{name}: the old state is deleted only once the new one is complete"
-    assert seen[-1][2] == {*names[-max_checkpoints:], "final"}
 
 
 def test_rotation_does_not_delete_other_folders(tmp_path):
     (tmp_path / "epoch_0").mkdir()
     (tmp_path / "notes").mkdir()
     train(make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1, max_checkpoints=1)]))
-    assert states_in(tmp_path) == ["epoch_0", "epoch_3", "notes", "final"]
+    assert states_in(tmp_path) == ["epoch_0", "notes", "final"]
 
 
 def test_a_resumed_run_continues_the_rotation(tmp_path):
@@ -528,7 +528,7 @@ def test_each_run_counts_its_steps_from_zero(tmp_path):
 
 
 def test_a_second_run_overwrites_states_of_the_same_name(tmp_path):
-    save = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1, max_checkpoints=2)
+    save = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1, max_checkpoints=2, save_at_end=False)
     trainer = make_trainer(callbacks=[save])
     train(trainer)
     train(trainer, num_epochs=2)
@@ -580,7 +580,10 @@ def test_a_signal_saves_a_state_of_the_current_step_and_no_final_one(tmp_path, c
     assert end.code == 128 + number if number != signal.SIGINT else isinstance(end, KeyboardInterrupt)
     assert states_in(tmp_path) == ["step_5"]
     path = str(tmp_path / "step_5")
-    assert capsys.readouterr().out == f"Training state saved to {path!r}. To resume: train(..., resume_from={path!r})\n"
+    assert capsys.readouterr().out.splitlines() == [
+        *["", f"Stopping: {trainer.stop_reason}", f"Saved training state to {path}"],
+        f"To resume: train(..., resume_from={path!r})",
+    ]
 
 
 def test_the_state_of_an_interrupted_run_is_rotated_like_the_others(tmp_path):
@@ -589,7 +592,7 @@ def test_the_state_of_an_interrupted_run_is_rotated_like_the_others(tmp_path):
     assert states_in(tmp_path) == ["step_6", "step_7"]
     resumed = make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path, save_every_n_steps=2, max_checkpoints=2)])
     train(resumed, resume_from=tmp_path / "step_7")
-    assert states_in(tmp_path) == ["step_7", "step_8", "final"]
+    assert states_in(tmp_path) == ["step_8", "final"]
 
 
 @pytest.mark.parametrize(("which", "saved"), [(4, ["step_2", "step_4"]), (5, ["step_2", "step_4", "step_5"])])
@@ -878,5 +881,5 @@ def test_resuming_without_the_saved_best_model_is_an_error(scripted, path, tmp_p
     path.unlink()
     resumed = scripted([1, 2, 3], [SaveBestModelCallback(path)])
     with pytest.raises(FileNotFoundError, match=r"best\.pt"):
-        resumed.run(resume_from=tmp_path / "states" / "epoch_1")
+        resumed.run(resume_from=tmp_path / "states" / "epoch_2")  # saved after the first best model
     assert resumed.run_history.current_epoch - 1 == 1

@@ -76,7 +76,7 @@ def test_fewer_processes_resume_at_the_same_sample(directory, whole_run, capsys,
     assert printed.startswith(
         f"'{path}' was saved by 2 processes and is resumed by 1: random numbers and the last bits"
     )
-    assert printed.count("\n") == 2
+    assert printed.count("\n") == 3
 
 
 def test_fewer_processes_resume_at_the_start_of_an_accumulation_window(directory):
@@ -142,9 +142,8 @@ def test_resuming_the_latest_state_skips_a_damaged_one(results):
     for result in results:
         assert result["is_resumed"]
         assert_equal(result["weights"], result["expected"])
-        assert len(result["printed"]) == 3
         assert "step_6' is damaged: process_1.pt is missing or altered" in result["printed"][0]
-        assert "step_5'" in result["printed"][1]
+        assert "step_5' in epoch 2" in result["printed"][1]
         assert result["printed"][2] == "Resuming epoch 2 after batch 2. The data continue exactly where they stopped."
         assert result["generations"] == [0, 0, 0, 0, 0, 1]
 

@@ -53,7 +53,7 @@ def find_state_to_resume(
         is_main: Whether this is the main process.
         num_processes: The world size.
         allow_other_num_processes: Whether a different number of processes may have saved the state.
-        print_fn: Prints which state is used, and which are skipped.
+        print_fn: Prints which states are skipped.
 
     Raises:
         FileNotFoundError: There is no such directory.
@@ -73,7 +73,6 @@ def find_state_to_resume(
         print_fn(f"There is no training state to resume from in {str(folder)!r}: the run starts from scratch.")
         return None
     _check_num_processes(saved, num_processes, allow_other_num_processes)
-    print_fn(f"Resuming from {str(saved.path)!r}.")
     return saved
 
 

@@ -36,7 +36,7 @@ Callbacks: TypeAlias = Iterable[Any] | TrainerCallback | type[TrainerCallback] |
 
 
 class CallbackHandler:
-    """Holds the callbacks of a trainer, and calls them.
+    """Holds the callbacks of a trainer, and calls them. Iterating over it yields them in order.
 
     For each event it caches the callbacks that implement it, so an event without listeners costs one lookup. A callback
     such as `ModelEmaCallback`, which has a ``nested_handler``, comes with the callbacks of that handler.
@@ -50,6 +50,9 @@ class CallbackHandler:
         ValueError: The same object was passed twice.
     """
 
+    requested_stop: StopTrainingError | None = None
+    """The request of a callback to stop, while the later callbacks get the event in which it was made."""
+
     def __init__(self, callbacks: Callbacks) -> None:
         self.callbacks: list[object] = []
         self.events_without_listeners: set[str] = set()
@@ -59,9 +62,12 @@ class CallbackHandler:
         self.add_callbacks(callbacks)
 
     @property
-    def callback_list(self) -> str:
-        """The class names of the callbacks, one per line."""
-        return "\n".join(type(callback).__name__ for callback in self.callbacks)
+    def callback_list(self) -> list[str]:
+        """The class names of the callbacks, in order."""
+        return [type(callback).__name__ for callback in self.callbacks]
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self.callbacks)
 
     def add_callbacks(self, callbacks: Callbacks) -> None:
         """Append callbacks, in order; a single one and ``None`` are fine too."""
@@ -95,6 +101,7 @@ class CallbackHandler:
 
     def refresh(self) -> None:
         """Clear the cache of who implements what. Call this after changing the list ``callbacks`` directly."""
+        self.requested_stop = None  # that of an event which failed otherwise
         self._listeners = {}
         self.events_without_listeners.clear()
 
@@ -123,11 +130,12 @@ class CallbackHandler:
                 else:
                     method(*args, **_only(accepted, kwargs))
             except StopTrainingError as error:
-                stop_request = stop_request or error
+                stop_request = self.requested_stop = stop_request or error
             except Exception as error:
                 add_note(error, _describe_origin(callback, event, args, kwargs))
                 raise
         if stop_request is not None:
+            self.requested_stop = None
             raise stop_request
 
     def call_event_on_all(self, event: str, *args: object, **kwargs: object) -> list[Exception]:
