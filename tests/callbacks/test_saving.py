@@ -300,7 +300,7 @@ def test_a_relative_path_means_the_folder_in_which_it_was_given(tmp_path, monkey
     if "states" not in kind:
         assert torch.load(saved, weights_only=True)["epoch"] in (1, 2, 3)
         return
-    expected = ["epoch_3", "final"] if kind == "rotated states" else ["epoch_1", "epoch_2", "epoch_3", "final"]
+    expected = ["final"] if kind == "rotated states" else ["epoch_1", "epoch_2", "epoch_3", "final"]
     assert states_in(saved) == expected
     monkeypatch.chdir(tmp_path)
     resumed = save_with(KINDS_OF_FILES[kind], as_path("a/b"), num_epochs=4, resume_from="latest")
@@ -384,15 +384,15 @@ def test_states_that_are_links_are_saved_over_and_what_they_point_to_stays_valid
         return train(make_trainer(callbacks=[save]), num_epochs=num_epochs, **kwargs)
 
     run(1)
-    for name in ("final", "step_2", "step_3"):
+    for name in ("final", "step_3"):
         move_elsewhere(tmp_path / "states" / name, tmp_path / "elsewhere")
     for num_epochs in (2, 3, 4):
         assert run(num_epochs, resume_from="latest").progress.num_updates == 3 * num_epochs
-        names = [f"step_{3 * num_epochs - 1}", f"step_{3 * num_epochs}", "final"]
+        names = [f"step_{3 * num_epochs}", "final"]
         assert sorted(states_in(tmp_path / "states")) == sorted(names)
         assert verify_state(tmp_path / "states" / "final").position.num_updates == 3 * num_epochs
-    moved = {name: verify_state(tmp_path / "elsewhere" / name).position.num_updates for name in ("final", "step_2")}
-    assert moved == {"final": 3, "step_2": 2}
+    moved = {name: verify_state(tmp_path / "elsewhere" / name).position.num_updates for name in ("final", "step_3")}
+    assert moved == {"final": 3, "step_3": 3}
 
 
 def test_a_linked_state_that_is_the_best_is_kept(tmp_path):
@@ -408,7 +408,7 @@ def test_a_linked_state_that_is_the_best_is_kept(tmp_path):
     run(1, [1.0])
     move_elsewhere(tmp_path / "states" / "epoch_1", tmp_path / "elsewhere")
     run(3, [2.0, 3.0], resume_from="latest")
-    assert states_in(tmp_path / "states") == ["epoch_1", "epoch_3", "final"]
+    assert states_in(tmp_path / "states") == ["epoch_1", "final"]
     run(4, [0.5], resume_from="latest")
     assert states_in(tmp_path / "states") == ["epoch_4", "final"]
     assert verify_state(tmp_path / "elsewhere" / "epoch_1").position.num_updates == 3

@@ -40,6 +40,10 @@ class ProgressBarCallback(TrainerCallback):
     _opened_at = 0.0
     _is_epoch_short = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the bars: a copy opens its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("pbar", "eval_pbar", "_bar", "_pass")}
+
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Open the bar of the training epoch."""
         self.pbar = self._open(trainer)

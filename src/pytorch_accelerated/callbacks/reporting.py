@@ -101,7 +101,10 @@ class LogMetricsCallback(TrainerCallback):
         series = _series_of(trainer.run_history)
         # A subclass may not call `super().__init__()`, nor the events at the start of a run.
         logged: Mapping[str, _Logged] = getattr(self, "_logged", {})
-        if _was_reset(series, logged):
+        run_number = run_of(trainer).training.run_number
+        is_new_run = run_number != getattr(self, "_run_number", run_number)
+        self._run_number = run_number
+        if (is_new_run and run_of(trainer).has_reset_history) or _was_reset(series, logged):
             logged = {}
         wanted = {name: series[name] for name in sorted(series) if is_wanted(name)}
         metrics = {
@@ -131,9 +134,17 @@ def _newest(series: Mapping[str, list[MetricValue]]) -> dict[str, _Logged]:
 
 
 def _was_reset(series: Mapping[str, list[MetricValue]], logged: Mapping[str, _Logged]) -> bool:
-    """Return whether a history has lost values that were logged: one is missing, or another object is in its place."""
+    """Return whether a history has lost values that were logged: one is missing, or another value is in its place."""
     return any(
-        len(series[name]) < num_values or series[name][num_values - 1] is not newest
+        len(series[name]) < num_values or _differ(series[name][num_values - 1], newest)
         for name, (num_values, newest) in logged.items()
         if name in series
     )
+
+
+def _differ(value: MetricValue, other: MetricValue) -> bool:
+    """Return whether two values differ; other objects than numbers do unless they are the same object."""
+    if value is other:
+        return False
+    are_numbers = isinstance(value, (int, float)) and isinstance(other, (int, float))
+    return not are_numbers or (value != other and not (value != value and other != other))  # NaN is not itself

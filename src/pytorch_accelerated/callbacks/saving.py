@@ -239,7 +239,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._global_step = self._num_updates = 0
         self._saved: tuple[TrainingProgress, Path] | None = None
         self._written: list[Path] = []
-        self._is_delayed = False
+        self._is_delayed = self._is_saved_later = False
         self._timer = _Timer(save_every_n_minutes)
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -279,12 +279,14 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save a state if one is due, before the evaluation of the epoch."""
-        if self.keep_best is None:
+        # A loop of the user's may fire the event while the library still takes the epoch to be trained.
+        self._is_saved_later = self.keep_best is not None or _is_training(trainer)
+        if not self._is_saved_later:
             self._save_epoch(trainer)
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Save a state if one is due and needs the metrics of the evaluation."""
-        if self.keep_best is not None:
+        """Save a state if one is due and has to wait for the evaluation."""
+        if self._is_saved_later:
             self._save_epoch(trainer)
 
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -374,6 +376,11 @@ class SaveTrainingStateCallback(TrainerCallback):
             self._saved = None
             if trainer.run_config.is_world_process_zero:
                 warnings.warn(f"{error} Training continues without this state.", stacklevel=2)
+
+
+def _is_training(trainer: Trainer) -> bool:
+    run: object = run_of(trainer)
+    return isinstance(run, Run) and run.progress.phase == "training"
 
 
 def _run_of(trainer: Trainer) -> Run:

@@ -33,6 +33,10 @@ class TerminateOnNaNCallback(TrainerCallback):
     triggered = False
     """Whether it has ended a run."""
 
+    def on_exception(self, trainer: Trainer, *, exception: BaseException, **kwargs: Any) -> None:
+        """Remember that a bad number ended the run, if it was found before an update."""
+        self.triggered = self.triggered or isinstance(exception, NonFiniteLossError)
+
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Have the gradients checked before each update, where the device's values are free to read."""
         run = run_of(trainer)
@@ -202,8 +206,6 @@ def num_values_of(trainer: Trainer, metric_name: str) -> int:
 
 _GREATER_IS_BETTER = frozenset(
     ("acc", "accuracy", "auc", "auroc", "f1", "precision", "recall", "map", "iou", "miou", "r2", "dice")
-)
-    ["acc", "accuracy", "auc", "auroc", "f1", "precision", "recall", "map", "iou", "miou", "r2", "dice"]
 )
 
 
