@@ -701,8 +701,7 @@ class Trainer(TrainingLoop):
                 prepare_new_schedule(contents, self._loop_state_parts())
                 state = partial(self._loop_restore, contents)
             if reset_run_history:
-                self.run_history.reset()
-            run.has_reset_history = reset_run_history
+                run.reset_history(self.run_history)
             _set_up_parameters(run, self.model, self.optimizer)
             self._loop_set_up_scheduler(is_resumed=state is not None)
             nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
