@@ -746,7 +746,7 @@ class Trainer(TrainingLoop):
         run.start_resumed_training(num_epochs)
         saved = run.training.lineage.origin
         if saved is not None:
-            self.print(f"Resuming from {str(saved.path)!r} in epoch {self.run_history.current_epoch}.")
+            self.print(f"Resuming from {saved.path.name!r} in epoch {self.run_history.current_epoch}.")
         if saved is not None and run.config.is_world_process_zero:
             resume.warn_about_mismatch(saved, self._loop_state_parts().settings)
 
