@@ -110,7 +110,7 @@ class InMemoryRunHistory(RunHistory):
         [0.5, 0.75]
         >>> history.get_latest_metric("acuracy")
         Traceback (most recent call last):
-        ValueError: Nothing was recorded under the metric name 'acuracy'. Recorded so far: ['accuracy'].
+        pytorch_accelerated.exceptions.UnknownMetricError: Nothing was recorded under the metric name 'acuracy'. Recorded so far: ['accuracy'].
     """
 
     def __init__(self) -> None:

@@ -35,6 +35,7 @@ def optimizer():
     return torch.optim.AdamW(make_model().parameters(), lr=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_accumulation_steps` is")
 def test_the_fast_path_gives_the_same_bits_over_the_whole_grid():
     assert _numbers.points_where_the_paths_differ() == []
 

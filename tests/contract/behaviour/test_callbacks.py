@@ -278,7 +278,7 @@ def test_saving_and_resuming_are_told(capsys, tmp_path):
     *lines, loading = lines_of(capsys)
     assert lines == [
         f"Saved training state to {states / 'epoch_1'}",
-        "Saved training state to epoch_2",
+        f"Saved training state to {states / 'epoch_2'}",
         f"Removed training state {states / 'epoch_1'}",
     ]
     assert loading.startswith("Loading the best model: eval_loss_epoch ")
