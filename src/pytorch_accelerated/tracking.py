@@ -108,9 +108,9 @@ class InMemoryRunHistory(RunHistory):
         >>> history.update_metric("accuracy", 0.75)
         >>> history.get_metric_values("accuracy")
         [0.5, 0.75]
-        >>> history.get_latest_metric("acuracy")
+        >>> history.get_latest_metric("acuracy")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        pytorch_accelerated.exceptions.UnknownMetricError: Nothing was recorded under the metric name 'acuracy'. Recorded so far: ['accuracy'].
+        pytorch_accelerated.exceptions.UnknownMetricError: Nothing was ... Recorded so far: ['accuracy'].
     """
 
     def __init__(self) -> None:
