@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, IterDataPipe, default_collate
 
 from pytorch_accelerated._data.determinism import (
     Seeded,
@@ -14,6 +14,7 @@ from pytorch_accelerated._data.determinism import (
     SeededGenerator,
     SeededLoader,
     SeededSampler,
+    SeededStream,
     has_known_order,
     keeps_every_sample,
     seed_order,
@@ -44,12 +45,14 @@ class Placement:
         num_batches_per_step: Number of batches of a stream that one step of all ranks takes.
         create_loader: Creates a loader that takes part in a run once it is prepared, with the arguments of a
             `DataLoader`. ``None`` if Accelerate shards the data and moves the batches itself.
+        create_dispatched_loader: Same for data that the main process reads for all ranks.
     """
 
     process_index: int = 0
     num_processes: int = 1
     num_batches_per_step: int = 1
     create_loader: Callable[..., Any] | None = None
+    create_dispatched_loader: Callable[..., Any] | None = None
 
 
 def rebuild_loader(loader: Any, placement: Placement) -> SeededLoader:
@@ -75,8 +78,8 @@ def rebuild_loader(loader: Any, placement: Placement) -> SeededLoader:
     worker_setup = WorkerSetup(loader.worker_init_fn, loader.num_workers > 0)
     settings = loader_settings(loader) | {"generator": worker_seeds, "worker_init_fn": worker_setup}
     if is_stream(loader):
-        built, stream = _build_stream(loader, settings, placement)
-        return SeededLoader(built, [worker_seeds], worker_setup, stream, given=loader)
+        built, sources, stream = _build_stream(loader, settings, placement)
+        return SeededLoader(built, [worker_seeds, *sources], worker_setup, stream, given=loader)
     built, sources = _build_seeded(loader, settings, placement)
     yields_full_batches = has_known_order(loader) and keeps_every_sample(loader)
     return SeededLoader(
@@ -113,14 +116,20 @@ def _shard_batches(batches: Any, loader: DataLoader[Any], placement: Placement) 
 
 def _build_stream(
     loader: DataLoader[Any], settings: dict[str, Any], placement: Placement
-) -> tuple[DataLoader[Any], TrackedStream | None]:
+) -> tuple[Any, list[Seeded], TrackedStream | None]:
     dataset: Any = loader.dataset
     stream = None
     if has_state(dataset) and loader.num_workers == 0:
         stream = TrackedStream(dataset, (loader.batch_size or 1) * placement.num_batches_per_step)
         dataset = stream
-    built = DataLoader(dataset, batch_size=loader.batch_size, drop_last=loader.drop_last, **settings)
-    return built, stream
+    if placement.create_loader is None or isinstance(loader.dataset, IterDataPipe):  # which PyTorch seeds itself
+        return DataLoader(dataset, loader.batch_size, drop_last=loader.drop_last, **settings), [], stream
+    batching = loader.batch_size, loader.drop_last
+    seeded = SeededStream(dataset, loader.collate_fn, loader.num_workers > 0, *batching)
+    settings |= {"batch_size": None, "collate_fn": unchanged}
+    if placement.num_processes == 1 or placement.create_dispatched_loader is None:
+        return placement.create_loader(seeded, **settings), [seeded], stream
+    return placement.create_dispatched_loader(seeded, drop_last=loader.drop_last, **settings), [seeded], stream
 
 
 def _build_seeded(loader: DataLoader[Any], settings: dict[str, Any], placement: Placement) -> tuple[Any, list[Seeded]]:

@@ -131,7 +131,7 @@ def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
     return {name: getattr(loader, name) for name in _LOADER_SETTINGS if hasattr(loader, name)}
 
 
-_SHOWN = ("dataset", "collate_fn", "worker_init_fn")
+_SHOWN = ("dataset", "collate_fn", "worker_init_fn", "batch_size", "drop_last")
 
 
 def show_arguments_of(given: DataLoader[Any], prepared: Any) -> None:

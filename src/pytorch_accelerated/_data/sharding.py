@@ -13,7 +13,27 @@ from pytorch_accelerated._nested import count_rows, first_rows, repeat_rows
 from pytorch_accelerated._proxy import Proxy
 
 
-class ShardedBatchSampler(Proxy, wraps="batch_sampler"):
+class Sharding:
+    """Knows which steps of an epoch have a dummy batch on this rank; known once such a batch was yielded."""
+
+    dummy_step: int | None = None
+    """Index of the first step whose batch is a dummy; all that follow are dummies too. ``None`` if there is none."""
+
+    first_step: int = 0
+    """Index of the first step of the next iteration, which is not 0 if it continues within an epoch."""
+
+    def start(self) -> int:
+        """Start an iteration, and return the index of its first step."""
+        first_step, self.first_step = self.first_step, 0
+        self.dummy_step = None
+        return first_step
+
+    def is_dummy(self, step: int) -> bool:
+        """Tell whether the batch of a step is a dummy batch."""
+        return self.dummy_step is not None and step >= self.dummy_step
+
+
+class ShardedBatchSampler(Sharding, Proxy, wraps="batch_sampler"):
     """The batches of one rank, out of the batches of all ranks.
 
     At each step the ranks take the next ``num_processes`` batches, one each, in the order of their ranks. If fewer
@@ -40,9 +60,6 @@ class ShardedBatchSampler(Proxy, wraps="batch_sampler"):
         self.process_index = process_index
         self.batch_size = getattr(batch_sampler, "batch_size", None)
         self.drop_last = getattr(batch_sampler, "drop_last", False)
-        self.dummy_step: int | None = None
-        """Index of the step whose batch is a dummy batch; known once that batch was yielded."""
-
         self._is_active = is_active
 
     def activate(self) -> None:
@@ -50,7 +67,7 @@ class ShardedBatchSampler(Proxy, wraps="batch_sampler"):
         self._is_active = True
 
     def __iter__(self) -> Iterator[Sequence[int]]:
-        self.dummy_step = None
+        self.start()
         return self._shard() if self._is_active else iter(self.batch_sampler)
 
     def _shard(self) -> Iterator[Sequence[int]]:
@@ -86,7 +103,7 @@ class ShardedBatchSampler(Proxy, wraps="batch_sampler"):
         return math.floor(num_groups) if self.drop_last else math.ceil(num_groups)
 
 
-class TrimmedDispatcher(Proxy, wraps="loader"):
+class TrimmedDispatcher(Sharding, Proxy, wraps="loader"):
     """A loader of Accelerate whose main process reads the data for all ranks, without the rows that fill its last step.
 
     Accelerate divides the rows of each step evenly, and adds rows of the first step to the last one. They are removed
@@ -100,9 +117,6 @@ class TrimmedDispatcher(Proxy, wraps="loader"):
     def __init__(self, loader: Any, process_index: int) -> None:
         self.loader = loader
         self.process_index = process_index
-        self.dummy_step: int | None = None
-        """Index of the step whose batch is a dummy batch; known once that batch was yielded."""
-
         self._slice = loader.slice_fn
         loader.slice_fn = self._slice_or_repeat
 
@@ -112,8 +126,7 @@ class TrimmedDispatcher(Proxy, wraps="loader"):
         return self
 
     def __iter__(self) -> Iterator[Any]:
-        self.dummy_step = None
-        for step, batch in enumerate(self.loader):
+        for step, batch in enumerate(self.loader, self.start()):
             yield self._without_added_rows(batch, step) if self.loader.end_of_dataloader else batch
 
     def _without_added_rows(self, batch: Any, step: int) -> Any:
@@ -139,7 +152,7 @@ def _with_length(batch: Any) -> Any:
     return batch if hasattr(batch, "__len__") else list(batch)  # a batch may be an iterator of indices
 
 
-class ShardedBatches(Proxy, wraps="batches"):
+class ShardedBatches(Sharding, Proxy, wraps="batches"):
     """The batches of one rank, out of an iterable that yields the same batches on every rank.
 
     At each step the ranks take the next ``num_processes`` batches, one each. At the end, a rank for which none is left
@@ -155,19 +168,16 @@ class ShardedBatches(Proxy, wraps="batches"):
         self.batches = batches
         self.num_processes = num_processes
         self.process_index = process_index
-        self.dummy_step: int | None = None
-        """Index of the step whose batch is a dummy batch; known once that batch was yielded."""
-
     @property
     def sharding(self) -> ShardedBatches:
         """The object that knows the dummy step: this one."""
         return self
 
     def __iter__(self) -> Iterator[Any]:
-        self.dummy_step = None
+        first_step = self.start()
         batches = iter(self.batches)
         local: Any = None
-        for step in itertools.count():
+        for step in itertools.count(first_step):
             group = list(itertools.islice(batches, self.num_processes))
             if not group:
                 return
@@ -191,10 +201,17 @@ def is_divided_already(batch_sampler: Any, num_processes: int) -> bool:
     return False
 
 
-def sharding_of(loader: Any) -> ShardedBatchSampler | TrimmedDispatcher | ShardedBatches | None:
-    """Return the object that knows which step of a loader has a dummy batch; ``None`` if no step can have one."""
+def sharding_of(loader: Any) -> Sharding | None:
+    """Return the object that knows which steps of a loader have a dummy batch; ``None`` if no step can have one."""
     sharding = getattr(loader, "sharding", None)
-    return sharding if isinstance(sharding, (ShardedBatchSampler, TrimmedDispatcher, ShardedBatches)) else None
+    return sharding if isinstance(sharding, Sharding) else None
+
+
+def start_at(loader: Any, step: int) -> None:
+    """Let the next iteration over a loader start with a step of this index, because its source continues there."""
+    sharding = sharding_of(loader)
+    if sharding is not None:
+        sharding.first_step = step
 
 
 def without_samples(batch: Any, batch_output: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from pytorch_accelerated._data.in_memory import whole_batches_of
 from pytorch_accelerated._data.loaders import loader_settings, mark_last
-from pytorch_accelerated._data.sharding import ShardedBatchSampler
+from pytorch_accelerated._data.sharding import ShardedBatchSampler, Sharding
 from pytorch_accelerated._data.workers import iterate
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._nested import move_to_device, tensors_in
@@ -110,7 +110,7 @@ class FastPathLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate has n
     """
 
     @property
-    def sharding(self) -> ShardedBatchSampler | None:
+    def sharding(self) -> Sharding | None:
         """The batch sampler, if it shards the batches over several ranks."""
         batch_sampler = self.base_dataloader.batch_sampler
         return batch_sampler if isinstance(batch_sampler, ShardedBatchSampler) else None
@@ -118,7 +118,7 @@ class FastPathLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate has n
     def activate(self) -> None:
         """Shard the batches and move them to the device. `Accelerator.prepare` then leaves the loader as it is."""
         AcceleratorRegistry.mark_as_prepared(self)
-        if self.sharding is not None:
+        if isinstance(self.sharding, ShardedBatchSampler):
             self.sharding.activate()
 
     def skip_first(self, num_batches: int) -> FastPathLoader:
@@ -140,12 +140,16 @@ class FastPathLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate has n
     def _iterate_on_device(self) -> Iterator[Batch]:
         self.begin()
         try:
-            for batch, is_last in self._transferred(_batches_of(self.base_dataloader)):
+            for batch, is_last in self._transferred(self._read()):
                 self.end_of_dataloader = is_last
                 yield batch
             self.iteration += 1
         finally:
             self.end()
+
+    def _read(self) -> Iterator[Batch]:
+        """Return the batches of an epoch, before they are moved to the device."""
+        return batches_of(self.base_dataloader)
 
     def _transferred(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
         if self.device is None or self.device.type == "cpu":
@@ -155,7 +159,8 @@ class FastPathLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate has n
         return mark_last(move_to_device(batch, self.device) for batch in batches)
 
 
-def _batches_of(loader: DataLoader[Any]) -> Iterator[Batch]:
+def batches_of(loader: DataLoader[Any]) -> Iterator[Batch]:
+    """Return the batches of an epoch, without the overhead of a `DataLoader` where that makes no difference."""
     whole_batches = whole_batches_of(loader)
     return iterate(loader) if whole_batches is None else whole_batches
 
