@@ -121,8 +121,8 @@ def test_an_intermediate_evaluation_restores_the_modes_and_keeps_the_training_lo
     assert losses(evaluated, "intermediate_update") == [1, 2, 3, 4]
 
 
-def test_an_intermediate_evaluation_is_due_after_updates_not_batches():
-    trainer = make_trainer(callbacks=[StepBasedEvaluationCallback(1)])
+def test_an_intermediate_evaluation_may_be_due_after_updates_instead_of_batches():
+    trainer = make_trainer(callbacks=[StepBasedEvaluationCallback(eval_every_n_updates=1)])
     train(trainer, gradient_accumulation_steps=2, eval_dataset=make_dataset(4))
     assert losses(trainer, "intermediate_update") == [1, 2]
 

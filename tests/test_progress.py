@@ -13,6 +13,7 @@ SOME = {
     "num_samples": 40,
     "phase": "end",
     "num_evaluations_in_epoch": 1,
+    "num_batches_in_earlier_epochs": 12,
 }
 
 
@@ -23,7 +24,7 @@ def test_progress_starts_at_zero():
 def test_end_epoch_counts_the_epoch_and_moves_to_the_start_of_the_next():
     progress = TrainingProgress(**SOME)
     progress.end_epoch()
-    assert progress == TrainingProgress(3, 0, 9, 40, "training")
+    assert progress == TrainingProgress(3, 0, 9, 40, "training", num_batches_in_earlier_epochs=17)
 
 
 @pytest.mark.parametrize(("phase", "num_epochs"), [("training", 2), ("evaluation", 2), ("end", 3)])

@@ -51,7 +51,14 @@ from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError, add_note
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.run_config import TrainerRunConfig
-from pytorch_accelerated.tracking import InMemoryRunHistory, LossTracker, RunHistory, as_number, weighted_mean
+from pytorch_accelerated.tracking import (
+    InMemoryRunHistory,
+    LossTracker,
+    RunHistory,
+    as_number,
+    latest_value,
+    weighted_mean,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -316,15 +323,15 @@ class TrainingLoop:
     def get_agreed_metric(self, metric_name: str) -> float:
         """Return the latest value of a metric on the main process, as a number, on every process.
 
-        Use it for decisions that all processes must make alike. Must be called on every process; only the main process
-        need have recorded the metric.
+        Use it for decisions that all processes must make alike. What `evaluate` records counts only if training records
+        nothing under this name. Must be called on every process; only the main process need have recorded the metric.
 
         Raises:
             ValueError: Nothing was recorded under this name, or the value is not a single number.
         """
         config = self._loop_run.config
         return run_on_main(
-            lambda: as_number(self.run_history.get_latest_metric(metric_name)),
+            lambda: as_number(latest_value(self.run_history, metric_name)),
             config.is_world_process_zero,
             config.num_processes,
         )
@@ -626,13 +633,14 @@ class TrainingLoop:
     # --- evaluation ----------------------------------------------------------------------------------------------
 
     def _run_evaluation(self) -> None:
-        try:
-            self.evaluation_run_start()
-            self._loop_fire(TrainerCallback.on_evaluation_run_start)
-            self._loop_evaluate(is_training=False)
-        except StopTrainingError as stop:
-            self._loop_stop(stop)
-        self._loop_end_run(self.evaluation_run_end, TrainerCallback.on_evaluation_run_end)
+        with self.run_history.recording_evaluation():
+            try:
+                self.evaluation_run_start()
+                self._loop_fire(TrainerCallback.on_evaluation_run_start)
+                self._loop_evaluate(is_training=False)
+            except StopTrainingError as stop:
+                self._loop_stop(stop)
+            self._loop_end_run(self.evaluation_run_end, TrainerCallback.on_evaluation_run_end)
 
     def _loop_evaluate(self, is_training: bool = True, is_intermediate: bool = False) -> None:
         """Evaluate on each evaluation dataset; the name of a dataset goes in front of the names of its metrics."""

@@ -21,7 +21,7 @@ from pytorch_accelerated._proxy import Forwarded, Value, WritableForwarded
 from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError
 from pytorch_accelerated.progress import TrainingProgress
-from pytorch_accelerated.tracking import EpochMeans
+from pytorch_accelerated.tracking import EpochMeans, weighted_mean
 
 if TYPE_CHECKING:
     import torch
@@ -358,8 +358,9 @@ class Run:
 
     @property
     def mean_loss(self) -> float:
-        """The mean loss of the epoch so far on this rank, read from the device."""
-        return self.training.current_pass.means.loss.average
+        """The mean loss of the epoch so far on this rank, read from the device; NaN before the first batch."""
+        tracker = self.training.current_pass.means.loss
+        return weighted_mean(tracker.total_loss, tracker.running_count)
 
     # --- epochs and passes ---------------------------------------------------------------------------------------
 

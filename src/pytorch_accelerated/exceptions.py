@@ -9,6 +9,8 @@
     │   └── CheckpointError          a checkpoint or training state cannot be written, read or used
     ├── ArithmeticError
     │   └── NonFiniteLossError       the loss became NaN or infinite
+    ├── ValueError, KeyError
+    │   └── UnknownMetricError       a metric that the run history does not have
     └── ValueError, AssertionError
         └── SchedulerSettingsError   a schedule that contradicts itself
 """
@@ -47,6 +49,16 @@ class NonFiniteLossError(ArithmeticError):
     def __init__(self, message: str = "", step: int | None = None) -> None:
         super().__init__(message)
         self.step = step
+
+
+class UnknownMetricError(ValueError, KeyError):
+    """Nothing was recorded under the name of a metric.
+
+    It is also a ``KeyError``, because version 0.1.61 looked up the metric to delete in a dictionary.
+    """
+
+    def __str__(self) -> str:
+        return ValueError.__str__(self)  # that of `KeyError` would quote the message
 
 
 class SchedulerSettingsError(ValueError, AssertionError):

@@ -12,7 +12,7 @@ Phase = Literal["training", "evaluation", "end"]
 """The phase of an epoch: in its training batches, after them, or after its evaluation."""
 
 
-_ADDED_LATER = ("num_evaluations_in_epoch",)  # missing in states of earlier versions
+_ADDED_LATER = ("num_evaluations_in_epoch", "num_batches_in_earlier_epochs")  # missing in states of earlier versions
 
 
 @dataclass
@@ -26,6 +26,7 @@ class TrainingProgress:
         num_samples: Samples that entered an update since the start of the run, over all processes.
         phase: The phase of the current epoch.
         num_evaluations_in_epoch: Evaluation datasets of the current epoch that are done.
+        num_batches_in_earlier_epochs: Batches that this process has finished in the completed epochs of the run.
 
     Example:
         >>> progress = TrainingProgress()
@@ -42,6 +43,12 @@ class TrainingProgress:
     num_samples: int = 0
     phase: Phase = "training"
     num_evaluations_in_epoch: int = 0
+    num_batches_in_earlier_epochs: int = 0
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that this process has finished since the start of the run."""
+        return self.num_batches_in_earlier_epochs + self.num_batches_in_epoch
 
     def is_between_epochs(self) -> bool:
         """Return whether the run is about to start an epoch."""
@@ -50,6 +57,7 @@ class TrainingProgress:
     def end_epoch(self) -> None:
         """Count the current epoch, and move to the first batch of the next one."""
         self.num_epochs_completed += 1
+        self.num_batches_in_earlier_epochs = self.num_batches
         self.num_batches_in_epoch = self.num_evaluations_in_epoch = 0
         self.phase = "training"
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytorch_accelerated.exceptions import UnknownMetricError
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from pytorch_accelerated._types import BatchOutput, MetricValue, StateDict, StateMapping
+
+
+EVALUATION_PREFIX = "evaluation_"
+"""In front of the name of a metric that is recorded during `Trainer.evaluate`."""
 
 
 class RunHistory(ABC):
@@ -24,15 +31,14 @@ class RunHistory(ABC):
 
     @abstractmethod
     def get_metric_values(self, metric_name: str) -> Iterable[MetricValue]:
-        """Return all values of a metric, oldest first.
-
-        Raises:
-            ValueError: Nothing was recorded under this name.
-        """
+        """Return all values of a metric, oldest first; none if nothing was recorded under this name."""
 
     @abstractmethod
     def get_latest_metric(self, metric_name: str) -> MetricValue:
         """Return the newest value of a metric.
+
+        During a pass over the data whose metrics have a prefix, such as an intermediate evaluation, a name without that
+        prefix means the metric of that pass, if it has one.
 
         Raises:
             ValueError: Nothing was recorded under this name.
@@ -52,7 +58,7 @@ class RunHistory(ABC):
         """Delete a metric and all its values.
 
         Raises:
-            ValueError: Nothing was recorded under this name.
+            UnknownMetricError: Nothing was recorded under this name.
         """
 
     @property
@@ -81,9 +87,20 @@ class RunHistory(ABC):
     def reset(self) -> None:
         """Delete all metrics, and return to the first epoch."""
 
+    @contextmanager
+    def recording_evaluation(self) -> Iterator[None]:
+        """Keep what is recorded while the body runs apart from what training records.
+
+        `Trainer.evaluate` is such a body. By default nothing is kept apart.
+        """
+        yield
+
 
 class InMemoryRunHistory(RunHistory):
     """Keeps all metrics in memory, in lists.
+
+    A metric ``accuracy`` that is recorded during `Trainer.evaluate` is a series of its own, ``evaluation_accuracy``.
+    `get_latest_metric` returns the newest value of ``accuracy`` and ``evaluation_accuracy``, whichever it is.
 
     Example:
         >>> history = InMemoryRunHistory()
@@ -98,50 +115,75 @@ class InMemoryRunHistory(RunHistory):
 
     def __init__(self) -> None:
         self._current_epoch = 1
-        self._metric_name_prefix = ""
-        self._values: defaultdict[str, list[MetricValue]] = defaultdict(list)
+        self._prefix = ""
+        self._is_recording_evaluation = False
+        self._metrics: defaultdict[str, list[MetricValue]] = defaultdict(list)
+        self._newest_series: dict[str, str] = {}
+        """The series with the newest value, by the name of the metric, if it is not that of this name."""
 
     def get_metric_names(self) -> set[str]:
         """Return the names of all metrics recorded so far."""
-        return set(self._values)
+        return set(self._metrics)
 
     def get_metric_values(self, metric_name: str) -> list[MetricValue]:
-        """Return all values of a metric, oldest first, as a new list.
+        """Return all values of a metric, oldest first, as a new list; an empty one if there are none.
 
-        Raises:
-            ValueError: Nothing was recorded under this name.
+        If only `Trainer.evaluate` recorded the metric, these are the values.
         """
-        return list(self._get_values(metric_name))
+        return list(self._metrics.get(metric_name) or self._metrics.get(self._newest_series.get(metric_name, "")) or ())
 
     def get_latest_metric(self, metric_name: str) -> MetricValue:
         """Return the newest value of a metric.
 
+        During a pass over the data whose metrics have a prefix, such as an intermediate evaluation, a name without that
+        prefix means the metric of that pass, if it has one.
+
         Raises:
             ValueError: Nothing was recorded under this name.
         """
-        return self._get_values(metric_name)[-1]
+        for name in (self._prefix + metric_name, metric_name):
+            values = self._metrics.get(self._newest_series.get(name, name)) or self._metrics.get(name)
+            if values:
+                return values[-1]
+        raise self._unknown(metric_name)
 
     def update_metric(self, metric_name: str, metric_value: MetricValue) -> None:
         """Record another value under `metric_name_prefix` + ``metric_name``."""
-        self._values[self._metric_name_prefix + metric_name].append(metric_value)
+        name = self._prefix + metric_name
+        if self._is_recording_evaluation and not metric_name.startswith(EVALUATION_PREFIX):
+            series = self._newest_series[name] = f"{self._prefix}{EVALUATION_PREFIX}{metric_name}"
+        else:
+            series = name
+            self._newest_series.pop(name, None)
+        self._metrics[series].append(metric_value)
 
     def delete_metric(self, metric_name: str) -> None:
         """Delete a metric and all its values.
 
         Raises:
-            ValueError: Nothing was recorded under this name.
+            UnknownMetricError: Nothing was recorded under this name. It is a `ValueError` and a `KeyError`.
         """
-        self._get_values(metric_name)
-        del self._values[metric_name]
+        if metric_name not in self._metrics:
+            raise self._unknown(metric_name)
+        del self._metrics[metric_name]
 
     @property
     def metric_name_prefix(self) -> str:
         """The prefix added to the name of each metric when it is recorded; empty by default."""
-        return self._metric_name_prefix
+        return self._prefix
 
     def set_metric_name_prefix(self, prefix: str = "") -> None:
         """Add ``prefix`` to the name of every metric recorded from now on."""
-        self._metric_name_prefix = prefix
+        self._prefix = prefix
+
+    @contextmanager
+    def recording_evaluation(self) -> Iterator[None]:
+        """Record ``accuracy`` as ``evaluation_accuracy`` while the body runs, next to the series of training."""
+        outer, self._is_recording_evaluation = self._is_recording_evaluation, True
+        try:
+            yield
+        finally:
+            self._is_recording_evaluation = outer
 
     @property
     def current_epoch(self) -> int:
@@ -157,28 +199,39 @@ class InMemoryRunHistory(RunHistory):
     def reset(self) -> None:
         """Delete all metrics, and return to the first epoch."""
         self._current_epoch = 1
-        self._values.clear()
+        self._metrics.clear()
+        self._newest_series.clear()
 
     def state_dict(self) -> StateDict:
         """Return all metrics and the current epoch."""
         return {
             "current_epoch": self._current_epoch,
-            "metrics": {name: list(values) for name, values in self._values.items()},
+            "metrics": {name: list(values) for name, values in self._metrics.items()},
+            "newest_series": dict(self._newest_series),
         }
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Replace the contents of this history with what `state_dict` returned."""
         self._current_epoch = state_dict["current_epoch"]
-        self._values.clear()
+        self._metrics.clear()
         for name, values in state_dict["metrics"].items():
-            self._values[name] = list(values)
+            self._metrics[name] = list(values)
+        self._newest_series = dict(state_dict.get("newest_series", {}))  # missing in states of earlier versions
 
-    def _get_values(self, metric_name: str) -> list[MetricValue]:
-        if metric_name not in self._values:
-            raise ValueError(
-                f"Nothing was recorded under the metric name {metric_name!r}. Recorded so far: {sorted(self._values)}."
-            )
-        return self._values[metric_name]
+    def _unknown(self, metric_name: str) -> UnknownMetricError:
+        return UnknownMetricError(
+            f"Nothing was recorded under the metric name {metric_name!r}. Recorded so far: {sorted(self._metrics)}."
+        )
+
+
+def latest_value(history: RunHistory, metric_name: str) -> MetricValue:
+    """Return the newest value of one series, whatever other metrics its name may stand for at the moment.
+
+    Raises:
+        ValueError: Nothing was recorded under this name.
+    """
+    values = list(history.get_metric_values(metric_name))
+    return values[-1] if values else history.get_latest_metric(metric_name)
 
 
 _NAMES_OF_LOSS = ("loss", "loss_epoch")
@@ -210,6 +263,7 @@ class LossTracker:
         self._buffer: _HostBuffer | _DeviceBuffer = _HostBuffer()
         self._summed_buffers: deque[_HostBuffer | _DeviceBuffer] = deque(maxlen=_MAX_RETAINED_BUFFERS)
         self._num_summed = 0
+        self._set_value: tuple[int, float | torch.Tensor] = (0, 0)
         self.is_known_non_finite = False
         """Whether a value in host memory was NaN or infinite; says nothing of values on an accelerator."""
 
@@ -218,10 +272,32 @@ class LossTracker:
         """The weighted sum so far."""
         return self._buffer.total() + self._total if self._buffer.weights else self._total
 
+    @total_loss.setter
+    def total_loss(self, total: float | torch.Tensor) -> None:
+        self._sum_buffer()
+        self._total = total
+
     @property
     def running_count(self) -> float | torch.Tensor:
         """The sum of the weights so far."""
         return self._buffer.count(self._count)
+
+    @running_count.setter
+    def running_count(self, count: float | torch.Tensor) -> None:
+        self._sum_buffer()
+        self._count = count
+
+    @property
+    def loss_value(self) -> float | torch.Tensor:
+        """The last value, or what it was set to since; 0 before the first. One on an accelerator is not read."""
+        num_values, value = self._set_value
+        if num_values == self._num_summed + len(self._buffer.weights):
+            return value
+        return (self._buffer if self._buffer.weights else self._summed_buffers[-1]).last()
+
+    @loss_value.setter
+    def loss_value(self, value: float | torch.Tensor) -> None:
+        self._set_value = self._num_summed + len(self._buffer.weights), value
 
     def update(self, loss_batch_value: float | torch.Tensor, batch_size: float | torch.Tensor = 1) -> None:
         """Add the mean of one batch, without reading it from an accelerator.
@@ -296,11 +372,13 @@ class LossTracker:
         for value, weight in zip(state_dict.get("values", ()), state_dict.get("weights", ()), strict=True):
             buffer.add(float(value), weight if isinstance(weight, int) else float(weight))
         self._num_summed = -len(self._buffer.weights)  # so that the first value after a resume has index 0
+        self._set_value = 0, buffer.last() if buffer.weights else 0
 
     @property
     def average(self) -> float:
-        """The weighted mean so far; NaN before the first value. Reads from the device."""
-        return weighted_mean(self.total_loss, self.running_count)
+        """The weighted mean so far; 0 before the first value. Reads from the device."""
+        count = self.running_count
+        return weighted_mean(self.total_loss, count) if count else 0.0
 
 
 class _HostBuffer:
@@ -318,6 +396,10 @@ class _HostBuffer:
     def add(self, value: float, weight: float) -> None:
         self._values.append(value)
         self.weights.append(weight)
+
+    def last(self) -> float:
+        """Return the last value."""
+        return self._values[-1]
 
     def numbers(self) -> list[float]:
         """Return the values."""
@@ -363,6 +445,10 @@ class _DeviceBuffer:
         else:
             slot.fill_(value)
         self.weights.append(weight.detach().clone() if isinstance(weight, torch.Tensor) else weight)
+
+    def last(self) -> torch.Tensor:
+        """Return the last value, which stays on the device."""
+        return self._slots[len(self.weights) - 1].clone()
 
     def numbers(self) -> list[float]:
         """Read the values from the device."""

@@ -741,7 +741,7 @@ class Trainer(TrainingLoop):
 
     def _loop_companions(self) -> Companions:
         """Find what else has a state among the attributes of the trainer and its callbacks, and at Accelerate."""
-        callbacks, model = self.callback_handler.callbacks, portable.unwrap_model(self.model, self._accelerator)
+        callbacks, model = self.callback_handler.nested_last(), portable.unwrap_model(self.model, self._accelerator)
         saved = (model, self.model, self.optimizer, self.scheduler, self.run_history, self.callback_handler, *callbacks)
         left_out = {"_callbacks", *_names_in(self.left_out_of_states)}
         owners = {
@@ -801,7 +801,7 @@ class Trainer(TrainingLoop):
 
 def _folders_of_states(callback_handler: CallbackHandler) -> set[Path]:
     """Return the folders in which a run saves training states."""
-    callbacks = callback_handler.callbacks
+    callbacks = callback_handler.with_nested_callbacks()
     return {callback.save_dir for callback in callbacks if isinstance(callback, SaveTrainingStateCallback)}
 
 

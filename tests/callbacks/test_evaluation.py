@@ -62,18 +62,18 @@ class CountSteps(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    ("num_updates", "accumulation", "expected"),
+    ("num_steps", "accumulation", "expected"),
     [
-        pytest.param(1, 1, [1, 2, 3, 4, 5, 6, 7, 8, 9], id="after each update"),
+        pytest.param(1, 1, [1, 2, 3, 4, 5, 6, 7, 8, 9], id="after each batch"),
         pytest.param(2, 1, [2, 4, 6, 8], id="across epochs, and after the first step of one"),
         pytest.param(3, 1, [3, 6, 9], id="at the end of each epoch"),
         pytest.param(4, 1, [4, 8], id="less often than epochs end"),
         pytest.param(10, 1, [], id="never"),
-        pytest.param(2, 2, [2, 4, 6], id="updates, not batches, are counted"),
+        pytest.param(2, 2, [1, 2, 4, 5], id="batches, not updates, are counted"),
     ],
 )
-def test_intermediate_evaluations_happen_every_n_updates(num_updates, accumulation, expected):
-    trainer = make_trainer(callbacks=[StepBasedEvaluationCallback(num_updates)])
+def test_intermediate_evaluations_happen_every_n_batches(num_steps, accumulation, expected):
+    trainer = make_trainer(callbacks=[StepBasedEvaluationCallback(num_steps)])
     train(trainer, num_epochs=3, eval_dataset=make_dataset(8), gradient_accumulation_steps=accumulation)
     names = {"intermediate_update", "intermediate_eval_loss_epoch"} & trainer.run_history.get_metric_names()
     assert names == ({"intermediate_update", "intermediate_eval_loss_epoch"} if expected else set())
@@ -154,14 +154,14 @@ def test_intermediate_evaluation_does_not_change_training():
     assert plain[1:] == evaluated[1:]
 
 
-def test_the_evaluation_interval_counts_the_updates_of_each_run_separately():
+def test_the_evaluation_interval_counts_the_batches_of_each_run_separately():
     trainer = make_trainer(callbacks=[StepBasedEvaluationCallback(2)])
     train(trainer, eval_dataset=make_dataset(4))
     train(trainer, eval_dataset=make_dataset(4), reset_run_history=False)
     assert losses(trainer, "intermediate_update") == [2, 2]
 
 
-def test_a_resumed_run_evaluates_at_the_same_updates(tmp_path):
+def test_a_resumed_run_evaluates_after_the_same_batches(tmp_path):
     def save(trainer, **_):
         if trainer.progress.num_updates == 5:
             trainer.save_training_state(tmp_path / "state")
@@ -173,10 +173,17 @@ def test_a_resumed_run_evaluates_at_the_same_updates(tmp_path):
     assert losses(resumed, "intermediate_update") == [2, 4, 6, 8]
 
 
-@pytest.mark.parametrize(("num_updates", "error"), IMPOSSIBLE_COUNTS)
-def test_an_impossible_evaluation_interval_is_rejected(num_updates, error):
-    with pytest.raises(error, match=f"`eval_every_n_steps` is {num_updates}.* Expected a whole number of updates"):
-        StepBasedEvaluationCallback(num_updates)
+@pytest.mark.parametrize("unit", ["steps", "updates"])
+@pytest.mark.parametrize(("number", "error"), IMPOSSIBLE_COUNTS)
+def test_an_impossible_evaluation_interval_is_rejected(number, error, unit):
+    with pytest.raises(error, match=f"`eval_every_n_{unit}` is {number}.* Expected a whole number of {unit}"):
+        StepBasedEvaluationCallback(**{f"eval_every_n_{unit}": number})
+
+
+@pytest.mark.parametrize("numbers", [{}, {"eval_every_n_steps": 2, "eval_every_n_updates": 2}])
+def test_an_evaluation_interval_needs_exactly_one_unit(numbers):
+    with pytest.raises(ValueError, match=r"`eval_every_n_updates` is .*Expected one of them"):
+        StepBasedEvaluationCallback(**numbers)
 
 
 def test_intermediate_evaluation_without_eval_dataset_is_an_error_before_training():

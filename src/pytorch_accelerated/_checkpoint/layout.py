@@ -56,12 +56,14 @@ def translate_position(
         >>> translate_position(at, BatchLayout(2, 8), BatchLayout(4, 8), None).num_batches_in_epoch  # 64 samples
         2
     """
-    if position.phase != "training":
-        return position
     size_then, size_now = then.per_device_batch_size, now.per_device_batch_size
     if size_then is None or size_now is None:
         size_then = size_now = 1
     step_then, step_now = then.num_processes * size_then, now.num_processes * size_now
+    num_earlier = position.num_batches_in_earlier_epochs * step_then // step_now
+    position = replace(position, num_batches_in_earlier_epochs=num_earlier)
+    if position.phase != "training":
+        return position
     num_seen = position.num_batches_in_epoch * step_then
     if dataset_length is not None and num_seen >= dataset_length:  # the last update of an epoch may be a short one
         return replace(position, num_batches_in_epoch=math.ceil(dataset_length / step_now))

@@ -38,7 +38,7 @@ from pytorch_accelerated._distributed.collectives import run_on_all
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.progress import TrainingProgress
-from pytorch_accelerated.tracking import EpochMeans, RunHistory
+from pytorch_accelerated.tracking import EpochMeans, RunHistory, latest_value
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -224,7 +224,7 @@ def _num_batches_read(position: TrainingProgress) -> int:
 
 def latest_metrics(history: RunHistory) -> dict[str, float | str]:
     """Return the latest value of each metric in a form that JSON can store."""
-    return {name: as_json_scalar(history.get_latest_metric(name)) for name in sorted(history.get_metric_names())}
+    return {name: as_json_scalar(latest_value(history, name)) for name in sorted(history.get_metric_names())}
 
 
 def state_dicts_of(parts: Mapping[str, object]) -> StateDict:

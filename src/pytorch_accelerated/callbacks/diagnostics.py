@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
-from pytorch_accelerated.tracking import LossTracker
+from pytorch_accelerated.tracking import LossTracker, weighted_mean
 
 if TYPE_CHECKING:
     from pytorch_accelerated._types import StateDict, StateMapping
@@ -50,7 +50,8 @@ class GradientNormCallback(TrainerCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Record the mean over the epoch."""
-        trainer.run_history.update_metric(self.metric_name, self._norms.average)
+        mean = weighted_mean(self._norms.total_loss, self._norms.running_count)
+        trainer.run_history.update_metric(self.metric_name, mean)
         self._norms.reset()
 
     def state_dict(self) -> StateDict:

@@ -8,12 +8,10 @@ import torch
 
 from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._ema import ModelEma
-from pytorch_accelerated._metrics import BestMetric
-from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._run import library_of, run_of
 from pytorch_accelerated._validation import check_positive_integer
-from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.handler import CallbackHandler
+from pytorch_accelerated.callbacks.saving import SaveBestModelCallback
 
 if TYPE_CHECKING:
     import os
@@ -22,37 +20,40 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pytorch_accelerated._types import StateDict, StateMapping
+    from pytorch_accelerated.callbacks.base import TrainerCallback
     from pytorch_accelerated.trainer import Trainer
 
-_PREFIX = "ema_model_"
 
-
-class ModelEmaCallback(TrainerCallback):
+class ModelEmaCallback(SaveBestModelCallback):
     """Keeps an exponential moving average (EMA) of the model, evaluates it after each epoch, and saves the best.
 
     The average is created when a run starts and updated after each update of the model. After the model has been
     evaluated at the end of an epoch, the average temporarily replaces it and is evaluated on the same data. The metrics
     of the average are recorded with the prefix ``ema_model_``, before any callback receives
-    ``on_training_run_epoch_end``. If nothing has been saved by the end of the run, because there was no evaluation for
-    example, the callback saves the average as it is then.
+    ``on_training_run_epoch_end``. The best value counts for all runs of the trainer: a later run replaces the file only
+    with a better average. If there was no evaluation, the callback saves the average at the end of the run.
 
     Training, saving and the final state of the model itself do not change. To use the average, load ``save_path``, or
     take ``ema_model.module``.
 
     Args:
         decay: Weight of the past in each update; see :class:`~pytorch_accelerated.utils.ModelEma`.
-        evaluate_during_training: Whether to evaluate the average.
+        evaluate_during_training: Whether to evaluate the average. Otherwise it is saved at the end of each epoch.
         save_path: File to write the checkpoint of the average to.
         watch_metric: Name in the run history of the metric that decides which average is the best.
         greater_is_better: Whether larger values are better.
-        model_ema: Creates the average from the model and the decay: `ModelEma`, a subclass, or a partial such as
-            ``partial(ModelEma, should_average_buffers=False)``.
+        model_ema: Creates the average, as ``model_ema(model, decay=decay)``: `ModelEma`, a subclass, or a partial such
+            as ``partial(ModelEma, should_average_buffers=False)``.
         callbacks: Callbacks that receive the events of the average's evaluation, as instances or classes. The
-            trainer's own callbacks do not.
+            trainer's own callbacks do not. Of the trainer they receive all events but those of its evaluations, right
+            after this callback. Their states are part of the training state.
         update_every_n_updates: Updates of the model per update of the average; at least 1.
 
     Attributes:
         ema_model: The average of the current or last run; ``None`` before the first.
+        model_ema_cls: What creates the average.
+        callback_handler: Has the callbacks. ``callback_handler.add_callback(...)`` adds another one before a run.
+        reset_on_train: Whether each run forgets the best value of earlier runs; false unless it is set.
 
     Raises:
         ValueError: ``update_every_n_updates`` is below 1.
@@ -62,12 +63,6 @@ class ModelEmaCallback(TrainerCallback):
         >>> callback = ModelEmaCallback(decay=0.999, save_path="best_average.pt")
     """
 
-    best_metric = WritableForwarded["float | None"]("_best.value")
-    """The best value so far; ``None`` before the first."""
-
-    best_metric_epoch = WritableForwarded["int | None"]("_best.epoch")
-    """The epoch of the best value."""
-
     def __init__(
         self,
         decay: float = 0.99,
@@ -75,25 +70,36 @@ class ModelEmaCallback(TrainerCallback):
         save_path: str | os.PathLike[str] = "ema_model.pt",
         watch_metric: str = "ema_model_eval_loss_epoch",
         greater_is_better: bool = False,
-        model_ema: Callable[[nn.Module, float], ModelEma] = ModelEma,
+        model_ema: Callable[..., ModelEma] = ModelEma,
         callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = (),
         update_every_n_updates: int = 1,
     ) -> None:
         check_positive_integer("update_every_n_updates", update_every_n_updates, "updates")
+        super().__init__(
+            save_path,
+            watch_metric,
+            greater_is_better,
+            reset_on_train=False,
+            save_optimizer=False,
+            save_scheduler=False,
+            load_saved_checkpoint=False,
+        )
         self.decay = decay
         self.evaluate_during_training = evaluate_during_training
-        self.save_path = save_path
-        self.watch_metric = watch_metric
-        self.greater_is_better = greater_is_better
-        self.model_ema = model_ema
+        self.model_ema_cls = model_ema
         self.update_every_n_updates = update_every_n_updates
         self.ema_model: ModelEma | None = None
-        self._best = BestMetric()
-        self._has_saved = False
-        self._callback_handler = CallbackHandler(callbacks)
+        self.callback_handler = CallbackHandler(callbacks)
+        self._track_prefix = "ema_model_"
+        self._num_updates_saved: int | None = None
         self._initial_numbers: dict[str, float] = {}
         self._waiting_state: StateMapping | None = None
         self._models: tuple[nn.Module, nn.Module] | None = None
+
+    @property
+    def nested_handler(self) -> CallbackHandler:
+        """Has the callbacks of the average."""
+        return self.callback_handler
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Create the average, from the model or from a restored state.
@@ -109,10 +115,13 @@ class ModelEmaCallback(TrainerCallback):
                 "plain data parallelism, or remove the callback."
             )
         check_save_path(self.save_path, config.is_local_process_zero, config.num_processes)
-        self.ema_model = self.model_ema(self._plain_model(trainer), self.decay)
+        self.callback_handler.refresh()
+        self.ema_model = self.model_ema_cls(self._plain_model(trainer), decay=self.decay)
         self._initial_numbers = _numbers(self.ema_model)
-        self._best.reset()
-        self._has_saved = False
+        self._num_updates_saved = None
+        if self.reset_on_train:
+            self._best.reset()
+            self._has_saved = False
         if self._waiting_state is not None:
             self._restore(self._waiting_state)
             self._waiting_state = None
@@ -128,22 +137,26 @@ class ModelEmaCallback(TrainerCallback):
             return
         if trainer.run_config.is_distributed:
             _broadcast_buffers(self._average())
-        library_of(trainer).evaluate_another(self._average().module, self._callback_handler, _PREFIX)
+        library_of(trainer).evaluate_another(self._average().module, self.callback_handler, self._track_prefix)
         self._save_if_best(trainer)
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Check that the watched metric exists.
+        """Save the average if it is not evaluated; otherwise check that the watched metric exists.
 
         Raises:
             ValueError: Nothing was recorded under its name, or the value is not a number.
         """
-        if self.evaluate_during_training and run_of(trainer).eval_dataloaders:
+        if not self.evaluate_during_training:
+            self._save(trainer, {"epoch": trainer.run_history.current_epoch})
+        elif run_of(trainer).eval_dataloaders:
             library_of(trainer).get_agreed_metric(self.watch_metric)
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Save the average if this run has not saved one."""
-        if not self._has_saved:
-            self._save(trainer, {"epoch": run_of(trainer).progress.num_epochs_completed})
+        """Save the average if no evaluation has chosen one to save, unless it is saved already."""
+        progress = run_of(trainer).progress
+        is_chosen = self.evaluate_during_training and self._has_saved
+        if not is_chosen and self._num_updates_saved != progress.num_updates:
+            self._save(trainer, {"epoch": progress.num_epochs_completed})
         self._models = None
 
     def on_exception(self, trainer: Trainer, exception: BaseException, **kwargs: Any) -> None:
@@ -162,12 +175,14 @@ class ModelEmaCallback(TrainerCallback):
             "ema_model_numbers": changed,
             **self._best.state_dict(),
             "has_saved": self._has_saved,
-            "callbacks": self._callback_handler.state_dict(),
+            "callbacks": self.callback_handler.state_dict(),
         }
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
-        """Keep what `state_dict` returned until the next run starts and creates the average."""
+        """Restore the callbacks, and keep the rest of what `state_dict` returned until the next run starts."""
         self._waiting_state = state_dict or None
+        if state_dict:
+            self.callback_handler.load_state_dict(state_dict["callbacks"])
 
     def _restore(self, state: StateMapping) -> None:
         average = self._average()
@@ -176,7 +191,6 @@ class ModelEmaCallback(TrainerCallback):
             setattr(average, name, number)
         self._best.load_state_dict(state)
         self._has_saved = state["has_saved"]
-        self._callback_handler.load_state_dict(state["callbacks"])
 
     def _average(self) -> ModelEma:
         assert self.ema_model is not None, "a run creates it when it starts"
@@ -197,14 +211,17 @@ class ModelEmaCallback(TrainerCallback):
             epoch = trainer.run_history.current_epoch
             self._save(trainer, {self.watch_metric: value, "epoch": epoch})
             self._best.record(value, epoch)
+            self._has_saved = True
 
     def _save(self, trainer: Trainer, entries: Mapping[str, float]) -> None:
         model, trainer.model = trainer.model, self._average().module
         try:
-            trainer.save_checkpoint(self.save_path, entries, save_optimizer=False, save_scheduler=False)
+            trainer.save_checkpoint(
+                self.save_path, entries, save_optimizer=self.save_optimizer, save_scheduler=self.save_scheduler
+            )
         finally:
             trainer.model = model
-        self._has_saved = True
+        self._num_updates_saved = run_of(trainer).progress.num_updates
 
 
 def _numbers(average: ModelEma) -> dict[str, float]:

@@ -9,57 +9,79 @@ from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:
-    from pytorch_accelerated._types import Batch, BatchOutput
+    from pytorch_accelerated._types import Batch, BatchOutput, MaybeNone
     from pytorch_accelerated.trainer import Trainer
 
 
 class StepBasedEvaluationCallback(TrainerCallback):
-    """Evaluates during the epochs too, every ``eval_every_n_steps`` updates.
+    """Evaluates during the epochs too, after every so many steps or updates of the run.
 
-    Each of its metrics is recorded with the prefix ``intermediate_``. ``intermediate_update`` records the number of
-    updates of the run at each of these evaluations.
+    A step is one batch on each process; with gradient accumulation, an update takes several. Each metric of such an
+    evaluation is recorded with the prefix ``intermediate_``. ``intermediate_update`` records the number of updates of
+    the run at each of these evaluations.
 
     Args:
-        eval_every_n_steps: Updates between two evaluations; at least 1.
+        eval_every_n_steps: Steps between two evaluations, counted across epochs; at least 1.
+        eval_every_n_updates: Updates between two evaluations, instead of ``eval_every_n_steps``; at least 1.
 
     Raises:
-        ValueError: ``eval_every_n_steps`` is below 1.
-        TypeError: ``eval_every_n_steps`` is not an integer.
+        ValueError: The number is below 1, or both or none are given.
+        TypeError: The number is not an integer.
+
+    Example:
+        >>> callback = StepBasedEvaluationCallback(eval_every_n_updates=500)
     """
 
-    def __init__(self, eval_every_n_steps: int) -> None:
-        check_positive_integer("eval_every_n_steps", eval_every_n_steps, "updates")
+    def __init__(self, eval_every_n_steps: int | None = None, *, eval_every_n_updates: int | None = None) -> None:
+        if (eval_every_n_steps is None) == (eval_every_n_updates is None):
+            raise ValueError(
+                f"`eval_every_n_steps` is {eval_every_n_steps!r} and `eval_every_n_updates` is "
+                f"{eval_every_n_updates!r}. Expected one of them: the number of steps or of updates between two "
+                "evaluations."
+            )
+        if eval_every_n_steps is not None:
+            check_positive_integer("eval_every_n_steps", eval_every_n_steps, "steps")
+        if eval_every_n_updates is not None:
+            check_positive_integer("eval_every_n_updates", eval_every_n_updates, "updates")
         self.eval_every_n_steps = eval_every_n_steps
-        self._num_updates_seen = 0
+        self.eval_every_n_updates = eval_every_n_updates
+        self._num_steps = self._num_updates = 0
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Start counting at the first update of this run.
+        """Start counting, or continue where a resumed run was.
 
         Raises:
             ValueError: The run has no evaluation dataset.
         """
-        self._num_updates_seen = run_of(trainer).progress.num_updates
+        progress = run_of(trainer).progress
+        self._num_steps, self._num_updates = progress.num_batches, progress.num_updates
         if not run_of(trainer).eval_dataloaders:
             raise ValueError(
                 "`StepBasedEvaluationCallback` has nothing to evaluate on: `train` was called without `eval_dataset`. "
                 "Pass one, or remove the callback."
             )
 
-    def on_train_step_end(self, trainer: Trainer, batch: Batch, batch_output: BatchOutput, **kwargs: Any) -> None:
-        """Evaluate if this step made an update after which an evaluation is due."""
-        num_updates = run_of(trainer).progress.num_updates
-        if num_updates == self._num_updates_seen:
-            return
-        self._num_updates_seen = num_updates
-        if num_updates % self.eval_every_n_steps == 0:
+    def on_train_step_end(
+        self, trainer: Trainer, batch: Batch = None, batch_output: BatchOutput | MaybeNone = None, **kwargs: Any
+    ) -> None:
+        """Evaluate if it is due after this step."""
+        self._num_steps += 1
+        if self._is_due(run_of(trainer).progress.num_updates):
             library_of(trainer).evaluate_now()
+
+    def _is_due(self, num_updates: int) -> bool:
+        has_updated, self._num_updates = num_updates != self._num_updates, num_updates
+        if self.eval_every_n_updates is not None:
+            return has_updated and num_updates % self.eval_every_n_updates == 0
+        return self.eval_every_n_steps is not None and self._num_steps % self.eval_every_n_steps == 0
 
 
 class LimitEvalStepsCallback(TrainerCallback):
     """Uses only the first batches of each evaluation.
 
     Args:
-        num_eval_steps: Batches per process in an evaluation; at least 1.
+        num_eval_steps: Batches in an evaluation, over all processes: each of them evaluates its share, rounded down,
+            but at least one batch.
         limit_intermediate_only: Whether evaluations at the end of an epoch still use all batches.
 
     Raises:
@@ -75,7 +97,8 @@ class LimitEvalStepsCallback(TrainerCallback):
     def on_eval_epoch_start(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
         """Limit the evaluation that is about to start."""
         if is_intermediate or not self.limit_intermediate_only:
-            library_of(trainer).limit_eval_steps(self.num_eval_steps)
+            num_eval_steps = max(1, self.num_eval_steps // trainer.run_config.num_processes)
+            library_of(trainer).limit_eval_steps(num_eval_steps)
 
 
 class LimitBatchesCallback(TrainerCallback):

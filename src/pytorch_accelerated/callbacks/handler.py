@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 
 _SIMILAR_ENOUGH = 0.8
 
+_EVENTS_OF_EVALUATION = frozenset(event for event in EVENTS if event.startswith("on_eval_"))
+"""Callbacks that are nested in another receive these from the evaluations of that one, not from the trainer's."""
+
 
 class CallbackHandler:
     """Holds the callbacks of a trainer, and calls them.
 
-    For each event it caches the callbacks that implement it, so an event without listeners costs one lookup.
+    For each event it caches the callbacks that implement it, so an event without listeners costs one lookup. A callback
+    such as `ModelEmaCallback`, which has a ``nested_handler``, comes with the callbacks of that handler.
 
     Args:
         callbacks: Callbacks, as instances or as classes that can be instantiated without arguments.
@@ -137,6 +141,20 @@ class CallbackHandler:
             if name in state_dict:
                 callback.load_state_dict(state_dict[name])
 
+    def with_nested_callbacks(self) -> list[object]:
+        """Return the callbacks, each followed by those that are nested in it."""
+        callbacks: list[object] = []
+        for callback in self.callbacks:
+            callbacks.append(callback)
+            nested = getattr(callback, "nested_handler", None)
+            if isinstance(nested, CallbackHandler):
+                callbacks += nested.with_nested_callbacks()
+        return callbacks
+
+    def nested_last(self) -> list[object]:
+        """Return the callbacks, then those that are nested in one, which leaves the position of the others as it is."""
+        return [*self.callbacks, *(each for each in self.with_nested_callbacks() if each not in self.callbacks)]
+
     def _named_callbacks(self) -> Iterator[tuple[str, Any]]:
         num_seen: Counter[str] = Counter()
         for callback in self.callbacks:
@@ -145,7 +163,8 @@ class CallbackHandler:
             num_seen[class_name] += 1
 
     def _find_listeners(self, event: str) -> tuple[_Listener, ...]:
-        in_order = sorted(self.callbacks, key=lambda callback: getattr(callback, "is_called_last", False) is True)
+        callbacks = self.callbacks if event in _EVENTS_OF_EVALUATION else self.with_nested_callbacks()
+        in_order = sorted(callbacks, key=lambda callback: getattr(callback, "is_called_last", False) is True)
         self._listeners[event] = tuple(
             _Listener(getattr(callback, event), _accepted_keywords(getattr(callback, event)), callback)
             for callback in in_order

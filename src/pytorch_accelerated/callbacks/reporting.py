@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.tracking import latest_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -85,7 +86,7 @@ class LogMetricsCallback(TrainerCallback):
         num_logged: Mapping[str, int] = getattr(self, "_num_logged", {})
         num_values = {name: num for name, num in _num_values(history).items() if is_wanted(name)}
         metrics = {
-            name: history.get_latest_metric(name)
+            name: latest_value(history, name)
             for name in sorted(num_values)
             if num_values[name] != num_logged.get(name, 0)
         }
