@@ -52,7 +52,7 @@ from pytorch_accelerated._distributed.accelerator import (
     prepare,
     release,
 )
-from pytorch_accelerated._distributed.collectives import all_gather_objects, broadcast_values, num_local_processes
+from pytorch_accelerated._distributed.collectives import broadcast_values, num_local_processes
 from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
@@ -586,8 +586,6 @@ class Trainer(TrainingLoop):
     def _loop_seed_loader(self, dataset_name: str, loader: Loader) -> SeededLoader:
         _validation.check_data_of_loader(dataset_name, loader)
         _validation.warn_about_ready_batches(dataset_name, loader)
-        lengths = all_gather_objects(num_batches_of(loader), int(self._accelerator.num_processes))
-        _validation.check_same_length(dataset_name, lengths)
         return rebuild_loader(loader, placement_of(self._accelerator))
 
     def _loop_default_dl_kwargs(self, dataset: Data, batch_size: int) -> dict[str, Any]:

@@ -164,7 +164,7 @@ _NO_BATCH = object()
 
 
 class SeededStream(_SeededLoading, Proxy, IterableDataset[Any], wraps="dataset"):
-    """Gives a `DataLoader` whole batches of an iterable dataset, seeded by their number, and the worker if there is one.
+    """Gives a `DataLoader` whole batches of an iterable dataset, seeded by their number, and the worker.
 
     Args:
         dataset: The dataset. Its other attributes are passed through.
@@ -172,18 +172,26 @@ class SeededStream(_SeededLoading, Proxy, IterableDataset[Any], wraps="dataset")
         has_workers: Whether other processes need to learn the seed of a new epoch.
         batch_size: Samples in a batch; ``None`` if the dataset yields batches.
         drop_last: Whether a last batch with fewer samples is left out.
+        rank: The rank, if each rank reads its own stream.
     """
 
     def __init__(
-        self, dataset: Any, collate_fn: Callable[[Any], Any], has_workers: bool, batch_size: int | None, drop_last: bool
+        self,
+        dataset: Any,
+        collate_fn: Callable[[Any], Any],
+        has_workers: bool,
+        batch_size: int | None,
+        drop_last: bool,
+        rank: int = 0,
     ) -> None:
         super().__init__(dataset, collate_fn, has_workers)
+        self._rank = rank
         self._samples_per_batch = batch_size
         self._drop_last = drop_last
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
-        reader = "main" if worker is None else f"worker {worker.id}"
+        reader = f"rank {self._rank}/{'main' if worker is None else f'worker {worker.id}'}"
         num_done = self.dataset.num_items_done if isinstance(self.dataset, TrackedStream) else 0
         samples: Iterator[Any] = self._load_seeded(f"{reader}/start", lambda: iter(self.dataset))
         for number in itertools.count(num_done // (self._samples_per_batch or 1)):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from pytorch_accelerated._data.division import check_same_order
 from pytorch_accelerated._data.draws import Draw
-from pytorch_accelerated._data.samplers import parts_of
 from pytorch_accelerated._nested import count_rows, first_rows, repeat_rows
 from pytorch_accelerated._proxy import Proxy
 
@@ -48,19 +48,28 @@ class ShardedBatchSampler(Sharding, Proxy, wraps="batch_sampler"):
         process_index: Rank of this process.
         is_active: Whether the batches are sharded already. Otherwise each rank yields all batches until `activate` is
             called.
+        gather: Returns the values of all processes, to make sure that they draw the same samples; ``None`` to trust it.
 
     Example:
         >>> [list(ShardedBatchSampler([[0, 1], [2, 3], [4, 5], [6]], 3, rank)) for rank in range(3)]
         [[[0, 1], [6]], [[2, 3], [2, 3]], [[4, 5], [4, 5]]]
     """
 
-    def __init__(self, batch_sampler: Any, num_processes: int, process_index: int, is_active: bool = True) -> None:
+    def __init__(
+        self,
+        batch_sampler: Any,
+        num_processes: int,
+        process_index: int,
+        is_active: bool = True,
+        gather: Callable[[str], list[str]] | None = None,
+    ) -> None:
         self.batch_sampler = batch_sampler
         self.num_processes = num_processes
         self.process_index = process_index
         self.batch_size = getattr(batch_sampler, "batch_size", None)
         self.drop_last = getattr(batch_sampler, "drop_last", False)
         self._is_active = is_active
+        self._gather = gather
 
     def activate(self) -> None:
         """Shard the batches from the next epoch on."""
@@ -75,6 +84,9 @@ class ShardedBatchSampler(Sharding, Proxy, wraps="batch_sampler"):
         local: Sequence[int] = []
         for step in itertools.count():
             group = [_with_length(batch) for batch in itertools.islice(batches, self.num_processes)]
+            if self._gather is not None:
+                check_same_order(group, self._gather)
+                self._gather = None
             if len(group) == self.num_processes:
                 local = group[self.process_index]
                 yield local
@@ -168,6 +180,7 @@ class ShardedBatches(Sharding, Proxy, wraps="batches"):
         self.batches = batches
         self.num_processes = num_processes
         self.process_index = process_index
+
     @property
     def sharding(self) -> ShardedBatches:
         """The object that knows the dummy step: this one."""
@@ -190,15 +203,6 @@ class ShardedBatches(Sharding, Proxy, wraps="batches"):
 
     def __len__(self) -> int:
         return math.ceil(len(self.batches) / self.num_processes)
-
-
-def is_divided_already(batch_sampler: Any, num_processes: int) -> bool:
-    """Tell whether a batch sampler yields the batches of this rank only, as around a `DistributedSampler`."""
-    for _, part in parts_of(batch_sampler):
-        num_replicas = getattr(part, "num_replicas", None)
-        if isinstance(num_replicas, int) and num_replicas == num_processes:
-            return True
-    return False
 
 
 def sharding_of(loader: Any) -> Sharding | None:

@@ -25,6 +25,20 @@ from pytorch_accelerated.exceptions import CheckpointError, NonFiniteLossError, 
 PROCESS_TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another one, unless the user's accelerator sets another timeout."""
 
+_host_group_of_world: list[distributed.ProcessGroup | None] = []
+"""The default process group and the gloo group next to it. All runs share that one, because each holds sockets."""
+
+
+def host_group() -> distributed.ProcessGroup | None:
+    """Return the process group that connects hosts, so that no device waits; ``None`` if it is the default group."""
+    if distributed.get_backend() == "gloo":
+        return None  # the default group connects hosts
+    world = distributed.group.WORLD
+    if not _host_group_of_world or _host_group_of_world[0] is not world:
+        _host_group_of_world[:] = world, distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
+    return _host_group_of_world[1]
+
+
 T = TypeVar("T")
 
 
@@ -142,14 +156,18 @@ def broadcast_batches(
         device: The device of this process.
     """
     tensors: list[torch.Tensor] = []
-    pickled = run_on_main(lambda: pickle.dumps([_without_tensors(batch, tensors) for batch in read()]), is_main, num_processes)
+    pickled = run_on_main(
+        lambda: pickle.dumps([_without_tensors(batch, tensors) for batch in read()]), is_main, num_processes
+    )
     device = torch.device("cpu") if "gloo" in str(distributed.get_backend()) else device
     sent = iter(tensors)
 
     def receive(item: Nested) -> Nested:
         if not isinstance(item, _SentTensor):
             return item if hasattr(item, "to") else rebuild(item, receive)
-        tensor = next(sent).to(device).contiguous() if is_main else torch.empty(item.shape, dtype=item.dtype, device=device)
+        tensor = (
+            next(sent).to(device).contiguous() if is_main else torch.empty(item.shape, dtype=item.dtype, device=device)
+        )
         distributed.broadcast(tensor, src=0)
         return tensor
 

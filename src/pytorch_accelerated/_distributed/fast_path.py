@@ -126,12 +126,16 @@ class FastPathLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate has n
         base = self.base_dataloader
         settings = loader_settings(base) | {"persistent_workers": False}  # it serves one epoch
         order = SkipBatchSampler(base.batch_sampler, num_batches)
-        rest = type(self)(base.dataset, self.device, batch_sampler=order, **settings)
+        rest = self._create(base.dataset, batch_sampler=order, **settings)
         rest.iteration = self.iteration  # as an argument, it is unknown to older versions of Accelerate
 
         if AcceleratorRegistry.is_prepared(self):
             rest.activate()
         return rest
+
+    def _create(self, dataset: Any, **kwargs: Any) -> FastPathLoader:
+        """Return a loader of the same kind."""
+        return type(self)(dataset, self.device, **kwargs)
 
     def __iter__(self) -> Iterator[Batch]:
         is_active = AcceleratorRegistry.is_prepared(self)
