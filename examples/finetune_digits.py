@@ -148,7 +148,7 @@ def unfreeze_gradually(model, task, num_epochs):
     lr = HEAD_LR
     for idx in (2, 1, 0):  # from output to input
         lr *= LR_DECAY
-        for param_group in freezer.unfreeze(from_index=idx, to_index=idx):  # only what this call unfroze
+        for param_group in freezer.unfreeze(from_index=idx, to_index=idx).values():  # only what this call unfroze
             trainer.optimizer.add_param_group({**param_group, "lr": lr})
         name = list(dict(model.named_children()))[idx]
         accuracy = trainer.train_stage(f"5-9: unfreeze {name}", *task, num_epochs)

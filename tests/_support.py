@@ -49,6 +49,14 @@ HOOKS = (
 )
 """The methods of the trainer that a run calls and a subclass may override."""
 
+EVENTS_OF_A_RUN = tuple(
+    event
+    for event in EVENTS
+    if not event.startswith("on_evaluation_run_")
+    and event not in ("on_init_end", "on_log_point", "on_exception", "on_stop_training_error", "on_training_state_save")
+)
+"""The events that occur in every training run with an evaluation, whatever happens in it."""
+
 
 # --- data --------------------------------------------------------------------------------------------------------
 

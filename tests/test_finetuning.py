@@ -85,12 +85,12 @@ def train_one_epoch(model, optimizer, make_batch, num_steps=3):
 # --- layer groups and layers --------------------------------------------------------------------------------
 
 
-def test_creating_a_freezer_does_not_change_the_model():
+def test_creating_a_freezer_that_keeps_frozen_parameters_does_not_change_the_model():
     model = TinyViT()
     model.head.requires_grad_(False)
     before = trainable_names(model)
 
-    ModelFreezer(model)
+    ModelFreezer(model, should_keep_frozen=True)
 
     assert trainable_names(model) == before
     assert model.training
@@ -100,7 +100,7 @@ def test_layer_groups_are_the_direct_children_of_the_model_in_order():
     model = TinyViT()
     groups = ModelFreezer(model).get_layer_groups()
     assert [group.module for group in groups] == [model.patches, model.block, model.norm, model.head]
-    assert [group.layer_group_idx for group in groups] == [0, 1, 2, 3]
+    assert [group.layer_group_idx for group in groups] == [(0, -4), (1, -3), (2, -2), (3, -1)]
     assert not any(group.is_frozen for group in groups)
 
 
@@ -108,10 +108,10 @@ def test_layers_are_the_modules_without_submodules_each_with_the_index_of_its_gr
     model = TinyViT()
     layers = ModelFreezer(model).get_layers()
     assert [(layer.layer_group_idx, layer.module) for layer in layers] == [
-        (0, model.patches),
-        (1, model.block.attention.out_proj),
-        (2, model.norm),
-        (3, model.head),
+        ((0, -4), model.patches),
+        ((1, -3), model.block.attention.out_proj),
+        ((2, -2), model.norm),
+        ((3, -1), model.head),
     ]
 
 
@@ -121,8 +121,8 @@ def test_layers_and_groups_report_whether_they_are_frozen():
 
     freezer.freeze()
 
-    assert [group.is_frozen for group in freezer.get_layer_groups()] == [True, True, False]
-    assert [layer.is_frozen for layer in freezer.get_layers()] == [True] * 4 + [False]
+    assert [group.is_frozen for group in freezer.get_layer_groups()] == [True, False, False]
+    assert [layer.is_frozen for layer in freezer.get_layers()] == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_parameter_shared_by_groups_belongs_to_the_last_of_them():
 
     assert freezer.get_trainable_parameters() == [model.head.weight]
     assert model.embedding.weight is model.head.weight
-    (body,) = freezer.unfreeze()
+    (body,) = freezer.unfreeze().values()
     assert {id(p) for p in body["params"]} == {id(p) for p in model.body.parameters()}
 
 
@@ -232,7 +232,7 @@ def test_integer_parameters_stay_untrainable_through_freeze_and_unfreeze():
     freezer = ModelFreezer(model)
 
     freezer.freeze(to_index=-1)
-    (head,) = freezer.unfreeze()
+    (head,) = freezer.unfreeze().values()
 
     assert head["params"] == list(model.head.parameters())
     assert trainable_names(model) == {"head.weight", "head.bias"}
@@ -408,24 +408,24 @@ def test_freezing_does_not_change_the_names_in_the_state_dict():
 # --- unfreezing ---------------------------------------------------------------------------------------------
 
 
-def test_unfreeze_returns_the_newly_trainable_parameters_by_group_from_the_last_to_the_first():
+def test_unfreeze_returns_the_newly_trainable_parameters_by_group_in_ascending_order():
     model = TinyViT()
     freezer = ModelFreezer(model)
     freezer.freeze()
 
-    assert [group["params"] for group in freezer.unfreeze(to_index=1)] == [
-        list(model.norm.parameters()),
-        list(model.block.parameters()),
-    ]
-    assert [group["params"] for group in freezer.unfreeze()] == [[model.cls_token, *model.patches.parameters()]]
-    assert freezer.unfreeze() == []
+    assert freezer.unfreeze(to_index=1) == {
+        1: {"params": list(model.block.parameters())},
+        2: {"params": list(model.norm.parameters())},
+    }
+    assert freezer.unfreeze() == {0: {"params": [model.cls_token, *model.patches.parameters()]}}
+    assert freezer.unfreeze() == {}
 
 
 def test_unfreeze_returns_no_group_for_parameters_that_were_not_frozen():
     model = make_conv_net()
     freezer = ModelFreezer(model)
     freezer.freeze()
-    assert [len(group["params"]) for group in freezer.unfreeze()] == [2]  # the norm was never frozen
+    assert [len(group["params"]) for group in freezer.unfreeze().values()] == [2]  # the norm was never frozen
 
 
 @pytest.mark.parametrize(("from_index", "to_index"), [(-1, 2), (2, 3), (3, -2)])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 class ModelEma(nn.Module):
@@ -111,8 +111,13 @@ class ModelEma(nn.Module):
         Raises:
             ValueError: The parameters or buffers of ``model`` differ from those that are averaged.
         """
+        self._update(model, lambda _, current: current)
+
+    @torch.no_grad()
+    def _update(self, model: nn.Module, update_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        """Replace each average, those of integers too, by a function of it and the current value; a seam of 0.1.61."""
         for average, current, _ in self._pair_up(model):
-            average.copy_(current)
+            average.copy_(update_fn(average, current))
 
     def _pair_up(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:
         # By position, not by name: wrappers such as DistributedDataParallel change only the names.

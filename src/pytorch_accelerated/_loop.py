@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -444,7 +444,7 @@ class TrainingLoop:
                 self._loop_stop(stop)
             self._loop_end_run(self.training_run_end, TrainerCallback.on_training_run_end)
         self._loop_count_epoch()  # an interrupted epoch only now: states saved in the events above resume within it
-        self._loop_check_late_signal()
+        run.check_late_signal()
 
     def _loop_epochs(self) -> None:
         run = self._loop_run
@@ -689,18 +689,14 @@ class TrainingLoop:
     def _loop_suspend_training(self, evaluation: DataPass) -> Iterator[None]:
         """Make an evaluation the current pass; after an intermediate one, restore the mode of each module."""
         training, is_intermediate = self._loop_run.training, evaluation.is_intermediate
-        modes = [(module, module.training) for module in self.model.modules()] if is_intermediate else []
-        try:
-            with (
-                training.suspended_by(evaluation),
-                _metric_prefix(self.run_history, "intermediate_" if is_intermediate else ""),
-            ):
-                if is_intermediate:
-                    self.run_history.update_metric("update", training.progress.num_updates)
-                yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with (
+            preserve_modes(vars(self).values() if is_intermediate else ()),
+            training.suspended_by(evaluation),
+            _metric_prefix(self.run_history, "intermediate_" if is_intermediate else ""),
+        ):
+            if is_intermediate:
+                self.run_history.update_metric("update", training.progress.num_updates)
+            yield
 
     def _loop_predict(self, on_every_process: bool, move_to_host: bool) -> ModelOutput:
         run = self._loop_run
@@ -763,16 +759,6 @@ class TrainingLoop:
             is_step_overridden=overrides_any(self, STEP_METHODS),
         )
 
-    def _loop_check_late_signal(self) -> None:
-        """Let a signal that arrived while the run ended anyway have its effect, on all processes."""
-        run = self._loop_run
-        if run.interruption is None:
-            try:
-                run.check_signals()
-                run.consensus.sync()
-            except RunInterruptedError as interruption:
-                run.interruption = interruption
-
     def _loop_end_run(self, hook: Callable[[], None], event: Callable[..., None]) -> None:
         with suppress(StopTrainingError):  # the run has ended already
             hook()
@@ -795,6 +781,18 @@ class TrainingLoop:
         self._loop_run.stop_reason = f"{type(error).__name__}: {error}"
         for secondary in self.callback_handler.call_event_on_all("on_exception", self, exception=error):
             add_note(error, f"a callback also failed in `on_exception`: {secondary!r}")
+
+
+@contextmanager
+def preserve_modes(objects: Iterable[object]) -> Iterator[None]:
+    """Restore the mode, training or evaluation, of each module among some objects and within them after the body."""
+    modules = [module for each in objects if isinstance(each, nn.Module) for module in each.modules()]
+    modes = [module.training for module in modules]
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
 
 
 @contextmanager

@@ -275,6 +275,11 @@ class Run:
             if previous.is_active:  # this run is nested in a callback of the other, which signals end
                 self.interrupt = previous.interrupt
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out the loaders: a copy of the trainer makes its own in its next run, and workers cannot be copied."""
+        no_loaders: dict[str, object] = {"train_dataloader": None, "eval_dataloaders": {}}
+        return {**vars(self), **no_loaders, "seeded_train_loaders": [], "seeded_eval_loaders": []}
+
     # --- model and data ------------------------------------------------------------------------------------------
 
     @property
@@ -524,6 +529,15 @@ class Run:
         """Stop the run if a signal has arrived."""
         if self.interrupt.signal_number is not None:
             self.stop_on_all_ranks(RunInterruptedError(self.interrupt.signal_number))
+
+    def check_late_signal(self) -> None:
+        """Let a signal that arrived while the run ended anyway have its effect, on all processes."""
+        if self.interruption is None:
+            try:
+                self.check_signals()
+                self.consensus.sync()
+            except RunInterruptedError as interruption:
+                self.interruption = interruption
 
 
 def do_nothing() -> None:

@@ -31,6 +31,9 @@ class RunInterruptedError(StopTrainingError):
         super().__init__(f"interrupted by {_name_of(signal_number)}")
         self.signal_number = signal_number
 
+    def __reduce__(self) -> tuple[type[RunInterruptedError], tuple[int]]:
+        return type(self), (self.signal_number,)
+
     def to_exit_exception(self) -> BaseException:
         """Return what to raise after the run, so that the process exits as it would on that signal."""
         if self.signal_number == signal.SIGINT:

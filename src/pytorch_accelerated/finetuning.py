@@ -15,6 +15,7 @@ import warnings
 import weakref
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from pytorch_accelerated._types import ParameterGroup
@@ -24,17 +25,20 @@ BN_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Layer(NamedTuple):
-    """A module without submodules, the index of its layer group, and whether it has no trainable parameters."""
+    """A module without submodules, the indices of its layer group, and whether it is frozen.
 
-    layer_group_idx: int
+    The index of a group is a pair: counted from the start, and from the end as a negative number.
+    """
+
+    layer_group_idx: tuple[int, int]
     module: nn.Module
     is_frozen: bool
 
 
 class LayerGroup(NamedTuple):
-    """A direct child of the model, its index, and whether it has no trainable parameters."""
+    """A direct child of the model, its indices as in `Layer`, and whether it is frozen."""
 
-    layer_group_idx: int
+    layer_group_idx: tuple[int, int]
     module: nn.Module
     is_frozen: bool
 
@@ -43,9 +47,9 @@ class ModelFreezer:
     """Freezes layer groups of a model, and unfreezes them again.
 
     :mod:`pytorch_accelerated.finetuning` defines layer groups and their parameters. Groups are determined at each call,
-    so you may replace the head in between. Creating a freezer does not change the model. Modules that `freeze` puts
-    into evaluation mode stay there when ``model.train()`` is called, as the trainer does in each epoch, until
-    `unfreeze` releases them.
+    so you may replace the head in between. Creating a freezer makes all parameters trainable that can be, which integer
+    parameters, for example, cannot. Modules that `freeze` puts into evaluation mode stay there when ``model.train()``
+    is called, as the trainer does in each epoch, until `unfreeze` releases them.
 
     Batch norms learn in two ways: their scale and shift by gradients, and their running statistics from the data,
     whenever the module is in training mode. In frozen groups they learn
@@ -61,6 +65,7 @@ class ModelFreezer:
     Args:
         model: The model.
         freeze_batch_norms: Whether `freeze` also freezes batch norms, including their statistics.
+        should_keep_frozen: Whether parameters that are frozen already stay so.
 
     Example:
         >>> from torch import nn, optim
@@ -68,30 +73,51 @@ class ModelFreezer:
         >>> freezer = ModelFreezer(model)
         >>> freezer.freeze()
         >>> optimizer = optim.SGD(freezer.get_trainable_parameters(), lr=0.1)
-        >>> for param_group in freezer.unfreeze(to_index=1):
+        >>> for idx, param_group in freezer.unfreeze(to_index=1).items():
         ...     optimizer.add_param_group({**param_group, "lr": 0.01})
         >>> [group.is_frozen for group in freezer.get_layer_groups()]
         [True, False, False]
     """
 
-    def __init__(self, model: nn.Module, freeze_batch_norms: bool = False) -> None:
+    def __init__(self, model: nn.Module, freeze_batch_norms: bool = False, *, should_keep_frozen: bool = False) -> None:
         self.model = model
         self.freeze_batch_norms = freeze_batch_norms
+        if not should_keep_frozen:
+            for parameter in model.parameters():
+                if _can_be_trained(parameter):
+                    parameter.requires_grad = True
+
+    @property
+    def freeze_bn(self) -> bool:
+        """The name of ``freeze_batch_norms`` in 0.1.61."""
+        return self.freeze_batch_norms
+
+    @freeze_bn.setter
+    def freeze_bn(self, freeze_bn: bool) -> None:
+        self.freeze_batch_norms = freeze_bn
+
+    @property
+    def num_groups(self) -> int:
+        """The number of layer groups."""
+        return len(_group_modules(self.model))
 
     def get_layer_groups(self) -> list[LayerGroup]:
-        """Return all layer groups, in order. A group without parameters counts as frozen."""
-        groups = _group_modules(self.model)
-        return [LayerGroup(idx, group, _is_frozen(group)) for idx, group in enumerate(groups)]
+        """Return all layer groups, in order.
+
+        A group is frozen if any of its parameters is, even if its batch norms are not. One without parameters is not.
+        """
+        return [LayerGroup(indices, group, _is_frozen(group)) for indices, group in _indexed_groups(self.model)]
 
     def get_layers(self) -> list[Layer]:
-        """Return all layers, in order. A layer without parameters counts as frozen.
+        """Return all layers, in order.
 
+        A layer is frozen if any of its parameters is. One without parameters is frozen if it is in evaluation mode.
         Modules with submodules are not layers, even if they have parameters of their own, as ``nn.MultiheadAttention``
         does. Such parameters are frozen and unfrozen with their group.
         """
         return [
-            Layer(idx, module, _is_frozen(module))
-            for idx, group in enumerate(_group_modules(self.model))
+            Layer(indices, module, _is_frozen(module) if list(module.parameters()) else not module.training)
+            for indices, group in _indexed_groups(self.model)
             for module in group.modules()
             if not list(module.children())
         ]
@@ -117,11 +143,11 @@ class ModelFreezer:
         groups = _group_modules(self.model)
         if to_index == -2 and len(groups) == 1:
             return
-        positions = _positions(from_index, to_index, groups)
+        first, last = self._convert_idxs(from_index, to_index)
         batch_norms = {module for module in self.model.modules() if self._module_is_batch_norm(module)}
         spared = set() if self.freeze_batch_norms else {p for norm in batch_norms for p in norm.parameters()}
         parameters_of = group_parameters(self.model)
-        for position in positions:
+        for position in range(first, last + 1):
             for parameter in parameters_of[position]:
                 if parameter not in spared:
                     parameter.requires_grad = False
@@ -139,7 +165,7 @@ class ModelFreezer:
 
     def unfreeze(
         self, from_index: int = -1, to_index: int = 0, set_modules_as_training: bool = True
-    ) -> list[ParameterGroup]:
+    ) -> dict[int, ParameterGroup]:
         """Unfreeze a range of layer groups; by default all.
 
         All parameters that can be trained become trainable, whatever froze them. Integer parameters, for example,
@@ -152,29 +178,40 @@ class ModelFreezer:
                 them in evaluation mode.
 
         Returns:
-            For each group with frozen parameters, from ``from_index`` to ``to_index``, a parameter group
+            For the index of each group with frozen parameters, in ascending order, a parameter group
             ``{"params": [...]}`` of those that this call has made trainable. Pass it to ``optimizer.add_param_group``.
 
         Raises:
             IndexError: There is no group with one of these indices.
         """
         groups = _group_modules(self.model)
+        first, last = self._convert_idxs(from_index, to_index)
         parameters_of = group_parameters(self.model)
-        unfrozen = []
-        for position in _positions(from_index, to_index, groups):
+        unfrozen: dict[int, ParameterGroup] = {}
+        for position in range(first, last + 1):
             frozen = [parameter for parameter in parameters_of[position] if not parameter.requires_grad]
             for parameter in frozen:
                 parameter.requires_grad = True
             if frozen:
-                unfrozen.append({"params": frozen})
+                unfrozen[position] = {"params": frozen}
             if set_modules_as_training:
                 for module in groups[position].modules():
                     _release(module)
                 groups[position].train()
         return unfrozen
 
+    def _convert_idxs(self, from_index: int, to_index: int) -> tuple[int, int]:
+        """Return two indices counted from the start, the smaller one first; a seam of 0.1.61."""
+        groups = _group_modules(self.model)
+        first, last = _position("from_index", from_index, groups), _position("to_index", to_index, groups)
+        return min(first, last), max(first, last)
+
     def _module_is_batch_norm(self, module: nn.Module) -> bool:
-        return isinstance(module, BN_MODULES)
+        return _module_is_batch_norm(module)
+
+
+def _module_is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, BN_MODULES)
 
 
 def group_parameters(model: nn.Module) -> list[list[nn.Parameter]]:
@@ -185,7 +222,7 @@ def group_parameters(model: nn.Module) -> list[list[nn.Parameter]]:
         group_of.update(dict.fromkeys(group.parameters(), idx))
     parameters_of: list[list[nn.Parameter]] = [[] for _ in groups]
     for parameter, idx in group_of.items():
-        if parameter.is_floating_point() or parameter.is_complex():
+        if _can_be_trained(parameter):
             parameters_of[idx].append(parameter)
     return parameters_of
 
@@ -283,14 +320,17 @@ def _group_modules(model: nn.Module) -> list[nn.Module]:
     return list(root.children()) or [root]
 
 
+def _indexed_groups(model: nn.Module) -> list[tuple[tuple[int, int], nn.Module]]:
+    groups = _group_modules(model)
+    return [((idx, idx - len(groups)), group) for idx, group in enumerate(groups)]
+
+
 def _is_frozen(module: nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in module.parameters())
+    return any(_can_be_trained(parameter) and not parameter.requires_grad for parameter in module.parameters())
 
 
-def _positions(from_index: int, to_index: int, groups: list[nn.Module]) -> range:
-    first = _position("from_index", from_index, groups)
-    last = _position("to_index", to_index, groups)
-    return range(first, last + 1) if first <= last else range(first, last - 1, -1)
+def _can_be_trained(parameter: torch.Tensor) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def _position(name: str, index: int, groups: list[nn.Module]) -> int:

@@ -263,7 +263,7 @@ class LossTracker:
         self._buffer: _HostBuffer | _DeviceBuffer = _HostBuffer()
         self._summed_buffers: deque[_HostBuffer | _DeviceBuffer] = deque(maxlen=_MAX_RETAINED_BUFFERS)
         self._num_summed = 0
-        self._set_value: tuple[int, float | torch.Tensor] = (0, 0)
+        self._assigned_value: tuple[int, float | torch.Tensor] = (0, 0)
         self.is_known_non_finite = False
         """Whether a value in host memory was NaN or infinite; says nothing of values on an accelerator."""
 
@@ -290,14 +290,14 @@ class LossTracker:
     @property
     def loss_value(self) -> float | torch.Tensor:
         """The last value, or what it was set to since; 0 before the first. One on an accelerator is not read."""
-        num_values, value = self._set_value
+        num_values, value = self._assigned_value
         if num_values == self._num_summed + len(self._buffer.weights):
             return value
         return (self._buffer if self._buffer.weights else self._summed_buffers[-1]).last()
 
     @loss_value.setter
     def loss_value(self, value: float | torch.Tensor) -> None:
-        self._set_value = self._num_summed + len(self._buffer.weights), value
+        self._assigned_value = self._num_summed + len(self._buffer.weights), value
 
     def update(self, loss_batch_value: float | torch.Tensor, batch_size: float | torch.Tensor = 1) -> None:
         """Add the mean of one batch, without reading it from an accelerator.
@@ -372,7 +372,7 @@ class LossTracker:
         for value, weight in zip(state_dict.get("values", ()), state_dict.get("weights", ()), strict=True):
             buffer.add(float(value), weight if isinstance(weight, int) else float(weight))
         self._num_summed = -len(self._buffer.weights)  # so that the first value after a resume has index 0
-        self._set_value = 0, buffer.last() if buffer.weights else 0
+        self._assigned_value = 0, buffer.last() if buffer.weights else 0
 
     @property
     def average(self) -> float:

@@ -42,6 +42,7 @@ from pytorch_accelerated._data.limits import LIMIT_BATCHES_ENV_VAR, limit_from_e
 from pytorch_accelerated._data.loaders import batch_size_of, is_dataset, num_batches_of
 from pytorch_accelerated._data.rng import derive_seed, restore_generators, seed_generators
 from pytorch_accelerated._data.workers import defer_worker_errors
+from pytorch_accelerated._data.workers import worker_init_fn as worker_init_fn  # as in 0.1.61
 from pytorch_accelerated._distributed.accelerator import (
     PreparedModel,
     choose_seed,
@@ -50,13 +51,14 @@ from pytorch_accelerated._distributed.accelerator import (
     is_sharded,
     placement_of,
     prepare,
+    rejoin_process,
     release,
 )
 from pytorch_accelerated._distributed.collectives import broadcast_values, num_local_processes
 from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
-from pytorch_accelerated._loop import TrainingLoop
+from pytorch_accelerated._loop import TrainingLoop, preserve_modes
 from pytorch_accelerated._run import Run, do_nothing
 from pytorch_accelerated._types import (
     CollateFunction,
@@ -72,16 +74,24 @@ from pytorch_accelerated._types import (
     StateMapping,
     TimmScheduler,
 )
-from pytorch_accelerated.callbacks import (
+from pytorch_accelerated.callbacks import (  # those renamed to themselves can be imported from here, as in 0.1.61
     CallbackHandler,
     LimitBatchesCallback,
     SaveTrainingStateCallback,
     TrainerCallback,
     get_default_callbacks,
 )
+from pytorch_accelerated.callbacks import LogMetricsCallback as LogMetricsCallback
+from pytorch_accelerated.callbacks import MoveModulesToDeviceCallback as MoveModulesToDeviceCallback
+from pytorch_accelerated.callbacks import PrintProgressCallback as PrintProgressCallback
+from pytorch_accelerated.callbacks import ProgressBarCallback as ProgressBarCallback
+from pytorch_accelerated.callbacks import StopTrainingError as StopTrainingError
+from pytorch_accelerated.callbacks import TerminateOnNaNCallback as TerminateOnNaNCallback
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
 from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
+from pytorch_accelerated.tracking import InMemoryRunHistory as InMemoryRunHistory  # as in 0.1.61
+from pytorch_accelerated.tracking import LossTracker as LossTracker  # as in 0.1.61
 from pytorch_accelerated.tracking import RunHistory
 
 __all__ = [
@@ -281,12 +291,13 @@ class Trainer(TrainingLoop):
             ValueError: There is nothing to evaluate.
         """
         settings = EvaluationSettings(per_device_batch_size, dataloader_kwargs, collate_fn)
-        if dataset is not None:
-            self.eval_dataset = dataset
-        else:
-            settings = settings.completed_by(self._loop_last_evaluation)
-        with self._loop_evaluation_context(*settings):
-            self._run_evaluation()
+        with _without_trace_in_a_run(self):
+            if dataset is not None:
+                self.eval_dataset = dataset
+            else:
+                settings = settings.completed_by(self._loop_last_evaluation)
+            with self._loop_evaluation_context(*settings):
+                self._run_evaluation()
 
     def predict(
         self,
@@ -315,13 +326,10 @@ class Trainer(TrainingLoop):
             TypeError: The dataset is a dictionary.
         """
         _validation.check_single_dataset(dataset)
-        eval_dataset, self.eval_dataset = self.eval_dataset, dataset
-        last_evaluation = self._loop_last_evaluation
-        try:
+        with _without_trace_in_a_run(self), _preserve_attributes(self, "eval_dataset", "_loop_last_evaluation"):
+            self.eval_dataset = dataset
             with self._loop_evaluation_context(per_device_batch_size, dataloader_kwargs, collate_fn):
                 return self._loop_predict(on_every_process, move_to_host)
-        finally:
-            self.eval_dataset, self._loop_last_evaluation = eval_dataset, last_evaluation
 
     # --- hooks: override them to change what happens -------------------------------------------------------------
 
@@ -481,6 +489,11 @@ class Trainer(TrainingLoop):
         return self._loop_restore(read_state(saved, accelerator, self._loop_state_parts()))
 
     # --- the start and the end of a run --------------------------------------------------------------------------
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy of another trainer, or the one that was pickled; outside a run, both work at any time."""
+        vars(self).update(state)
+        rejoin_process(self._accelerator, self.optimizer)
 
     def _create_accelerator(self) -> Accelerator:
         """Create the accelerator that serves all runs of this trainer."""
@@ -795,6 +808,27 @@ class Trainer(TrainingLoop):
         finally:
             if outer.is_active:
                 self._loop_run = outer
+
+
+@contextmanager
+def _without_trace_in_a_run(trainer: Trainer) -> Iterator[None]:
+    """If a run is under way, let it continue after an evaluation as if there had been none."""
+    if not trainer._loop_run.is_active:  # noqa: SLF001 - same module
+        yield
+        return
+    arguments = ("eval_dataset", "collate_fn", "_loop_last_evaluation")
+    with preserve_modes(vars(trainer).values()), _preserve_attributes(trainer, *arguments):
+        yield
+
+
+@contextmanager
+def _preserve_attributes(owner: object, *names: str) -> Iterator[None]:
+    values = [getattr(owner, name) for name in names]
+    try:
+        yield
+    finally:
+        for name, value in zip(names, values, strict=True):
+            setattr(owner, name, value)
 
 
 def _folders_of_states(callback_handler: CallbackHandler) -> set[Path]:

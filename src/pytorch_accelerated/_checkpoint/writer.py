@@ -114,6 +114,10 @@ class StateWriter:
         self._memory = HostMemory()
         self._group: distributed.ProcessGroup | None = None
 
+    def __reduce__(self) -> tuple[type[StateWriter], tuple[()]]:
+        """Let a copy of the trainer start with a writer of its own; what is being written belongs to the original."""
+        return type(self), ()
+
     def write(
         self,
         target: str | os.PathLike[str],

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, PrecisionType
 from torch import nn
 from torch.optim import Optimizer
@@ -290,4 +292,29 @@ def release(accelerator: Accelerator, *prepared: object) -> None:
     registered = [item.loader if isinstance(item, TrimmedDispatcher) else item for item in prepared]
     for item in registered:
         shut_down_workers(item)
+        _restore_step(item)
     AcceleratorRegistry(accelerator).forget(*registered)
+
+
+def _restore_step(optimizer: object) -> None:
+    # Schedulers replace the method by a function that would make a copy of the optimizer update the original. PyTorch's
+    # own optimizers do not take it into a copy.
+    if isinstance(optimizer, AcceleratedOptimizer) and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        vars(optimizer).pop("step", None)
+
+
+def rejoin_process(accelerator: Accelerator, optimizer: Optimizer | None) -> None:
+    """Let a copied accelerator, and the optimizer it has prepared, share the state of all accelerators of this process.
+
+    The copied state would not follow the process, and would name ranks and device of another one after unpickling.
+
+    Raises:
+        ValueError: This process already uses another precision.
+    """
+    if not isinstance(accelerator, Accelerator):
+        return
+    if AcceleratorRegistry.process_precision() != accelerator.mixed_precision:
+        create_accelerator({"cpu": accelerator.device.type == "cpu"}, accelerator.mixed_precision)
+    accelerator.state, accelerator.gradient_state = AcceleratorState(), GradientState()
+    if isinstance(optimizer, AcceleratedOptimizer):
+        optimizer.accelerator_state, optimizer.gradient_state = accelerator.state, accelerator.gradient_state

@@ -37,6 +37,14 @@ def _precedence(reason: Exception) -> tuple[int, float]:
     return list(_STOP_REASONS.values()).index(type(reason)), math.inf if step is None else step
 
 
+def _find_none() -> None:
+    return None
+
+
+def _never() -> bool:
+    return False
+
+
 class StopConsensus:
     """All-reduces, once per update, the weights of all ranks and their requests to stop.
 
@@ -58,8 +66,8 @@ class StopConsensus:
     def __init__(
         self,
         num_processes: int,
-        find_bad_loss: Callable[[], NonFiniteLossError | None] = lambda: None,
-        can_skip_exchange: Callable[[], bool] = lambda: False,
+        find_bad_loss: Callable[[], NonFiniteLossError | None] = _find_none,
+        can_skip_exchange: Callable[[], bool] = _never,
     ) -> None:
         self._num_processes = num_processes
         self._find_bad_loss = find_bad_loss

@@ -6,6 +6,8 @@ a subclass of the trainer may use the names of the public attributes. If it keep
 ``state_dict`` and ``load_state_dict``, so that a resumed run continues with that state.
 """
 
+from pytorch_accelerated._data.limits import DataLoaderSlice as DataLoaderSlice  # as in 0.1.61
+from pytorch_accelerated._ema import ModelEma as ModelEma  # as in 0.1.61
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
 from pytorch_accelerated.callbacks.diagnostics import GradientNormCallback
 from pytorch_accelerated.callbacks.ema import ModelEmaCallback
@@ -24,6 +26,7 @@ from pytorch_accelerated.callbacks.saving import SaveBestModelCallback, SaveTrai
 from pytorch_accelerated.callbacks.stopping import EarlyStoppingCallback, TerminateOnNaNCallback
 from pytorch_accelerated.callbacks.wsd import WSDCheckpointCallback
 from pytorch_accelerated.exceptions import CallbackMethodNotImplementedError, StopTrainingError
+from pytorch_accelerated.tracking import LossTracker as LossTracker  # as in 0.1.61
 
 __all__ = [
     "EVENTS",

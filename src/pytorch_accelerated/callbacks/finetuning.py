@@ -98,7 +98,7 @@ class GradualUnfreezingCallback(TrainerCallback):
         if first == self._first_trained_group:
             return
         self._first_trained_group = first
-        ModelFreezer(trainer.model).unfreeze(to_index=first)
+        ModelFreezer(trainer.model, should_keep_frozen=True).unfreeze(to_index=first)
         for parameters in group_parameters(trainer.model)[first:]:
             self._untrained_parameters.difference_update(parameters)
 
@@ -121,7 +121,7 @@ class GradualUnfreezingCallback(TrainerCallback):
         return first if self._first_trained_group is None else min(first, self._first_trained_group)
 
     def _freeze_before(self, first: int, model: nn.Module, is_distributed: bool) -> None:
-        freezer = ModelFreezer(model, self.freeze_batch_norms)
+        freezer = ModelFreezer(model, self.freeze_batch_norms, should_keep_frozen=True)
         freezer.unfreeze(to_index=first)
         trainable = freezer.get_trainable_parameters()
         if first > 0:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 class SaveBestModelCallback(TrainerCallback):
     """Saves the model after each epoch in which a metric improves, and loads the best one at the end of the run.
 
+    A metric of intermediate evaluations, such as ``intermediate_eval_loss_epoch``, is compared after each of these.
+
     Args:
         save_path: File to write the checkpoint to.
         watch_metric: Name of the metric in the run history.
@@ -97,8 +99,17 @@ class SaveBestModelCallback(TrainerCallback):
                 "of the original run, or pass `load_saved_checkpoint=False`."
             )
 
+    def on_eval_epoch_end(self, trainer: Trainer, is_intermediate: bool = False, **kwargs: Any) -> None:
+        """Save the model if the metric is one of this intermediate evaluation and has improved."""
+        prefix = trainer.run_history.metric_name_prefix
+        if is_intermediate and prefix and self.watch_metric.startswith(prefix):
+            self._save_if_best(trainer)
+
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the model if the metric has improved."""
+        self._save_if_best(trainer)
+
+    def _save_if_best(self, trainer: Trainer) -> None:
         value = library_of(trainer).get_agreed_metric(self.watch_metric)
         if not self._best.is_improved_by(value, self.greater_is_better):
             return

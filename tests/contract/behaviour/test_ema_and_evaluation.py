@@ -437,6 +437,28 @@ def test_the_values_of_intermediate_evaluations_are_kept():
     assert len(losses(trainer, "intermediate_eval_loss_epoch")) == len(losses(trainer, "intermediate_update")) == 2
 
 
+@pytest.mark.parametrize("name", ["", "far_"])
+def test_the_best_of_all_intermediate_evaluations_is_saved_and_loaded(name):
+    """The learning rate is too large, so the first of them is the best, within the first epoch."""
+    metric = f"{name}intermediate_eval_loss_epoch"
+    seen = []
+
+    def note(trainer, is_intermediate, **_):
+        if is_intermediate and trainer.run_history.metric_name_prefix == f"{name}intermediate_":
+            seen.append((trainer.run_history.get_latest_metric("eval_loss_epoch"), weights_of(trainer.model)))
+
+    best = SaveBestModelCallback("best.pt", metric)
+    trainer = make_trainer(lr=2.0, callbacks=[StepBasedEvaluationCallback(3), best, Probe(on_eval_epoch_end=note)])
+    data = {"near": make_dataset(4), "far": make_dataset(8)} if name else make_dataset(8)
+    train(trainer, num_epochs=2, eval_dataset=data)
+    value, weights = min(seen, key=lambda pair: pair[0])
+    assert [loss for loss, _ in seen] == losses(trainer, metric)
+    assert value < seen[-1][0]
+    assert best.best_metric == value
+    assert_same_weights(torch.load("best.pt")["model_state_dict"], weights)
+    assert_same_weights(trainer.model.state_dict(), weights)
+
+
 def test_a_run_without_evaluation_data_is_refused_even_if_no_evaluation_would_come():
     """Row 10.9, which stays ours."""
     with pytest.raises(ValueError, match="has nothing to evaluate on"):
