@@ -194,12 +194,16 @@ def _build_seeded(
         sources.append(dataset)
         numbers = (placement.process_index, placement.num_processes) if division.is_divided else ()
         order = NumberedOrder(order, *numbers)
-    as_batches = {"batch_sampler": order} if is_shardable(loader) else {"batch_size": None, "sampler": order}
+    has_batches = is_shardable(loader)
+    as_order = {"batch_sampler": order} if has_batches else {"batch_size": None, "sampler": order}
     if division.is_divided and placement.create_local_loader is not None:
-        return placement.create_local_loader(dataset, num_steps=division.num_steps, **as_batches, **settings), sources
-    if not is_shardable(loader):
-        return DataLoader(dataset, **as_batches, **settings), sources
-    return _build(dataset, order, settings, placement), sources
+        return placement.create_local_loader(dataset, num_steps=division.num_steps, **as_order, **settings), sources
+    if has_batches:
+        return _build(dataset, order, settings, placement), sources
+    if placement.num_processes > 1 and placement.create_loader is not None:
+        order = ShardedBatches(order, placement.num_processes, placement.process_index, is_active=False)
+        return placement.create_loader(dataset, batch_size=None, sampler=order, **settings), sources
+    return DataLoader(dataset, batch_size=None, sampler=order, **settings), sources
 
 
 def _can_slice(loader: DataLoader[Any]) -> bool:

@@ -83,7 +83,10 @@ def _is_marked(part: Any) -> bool:
 
 
 def _digest(dataset: Any, num_samples: int | None) -> str:
-    """Return a digest of a few samples, from the attributes that hold one entry for each of them."""
+    """Return a digest of a few samples, from the attributes that hold one entry for each of them.
+
+    Without a number of samples, as for streams, these are all collections, and texts, which may name a file.
+    """
     found = "".join(_descriptions(dataset, num_samples, 0))
     return hashlib.blake2b(found.encode(), digest_size=16).hexdigest() if found else ""
 
@@ -107,14 +110,27 @@ def _descriptions(holder: Any, num_samples: int | None, depth: int) -> Iterator[
 
 
 def _has_entries(value: Any, num_samples: int | None) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.layout is torch.strided and not value.is_meta and value.ndim > 0 and len(value) == num_samples
-    if isinstance(value, np.ndarray):
-        return value.ndim > 0 and len(value) == num_samples
-    return isinstance(value, (list, tuple, range)) and len(value) == num_samples
+    if isinstance(value, torch.Tensor) and (value.layout is not torch.strided or value.is_meta):
+        return False
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        is_collection = value.ndim > 0
+    else:
+        is_collection = isinstance(value, (list, tuple, range))
+    if num_samples is None:
+        return is_collection or (isinstance(value, (str, PurePath)) and not _names_device(value))
+    return is_collection and len(value) == num_samples
+
+
+def _names_device(value: Any) -> bool:
+    try:
+        return bool(torch.device(str(value)))
+    except RuntimeError:
+        return False
 
 
 def _describe_entries(entries: Any) -> str:
+    if isinstance(entries, (str, PurePath)):
+        return repr(entries)
     places = {round(place) for place in np.linspace(0, len(entries) - 1, _NUM_COMPARED)} if len(entries) else ()
     return "".join(_describe(entries[place], 0) for place in sorted(places))
 

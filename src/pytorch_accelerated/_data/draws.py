@@ -48,10 +48,15 @@ class NumberedOrder(Proxy, wraps="sampler"):
         self._step = step
 
     def __iter__(self) -> Iterator[Draw]:
-        return map(Draw, itertools.count(self._first, self._step), self.sampler)
+        return map(Draw, itertools.count(self._first, self._step), map(as_collection, self.sampler))
 
     def __len__(self) -> int:
         return len(self.sampler)
+
+
+def as_collection(what: Any) -> Any:
+    """Return the indices of a batch as a collection, even if they come as an iterator; an index as it is."""
+    return list(what) if hasattr(what, "__iter__") and not hasattr(what, "__len__") else what
 
 
 def number_of(fetched: Any) -> tuple[int | str, Any]:

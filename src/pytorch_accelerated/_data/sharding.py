@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pytorch_accelerated._data.division import check_same_order
-from pytorch_accelerated._data.draws import Draw
+from pytorch_accelerated._data.draws import Draw, as_collection
 from pytorch_accelerated._nested import count_rows, first_rows, repeat_rows
 from pytorch_accelerated._proxy import Proxy
 
@@ -83,7 +83,7 @@ class ShardedBatchSampler(Sharding, Proxy, wraps="batch_sampler"):
         batches = iter(self.batch_sampler)
         local: Sequence[int] = []
         for step in itertools.count():
-            group = [_with_length(batch) for batch in itertools.islice(batches, self.num_processes)]
+            group = [as_collection(batch) for batch in itertools.islice(batches, self.num_processes)]
             if self._gather is not None:
                 check_same_order(group, self._gather)
                 self._gather = None
@@ -160,10 +160,6 @@ class TrimmedDispatcher(Sharding, Proxy, wraps="loader"):
         return len(self.loader)
 
 
-def _with_length(batch: Any) -> Any:
-    return batch if hasattr(batch, "__len__") else list(batch)  # a batch may be an iterator of indices
-
-
 class ShardedBatches(Sharding, Proxy, wraps="batches"):
     """The batches of one rank, out of an iterable that yields the same batches on every rank.
 
@@ -174,12 +170,19 @@ class ShardedBatches(Sharding, Proxy, wraps="batches"):
         batches: Any iterable of batches.
         num_processes: Number of ranks.
         process_index: Rank of this process.
+        is_active: Whether the batches are sharded already. Otherwise each rank yields all batches until `activate` is
+            called.
     """
 
-    def __init__(self, batches: Any, num_processes: int, process_index: int) -> None:
+    def __init__(self, batches: Any, num_processes: int, process_index: int, is_active: bool = True) -> None:
         self.batches = batches
         self.num_processes = num_processes
         self.process_index = process_index
+        self._is_active = is_active
+
+    def activate(self) -> None:
+        """Shard the batches from the next epoch on."""
+        self._is_active = True
 
     @property
     def sharding(self) -> ShardedBatches:
@@ -188,6 +191,9 @@ class ShardedBatches(Sharding, Proxy, wraps="batches"):
 
     def __iter__(self) -> Iterator[Any]:
         first_step = self.start()
+        return self._shard(first_step) if self._is_active else iter(self.batches)
+
+    def _shard(self, first_step: int) -> Iterator[Any]:
         batches = iter(self.batches)
         local: Any = None
         for step in itertools.count(first_step):
@@ -202,7 +208,7 @@ class ShardedBatches(Sharding, Proxy, wraps="batches"):
             yield local
 
     def __len__(self) -> int:
-        return math.ceil(len(self.batches) / self.num_processes)
+        return math.ceil(len(self.batches) / self.num_processes) if self._is_active else len(self.batches)
 
 
 def sharding_of(loader: Any) -> Sharding | None:

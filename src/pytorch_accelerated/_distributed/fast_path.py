@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from pytorch_accelerated._data.in_memory import whole_batches_of
 from pytorch_accelerated._data.loaders import loader_settings, mark_last
-from pytorch_accelerated._data.sharding import ShardedBatchSampler, Sharding
+from pytorch_accelerated._data.sharding import ShardedBatches, ShardedBatchSampler, Sharding
 from pytorch_accelerated._data.workers import iterate
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._nested import move_to_device, tensors_in
@@ -111,14 +111,15 @@ class FastPathLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate has n
 
     @property
     def sharding(self) -> Sharding | None:
-        """The batch sampler, if it shards the batches over several ranks."""
-        batch_sampler = self.base_dataloader.batch_sampler
-        return batch_sampler if isinstance(batch_sampler, ShardedBatchSampler) else None
+        """The sampler, or batch sampler, if it shards the data over several ranks."""
+        base = self.base_dataloader
+        sampler = base.sampler if base.batch_sampler is None else base.batch_sampler
+        return sampler if isinstance(sampler, Sharding) else None
 
     def activate(self) -> None:
         """Shard the batches and move them to the device. `Accelerator.prepare` then leaves the loader as it is."""
         AcceleratorRegistry.mark_as_prepared(self)
-        if isinstance(self.sharding, ShardedBatchSampler):
+        if isinstance(self.sharding, (ShardedBatchSampler, ShardedBatches)):
             self.sharding.activate()
 
     def skip_first(self, num_batches: int) -> FastPathLoader:
