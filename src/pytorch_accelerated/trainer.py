@@ -773,6 +773,10 @@ class Trainer(TrainingLoop):
             complete_restore, parts.companions, self._loop_companions, *contents.companions, source
         )
         run.seed, training.seed, training.run_number = contents.run_seed, contents.seed, contents.run_number
+        if contents.has_former_draws and any(loader.draws_while_loading for loader in run.seeded_train_loaders):
+            self.print(
+                "An earlier version saved this state: what is drawn while samples are loaded differs from here on."
+            )
         training.early_stop_reason = contents.stop_reason
         training.stream_position = contents.stream_position
         training.lineage = Lineage(contents.saved)

@@ -69,6 +69,11 @@ class SeededLoader:
         self._given = given
         self.order_state = OrderState(loader if given is None else given)
 
+    @property
+    def draws_while_loading(self) -> bool:
+        """Whether samples may be drawn at random while they are loaded, or changed."""
+        return any(isinstance(source, _SeededLoading) for source in self._sources)
+
     def show_users_arguments(self, prepared: Any) -> None:
         """Let ``dataset`` and functions of the prepared loader be the user's, whatever it reads from inside.
 
@@ -201,12 +206,21 @@ class SeededStream(_SeededLoading, Proxy, IterableDataset[Any], wraps="dataset")
             yield batch
 
     def _next_batch(self, samples: Iterator[Any]) -> Any:
-        items = list(itertools.islice(samples, self._samples_per_batch or 1))
+        items: list[Any] = []
+        for _ in range(self._samples_per_batch or 1):
+            item = next(samples, _NO_BATCH)
+            if item is _NO_BATCH:
+                break
+            items.append(item)
         if not items or (self._drop_last and len(items) < (self._samples_per_batch or 1)):
             return _NO_BATCH
         return self._collate(items[0] if self._samples_per_batch is None else items)
 
-    def __len__(self) -> int:
+    def count_batches(self) -> int:
+        """Return the number of batches, as far as the length of the dataset tells it.
+
+        It is not the length of this object, which PyTorch would compare with what all workers yield together.
+        """
         num_batches = len(self.dataset) / (self._samples_per_batch or 1)
         return math.floor(num_batches) if self._drop_last else math.ceil(num_batches)
 

@@ -75,5 +75,5 @@ class DispatchedLoader(FastPathLoader):
             yield local if self.device is None else move_to_device(local, self.device)
 
     def __len__(self) -> int:
-        num_steps = len(self.base_dataloader) / self._num_processes
+        num_steps = super().__len__() / self._num_processes
         return math.floor(num_steps) if self._drops_last_step else math.ceil(num_steps)

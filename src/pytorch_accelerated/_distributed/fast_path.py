@@ -19,6 +19,7 @@ from accelerate.data_loader import DataLoaderShard, SkipBatchSampler
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.utils.data import DataLoader
 
+from pytorch_accelerated._data.determinism import SeededStream
 from pytorch_accelerated._data.in_memory import whole_batches_of
 from pytorch_accelerated._data.loaders import loader_settings, mark_last
 from pytorch_accelerated._data.sharding import ShardedBatches, ShardedBatchSampler, Sharding
@@ -115,6 +116,10 @@ class FastPathLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate has n
         base = self.base_dataloader
         sampler = base.sampler if base.batch_sampler is None else base.batch_sampler
         return sampler if isinstance(sampler, Sharding) else None
+
+    def __len__(self) -> int:
+        dataset = self.base_dataloader.dataset
+        return dataset.count_batches() if isinstance(dataset, SeededStream) else len(self.base_dataloader)
 
     def activate(self) -> None:
         """Shard the batches and move them to the device. `Accelerator.prepare` then leaves the loader as it is."""
