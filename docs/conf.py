@@ -53,7 +53,7 @@ nitpick_ignore_regex = [
     (r"py:class", r"(Accelerator|DataLoader|Dataset|Optimizer|Path|PathLike)"),
     # Private base classes and type aliases that appear in signatures but not in the reference.
     (r"py:class", r"pytorch_accelerated\.(.*\.)?_\w.*"),
-    (r"py:class", r"(KnownValues|Number|NumberOrPlaceholder|Template)"),
+    (r"py:class", r"(Callbacks|KnownValues|Number|NumberOrPlaceholder|Template)"),
     (r"py:class", r"(Batch|BatchOutput|LossFunction|MetricValue|ParameterGroup|StateDict|StateMapping)"),  # `_types.py`
 ]
 

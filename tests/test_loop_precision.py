@@ -54,7 +54,7 @@ make_trainer(model).train(dataset, num_epochs=1)
 assert model.forward is forward
 
 try:
-    make_trainer(mixed_precision="fp16")
+    make_trainer(mixed_precision="no")
 except ValueError as error:
     print(error)
 """
@@ -62,7 +62,7 @@ except ValueError as error:
 
 def test_a_bf16_run_restores_the_forward_method_and_can_be_repeated():
     message = run_python(BF16)
-    assert "`mixed_precision` is 'fp16'" in message
+    assert "`mixed_precision` is 'no'" in message
     assert "already uses 'bf16'" in message
     assert "Restart the process" in message
 

@@ -33,11 +33,22 @@ def model_with_loss(inputs, factor=1.0):
 @pytest.mark.parametrize("kind", [tuple, list])
 def test_with_a_loss_function_a_batch_is_inputs_and_targets(kind):
     output = batch_loss(
-        lambda inputs: 2 * inputs, lambda outputs, targets: (outputs.sum(), targets), kind((INPUTS, TARGETS, "more"))
+        lambda inputs: 2 * inputs, lambda outputs, targets: (outputs.sum(), targets), kind((INPUTS, TARGETS))
     )
     assert output["loss"] == (30.0, TARGETS)
     assert torch.equal(output["model_outputs"], 2 * INPUTS)
     assert output["batch_size"] == 3
+
+
+def test_items_that_a_loss_function_leaves_unused_are_told_of():
+    with pytest.warns(UserWarning, match=r"batch has 4 items, of which only the first two are used.*leave them out"):
+        output = batch_loss(lambda inputs: inputs, lambda outputs, targets: targets, (INPUTS, TARGETS, "more", 1))
+    assert output["loss"] is TARGETS
+
+
+def test_a_batch_of_which_the_model_takes_all_items_has_none_that_are_unused():
+    output = batch_loss(lambda first, second, loss: {"loss": loss}, None, (INPUTS, TARGETS, TARGETS.sum()))
+    assert output["loss"] == TARGETS.sum()
 
 
 @pytest.mark.parametrize("batch", [INPUTS, {"a": INPUTS}, (INPUTS,), None])

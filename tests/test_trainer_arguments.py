@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from _support import (
     EventRecorder,
@@ -24,7 +25,14 @@ from _support import (
     weights_of,
 )
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.callbacks import LimitBatchesCallback, StepBasedEvaluationCallback, TerminateOnNaNCallback
+from pytorch_accelerated.callbacks import (
+    GradualUnfreezingCallback,
+    LimitBatchesCallback,
+    StepBasedEvaluationCallback,
+    TerminateOnNaNCallback,
+    TrainerCallback,
+)
+from pytorch_accelerated.utils import LIMIT_BATCHES_ENV_VAR
 
 # --- arguments of a run ------------------------------------------------------------------------------------------
 
@@ -202,6 +210,235 @@ def test_a_callback_class_that_needs_arguments_is_refused():
         TypeError, match=r"`LimitBatchesCallback` cannot be instantiated without arguments.*Pass an instance"
     ):
         make_trainer(callbacks=[LimitBatchesCallback])
+
+
+class Counting(TrainerCallback):
+    """Counts the epochs that all its instances have seen."""
+
+    num_epochs = 0
+
+    def on_train_epoch_end(self, trainer, **kwargs):
+        Counting.num_epochs += 1
+
+
+class OtherObject:
+    """A callback that is none by class."""
+
+    def on_train_epoch_end(self, trainer, **kwargs):
+        Counting.num_epochs += 1
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "expected"),
+    [
+        (Counting(), 2),
+        (Counting, 2),
+        (OtherObject(), 2),
+        (OtherObject, 2),
+        (None, 0),
+        ((), 0),
+        (iter([Counting, OtherObject()]), 4),
+    ],
+)
+def test_callbacks_may_be_one_a_class_or_none(callbacks, expected):
+    Counting.num_epochs = 0
+    train(make_trainer(callbacks=callbacks), num_epochs=2)
+    assert Counting.num_epochs == expected
+
+
+def test_a_single_callback_is_added_to_the_one_that_the_environment_asks_for(monkeypatch):
+    monkeypatch.setenv(LIMIT_BATCHES_ENV_VAR, "2")
+    trainer = make_trainer(callbacks=Counting())
+    assert [type(callback) for callback in trainer.callback_handler.callbacks] == [LimitBatchesCallback, Counting]
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "words"),
+    [
+        ("ProgressBarCallback", "`callbacks` is a str. Expected callbacks.*Pass a list"),
+        ({"counting": Counting()}, "`callbacks` is a dict. Expected callbacks.*Pass a list"),
+        (3, "3 is not a callback. Expected a `TrainerCallback` .* in `callbacks`"),
+        (nn.Linear, "is not a callback|cannot be instantiated"),
+        ([None], "None is not a callback. Expected a `TrainerCallback` .* in `callbacks`"),
+        ([[Counting()]], "is not a callback. Expected a `TrainerCallback` .* in `callbacks`"),
+    ],
+)
+def test_something_else_in_the_place_of_callbacks_is_refused_at_construction(callbacks, words):
+    with pytest.raises(TypeError, match=words):
+        make_trainer(callbacks=callbacks)
+
+
+# --- slips in the arguments of the trainer -----------------------------------------------------------------------
+
+
+def sgd(model, **kwargs):
+    return torch.optim.SGD(model.parameters(), lr=0.1, **kwargs)
+
+
+def with_parts(model=None, loss_func=mse, make_optimizer=sgd, cls=Trainer):
+    real = make_model() if model is None else nn.Linear(3, 1)
+    return cls(real if model is None else model, loss_func, make_optimizer(real), callbacks=())
+
+
+class LossClass:
+    def __call__(self, outputs, targets):
+        return mse(outputs, targets)
+
+
+@pytest.mark.parametrize("act", [train, lambda trainer: trainer.evaluate(make_dataset())], ids=["train", "evaluate"])
+@pytest.mark.parametrize(
+    ("loss_func", "words"),
+    [
+        (nn.MSELoss, "the class `MSELoss`.*Pass an instance, `MSELoss\\(...\\)`"),
+        (nn.CrossEntropyLoss, "the class `CrossEntropyLoss`"),
+        (LossClass, "the class `LossClass`"),
+        (partial(nn.MSELoss, reduction="sum"), "a `functools.partial` of `MSELoss`.*what it returns when it is called"),
+        ("mse", "'mse', of type str.*Expected a function of outputs and targets"),
+        ([nn.MSELoss()], "an object of type list.*Pass the loss function itself"),
+        (torch.optim.SGD([torch.zeros(1)], lr=0.1), "an object of type SGD"),
+    ],
+)
+def test_something_else_in_the_place_of_the_loss_function_is_refused(loss_func, words, act):
+    recorder = EventRecorder()
+    trainer = with_parts(loss_func=loss_func)
+    trainer.callback_handler.add_callback(recorder)
+    with pytest.raises(TypeError, match=f"`loss_func` is {words}"):
+        act(trainer)
+    assert "on_training_run_start" not in recorder.log
+
+
+def test_a_class_that_returns_the_loss_is_a_loss_function():
+    class Loss:
+        def __new__(cls, outputs, targets):
+            return mse(outputs, targets)
+
+    train(with_parts(loss_func=Loss))
+
+
+def test_a_step_of_ones_own_may_use_a_class_of_losses():
+    class OwnStep(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            loss = self.loss_func(reduction="mean")(self.model(batch[0]), batch[1])
+            return {"loss": loss, "batch_size": len(batch[0])}
+
+        calculate_eval_batch_loss = calculate_train_batch_loss
+
+    trainer = train(with_parts(loss_func=nn.MSELoss, cls=OwnStep), eval_dataset=make_dataset(4))
+    trainer.evaluate(make_dataset(4))
+
+
+def test_a_step_that_calls_the_default_one_is_told_of_a_class_of_losses_too():
+    class Calling(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            return super().calculate_train_batch_loss(batch)
+
+    with pytest.raises(TypeError, match="`loss_func` is the class `MSELoss`"):
+        train(with_parts(loss_func=nn.MSELoss, cls=Calling))
+
+
+class Net(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 1)
+
+
+@pytest.mark.parametrize("method", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Net, "the class `Net`. Expected an instance of `torch.nn.Module`. Pass an instance, `Net\\(...\\)`"),
+        (partial(nn.Linear, 3, 1), "a `functools.partial` of `Linear`.*what it returns when it is called"),
+        ({"a": Net()}, "an object of type dict"),
+        (lambda inputs: inputs, "an object of type function"),
+    ],
+    ids=["class", "partial", "dictionary", "function"],
+)
+def test_something_else_in_the_place_of_the_model_is_refused_and_left_as_it_was(model, words, method):
+    before = dict(vars(Net))
+    trainer = with_parts(model=model)
+    act = {"train": train, "evaluate": lambda it: it.evaluate(make_dataset()), "predict": lambda it: it.predict([1])}
+    with pytest.raises(TypeError, match=f"`model` is {words}"):
+        act[method](trainer)
+    assert dict(vars(Net)) == before
+    assert trainer.model is model
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "words"),
+    [
+        (lambda model: torch.optim.SGD, "the class `SGD`.*Pass an instance, `SGD\\(...\\)`"),
+        (lambda model: partial(torch.optim.SGD, lr=0.1), "a `functools.partial` of `SGD`"),
+        (lambda model: [sgd(model)], "an object of type list.*several optimizers.*override `optimizer_step`"),
+        (lambda model: {"a": sgd(model)}, "an object of type dict"),
+        (lambda model: model.parameters(), "an object of type generator"),
+        (lambda model: "adam", "'adam', of type str"),
+        (lambda model: StepLR(sgd(model), 1), "an object of type StepLR"),
+        (lambda model: nn.MSELoss(), "an object of type MSELoss"),
+    ],
+)
+def test_something_else_in_the_place_of_the_optimizer_is_refused(make_optimizer, words):
+    trainer = with_parts(make_optimizer=make_optimizer)
+    trainer.callback_handler.add_callback(GradualUnfreezingCallback())
+    before = weights_of(trainer.model)
+    with pytest.raises(TypeError, match=f"`optimizer` is {words}"):
+        train(trainer)
+    assert_same_weights(before, trainer.model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("create_scheduler_fn", "words"),
+    [
+        (lambda optimizer: StepLR, "the class `StepLR`"),
+        (lambda optimizer: [StepLR(optimizer, 1)], "an object of type list"),
+        (lambda optimizer: optimizer, "an object of type FastPathOptimizer"),
+        (lambda optimizer: 0.1, "an object of type float"),
+    ],
+)
+def test_a_scheduler_function_that_returns_something_else_is_refused_before_the_first_update(
+    create_scheduler_fn, words
+):
+    trainer = make_trainer()
+    before = weights_of(trainer.model)
+    with pytest.raises(TypeError, match=f"`create_scheduler_fn`.* returned {words}.*Expected a scheduler"):
+        train(trainer, create_scheduler_fn=create_scheduler_fn)
+    assert_same_weights(before, trainer.model.state_dict())
+    assert trainer.scheduler is None
+    train(trainer, create_scheduler_fn=lambda optimizer: None)
+
+
+def test_a_subclass_may_call_the_scheduler_function_and_the_scheduler_in_its_own_way():
+    class OwnScheduler(Trainer):
+        def create_scheduler(self):
+            return self.create_scheduler_fn(self.optimizer, [])
+
+        def scheduler_step(self):
+            self.scheduler.append(len(self.scheduler))
+
+    trainer = train(make_trainer(cls=OwnScheduler), create_scheduler_fn=lambda optimizer, updates: updates)
+    assert trainer.scheduler == [0, 1, 2, 3]
+
+
+# --- items of a batch that the default step does not use ---------------------------------------------------------
+
+TRIPLES = TensorDataset(torch.randn(8, 3), torch.randn(8, 1), torch.randn(8, 1))
+UNUSED = "The batch has 3 items, of which only the first two are used.*override `calculate_train_batch_loss`"
+
+
+def test_a_batch_of_three_items_is_told_of_and_trained_on_the_first_two():
+    trainer, other = make_trainer(), make_trainer()
+    with pytest.warns(UserWarning, match=UNUSED):
+        train(trainer, TRIPLES)
+    with pytest.warns(UserWarning, match=UNUSED):
+        trainer.evaluate(TRIPLES)
+    train(other, TensorDataset(*TRIPLES.tensors[:2]))
+    assert_same_weights(trainer.model.state_dict(), other.model.state_dict())
+
+
+def test_a_step_of_ones_own_uses_all_items_in_silence():
+    class OwnStep(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            return {"loss": mse(self.model(batch[0]) + batch[1], batch[2]), "batch_size": len(batch[0])}
+
+    train(make_trainer(cls=OwnStep), TRIPLES)
 
 
 # --- what a step returns -----------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ SLICEABLE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The batch has 4 items")  # more kinds of tensors than the step uses
 @pytest.mark.parametrize("evaluate", [False, True], ids=["training", "evaluation"])
 @pytest.mark.parametrize("dl_kwargs", [{}, {"drop_last": True}, {"batch_size": 3}], ids=str)
 @pytest.mark.parametrize("name", SLICEABLE)

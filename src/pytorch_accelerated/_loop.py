@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from tqdm import tqdm
 
 from pytorch_accelerated._accumulation import scale_gradients
 from pytorch_accelerated._data.limits import LimitBatches
@@ -46,8 +47,9 @@ from pytorch_accelerated._types import (
     Nested,
     Scheduler,
 )
-from pytorch_accelerated._validation import check_run
+from pytorch_accelerated._validation import check_positive_integer, check_run
 from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.callbacks.evaluation import LimitBatchesCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError, add_note
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.run_config import TrainerRunConfig
@@ -205,9 +207,9 @@ class TrainingLoop:
         """Compute the loss of one training batch; called for each batch, on each process.
 
         By default the batch is a pair: the model is called with its first item, the loss function with the outputs and
-        the second item. Without a loss function the model is called with the whole batch, whose items become its
-        arguments (keyword arguments if it is a mapping or a dataclass), and must return its loss as ``outputs.loss`` or
-        ``outputs["loss"]``.
+        the second item. A warning tells of further items, which are not used. Without a loss function the model is
+        called with the whole batch, whose items become its arguments (keyword arguments if it is a mapping or a
+        dataclass), and must return its loss as ``outputs.loss`` or ``outputs["loss"]``.
 
         Args:
             batch: The batch from the loader, on the training device.
@@ -294,8 +296,9 @@ class TrainingLoop:
         return self._accelerator.device  # type: ignore[no-any-return]
 
     def print(self, *args: object, **kwargs: object) -> None:
-        """Print on the main process of each node only."""
-        self._accelerator.print(*args, **kwargs)
+        """Print on the main process of each node only, on lines of their own next to open progress bars."""
+        with tqdm.external_write_mode(kwargs.get("file")):
+            self._accelerator.print(*args, **kwargs)
 
     def gather(self, tensor: Nested, padding_value: float | None = None) -> Nested:
         """Concatenate the tensors of all processes, in the order of their ranks. Must be called on every process.
@@ -364,7 +367,9 @@ class TrainingLoop:
             RuntimeError: No evaluation is under way.
         """
         check_run(self._loop_run.is_evaluating, "limit_eval_steps", "on_eval_epoch_start")
+        check_positive_integer("num_eval_steps", num_eval_steps, "batches")
         self._loop_run.training.current_pass.max_num_steps = num_eval_steps
+        self.print(f"Limiting this evaluation to {num_eval_steps} batches per process")
 
     def evaluate_now(self) -> None:
         """Evaluate in the middle of a training epoch; call it in ``on_train_step_end``, on every process.
@@ -379,7 +384,9 @@ class TrainingLoop:
         check_run(
             run.is_active and bool(run.eval_dataloaders), "evaluate_now", "on_train_step_end", "with `eval_dataset` "
         )
+        self.print(f"Evaluating after {run.training.progress.num_updates} updates")
         self._loop_evaluate(is_intermediate=True)
+        self.print("Training continues")
 
     def evaluate_another(self, model: nn.Module, callback_handler: CallbackHandler, metric_name_prefix: str) -> None:
         """Evaluate another model on the data of the evaluation under way; call it in ``on_eval_epoch_end``.
@@ -455,6 +462,7 @@ class TrainingLoop:
             self._loop_epoch()
         if run.is_epoch_cut_short or progress.num_epochs_completed < run.total_num_epochs:
             run.stop_reason = f"{progress.num_updates} updates are done (`max_num_train_steps`)"
+            self.print(f"Training ends in epoch {self.run_history.current_epoch - 1}: {run.stop_reason}")
         else:
             run.stop_reason = f"{progress.num_epochs_completed} epochs are done"
 
@@ -702,6 +710,9 @@ class TrainingLoop:
         run = self._loop_run
         is_kept = on_every_process or run.config.is_world_process_zero
         outputs = []
+        for callback in self.callback_handler.callbacks:  # predictions have no events
+            if isinstance(callback, LimitBatchesCallback):
+                self.limit_batches(callback.num_batches)
         with preserve_rng_state(), torch.no_grad():
             self.eval_epoch_start()
             loader = run.eval_dataloaders[""]
@@ -768,19 +779,30 @@ class TrainingLoop:
 
     def _loop_stop(self, stop: StopTrainingError) -> None:
         run = self._loop_run
-        run.stop_reason = str(stop) or "a callback asked to stop"
+        run.stop_reason = _reason_of(stop)
         if isinstance(stop, RunInterruptedError):
             run.interruption = stop
         elif run.is_training_run:
             run.training.early_stop_reason = run.stop_reason
+        self.print(f"\nStopping: {run.stop_reason}")
         with suppress(StopTrainingError):  # the run is being stopped already
             self._loop_fire(TrainerCallback.on_stop_training_error)
             run.consensus.sync()
+
+    def _loop_early_stop_reason(self) -> str | None:
+        """Return why the training has been stopped for good, or is about to be, by a callback earlier in an event."""
+        reason, request = self._loop_run.training.early_stop_reason, self.callback_handler.requested_stop
+        is_requested = reason is None and request is not None and self._loop_run.is_training_run
+        return _reason_of(request) if is_requested else reason
 
     def _loop_report_exception(self, error: BaseException) -> None:
         self._loop_run.stop_reason = f"{type(error).__name__}: {error}"
         for secondary in self.callback_handler.call_event_on_all("on_exception", self, exception=error):
             add_note(error, f"a callback also failed in `on_exception`: {secondary!r}")
+
+
+def _reason_of(stop: StopTrainingError | None) -> str:
+    return str(stop) or "a callback asked to stop"
 
 
 @contextmanager

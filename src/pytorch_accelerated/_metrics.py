@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pytorch_accelerated._types import StateDict, StateMapping
 
 
@@ -108,3 +111,21 @@ class PatienceCounter:
         """Forget the best value and the count."""
         self.best.reset()
         self.num_without_improvement = 0
+
+
+class ComparisonOfMetric:
+    """The attribute ``operator`` of callbacks that watch a metric: their ``greater_is_better`` as a function.
+
+    Example:
+        >>> class Watcher:
+        ...     operator = ComparisonOfMetric()
+        ...     greater_is_better = False
+        >>> Watcher().operator(0.5, 1.0)
+        True
+    """
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Callable[[float, float], bool]:
+        return operator.gt if getattr(instance, "greater_is_better", False) else operator.lt
+
+    def __set__(self, instance: Any, comparison: Callable[[float, float], bool]) -> None:
+        instance.greater_is_better = bool(comparison(1.0, 0.0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -57,6 +57,10 @@ def tensors_in(batch: Nested) -> Iterator[torch.Tensor]:
 def like_mapping(original: Mapping[Key, Item], items: dict[Key, Item]) -> Mapping[Key, Item]:
     """Return ``items`` as a mapping of the type of ``original``; a plain dictionary for a `defaultdict`."""
     create: Callable[..., Mapping[Key, Item]] = type(original)  # a mapping whose class takes a dictionary
+    if type(original) is OrderedDict:
+        rebuilt = OrderedDict(items)
+        vars(rebuilt).update(vars(original))  # the state of a model has its metadata there
+        return rebuilt
     return items if isinstance(original, defaultdict) else create(items)
 
 

@@ -193,6 +193,9 @@ class Run:
 
         self.config: TrainerRunConfig = None  # type: ignore[assignment]  # created when the loaders are prepared
         self.is_resumed = False
+        self.has_reset_history = False
+        """Whether the run has started with an empty run history."""
+
         self.is_resuming = False
         """Whether a training state is being restored to continue the run that saved it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -13,6 +14,7 @@ from pytorch_accelerated._batch_size import size_of_batch, size_of_pair
 from pytorch_accelerated._data.workers import is_worker_failure
 from pytorch_accelerated._nested import rebuild
 from pytorch_accelerated._types import Batch, BatchOutput, LossFunction, ModelOutput, Nested
+from pytorch_accelerated._validation import check_loss_func
 from pytorch_accelerated.exceptions import add_note
 
 P = ParamSpec("P")
@@ -27,33 +29,46 @@ def batch_loss(model: Callable[..., ModelOutput], loss_func: LossFunction | None
     Args:
         model: The model.
         loss_func: The loss function, or ``None`` if the model returns its loss.
-        batch: A pair of inputs and targets; without a loss function, whatever the model takes.
+        batch: A pair of inputs and targets, with a warning if it has more items; without a loss function, whatever the
+            model takes.
 
     Returns:
         ``loss``, ``model_outputs`` and ``batch_size``, the length of the first dimension of the targets.
 
     Raises:
-        TypeError: There is a loss function, but the batch is not a pair.
+        TypeError: There is a loss function, but the batch is not a pair, or it is a class.
         ValueError: There is no loss function, and the model returned no loss.
     """
     if loss_func is None:
         return _loss_of_model(model, batch)
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        _check_pair(batch)
+    inputs, targets = batch[0], batch[1]
+    model_outputs = call_model(model, inputs)
+    try:
+        loss = loss_func(model_outputs, targets)
+    except Exception as error:
+        check_loss_func(loss_func)
+        _note_arguments(error, "The loss function", model_outputs, targets)
+        raise
+    is_plain = isinstance(targets, torch.Tensor) and targets.ndim > 0
+    batch_size = targets.size(0) if is_plain else size_of_pair(inputs, targets)
+    return {"loss": loss, "model_outputs": model_outputs, "batch_size": batch_size}
+
+
+def _check_pair(batch: Batch) -> None:
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
         raise TypeError(
             f"The batch is a {type(batch).__name__}. With a loss function, a batch must be a pair of inputs and "
             "targets. Override `calculate_train_batch_loss` and `calculate_eval_batch_loss` to use other batches, or "
             "pass `loss_func=None` if the model returns its loss."
         )
-    inputs, targets = batch[0], batch[1]
-    model_outputs = call_model(model, inputs)
-    try:
-        loss = loss_func(model_outputs, targets)
-    except Exception as error:
-        _note_arguments(error, "The loss function", model_outputs, targets)
-        raise
-    is_plain = isinstance(targets, torch.Tensor) and targets.ndim > 0
-    batch_size = targets.size(0) if is_plain else size_of_pair(inputs, targets)
-    return {"loss": loss, "model_outputs": model_outputs, "batch_size": batch_size}
+    warnings.warn(
+        f"The batch has {len(batch)} items, of which only the first two are used: the first is the input of the model, "
+        "the second the target of the loss function. To use the others, override `calculate_train_batch_loss` and "
+        "`calculate_eval_batch_loss`; otherwise, leave them out of the dataset.",
+        stacklevel=4,
+    )
 
 
 def _loss_of_model(model: Callable[..., ModelOutput], batch: Batch) -> BatchOutput:

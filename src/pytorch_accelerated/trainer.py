@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,12 +28,15 @@ from pytorch_accelerated._checkpoint.companions import (
 )
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._checkpoint.manifest import SavedState, name_state
+from pytorch_accelerated._checkpoint.scheduler_state import check_scheduler_state, load_scheduler_state
 from pytorch_accelerated._checkpoint.state import (
     Parts,
     StateContents,
     collect_state,
+    prepare_new_schedule,
     read_state,
     restore_state,
+    undone_if_refused,
 )
 from pytorch_accelerated._checkpoint.writer import StateWriter
 from pytorch_accelerated._data.build import rebuild_loader
@@ -46,10 +50,12 @@ from pytorch_accelerated._data.workers import worker_init_fn as worker_init_fn  
 from pytorch_accelerated._distributed.accelerator import (
     PreparedModel,
     choose_seed,
+    copy_accelerator,
     create_accelerator,
     disable_loss_scaling,
     is_sharded,
     placement_of,
+    precision_of,
     prepare,
     rejoin_process,
     release,
@@ -78,7 +84,6 @@ from pytorch_accelerated.callbacks import (  # those renamed to themselves can b
     CallbackHandler,
     LimitBatchesCallback,
     SaveTrainingStateCallback,
-    TrainerCallback,
     get_default_callbacks,
 )
 from pytorch_accelerated.callbacks import LogMetricsCallback as LogMetricsCallback
@@ -87,6 +92,7 @@ from pytorch_accelerated.callbacks import PrintProgressCallback as PrintProgress
 from pytorch_accelerated.callbacks import ProgressBarCallback as ProgressBarCallback
 from pytorch_accelerated.callbacks import StopTrainingError as StopTrainingError
 from pytorch_accelerated.callbacks import TerminateOnNaNCallback as TerminateOnNaNCallback
+from pytorch_accelerated.callbacks.handler import Callbacks
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
 from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
@@ -118,7 +124,7 @@ class Trainer(TrainingLoop):
         loss_func: Called with the model's outputs and the second item of a batch. ``None`` if the model returns its
             loss.
         optimizer: The optimizer of the model's parameters. ``None`` if the trainer only evaluates.
-        callbacks: Callbacks, as instances or classes, called in this order.
+        callbacks: Callbacks, as instances or classes, called in this order. One alone needs no list; ``None`` is none.
         run_history: Where metrics are recorded; in memory by default.
         mixed_precision: ``"no"``, ``"fp16"``, ``"bf16"`` or ``"fp8"``; ``None`` for the one configured in Accelerate.
         seed: Seeds all random number generators now, and the data order of each run. With ``None`` nothing is seeded,
@@ -142,7 +148,7 @@ class Trainer(TrainingLoop):
         model: nn.Module,
         loss_func: LossFunction | None,
         optimizer: Optimizer | None,
-        callbacks: Iterable[TrainerCallback | type[TrainerCallback]] = DEFAULT_CALLBACKS,
+        callbacks: Callbacks = DEFAULT_CALLBACKS,
         run_history: RunHistory | None = None,
         *,
         mixed_precision: str | None = None,
@@ -155,7 +161,7 @@ class Trainer(TrainingLoop):
         self.collate_fn: CollateFunction | None = None
         self.create_scheduler_fn: SchedulerFactory | None = None
         self._loop_last_evaluation = EvaluationSettings()
-        self._callbacks = callbacks if isinstance(callbacks, (list, tuple)) else tuple(callbacks)
+        self._callbacks: Callbacks = tuple(callbacks) if isinstance(callbacks, Iterator) else callbacks
         self._loop_seed = seed
         self._loop_accelerator_source = accelerator
         self._loop_mixed_precision = mixed_precision
@@ -233,7 +239,7 @@ class Trainer(TrainingLoop):
 
         Raises:
             ValueError: An argument has an invalid value, or model and optimizer do not belong together.
-            CheckpointError: The state to resume is damaged, or belongs to another model; nothing has been changed.
+            CheckpointError: The state to resume is damaged, or does not fit the trainer; nothing has been changed.
             TypeError: An argument has the wrong type.
             KeyboardInterrupt: Ctrl-C was pressed; the run ended gracefully first.
             SystemExit: Same for another signal that a callback listens to; the code is 128 + its number.
@@ -250,8 +256,9 @@ class Trainer(TrainingLoop):
         _validation.check_numbers_of_run(**numbers)
         for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             _validation.check_reiterable(name, data, num_epochs, max_num_train_steps)
-        _validation.check_create_scheduler_fn(create_scheduler_fn)
-        _validation.check_trainable(self.model, self.loss_func, self.optimizer)
+        if not overrides_any(self, ["create_scheduler"]):
+            _validation.check_create_scheduler_fn(create_scheduler_fn)
+        _check_parts_of_training(self)
 
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
@@ -278,7 +285,9 @@ class Trainer(TrainingLoop):
     ) -> None:
         """Evaluate the model, before, after or without training; needs no optimizer.
 
-        The loss is recorded as ``evaluation_loss`` in the run history, which keeps what training recorded.
+        The loss is recorded as ``evaluation_loss`` in the run history, which keeps what training recorded. What
+        callbacks and hooks record meanwhile gets ``evaluation_`` in front too, and `RunHistory.get_latest_metric` finds
+        it by its plain name until training records it again.
 
         Args:
             dataset: A dataset of samples, an iterable of batches, or a dictionary of these. ``None`` for the one that
@@ -290,6 +299,8 @@ class Trainer(TrainingLoop):
         Raises:
             ValueError: There is nothing to evaluate.
         """
+        if not overrides_any(self, ["calculate_eval_batch_loss"]):
+            _validation.check_loss_func(self.loss_func)
         settings = EvaluationSettings(per_device_batch_size, dataloader_kwargs, collate_fn)
         with _without_trace_in_a_run(self):
             if dataset is not None:
@@ -335,11 +346,11 @@ class Trainer(TrainingLoop):
 
     def get_default_train_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
         """Return the default keyword arguments of the training loader; the user's are merged into them."""
-        return {"shuffle": True, **self._loop_default_dl_kwargs(self.train_dataset, batch_size)}
+        return {"shuffle": True, **_default_dl_kwargs(self.train_dataset, batch_size, self._accelerator)}
 
     def get_default_eval_dl_kwargs(self, batch_size: int) -> dict[str, Any]:
         """Return the default keyword arguments of the evaluation loader; the user's are merged into them."""
-        return {"shuffle": False, **self._loop_default_dl_kwargs(self.eval_dataset, batch_size)}
+        return {"shuffle": False, **_default_dl_kwargs(self.eval_dataset, batch_size, self._accelerator)}
 
     def create_train_dataloader(self, batch_size: int, train_dl_kwargs: DataLoaderKwargs | None = None) -> Loader:
         """Create the loader of ``self.train_dataset``; any iterable of batches will do."""
@@ -392,8 +403,10 @@ class Trainer(TrainingLoop):
         model_state = portable.model_state_of(self.model, accelerator)
         optimizer = self.optimizer if save_optimizer else None
         scheduler = portable.with_state(self.scheduler, is_writer) if save_scheduler else None
-        extras = {**self._loop_companions().trained_state(), **(checkpoint_kwargs or {})}
-        checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, extras)
+        companions = self._loop_companions()
+        extras = {**companions.trained_state(), **(checkpoint_kwargs or {})}
+        modules = None if self._loop_run.is_sharded else {"": self.get_model(), **companions.modules}
+        checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, extras, modules)
         portable.save_checkpoint(checkpoint, save_path, is_writer, accelerator.num_processes)
 
     def load_checkpoint(
@@ -407,23 +420,25 @@ class Trainer(TrainingLoop):
             load_scheduler: Same for the scheduler. Before training, its state is kept until the scheduler is created.
 
         Returns:
-            All entries of the file: ``model_state_dict``, ``optimizer_state_dict`` and ``scheduler_state_dict`` if they
-            were saved, and the additional ones.
+            All entries of the file, which are ``model_state_dict``, ``optimizer_state_dict`` and
+            ``scheduler_state_dict`` if they were saved, and the additional ones.
 
         Raises:
             FileNotFoundError: There is no such file.
-            CheckpointError: It is damaged, or belongs to another model; nothing has been changed.
+            CheckpointError: It is damaged, or belongs to another model, optimizer or scheduler; nothing has
+                been changed.
+            ValueError: It is not a local file.
         """
         optimizer = self.optimizer if load_optimizer else None
-        companions = self._loop_companions()
-        checkpoint = portable.load_checkpoint(
-            checkpoint_path, self.get_model(), optimizer, check=companions.check_trained_state
+        return portable.load_checkpoint(
+            checkpoint_path,
+            self.get_model(),
+            optimizer,
+            self.scheduler,
+            self._loop_load_scheduler_state if load_scheduler else None,
+            self._loop_companions(),
+            holder=self.optimizer,
         )
-        companions.load_trained_state(checkpoint)
-        scheduler_state = checkpoint.get("scheduler_state_dict")
-        if load_scheduler and scheduler_state is not None:
-            self._loop_load_scheduler_state(scheduler_state)
-        return checkpoint
 
     def save_training_state(
         self,
@@ -481,7 +496,7 @@ class Trainer(TrainingLoop):
 
         Raises:
             FileNotFoundError: There is no such directory.
-            CheckpointError: The state is incomplete, damaged, or of another model; nothing has been changed.
+            CheckpointError: The state is incomplete or damaged, or does not fit; nothing has been changed.
         """
         accelerator = self._accelerator
         is_main, num_processes = accelerator.is_main_process, int(accelerator.num_processes)
@@ -489,6 +504,13 @@ class Trainer(TrainingLoop):
         return self._loop_restore(read_state(saved, accelerator, self._loop_state_parts()))
 
     # --- the start and the end of a run --------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trainer:
+        """Return a trainer of copies of the model, the optimizer and all else. Nothing may be running."""
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        memo[id(self._accelerator)] = copy_accelerator(self._accelerator, memo)
+        copied.__setstate__(copy.deepcopy(self.__reduce_ex__(4)[2], memo))  # type: ignore[arg-type]
+        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become a copy of another trainer, or the one that was pickled; outside a run, both work at any time."""
@@ -501,7 +523,9 @@ class Trainer(TrainingLoop):
 
     def _create_callback_handler(self) -> CallbackHandler:
         limit = limit_from_environment()
-        return CallbackHandler([*([] if limit is None else [LimitBatchesCallback(limit)]), *self._callbacks])
+        handler = CallbackHandler(None if limit is None else LimitBatchesCallback(limit))
+        handler.add_callbacks(self._callbacks)
+        return handler
 
     @contextmanager
     def _loop_run_context(self) -> Iterator[Run]:
@@ -532,6 +556,7 @@ class Trainer(TrainingLoop):
     ) -> Iterator[None]:
         """Prepare a pass over ``self.eval_dataset``, and clean up afterwards."""
         _validation.check_positive_integer("per_device_batch_size", batch_size, "samples")
+        _validation.check_model(self.model)
         self.collate_fn = collate_fn
         with self._loop_run_context() as run:
             self._loop_make_eval_loaders(batch_size, dl_kwargs)
@@ -573,7 +598,7 @@ class Trainer(TrainingLoop):
         self._loop_run.train_dl_kwargs = None  # those of an earlier run
         with _validation.explain_bad_data("train_dataset", self.train_dataset):
             loader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
-        seeded_loader = self._loop_seed_loader("train_dataset", loader)
+        seeded_loader = _seed_loader("train_dataset", loader, self._accelerator)
         _validation.check_loader_not_empty("train_dataset", loader)
         self._loop_run.seeded_train_loaders = [seeded_loader]
         self._loop_run.train_dataloader = seeded_loader.loader
@@ -590,21 +615,11 @@ class Trainer(TrainingLoop):
                 with _validation.explain_bad_data("eval_dataset", dataset):
                     loader = self.create_eval_dataloader(batch_size=batch_size, eval_dl_kwargs=dl_kwargs)
                 if loader is not None:
-                    seeded_loader = self._loop_seed_loader("eval_dataset", loader)
+                    seeded_loader = _seed_loader("eval_dataset", loader, self._accelerator)
                     run.seeded_eval_loaders.append(seeded_loader)
                     run.eval_dataloaders[name] = seeded_loader.loader
         finally:
             self.eval_dataset = datasets
-
-    def _loop_seed_loader(self, dataset_name: str, loader: Loader) -> SeededLoader:
-        _validation.check_data_of_loader(dataset_name, loader)
-        _validation.warn_about_ready_batches(dataset_name, loader)
-        return rebuild_loader(loader, placement_of(self._accelerator))
-
-    def _loop_default_dl_kwargs(self, dataset: Data, batch_size: int) -> dict[str, Any]:
-        num_processes = num_local_processes(int(self._accelerator.num_processes))
-        pin_memory = self._accelerator.device.type == "cuda"
-        return default_dl_kwargs(dataset, batch_size, num_processes, pin_memory)
 
     def _loop_prepare_run(self, **numbers: Any) -> None:
         """Prepare model, optimizer and loaders, and fix the configuration of the run."""
@@ -648,7 +663,7 @@ class Trainer(TrainingLoop):
             eval_dl_kwargs=run.eval_dl_kwargs,
             is_local_process_zero=accelerator.is_local_main_process,
             is_world_process_zero=accelerator.is_main_process,
-            mixed_precision=accelerator.mixed_precision,
+            mixed_precision=precision_of(accelerator),
             seed=run.seed,
         )
         if run.is_training_run:
@@ -665,43 +680,52 @@ class Trainer(TrainingLoop):
     ) -> None:
         """Prepare everything that a training run needs next to model and loaders.
 
-        The order matters: settings are taken before a scheduler changes the optimizer; a state that does not fit is
-        refused before anything of the previous run is forgotten; it is restored when there is a scheduler to restore.
+        The order matters: settings are taken before a scheduler changes the optimizer; a state is restored when there
+        is a scheduler to restore. If it does not fit, nothing of the previous run is forgotten.
         """
         run, config = self._loop_run, self._loop_run.config
-        run.training.settings = resume.run_settings(
-            config, self.train_dataset, run.train_dataloader, self.optimizer, self.loss_func, self._loop_seed
-        )
-        num_batches = run.training.settings["num_batches_per_epoch"]
-        _validation.warn_about_long_accumulation(config.gradient_accumulation_steps, num_batches)
-        if isinstance(state, SavedState):
-            state = partial(self._loop_restore, read_state(state, self._accelerator, self._loop_state_parts()))
-        if reset_run_history:
-            self.run_history.reset()
         self._check_eval_batch_size()
         run.consensus = self._loop_create_consensus()
-        _clear_gradients(self.model, self.optimizer)
-        if not run.is_sharded:  # otherwise the optimizer has other parameters than the model, which stand for the same
-            run.outside_parameters = OutsideParameters(self.model, self.optimizer)
-        if config.is_distributed:
-            broadcast_values(run.outside_parameters)
         disable_loss_scaling(self._accelerator, config.gradient_accumulation_steps)
-        self._loop_set_up_scheduler()
-        nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
-        window = AccumulationWindow(config.gradient_accumulation_steps, nominal_weight)
-        if overrides_any(self, ("_create_run_config",)):
-            num_epochs = config.num_epochs
-        run.start_training(self.run_history.current_epoch - 1, num_epochs, window)
-        self._loop_companions().check_before_run(bool(_folders_of_states(self.callback_handler)), config.is_distributed)
-        if state is not None:
-            self._loop_resume(state, num_epochs)
+        with ExitStack() as undo:
+            if state is not None or self._loop_pending_scheduler_state is not None:
+                kept = _attributes_of_training(self, run)
+                undo.enter_context(undone_if_refused(self._loop_state_parts(), self._accelerator, kept))
+            run.training.settings = resume.run_settings(
+                config, self.train_dataset, run.train_dataloader, self.optimizer, self.loss_func, self._loop_seed
+            )
+            num_batches = run.training.settings["num_batches_per_epoch"]
+            _validation.warn_about_long_accumulation(config.gradient_accumulation_steps, num_batches)
+            if isinstance(state, SavedState):
+                contents = read_state(state, self._accelerator, self._loop_state_parts())
+                prepare_new_schedule(contents, self._loop_state_parts())
+                state = partial(self._loop_restore, contents)
+            if reset_run_history:
+                self.run_history.reset()
+            run.has_reset_history = reset_run_history
+            _set_up_parameters(run, self.model, self.optimizer)
+            self._loop_set_up_scheduler(is_resumed=state is not None)
+            nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
+            window = AccumulationWindow(config.gradient_accumulation_steps, nominal_weight)
+            if overrides_any(self, ("_create_run_config",)):
+                num_epochs = config.num_epochs
+            run.start_training(self.run_history.current_epoch - 1, num_epochs, window)
+            saves_states = bool(_folders_of_states(self.callback_handler))
+            self._loop_companions().check_before_run(saves_states, config.is_distributed)
+            if state is not None:
+                self._loop_resume(state, num_epochs)
 
-    def _loop_set_up_scheduler(self) -> None:
-        self.scheduler = self.create_scheduler()
+    def _loop_set_up_scheduler(self, is_resumed: bool) -> None:
+        scheduler = self.create_scheduler()
+        _validation.check_scheduler(scheduler, not overrides_any(self, ["scheduler_step"]))
+        self.scheduler = scheduler
         _start_counting(self.scheduler)
-        state, self._loop_pending_scheduler_state = self._loop_pending_scheduler_state, None
-        if state is not None:
-            self._loop_load_scheduler_state(state)
+        state = self._loop_pending_scheduler_state
+        if self.scheduler is not None and state is not None and not is_resumed:
+            self._loop_pending_scheduler_state = None
+            source = "The scheduler state that was loaded before the run"
+            check_scheduler_state(self.scheduler, state, source)
+            load_scheduler_state(state, self._loop_load_scheduler_state, source)
 
     def _loop_resume(self, restore: Callable[[], StateDict], num_epochs: int) -> None:
         """Continue where a training state left off.
@@ -716,11 +740,14 @@ class Trainer(TrainingLoop):
             current_epoch = restore().get("current_epoch")
         finally:
             run.is_resuming = False
+        self._loop_pending_scheduler_state = None  # of a run without a scheduler
         if current_epoch is not None:
             self.run_history._set_epoch(current_epoch)  # noqa: SLF001 - a seam of 0.1.61
             run.training.move_to_epoch(int(current_epoch))
         run.start_resumed_training(num_epochs)
         saved = run.training.lineage.origin
+        if saved is not None:
+            self.print(f"Resuming from {str(saved.path)!r} in epoch {self.run_history.current_epoch}.")
         if saved is not None and run.config.is_world_process_zero:
             resume.warn_about_mismatch(saved, self._loop_state_parts().settings)
 
@@ -745,7 +772,7 @@ class Trainer(TrainingLoop):
             run_seed=run.seed,
             seed=training.seed,
             run_number=training.run_number,
-            stop_reason=training.early_stop_reason,
+            stop_reason=self._loop_early_stop_reason(),
             settings={**training.settings, "scheduler": resume.name_of(self.scheduler)},
             companions=self._loop_companions(),
         )
@@ -783,13 +810,14 @@ class Trainer(TrainingLoop):
         return contents.user_entries
 
     def _loop_load_scheduler_state(self, state: StateDict) -> None:
+        """Load a state, of which the scheduler gets a copy, or keep it until there is a scheduler."""
         if self.scheduler is None:
             self._loop_pending_scheduler_state = state
             return
         if self._loop_run.is_resuming and isinstance(self.scheduler, StatefulSchedulerBase):
-            self.scheduler.resume_from(state)
+            self.scheduler.resume_from(copy.deepcopy(dict(state)))
         else:
-            self.scheduler.load_state_dict(state)
+            self.scheduler.load_state_dict(copy.deepcopy(dict(state)))
         _start_counting(self.scheduler)
 
     def _loop_teardown(self, run: Run, outer: Run) -> None:
@@ -835,6 +863,26 @@ def _preserve_attributes(owner: object, *names: str) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+def _check_parts_of_training(trainer: Trainer) -> None:
+    """Refuse a model, a loss function or an optimizer that is none. A step of one's own may use any loss function."""
+    _validation.check_model(trainer.model)
+    if not overrides_any(trainer, ["calculate_train_batch_loss"]):
+        _validation.check_loss_func(trainer.loss_func)
+    _validation.check_optimizer(trainer.optimizer)
+    _validation.check_trainable(trainer.model, trainer.loss_func, trainer.optimizer)
+
+
+def _default_dl_kwargs(dataset: Data, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:
+    num_processes = num_local_processes(int(accelerator.num_processes))
+    return default_dl_kwargs(dataset, batch_size, num_processes, pin_memory=accelerator.device.type == "cuda")
+
+
+def _seed_loader(dataset_name: str, loader: Loader, accelerator: Accelerator) -> SeededLoader:
+    _validation.check_data_of_loader(dataset_name, loader)
+    _validation.warn_about_ready_batches(dataset_name, loader)
+    return rebuild_loader(loader, placement_of(accelerator))
+
+
 def _folders_of_states(callback_handler: CallbackHandler) -> set[Path]:
     """Return the folders in which a run saves training states."""
     callbacks = callback_handler.with_nested_callbacks()
@@ -851,11 +899,24 @@ def _start_counting(scheduler: Scheduler | None) -> None:
         scheduler.step()  # so that update k trains at curve(k)
 
 
-def _clear_gradients(model: nn.Module, optimizer: Optimizer) -> None:
-    """Discard the gradients left from before the run, also those of parameters that the optimizer does not hold."""
+def _attributes_of_training(trainer: Trainer, run: Run) -> list[tuple[object, str]]:
+    """Return what is set when a run starts to train, and set back if the state to resume is refused."""
+    of_trainer = [(trainer, "scheduler"), (trainer, "_loop_pending_scheduler_state")]
+    return [*of_trainer, (run, "training"), (run.training, "settings")]
+
+
+def _set_up_parameters(run: Run, model: nn.Module, optimizer: Optimizer) -> None:
+    """Find the parameters that the optimizer holds beside the model, and discard the gradients from before the run.
+
+    Gradients are discarded also of parameters that the optimizer does not hold.
+    """
     if isinstance(model, nn.Module):
         model.zero_grad()
     optimizer.zero_grad()
+    if not run.is_sharded:  # otherwise the optimizer has other parameters than the model, which stand for the same
+        run.outside_parameters = OutsideParameters(model, optimizer)
+    if run.config.is_distributed:
+        broadcast_values(run.outside_parameters)
 
 
 class TrainerWithTimmScheduler(Trainer):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import errno
 import hashlib
 import multiprocessing
 import os
+import pickle
 import shutil
 import stat
 from collections import Counter, OrderedDict
@@ -194,7 +196,7 @@ def test_a_file_is_fsynced_before_it_is_renamed_and_its_folder_afterwards(tmp_pa
 
 
 def make_folder_with_file(path, text):
-    path.mkdir()
+    path.mkdir(parents=True)
     (path / "file").write_text(text)
 
 
@@ -294,3 +296,199 @@ def test_the_temporary_file_of_a_killed_process_is_overwritten(tmp_path):
 def _die_while_saving(path):
     os.fsync = lambda descriptor: os._exit(9)
     files_module.save_file({"number": 0}, path)
+
+
+# --- links -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A folder with a link to a folder elsewhere, in place of a state that has been moved."""
+    make_folder_with_file(tmp_path / "elsewhere" / "moved", "moved")
+    (tmp_path / "states").mkdir()
+    target = tmp_path / "states" / "folder"
+    target.symlink_to(Path("..", "elsewhere", "moved"))
+    return target
+
+
+def moved_file(linked):
+    return linked.parents[1] / "elsewhere" / "moved" / "file"
+
+
+def test_a_link_is_replaced_again_and_again_and_what_it_points_to_stays(linked):
+    for text in ("first", "second", "third"):
+        make_folder_with_file(files_module.temporary_path(linked), text)
+        files_module.replace_folder(linked)
+        assert (linked / "file").read_text() == text
+        assert names_in(linked.parent) == ["folder"]
+        assert not linked.is_symlink()
+    assert moved_file(linked).read_text() == "moved"
+
+
+def test_a_link_to_nothing_is_replaced(linked):
+    shutil.rmtree(moved_file(linked).parent)
+    make_folder_with_file(files_module.temporary_path(linked), "new")
+    files_module.replace_folder(linked)
+    assert (linked / "file").read_text() == "new"
+    assert names_in(linked.parent) == ["folder"]
+
+
+def test_a_failed_replacement_restores_the_link(linked, monkeypatch):
+    make_folder_with_file(files_module.temporary_path(linked), "new")
+    rename = Path.rename
+
+    def fail(path, new_name):
+        if path.name.endswith(".tmp"):
+            raise OSError(5, "Input/output error")
+        return rename(path, new_name)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        files_module.replace_folder(linked)
+    assert linked.is_symlink()
+    assert (linked / "file").read_text() == "moved"
+
+
+def test_of_a_link_only_the_link_is_deleted(linked):
+    files_module.delete_folder(linked)
+    assert names_in(linked.parent) == []
+    assert moved_file(linked).read_text() == "moved"
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_an_interrupted_replacement_of_a_link_is_undone_or_finished(linked, is_replaced):
+    linked.rename(files_module.backup_path(linked))
+    make_folder_with_file(linked if is_replaced else files_module.temporary_path(linked), "new")
+    files_module.repair_folder(linked)
+    assert names_in(linked.parent) == ["folder"]
+    assert (linked / "file").read_text() == ("new" if is_replaced else "moved")
+    assert moved_file(linked).read_text() == "moved"
+
+
+def test_a_file_replaces_a_link_to_a_file_and_not_the_file(tmp_path):
+    (tmp_path / "archive.pt").write_text("kept")
+    (tmp_path / "model.pt").symlink_to(tmp_path / "archive.pt")
+    files_module.save_file({"number": 1}, tmp_path / "model.pt")
+    assert files_module.load_file(tmp_path / "model.pt") == {"number": 1}
+    assert (tmp_path / "archive.pt").read_text() == "kept"
+
+
+# --- paths -------------------------------------------------------------------------------------------------------
+
+
+def test_a_local_path_is_absolute_and_knows_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert files_module.local_path("a/b.pt") == tmp_path / "a" / "b.pt"
+    assert files_module.local_path(Path("~", "b.pt")) == tmp_path / "home" / "b.pt"
+    assert files_module.local_path("a~b") == tmp_path / "a~b"
+    assert files_module.local_path("/a/b") == Path("/a/b")
+    assert files_module.local_path("a:b/c") == tmp_path / "a:b" / "c"
+    assert files_module.local_path("C:/model.pt") == tmp_path / "C:" / "model.pt"  # on Windows, a drive
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/a.pt", "gs://a", "hdfs://host:8020/a", "file://a", "https://a/b"])
+@pytest.mark.parametrize("make", [str, Path])
+def test_the_address_of_a_remote_store_is_refused(tmp_path, monkeypatch, address, make):
+    monkeypatch.chdir(tmp_path)
+    for act in (
+        files_module.local_path,
+        files_module.check_can_write,
+        files_module.load_file,
+        lambda path: files_module.save_file({}, path),
+    ):
+        with pytest.raises(
+            ValueError, match=r"'(s3|gs|hdfs|file|https)://\w*.*is not the path of a local file or folder"
+        ):
+            act(make(address))
+    assert names_in(tmp_path) == []
+
+
+def test_the_home_folder_of_nobody_is_refused():
+    with pytest.raises(ValueError, match="names a home folder that does not exist"):
+        files_module.local_path("~nobody-of-this-name/model.pt")
+
+
+class Owner:
+    path = files_module.PathAttribute()
+
+    def __init__(self, path):
+        self.path = path
+
+
+@pytest.mark.parametrize("make", [str, Path])
+def test_a_relative_path_means_the_folder_that_was_current_when_it_was_set(tmp_path, monkeypatch, make):
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    owner = Owner(make("a/b"))
+    others = [copy.deepcopy(owner), pickle.loads(pickle.dumps(owner))]
+    assert owner.path == make("a/b")
+    monkeypatch.chdir(tmp_path / "other")
+    for one in (owner, *others):
+        assert one.path == make(str(tmp_path / "a" / "b"))
+        assert type(one.path) is type(make(""))
+    owner.path = make("c")
+    assert owner.path == make("c")
+    monkeypatch.chdir(tmp_path)
+    assert owner.path == make(str(tmp_path / "other" / "c"))
+
+
+def test_other_paths_stay_as_they_are_given(tmp_path, monkeypatch):
+    paths = ["~/a", "/a/b", "s3://bucket/a", Path("~/a")]
+    owners = [Owner(path) for path in paths]
+    monkeypatch.chdir(tmp_path)
+    assert [owner.path for owner in owners] == paths
+
+
+def test_an_attribute_that_was_not_set_is_missing():
+    assert not hasattr(object.__new__(Owner), "path")
+    assert isinstance(Owner.path, files_module.PathAttribute)
+
+
+def test_a_path_works_although_the_current_folder_was_deleted(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    relative = Owner("a")
+    (tmp_path / "gone").rmdir()
+    assert Owner(str(tmp_path / "a")).path == str(tmp_path / "a")
+    assert relative.path == str(tmp_path / "gone" / "a")
+
+
+@pytest.mark.parametrize("length", [1, 138, 139, 143, 144, 255])
+@pytest.mark.parametrize("letter", ["m", "\u00fc"])
+def test_names_of_any_length_that_the_system_takes_can_be_written(tmp_path, length, letter):
+    name = letter * (length // len(letter.encode()) - 3) + ".pt" if length > 10 else letter
+    path = tmp_path / name
+    for number in range(2):
+        files_module.check_can_write(path)
+        files_module.save_file({"number": number}, path)
+        assert files_module.load_file(path) == {"number": number}
+        assert names_in(tmp_path) == [name]
+    path.unlink()
+    for text in ("first", "second"):
+        make_folder_with_file(files_module.temporary_path(path), text)
+        files_module.replace_folder(path)
+        assert (path / "file").read_text() == text
+    assert names_in(tmp_path) == [name]
+
+
+def test_long_names_have_different_hidden_names(tmp_path):
+    names = {files_module.temporary_path(tmp_path / ("m" * 200 + end)) for end in "ab"}
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize("name", ["m" * 256, "\u00fc" * 128, "m/" * 3000 + "m"])
+def test_a_name_that_is_too_long_cannot_be_written(tmp_path, name):
+    with pytest.raises(CheckpointError, match="File name too long"):
+        files_module.check_can_write(tmp_path / name)
+
+
+# --- metadata ----------------------------------------------------------------------------------------------------
+
+
+def test_the_metadata_of_a_state_are_stored(tmp_path):
+    state = OrderedDict(weight=torch.ones(1))
+    vars(state).update(_metadata={"": {"version": np.int64(2)}}, not_storable=object())
+    files_module.save_file({"state": state}, tmp_path / "file.pt")
+    loaded = files_module.load_file(tmp_path / "file.pt")["state"]
+    assert vars(loaded) == {"_metadata": {"": {"version": 2}}}

@@ -221,9 +221,9 @@ def test_the_states_of_earlier_runs_are_deleted_first(tmp_path):
     assert names_in(tmp_path) == ["epoch_3", "step_1"]
 
 
-def test_only_states_of_epochs_and_steps_are_deleted(tmp_path):
+def test_only_states_with_a_name_of_the_callback_are_deleted(tmp_path):
     make_states(tmp_path, [1.0, 2.0])
-    for name in ("final", "mine", "epoch_x", "epoch_2_copy"):
+    for name in ("mine", "epoch_x", "epoch_2_copy"):
         make_up_state(tmp_path / name)
     for name in ("epoch_0", "step_0", "notes"):
         (tmp_path / name).mkdir()

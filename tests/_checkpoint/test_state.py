@@ -15,7 +15,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, IterableDataset
 
 import _golden
@@ -44,11 +43,16 @@ from pytorch_accelerated import Trainer
 from pytorch_accelerated._accumulation import AccumulationWindow
 from pytorch_accelerated._checkpoint import state as state_module
 from pytorch_accelerated._checkpoint.manifest import read_manifest
-from pytorch_accelerated.callbacks import EarlyStoppingCallback, SaveTrainingStateCallback, get_default_callbacks
+from pytorch_accelerated.callbacks import (
+    EarlyStoppingCallback,
+    SaveTrainingStateCallback,
+    TrainerCallback,
+    get_default_callbacks,
+)
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.schedulers import CosineLrScheduler
-from pytorch_accelerated.tracking import EpochMeans, InMemoryRunHistory
+from pytorch_accelerated.tracking import EpochMeans, InMemoryRunHistory, LossTracker
 
 GOLDEN_STATE = Path(__file__).parents[1] / "golden_states" / "training_state_format_1.tar.xz"
 
@@ -77,7 +81,12 @@ def state(tmp_path_factory):
 def test_the_manifest_has_the_position_and_the_metrics_of_the_run(state):
     saved = read_manifest(state)
     assert saved.position == TrainingProgress(
-        num_epochs_completed=1, num_batches_in_epoch=2, num_updates=4, num_samples=26, phase="training"
+        num_epochs_completed=1,
+        num_batches_in_epoch=2,
+        num_batches_in_earlier_epochs=5,
+        num_updates=4,
+        num_samples=26,
+        phase="training",
     )
     assert set(saved.metrics) == {"train_loss_epoch", "eval_loss_epoch"}
     assert all(isinstance(value, float) for value in saved.metrics.values())
@@ -489,13 +498,14 @@ def test_loading_a_folder_without_states_raises(tmp_path):
 # --- rejecting ---------------------------------------------------------------------------------------------------
 
 
-def assert_rejected(trainer, path, message, **kwargs):
+def assert_rejected(trainer, path, message, is_only_resumed=False, **kwargs):
     """Assert that `load_training_state` and `train` reject a state and change nothing."""
     trainer.run_history.update_metric("mine", 1.0)
     before = everything_in(trainer)
-    with pytest.raises(CheckpointError, match=message):
-        trainer.load_training_state(path, **kwargs)
-    assert_equal(everything_in(trainer), before)
+    if not is_only_resumed:
+        with pytest.raises(CheckpointError, match=message):
+            trainer.load_training_state(path, **kwargs)
+        assert_equal(everything_in(trainer), before)
     with pytest.raises(CheckpointError, match=message):
         train(trainer, resume_from=path, **kwargs)
     assert_equal(everything_in(trainer), before)
@@ -518,15 +528,112 @@ def test_the_state_of_another_optimizer_is_rejected_and_changes_nothing(state):
     assert_rejected(trainer, state, r"a different optimizer: its groups have \[4\] parameters instead of \[2, 2\]")
 
 
-def test_the_state_of_another_scheduler_is_rejected_and_changes_nothing(tmp_path):
+class Remembering(TrainerCallback):
+    """Has a state in an attribute, in a list and in an object."""
+
+    def __init__(self):
+        self.number, self.numbers, self.tracker = 1, [1], LossTracker()
+
+    def state_dict(self):
+        return {"number": self.number, "tracker": self.tracker.state_dict()}
+
+    def load_state_dict(self, state):
+        self.number = state["number"]
+        self.numbers.append(self.number)
+        self.tracker.load_state_dict(state["tracker"])
+
+    def content(self):
+        return self.number, list(self.numbers), self.tracker.average
+
+
+class Refusing(Remembering):
+    """Changes something, and then refuses its state."""
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        torch.rand(1)
+        raise LookupError("not with me")
+
+
+class PlainHistory(InMemoryRunHistory):
+    """Cannot be saved."""
+
+    state_dict = load_state_dict = property()
+
+
+@pytest.mark.parametrize("history", [InMemoryRunHistory, PlainHistory])
+def test_a_callback_that_refuses_its_state_leaves_everything_as_it_was(tmp_path, history):
+    saved = make_state_trainer([Remembering(), Refusing(), SaveTrainingStateCallback(tmp_path)])
+    saved.callback_handler.callbacks[0].number = 5
+    train(saved, num_epochs=1)
+    trainer = make_state_trainer(
+        [Remembering(), Refusing(), SaveTrainingStateCallback(tmp_path)], seed=8, run_history=history()
+    )
+    contents = [callback.content() for callback in trainer.callback_handler.callbacks[:2]]
+    message = r"does not fit the callbacks of this run: LookupError: not with me. Nothing was loaded"
+    assert_rejected(trainer, tmp_path / "final", message)
+    assert_rejected(trainer, "latest", message, is_only_resumed=True)
+    assert repr([callback.content() for callback in trainer.callback_handler.callbacks[:2]]) == repr(contents)
+    train(trainer)
+    assert_rejected(trainer, tmp_path / "final", message)
+
+
+def test_a_rejected_state_does_not_change_what_the_trainer_carries_along(tmp_path):
+    class Carrying(Trainer):
+        def __init__(self, refuses):
+            torch.manual_seed(3)
+            model = make_model()
+            super().__init__(model, nn.functional.mse_loss, torch.optim.SGD(model.parameters(), lr=0.1), callbacks=())
+            self.network = nn.Linear(2, 2)
+            self.second = torch.optim.Adam(self.network.parameters())
+            self.generator = torch.Generator().manual_seed(4)
+            self.metric = Refusing() if refuses else Remembering()
+
+        def content(self):
+            self.network(torch.ones(1, 2)).sum().backward()
+            weights = {name: value.clone() for name, value in self.network.state_dict().items()}
+            return {**weights, "generator": self.generator.get_state(), "second": str(self.second.state_dict())}
+
+    saved = Carrying(refuses=False)
+    saved.content()
+    saved.second.step()
+    torch.rand(5, generator=saved.generator)
+    saved.save_training_state(tmp_path / "state")
+    trainer = Carrying(refuses=True)
+    before = trainer.content()
+    with pytest.raises(CheckpointError, match="does not fit what the trainer carries along: LookupError"):
+        trainer.load_training_state(tmp_path / "state")
+    assert_equal(trainer.content(), before)
+    assert trainer.metric.number == 1
+
+
+def test_what_a_trainer_saves_after_a_rejected_state_has_its_own_settings(tmp_path, state):
+    """Those of the run before, not of the run that did not take place."""
+    trainer = make_state_trainer()
+    train(trainer, num_epochs=1)
+    trainer.save_training_state(tmp_path / "before")
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+    with pytest.raises(CheckpointError, match="its class is 'AdamW' instead of 'SGD'"):
+        train(trainer, resume_from=state, gradient_clip_norm=5.0)
+    trainer.save_training_state(tmp_path / "after")
+    before, after = (read_manifest(tmp_path / name) for name in ("before", "after"))
+    assert (after.settings, after.position) == (before.settings, before.position)
+
+
+def test_the_gradients_of_a_trainer_survive_a_rejected_state(tmp_path, state):
     path = tmp_path / "state"
-    step_lr = {"create_scheduler_fn": lambda optimizer: StepLR(optimizer, 1)}
-    train(make_state_trainer([saving_after(4, path)]), **step_lr)
-    trainer = make_state_trainer(seed=8)
-    before = weights_of(trainer.model)
-    with pytest.raises(CheckpointError, match=r"belongs to a different scheduler \(StepLR\).*no entry 'num_updates'"):
-        train(trainer, resume_from=path, create_scheduler_fn=CosineLrScheduler.create_scheduler_fn())
-    assert_same_weights(weights_of(trainer.model), before)
+    shutil.copytree(state, path)
+    torch.save({"something": "else"}, path / "trainer_state.pt")
+    rewrite_manifest(path)
+    trainer = make_state_trainer()
+    trainer.model(torch.ones(2, 3)).sum().backward()
+    gradients = state_module.gradients_of(trainer.model)
+    assert gradients
+    with pytest.raises(CheckpointError, match="has unexpected contents"):
+        train(trainer, resume_from=path)
+    with pytest.raises(ZeroDivisionError):
+        train(trainer, resume_from=state, create_scheduler_fn=lambda optimizer: 1 / 0)
+    assert_equal(state_module.gradients_of(trainer.model), gradients)
 
 
 def test_a_state_of_another_number_of_processes_is_rejected_unless_that_is_allowed(tmp_path, state):
@@ -595,6 +702,7 @@ def test_a_state_of_format_1_resumes_exactly(golden):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # older versions saved it
         train_as_golden(resumed, resume_from="latest")
+    resumed.progress.num_batches_in_earlier_epochs += 5  # of the first epoch, which the state does not know
     assert resumed.progress == uninterrupted.progress
     assert resumed.callback_handler.callbacks[1].state_dict() == {"num_steps": 15}
     if not _golden.draws_same_numbers():
@@ -655,6 +763,6 @@ def test_a_resumed_run_prints_how_exactly_the_data_resumes(tmp_path, capsys, mak
     uninterrupted = run()
     assert "Resuming" not in capsys.readouterr().out
     assert_equal(run(resume_from=tmp_path / "state"), uninterrupted)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Resuming")]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Resuming epoch")]
     assert line.startswith("Resuming epoch 1 after batch 3. ")
     assert printed in line

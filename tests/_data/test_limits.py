@@ -53,3 +53,10 @@ def test_a_limit_in_the_environment_that_is_no_number_of_batches_is_refused(monk
     monkeypatch.setenv(LIMIT_BATCHES_ENV_VAR, text)
     with pytest.raises(ValueError, match=rf"{LIMIT_BATCHES_ENV_VAR} is '{text}'.*at least 1.*unset"):
         limit_from_environment()
+
+
+@pytest.mark.parametrize("value", [1.5, 0, -1, True, "2", None, float("inf")])
+@pytest.mark.parametrize("make", [LimitBatches, lambda limit: DataLoaderSlice([1], limit)], ids=["limit", "slice"])
+def test_a_limit_that_is_no_number_of_batches_is_refused_where_it_is_given(make, value):
+    with pytest.raises(ValueError, match=rf"is {value!r}. Expected a whole number of batches, at least 1"):
+        make(value)

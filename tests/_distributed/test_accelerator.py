@@ -94,6 +94,75 @@ def test_a_precision_that_differs_from_that_of_the_process_is_refused(accelerato
         create_accelerator(None, "bfloat16")
 
 
+NOT_ON_CPU = """
+import os, sys, warnings
+from accelerate import Accelerator
+from _support import make_trainer, make_dataset
+
+second = sys.argv[1]
+
+def run(*args, **kwargs):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make_trainer(*args, **kwargs)
+    trainer.train(make_dataset(4), num_epochs=1)
+    trainer.evaluate(make_dataset(4))
+    return trainer.run_config.mixed_precision, [str(warning.message) for warning in caught]
+
+for precision in ("fp16", "fp8"):
+    for kwargs in ({"mixed_precision": precision}, {"accelerator": {"mixed_precision": precision, "cpu": True}}):
+        try:
+            make_trainer(**kwargs)
+        except ValueError as error:
+            assert f"`mixed_precision` is '{precision}', but this run uses a CPU" in str(error), error
+        else:
+            raise AssertionError(f"{kwargs} was not refused")
+if second == "environment":
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16"
+    precision, (said,) = run()
+    assert precision == "no", precision
+    assert "Accelerate is configured with mixed_precision='fp16', but it uses a CPU" in said, said
+    assert run(mixed_precision="no") == ("no", [])
+elif second == "accelerator":
+    accelerator = Accelerator(mixed_precision="fp16")
+    for kwargs in ({"accelerator": accelerator}, {}):
+        precision, (said,) = run(**kwargs)
+        assert precision == "no", precision
+        assert "Accelerate is configured with mixed_precision='fp16', but it uses a CPU" in said, said
+else:
+    assert run(mixed_precision=second) == (second, [])
+"""
+
+
+@pytest.mark.parametrize("second", ["no", "bf16", "environment", "accelerator"])
+def test_a_precision_that_a_cpu_does_not_have_is_refused_or_not_used_and_never_claimed(second):
+    """A refused one leaves nothing behind: the next trainer of the process gets the precision that it asks for."""
+    run_python(NOT_ON_CPU, second, CUDA_VISIBLE_DEVICES="")
+
+
+REFUSED = """
+from accelerate import Accelerator
+from pytorch_accelerated._distributed.accelerator import create_accelerator
+
+create = Accelerator.__init__
+
+def fail(self, *args, **kwargs):
+    create(self, *args, **kwargs)
+    raise ImportError("a plugin is missing")
+
+Accelerator.__init__ = fail
+try:
+    create_accelerator(None, "bf16")
+except ImportError:
+    Accelerator.__init__ = create
+print(create_accelerator(None, "no").mixed_precision)
+"""
+
+
+def test_an_accelerator_that_cannot_be_created_sets_nothing_for_later_ones():
+    assert run_python(REFUSED) == "no\n"
+
+
 UNKNOWN_PRECISION = """
 from pytorch_accelerated._distributed.accelerator import create_accelerator
 try:

@@ -363,11 +363,11 @@ def test_a_resumed_run_ends_with_the_same_average_as_an_uninterrupted_one(state,
 
 def test_a_resumed_run_does_not_replace_the_best_average_with_a_worse_one(tmp_path):
     settings = {"save_path": tmp_path / "ema.pt", "watch_metric": "ema_model_score", "greater_is_better": True}
-    saving = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
+    saving = SaveTrainingStateCallback(tmp_path)
     train(make_trainer([ModelEmaCallback(**settings, callbacks=[Score(0.9)]), saving]), num_epochs=1)
 
     resumed = ModelEmaCallback(**settings, callbacks=[Score(0.5)])
-    train(make_trainer([resumed]), num_epochs=2, resume_from=str(tmp_path / "epoch_1"))
+    train(make_trainer([resumed]), num_epochs=2, resume_from=str(tmp_path / "final"))
 
     assert resumed.best_metric == 0.9
     assert torch.load(tmp_path / "ema.pt")["epoch"] == 1

@@ -13,8 +13,10 @@ import _support
 from _support import (
     IMPOSSIBLE_COUNTS,
     IN_ORDER,
+    Batches,
     EventRecorder,
     Probe,
+    Stream,
     assert_same_weights,
     losses,
     make_dataset,
@@ -253,6 +255,24 @@ def test_every_epoch_uses_at_most_the_given_number_of_batches(make_limited, num_
     trainer.evaluate(make_dataset(12), per_device_batch_size=4)
     assert counts.train_steps == [expected] * 3
     assert counts.eval_steps == [expected] * 5
+
+
+@pytest.mark.parametrize("make_limited", [limited_by_callback, limited_by_variable, limited_by_context])
+@pytest.mark.parametrize("kind", ["samples", "stream", "batches"])
+def test_predictions_use_at_most_the_given_number_of_batches(make_limited, kind, monkeypatch):
+    data = make_dataset(12)
+    trainer = make_limited(2, [], monkeypatch)
+    given = {"samples": data, "stream": Stream(data), "batches": Batches(data, 4)}[kind]
+    outputs = trainer.predict(given, per_device_batch_size=4)
+    assert torch.equal(outputs, trainer.model(data.tensors[0][:8]).detach())
+    monkeypatch.delenv(LIMIT_BATCHES_ENV_VAR, raising=False)
+    assert len(make_trainer().predict(given, per_device_batch_size=4)) == 12
+
+
+def test_a_limit_of_an_evaluation_is_a_whole_number():
+    limit = Probe(on_eval_epoch_start=lambda trainer, **_: trainer.limit_eval_steps(1.5))
+    with pytest.raises(TypeError, match=r"`num_eval_steps` is 1.5"):
+        make_trainer(callbacks=[limit]).evaluate(make_dataset(4))
 
 
 def test_the_limit_of_the_environment_variable_applies_before_all_other_callbacks(monkeypatch):

@@ -54,7 +54,7 @@ def test_callbacks_get_an_event_in_list_order():
 def test_callback_classes_are_instantiated():
     handler = CallbackHandler([Named, Named("mine")])
     assert [callback.name for callback in handler.callbacks] == ["default", "mine"]
-    assert handler.callback_list == "Named\nNamed"
+    assert handler.callback_list == ["Named", "Named"]
 
 
 def test_two_instances_of_a_class_are_two_callbacks():
@@ -91,7 +91,7 @@ def test_clear_callbacks_removes_all_callbacks():
     handler.clear_callbacks()
     handler.call_event("on_train_epoch_start", None)
     assert log == ["gone"]
-    assert handler.callback_list == ""
+    assert handler.callback_list == []
 
 
 def test_a_callback_added_later_gets_events_that_were_called_before():

@@ -41,7 +41,8 @@ def test_the_start_and_end_of_runs_and_epochs_are_printed(capsys):
     train(trainer, num_epochs=2, eval_dataset=make_dataset(4))
     trainer.evaluate(make_dataset(4))
     assert capsys.readouterr().out == (
-        "\nStarting training run\n\nStarting epoch 1\n\nStarting epoch 2\nFinishing training run\n"
+        "\nStarting training run\n\nStarting epoch 1\nStarting evaluation\n\nStarting epoch 2\nStarting evaluation\n"
+        "Finishing training run\n"
         "\nStarting evaluation run\nFinishing evaluation run\n"
     )
 
@@ -79,15 +80,15 @@ def test_training_metrics_are_logged_after_training_and_all_others_after_evaluat
     ]
 
 
-def test_training_metrics_recorded_during_evaluation_are_logged_after_the_next_training_epoch():
+def test_training_metrics_recorded_during_evaluation_are_logged_after_it():
     log = CollectMetrics()
     late = Probe(on_eval_epoch_start=lambda trainer, **_: trainer.run_history.update_metric("train_late", 1))
     train(make_trainer(callbacks=[late, log]), num_epochs=2, eval_dataset=make_dataset(4))
     assert [sorted(metrics) for metrics in log.logged] == [
         ["train_loss_epoch"],
-        ["eval_loss_epoch"],
-        ["train_late", "train_loss_epoch"],
-        ["eval_loss_epoch"],
+        ["eval_loss_epoch", "train_late"],
+        ["train_loss_epoch"],
+        ["eval_loss_epoch", "train_late"],
     ]
 
 
@@ -105,6 +106,7 @@ def test_each_recorded_value_is_logged_once():
         ["train_loss_epoch"],
         ["eval_loss_epoch"],
         ["train_loss_epoch"],
+        ["seed"],
         ["evaluation_loss"],
     ]
 

@@ -37,6 +37,7 @@ from pytorch_accelerated.callbacks import (
 )
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.schedulers import CosineLrScheduler
+from pytorch_accelerated.states import verify_state
 
 NAN = float("nan")
 
@@ -219,6 +220,210 @@ def test_the_best_model_is_not_loaded_after_an_error(scripted, path):
     assert_same_weights(weights_of(trainer.model), remember.epochs[-1])
 
 
+def add_group(trainer, **_):
+    """Train another layer from the second epoch on."""
+    if trainer.run_history.current_epoch == 2:
+        trainer.optimizer.add_param_group({"params": list(trainer.get_model()[0].parameters()), "lr": 0.01})
+
+
+@pytest.mark.parametrize("create_scheduler_fn", [None, CosineLrScheduler.create_scheduler_fn()], ids=["", "schedule"])
+def test_the_best_model_is_loaded_although_the_optimizer_has_another_group_since(path, create_scheduler_fn, capsys):
+    torch.manual_seed(1)
+    remember = RememberWeights()
+    score = Probe(on_train_epoch_end=lambda trainer, **_: trainer.run_history.update_metric("score", len(states)))
+    states = remember.epochs
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1, momentum=0.9)
+    best = SaveBestModelCallback(path, watch_metric="score")
+    callbacks = [Probe(on_train_epoch_start=add_group), score, best, remember]
+    trainer = Trainer(model, torch.nn.functional.mse_loss, optimizer, callbacks=callbacks, seed=0)
+    trainer.train(make_dataset(8), 3, create_scheduler_fn=create_scheduler_fn)
+    assert best.best_metric_epoch == 1
+    assert_same_weights(weights_of(model), states[0])
+    assert len(trainer.optimizer.param_groups) == 2
+    assert "Only the model is loaded, because optimizer or scheduler have changed since: The checkpoint" in (
+        capsys.readouterr().out
+    )
+
+
+def test_the_best_model_is_loaded_although_the_scheduler_is_another_one_since(scripted, path):
+    def exchange(trainer, **_):
+        if trainer.run_history.current_epoch == 2:
+            trainer.scheduler = torch.optim.lr_scheduler.ExponentialLR(trainer.optimizer, 0.9)
+
+    remember = RememberWeights()
+    trainer = scripted([1, 2, 3], [Probe(on_train_epoch_start=exchange), SaveBestModelCallback(path), remember])
+    trainer.run(create_scheduler_fn=partial(StepLR, step_size=2, gamma=0.5))
+    assert_same_weights(weights_of(trainer.model), remember.epochs[0])
+    assert isinstance(trainer.scheduler, torch.optim.lr_scheduler.ExponentialLR)
+    assert trainer.scheduler.gamma == 0.9
+
+
+# --- paths -------------------------------------------------------------------------------------------------------
+
+
+class GoAway(TrainerCallback):
+    """Changes the current folder in the second epoch, as some launchers and loggers do."""
+
+    def __init__(self, folder):
+        folder.mkdir()
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer, **kwargs):
+        if trainer.run_history.current_epoch == 2:
+            os.chdir(self.folder)
+
+
+KINDS_OF_FILES = {
+    "best model": lambda path: SaveBestModelCallback(path),
+    "average": lambda path: ModelEmaCallback(save_path=path),
+    "states": lambda path: SaveTrainingStateCallback(path, save_every_n_epochs=1),
+    "states in the background": lambda path: SaveTrainingStateCallback(path, save_every_n_epochs=1, in_background=True),
+    "rotated states": lambda path: SaveTrainingStateCallback(path, save_every_n_epochs=1, max_checkpoints=1),
+}
+
+
+def save_with(make, path, callbacks=(), **kwargs):
+    trainer = make_trainer(callbacks=[*callbacks, make(path)], seed=0)
+    train(trainer, eval_dataset=make_dataset(4), **kwargs)
+    return trainer
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_FILES)
+@pytest.mark.parametrize("as_path", [str, Path])
+def test_a_relative_path_means_the_folder_in_which_it_was_given(tmp_path, monkeypatch, kind, as_path):
+    monkeypatch.chdir(tmp_path)
+    save_with(KINDS_OF_FILES[kind], as_path("a/b"), [GoAway(tmp_path / "away")])
+    assert Path.cwd() == tmp_path / "away"
+    assert list((tmp_path / "away").iterdir()) == []
+    saved = tmp_path / "a" / "b"
+    if "states" not in kind:
+        assert torch.load(saved, weights_only=True)["epoch"] in (1, 2, 3)
+        return
+    expected = ["final"] if kind == "rotated states" else ["epoch_1", "epoch_2", "epoch_3", "final"]
+    assert states_in(saved) == expected
+    monkeypatch.chdir(tmp_path)
+    resumed = save_with(KINDS_OF_FILES[kind], as_path("a/b"), num_epochs=4, resume_from="latest")
+    assert resumed.progress.num_updates == 12
+
+
+def test_a_background_save_is_written_where_it_was_meant_when_it_was_started(tmp_path, monkeypatch):
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer()
+    trainer.save_training_state("state", in_background=True)
+    monkeypatch.chdir(tmp_path / "away")
+    trainer.wait_for_training_state()
+    assert (tmp_path / "state" / "manifest.json").is_file()
+    assert list((tmp_path / "away").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_FILES)
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, kind):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    save_with(KINDS_OF_FILES[kind], "~/a/b")
+    assert (tmp_path / "home" / "a" / "b").exists()
+    assert list((tmp_path / "work").iterdir()) == []
+    if "states" in kind:
+        resumed = save_with(KINDS_OF_FILES[kind], "~/a/b", num_epochs=4, resume_from="~/a/b/final")
+        resumed.load_training_state("~/a/b/final")
+        assert save_with(KINDS_OF_FILES[kind], "~/a/b", num_epochs=4, resume_from="latest").progress.num_updates == 12
+    else:
+        make_trainer().load_checkpoint("~/a/b")
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_FILES)
+@pytest.mark.parametrize("path", ["s3://bucket/a", Path("gs://bucket/a"), "m" * 256, "~nobody-of-this-name/a"])
+def test_a_path_that_is_not_meant_or_not_possible_is_refused_before_training(tmp_path, monkeypatch, kind, path):
+    monkeypatch.chdir(tmp_path)
+    recorder = EventRecorder()
+    with pytest.raises((ValueError, CheckpointError), match=r"s3://|gs://|too long|nobody"):
+        save_with(KINDS_OF_FILES[kind], path, [recorder])
+    assert "on_train_step_start" not in recorder.log
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_FILES)
+def test_the_longest_name_works(tmp_path, kind):
+    for _ in range(2):
+        save_with(KINDS_OF_FILES[kind], tmp_path / ("m" * 255))
+    assert [path.name for path in tmp_path.iterdir()] == ["m" * 255]
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/a", Path("s3://bucket/a")])
+def test_the_trainer_saves_to_no_remote_store(tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer()
+    for save in (trainer.save_checkpoint, trainer.save_training_state, trainer.load_checkpoint):
+        with pytest.raises(ValueError, match=r"'s3://.*not the path of a local file"):
+            save(address)
+    with pytest.raises(ValueError, match="not the path of a local file"):
+        train(trainer, resume_from=address)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- links to states ---------------------------------------------------------------------------------------------
+
+
+def move_elsewhere(state, folder):
+    """Move a state to another disk, and put a link in its place."""
+    folder.mkdir(exist_ok=True)
+    state.rename(folder / state.name)
+    state.symlink_to(folder / state.name)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_states_that_are_links_are_saved_over_and_what_they_point_to_stays_valid(tmp_path, in_background):
+    def run(num_epochs, **kwargs):
+        save = SaveTrainingStateCallback(
+            tmp_path / "states", save_every_n_steps=1, max_checkpoints=2, in_background=in_background
+        )
+        return train(make_trainer(callbacks=[save]), num_epochs=num_epochs, **kwargs)
+
+    run(1)
+    for name in ("final", "step_3"):
+        move_elsewhere(tmp_path / "states" / name, tmp_path / "elsewhere")
+    for num_epochs in (2, 3, 4):
+        assert run(num_epochs, resume_from="latest").progress.num_updates == 3 * num_epochs
+        names = [f"step_{3 * num_epochs}", "final"]
+        assert sorted(states_in(tmp_path / "states")) == sorted(names)
+        assert verify_state(tmp_path / "states" / "final").position.num_updates == 3 * num_epochs
+    moved = {name: verify_state(tmp_path / "elsewhere" / name).position.num_updates for name in ("final", "step_3")}
+    assert moved == {"final": 3, "step_3": 3}
+
+
+def test_a_linked_state_that_is_the_best_is_kept(tmp_path):
+    def run(num_epochs, scores, **kwargs):
+        record = Probe(
+            on_train_epoch_end=lambda trainer, **_: trainer.run_history.update_metric("score", scores.pop(0))
+        )
+        save = SaveTrainingStateCallback(
+            tmp_path / "states", save_every_n_epochs=1, max_checkpoints=1, keep_best=1, watch_metric="score"
+        )
+        train(make_trainer(callbacks=[record, save]), num_epochs=num_epochs, **kwargs)
+
+    run(1, [1.0])
+    move_elsewhere(tmp_path / "states" / "epoch_1", tmp_path / "elsewhere")
+    run(3, [2.0, 3.0], resume_from="latest")
+    assert states_in(tmp_path / "states") == ["epoch_1", "final"]
+    run(4, [0.5], resume_from="latest")
+    assert states_in(tmp_path / "states") == ["epoch_4", "final"]
+    assert verify_state(tmp_path / "elsewhere" / "epoch_1").position.num_updates == 3
+
+
+def test_a_folder_of_states_that_is_a_link_is_one_folder(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    train(make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path / "link", save_every_n_epochs=1)]))
+    assert states_in(tmp_path / "elsewhere") == ["epoch_1", "epoch_2", "epoch_3", "final"]
+    resumed = make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path / "elsewhere")])
+    train(resumed, num_epochs=4, resume_from="latest")
+    assert verify_state(tmp_path / "link" / "final").position.num_updates == 12
+
+
 # --- training states: which, and how many ------------------------------------------------------------------------
 
 
@@ -266,7 +471,7 @@ def test_states_are_saved_to_training_states_in_the_working_directory_by_default
     ids=["epochs", "steps", "both"],
 )
 def test_exactly_the_newest_states_are_kept_at_any_time(tmp_path, settings, names, max_checkpoints):
-    """Checked after each save. The final state does not count."""
+    """Checked after each save. The final state counts like the others."""
     seen = []
 
     class Watched(Trainer):
@@ -279,23 +484,23 @@ def test_exactly_the_newest_states_are_kept_at_any_time(tmp_path, settings, name
             seen[-1] = (*seen[-1], set(states_in(tmp_path)))
 
     save = SaveTrainingStateCallback(tmp_path, max_checkpoints=max_checkpoints, **settings)
-    look_after = Probe(on_train_step_end=look, on_training_run_epoch_end=look, on_training_run_end=look)
+    look_after = Probe(on_train_step_end=look, on_train_epoch_end=look, on_training_run_end=look)
     look_after.is_called_last = True
     train(make_trainer(cls=Watched, callbacks=[save, look_after]), num_epochs=4)
-    assert [name for name, *_ in seen] == [*names, "final"]
-    for count, (name, before_deleting, after_deleting) in enumerate(seen[:-1], start=1):
+    names = [*names, "final"]
+    assert [name for name, *_ in seen] == names
+    for count, (name, before_deleting, after_deleting) in enumerate(seen, start=1):
         newest = set(names[max(0, count - max_checkpoints) : count])
         assert after_deleting == newest
         oldest = {names[count - max_checkpoints - 1]} if count > max_checkpoints else set()
         assert before_deleting == newest | oldest, f"{name}: the old state is deleted only once the new one is complete"
-    assert seen[-1][2] == {*names[-max_checkpoints:], "final"}
 
 
 def test_rotation_does_not_delete_other_folders(tmp_path):
     (tmp_path / "epoch_0").mkdir()
     (tmp_path / "notes").mkdir()
     train(make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1, max_checkpoints=1)]))
-    assert states_in(tmp_path) == ["epoch_0", "epoch_3", "notes", "final"]
+    assert states_in(tmp_path) == ["epoch_0", "notes", "final"]
 
 
 def test_a_resumed_run_continues_the_rotation(tmp_path):
@@ -323,7 +528,7 @@ def test_each_run_counts_its_steps_from_zero(tmp_path):
 
 
 def test_a_second_run_overwrites_states_of_the_same_name(tmp_path):
-    save = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1, max_checkpoints=2)
+    save = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1, max_checkpoints=2, save_at_end=False)
     trainer = make_trainer(callbacks=[save])
     train(trainer)
     train(trainer, num_epochs=2)
@@ -375,7 +580,10 @@ def test_a_signal_saves_a_state_of_the_current_step_and_no_final_one(tmp_path, c
     assert end.code == 128 + number if number != signal.SIGINT else isinstance(end, KeyboardInterrupt)
     assert states_in(tmp_path) == ["step_5"]
     path = str(tmp_path / "step_5")
-    assert capsys.readouterr().out == f"Training state saved to {path!r}. To resume: train(..., resume_from={path!r})\n"
+    assert capsys.readouterr().out.splitlines() == [
+        *["", f"Stopping: {trainer.stop_reason}", f"Saved training state to {path}"],
+        f"To resume: train(..., resume_from={path!r})",
+    ]
 
 
 def test_the_state_of_an_interrupted_run_is_rotated_like_the_others(tmp_path):
@@ -384,7 +592,7 @@ def test_the_state_of_an_interrupted_run_is_rotated_like_the_others(tmp_path):
     assert states_in(tmp_path) == ["step_6", "step_7"]
     resumed = make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path, save_every_n_steps=2, max_checkpoints=2)])
     train(resumed, resume_from=tmp_path / "step_7")
-    assert states_in(tmp_path) == ["step_7", "step_8", "final"]
+    assert states_in(tmp_path) == ["step_8", "final"]
 
 
 @pytest.mark.parametrize(("which", "saved"), [(4, ["step_2", "step_4"]), (5, ["step_2", "step_4", "step_5"])])
@@ -673,5 +881,5 @@ def test_resuming_without_the_saved_best_model_is_an_error(scripted, path, tmp_p
     path.unlink()
     resumed = scripted([1, 2, 3], [SaveBestModelCallback(path)])
     with pytest.raises(FileNotFoundError, match=r"best\.pt"):
-        resumed.run(resume_from=tmp_path / "states" / "epoch_1")
+        resumed.run(resume_from=tmp_path / "states" / "epoch_2")  # saved after the first best model
     assert resumed.run_history.current_epoch - 1 == 1

@@ -6,7 +6,9 @@ Each function `case_<name>` returns plain values and tensors, which are stored f
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -458,6 +460,15 @@ def case_the_trainer_trains_again_after_an_exception(rank: int, directory: Path)
     trainer.callback_handler.clear_callbacks()
     train(trainer, make_dataset(16))
     return {"is_plain": is_plain, "num_losses": len(metrics_of(trainer)["train_loss_epoch"])}
+
+
+def case_a_copied_trainer_trains_on_as_the_original(rank: int, directory: Path) -> Any:
+    results = []
+    for duplicate in (copy.deepcopy, lambda item: pickle.loads(pickle.dumps(item))):
+        trainer = train(make_trainer(), make_dataset(16))
+        other = duplicate(trainer)
+        results.append([weights_of(train(each, make_dataset(16)).model) for each in (other, trainer)])
+    return results
 
 
 def case_a_metric_of_one_process_is_averaged_over_its_batches(rank: int, directory: Path) -> Any:

@@ -18,12 +18,13 @@ from accelerate import Accelerator
 
 import _runs
 from _processes import run_cases
-from _saved import bytes_in, make_state_trainer, names_in, rewrite_manifest
+from _saved import assert_equal, bytes_in, everything_in, make_state_trainer, names_in, rewrite_manifest
 from _support import Probe, make_indexed_dataset, make_model, make_trainer, weights_of
 from _support import train as train_for_one_epoch
+from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated._checkpoint.manifest import read_manifest
 from pytorch_accelerated._distributed import collectives
-from pytorch_accelerated.callbacks import SaveTrainingStateCallback
+from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
 from pytorch_accelerated.callbacks import saving as saving_module
 from pytorch_accelerated.exceptions import CheckpointError
 
@@ -119,6 +120,99 @@ def case_more_processes_resume_at_the_last_complete_step(rank: int, directory: P
         },
         "again": resume_in_order(folder / "step_3", allow_other_num_processes=True)["drawn"],
     }
+
+
+# --- states that do not fit --------------------------------------------------------------------------------------
+
+
+class RefusingOnOne(TrainerCallback):
+    """Refuses its state on the second process, after those before it have been restored."""
+
+    def __init__(self, refuses: bool) -> None:
+        self.refuses = refuses
+
+    def state_dict(self) -> Any:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        if self.refuses:
+            raise LookupError("not with me")
+
+
+class Counting(TrainerCallback):
+    """Has a state that is restored before the one that is refused."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def on_train_step_end(self, trainer: Any, **kwargs: Any) -> None:
+        self.number += 1
+
+    def state_dict(self) -> Any:
+        return {"number": self.number}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.number = state["number"]
+
+
+def make_fitting_trainer(make_optimizer: Any = torch.optim.Adam, order: int = 1, refuses: bool = False) -> Any:
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Linear(2, 1))
+    optimizer = make_optimizer(list(model.parameters())[::order], lr=0.01)
+    callbacks = [Counting(), RefusingOnOne(refuses)]
+    return Trainer(model, torch.nn.functional.mse_loss, optimizer, callbacks=callbacks, seed=0)
+
+
+def case_a_state_that_one_process_refuses_is_refused_on_all_with_nothing_changed(rank: int, directory: Path) -> Any:
+    saved = make_fitting_trainer()
+    train_in_order(saved, num_epochs=1)
+    saved.save_training_state(directory / "state")
+    outcomes = {}
+    for name, kwargs in {
+        "callback": {"refuses": rank == 1},
+        "optimizer": {"make_optimizer": torch.optim.SGD},
+        "optimizer on one": {"make_optimizer": torch.optim.SGD if rank == 1 else torch.optim.Adam},
+    }.items():
+        trainer = make_fitting_trainer(**kwargs)
+        before = everything_in(trainer)
+        said = message_of(functools.partial(train_in_order, trainer, resume_from=directory / "state"))
+        assert_equal(everything_in(trainer), before, name)
+        outcomes[name] = said, trainer.callback_handler.callbacks[0].number
+    return outcomes
+
+
+def case_averages_follow_the_names_of_their_parameters(rank: int, directory: Path) -> Any:
+    whole = make_fitting_trainer()
+    train_in_order(whole)
+    saved = make_fitting_trainer()
+    train_in_order(saved, num_epochs=1)
+    saved.save_training_state(directory / "state")
+    resumed = make_fitting_trainer(order=-1)
+    train_in_order(resumed, resume_from=directory / "state")
+    return {"resumed": weights_of(resumed.model), "whole": weights_of(whole.model)}
+
+
+def case_a_schedule_follows_the_new_length_of_the_run(rank: int, directory: Path) -> Any:
+    length = TrainerPlaceholderValues.NUM_EPOCHS * TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH
+    create = functools.partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=length)
+    rates: dict[str, list[float]] = {"whole": [], "first": [], "resumed": []}
+    for name, kwargs in {
+        "whole": {"num_epochs": 3},
+        "first": {"num_epochs": 1},
+        "resumed": {"num_epochs": 3, "resume_from": directory / "state"},
+    }.items():
+        trainer = make_fitting_trainer()
+        trainer.callback_handler.add_callback(
+            Probe(
+                on_optimizer_step_start=lambda trainer, seen=rates[name], **_: seen.append(
+                    trainer.optimizer.param_groups[0]["lr"]
+                )
+            )
+        )
+        train_in_order(trainer, create_scheduler_fn=create, **kwargs)
+        if name == "first":
+            trainer.save_training_state(directory / "state")
+    return rates
 
 
 # --- the folder --------------------------------------------------------------------------------------------------

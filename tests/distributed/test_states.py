@@ -76,7 +76,7 @@ def test_fewer_processes_resume_at_the_same_sample(directory, whole_run, capsys,
     assert printed.startswith(
         f"'{path}' was saved by 2 processes and is resumed by 1: random numbers and the last bits"
     )
-    assert printed.count("\n") == 2
+    assert printed.count("\n") == 3
 
 
 def test_fewer_processes_resume_at_the_start_of_an_accumulation_window(directory):
@@ -102,6 +102,30 @@ def test_more_processes_resume_at_the_last_complete_step(results, whole_run):
         assert result["resumed"][3]["losses"] == pytest.approx(whole_run[1])
 
 
+# --- states that do not fit --------------------------------------------------------------------------------------
+
+
+def test_a_state_that_one_process_refuses_is_refused_on_all_with_nothing_changed(results):
+    for result in results:
+        said, number = result["callback"]
+        assert "does not fit the callbacks of this run: LookupError: not with me. Nothing was loaded" in said
+        assert number == 0
+        for name in ("optimizer", "optimizer on one"):
+            assert "different optimizer: its class is 'Adam' instead of 'SGD'. Nothing was loaded" in result[name][0]
+
+
+def test_averages_follow_the_names_of_their_parameters(results):
+    for result in results:
+        assert_equal(result["resumed"], result["whole"])
+
+
+def test_a_schedule_follows_the_new_length_of_the_run(results):
+    for rates in results:
+        num_updates = len(rates["first"])
+        assert len(rates["whole"]) == 3 * num_updates
+        assert rates["resumed"] == pytest.approx(rates["whole"][num_updates:])
+
+
 # --- the folder --------------------------------------------------------------------------------------------------
 
 
@@ -118,9 +142,8 @@ def test_resuming_the_latest_state_skips_a_damaged_one(results):
     for result in results:
         assert result["is_resumed"]
         assert_equal(result["weights"], result["expected"])
-        assert len(result["printed"]) == 3
         assert "step_6' is damaged: process_1.pt is missing or altered" in result["printed"][0]
-        assert "step_5'" in result["printed"][1]
+        assert "step_5' in epoch 2" in result["printed"][1]
         assert result["printed"][2] == "Resuming epoch 2 after batch 2. The data continue exactly where they stopped."
         assert result["generations"] == [0, 0, 0, 0, 0, 1]
 

@@ -250,6 +250,12 @@ def test_the_trainer_trains_again_after_an_exception(results):
     assert results == [{"is_plain": True, "num_losses": 1}] * 2
 
 
+def test_a_copied_trainer_trains_on_as_the_original(results):
+    for copied, original in [*results[0], *results[1]]:
+        assert_equal(copied, original)
+    assert_equal(results[0], results[1])
+
+
 def test_a_metric_of_one_process_is_averaged_over_its_batches(results):
     for metrics in results:
         assert metrics["train_rare"] == [3.0]

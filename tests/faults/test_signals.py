@@ -229,7 +229,7 @@ def test_a_signal_to_one_process_ends_all_of_them_and_a_resumed_run_ends_with_th
     assert codes[place] == [128 + number] * 2, outputs
     # Mid-window, the other process learns of the signal at the next update. An evaluation is finished first.
     assert states[place] == [{"training": "step_7", "evaluation": "step_5", "end": "final"}[place]], outputs
-    assert outputs.count("Training state saved to ") == (0 if place == "end" else 1)
+    assert outputs.count("To resume: ") == (0 if place == "end" else 1)
     assert outputs.count("handlers are as before") == 2
     for rank in range(2):
         assert same(read(folder, place, rank), read(folder, "uninterrupted", rank))

@@ -10,7 +10,9 @@ from collections import OrderedDict, namedtuple
 
 import numpy as np
 import pytest
+import torch
 
+from _support import make_dataset, make_optimizer, make_trainer, recorder_of
 from pytorch_accelerated.schedulers._placeholders import (
     PlaceholderExpression,
     TrainerPlaceholderValues,
@@ -170,3 +172,63 @@ def test_a_division_by_zero_is_an_error_that_shows_the_operands():
     expected = re.escape("`5 // TrainerPlaceholderValues.NUM_EPOCHS` is 5 // 0 in this run, a division by zero.")
     with pytest.raises(ValueError, match=expected):
         resolve_placeholders(5 // P.NUM_EPOCHS, {P.NUM_EPOCHS: 0})
+
+
+# --- a run that a number of updates ends -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        (P.NUM_EPOCHS * P.NUM_UPDATE_STEPS_PER_EPOCH, 4),
+        (P.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH * P.NUM_EPOCHS, 4),
+        (P.NUM_EPOCHS * P.TRAIN_DATALOADER_LEN, 8),
+        (P.NUM_EPOCHS * P.NUM_UPDATE_STEPS_PER_EPOCH // 2, 2),
+        (0.25 * (P.NUM_EPOCHS * P.NUM_UPDATE_STEPS_PER_EPOCH), 1),
+        (P.NUM_UPDATE_STEPS_PER_EPOCH, 3),
+        (P.NUM_EPOCHS * P.NUM_EPOCHS, None),
+        (P.NUM_EPOCHS + P.NUM_UPDATE_STEPS_PER_EPOCH, None),
+    ],
+    ids=str,
+)
+def test_the_product_of_epochs_and_updates_is_the_number_of_updates_of_the_run(expression, expected):
+    """`max_num_train_steps` may end the run within an epoch, so it is not the product of the numbers."""
+    resolved = {}
+
+    def create(optimizer, n):
+        resolved["n"] = n
+        return torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+    trainer = make_trainer()
+    kwargs = {"per_device_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer.train(
+        make_dataset(12),
+        100,
+        max_num_train_steps=4,
+        create_scheduler_fn=functools.partial(create, n=expression),
+        **kwargs,
+    )
+    num_epochs = trainer.run_config.num_epochs
+    assert resolved["n"] == {None: num_epochs**2 if "*" in str(expression) else num_epochs + 3}.get(expected, expected)
+    trainer.train(make_dataset(12), 2, create_scheduler_fn=functools.partial(create, n=expression), **kwargs)
+    numbers = {P.NUM_EPOCHS: 2, P.TRAIN_DATALOADER_LEN: 6}
+    numbers |= {P.NUM_UPDATE_STEPS_PER_EPOCH: 3, P.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH: 3}
+    assert resolved["n"] == resolve_placeholders(expression, numbers)
+
+
+@pytest.mark.parametrize("limit", [4, 6, 7])
+def test_a_schedule_of_the_length_of_the_run_ends_with_it(limit):
+    create = functools.partial(
+        torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=P.NUM_EPOCHS * P.NUM_UPDATE_STEPS_PER_EPOCH
+    )
+    recorder, rates = recorder_of(lambda trainer: trainer.optimizer.param_groups[0]["lr"], "on_optimizer_step_start")
+    make_trainer(callbacks=[recorder]).train(
+        make_dataset(12), 100, per_device_batch_size=4, max_num_train_steps=limit, create_scheduler_fn=create
+    )
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(make_optimizer(0.1), max_lr=0.1, total_steps=limit)
+    expected = [scheduler.get_last_lr()[0]]
+    for _ in range(limit - 1):
+        scheduler.optimizer.step()
+        scheduler.step()
+        expected.append(scheduler.get_last_lr()[0])
+    assert rates == pytest.approx(expected)

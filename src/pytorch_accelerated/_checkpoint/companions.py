@@ -17,11 +17,13 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pytorch_accelerated._checkpoint.files import as_plain
-from pytorch_accelerated._checkpoint.portable import (
-    check_same_model,
-    check_same_optimizer,
-    load_model_state,
-    portable_state_dict,
+from pytorch_accelerated._checkpoint.model_state import check_model_state, load_model_state, portable_state_dict
+from pytorch_accelerated._checkpoint.optimizer_state import (
+    Named,
+    entries_of,
+    fit_optimizer_state,
+    optimizer_state_of,
+    parameters_of,
 )
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._types import StateDict, Stateful, StateMapping
@@ -60,7 +62,7 @@ class Companions:
         """Return what is identical on every rank."""
         return {
             "modules": _states_of(self.modules),
-            "optimizers": _states_of(self.optimizers),
+            "optimizers": _states_of(self.optimizers, lambda optimizer: optimizer_state_of(optimizer, self.modules)),
             "parameters": [parameter.detach() for parameter in self.parameters],
         }
 
@@ -82,11 +84,11 @@ class Companions:
         Raises:
             CheckpointError: One does not; the message names it.
         """
+        loaded = dict(self.modules)
         for name, module in _both(self.modules, shared_state["modules"]):
-            current = portable_state_dict(module.state_dict())
-            check_same_model(current, shared_state["modules"][name], f"{source} (in its `{name}`)")
-        for name, optimizer in _both(self.optimizers, shared_state["optimizers"]):
-            check_same_optimizer(optimizer, shared_state["optimizers"][name], f"{source} (in its `{name}`)")
+            loaded[name] = check_model_state(module, shared_state["modules"][name], f"{source} (in its `{name}`)")
+        for name in self.optimizers.keys() & shared_state["optimizers"].keys():
+            self._fit_optimizer(name, shared_state, loaded, source)
         shapes, saved_shapes = ([tuple(p.shape) for p in ps] for ps in (self.parameters, shared_state["parameters"]))
         if shapes != saved_shapes:
             raise CheckpointError(
@@ -94,13 +96,20 @@ class Companions:
                 f"shapes {saved_shapes} instead of {shapes}. Nothing was loaded. Create them as they were."
             )
 
+    def _fit_optimizer(
+        self, name: str, shared_state: StateMapping, loaded: Mapping[str, nn.Module], source: str
+    ) -> StateDict:
+        named = Named(parameters_of(self.modules), parameters_of(loaded), entries_of(shared_state["modules"]))
+        state = shared_state["optimizers"][name]
+        return fit_optimizer_state(self.optimizers[name], state, named, f"{source} (in its `{name}`)")
+
     def load(self, shared_state: StateMapping, local_state: StateMapping, source: str) -> None:
         """Restore what `shared_state` and `local_state` returned, if it is there."""
         for name, module in _both(self.modules, shared_state["modules"]):
             load_model_state(module, shared_state["modules"][name], source)
             load_gradients(module, local_state["gradients"].get(name, {}))
         for name, optimizer in _both(self.optimizers, shared_state["optimizers"]):
-            optimizer.load_state_dict(copy.deepcopy(shared_state["optimizers"][name]))
+            optimizer.load_state_dict(copy.deepcopy(self._fit_optimizer(name, shared_state, self.modules, source)))
         _copy_into(self.parameters, shared_state["parameters"])
         for parameter, gradient in zip(self.parameters, local_state["parameter_gradients"], strict=False):
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
@@ -131,6 +140,11 @@ class Companions:
         is_comparable = self.parameters and trained["parameters"]
         parameters = trained["parameters"] if is_comparable else self.parameters
         self.check({"modules": trained["modules"], "optimizers": {}, "parameters": parameters}, source)
+
+    def trained_modules_in(self, checkpoint: StateMapping) -> StateDict:
+        """Return the states of modules in what `trained_state` returned; none if there is no such entry."""
+        modules: StateDict = checkpoint.get(TRAINED, {"modules": {}})["modules"]
+        return modules
 
     def load_trained_state(self, checkpoint: StateMapping) -> None:
         """Restore what `trained_state` returned, if it is in a checkpoint and this run has something of that name."""
@@ -212,13 +226,15 @@ def _both(items: Mapping[str, Any], states: StateMapping) -> Iterator[tuple[str,
     return ((name, item) for name, item in items.items() if name in states)
 
 
-def _states_of(items: Mapping[str, Stateful | nn.Module | Optimizer]) -> StateDict:
+def _states_of(
+    items: Mapping[str, Any], state_of: Callable[[Any], StateDict] = lambda item: item.state_dict()
+) -> StateDict:
     """Return the state of each item that can be saved; warn about the others."""
     states = {}
     for name, item in items.items():
         try:
             _check_has_both_methods(item)
-            states[name] = as_plain(item.state_dict())
+            states[name] = as_plain(state_of(item))
         except CheckpointError as error:
             warnings.warn(_describe_not_covered(name, item, str(error)), stacklevel=2)
         except Exception as error:  # the method is the user's

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import zipfile
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from pytorch_accelerated._data.workers import is_worker_failure
+from pytorch_accelerated._nested import like_mapping
 from pytorch_accelerated._types import Nested, StateDict
 from pytorch_accelerated.exceptions import CheckpointError
 
@@ -30,6 +32,75 @@ _BLOCK_SIZE = 1 << 20  # bytes
 _ZIP_SIGNATURE = b"PK\x03\x04"
 _NOT_PICKLABLE = (pickle.PicklingError, AttributeError, TypeError)  # what `pickle` raises
 _FSYNC_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # not of one letter, as the drives of Windows
+_MAX_NAME_LENGTH = 143  # bytes; some encrypted file systems allow no more, most allow 255
+
+
+# --- paths -------------------------------------------------------------------------------------------------------
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of a file or folder. ``~`` is the home folder.
+
+    Whoever keeps a path for later keeps the absolute one, because the program may change the current folder.
+
+    Raises:
+        ValueError: It is the address of a remote store, or there is no such home folder.
+    """
+    if _ADDRESS.match(os.fspath(path)):
+        address = _ADDRESS.sub(r"\1://", os.fspath(path), count=1)  # as it was before it became a `Path`
+        raise ValueError(
+            f"{address!r} is not the path of a local file or folder, and files are only saved locally. Pass a "
+            "local path, and copy from there."
+        )
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"The path {os.fspath(path)!r} names a home folder that does not exist: {error}") from error
+
+
+class PathAttribute:
+    """A path that is an attribute of an object. Relative, it means the folder that was current when it was set.
+
+    The attribute shows the path as it was given, or an absolute one if the program has changed the current folder.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        if self._name not in vars(instance):
+            raise AttributeError(f"`{type(instance).__name__}` has no `{self._name}` yet")
+        path, folder = vars(instance)[self._name]
+        return path if folder is None or folder == _current_folder() else type(path)(folder / path)
+
+    def __set__(self, instance: object, path: str | os.PathLike[str] | None) -> None:
+        vars(instance)[self._name] = path, _current_folder() if _is_relative(path) else None
+
+
+def _is_relative(path: object) -> bool:
+    """Tell whether the meaning of a path depends on the current folder."""
+    if not isinstance(path, (str, os.PathLike)):  # not a path, such as `None`
+        return False
+    text = os.fspath(path)
+    return not (Path(text).is_absolute() or text.startswith("~") or _ADDRESS.match(text))
+
+
+def _current_folder() -> Path | None:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:  # it has been deleted
+        return None
+
+
+def _hidden_name(path: Path, suffix: str) -> str:
+    """Return a name for what stands next to a file or folder; one that is short enough for every file system."""
+    name = f".{path.name}{suffix}"
+    if len(os.fsencode(name)) <= _MAX_NAME_LENGTH:
+        return name
+    return f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()}{suffix}"
 
 
 # --- one file ----------------------------------------------------------------------------------------------------
@@ -48,11 +119,11 @@ def save_file(contents: Mapping[str, object], path: str | os.PathLike[str]) -> l
     Raises:
         CheckpointError: The file cannot be written, or contains something that cannot be pickled.
     """
-    path = Path(path)
+    path = local_path(path)
     entries, refused = _as_plain_entries(contents)
     # Several nodes may write the same file. A node overwrites what it left behind itself.
     node = os.environ.get("GROUP_RANK", "0")
-    temporary = path.with_name(f".{path.name}.tmp-{node}")
+    temporary = path.with_name(_hidden_name(path, f".tmp-{node}"))
     try:
         create_folder(path.parent)
         with temporary.open("wb") as file:
@@ -84,9 +155,11 @@ def check_can_write(path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: It could not.
     """
-    path = Path(path)
+    path = local_path(path)
     try:
         create_folder(path.parent)
+        with suppress(FileNotFoundError):
+            os.lstat(path)  # raises if the name is too long
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.TemporaryFile(dir=path.parent):
@@ -108,14 +181,15 @@ def load_file(path: str | os.PathLike[str], *, is_mapped: bool = False) -> State
         FileNotFoundError: There is no such file.
         CheckpointError: It is damaged, or contains objects other than tensors and plain values.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no checkpoint file {str(path)!r}. Expected a file written by `save_checkpoint`. Check the path."
         )
     try:
         with torch.serialization.safe_globals(_numpy_scalar_globals()):
-            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped))
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+        return contents if isinstance(contents, dict) else dict(contents)  # with its attributes
     except Exception as error:
         raise CheckpointError(
             f"The checkpoint {str(path)!r} could not be read: {_short_reason(error)}. The file is damaged, or it "
@@ -190,7 +264,7 @@ def as_plain(value: Nested, place: str = "") -> Nested:
         return torch.from_numpy(value.copy())
     if type(value) in (dict, OrderedDict, Counter, defaultdict):
         plain = {key: as_plain(item, f"{place}[{key!r}]") for key, item in _with_plain_keys(value).items()}
-        return type(value)(plain) if type(value) in (OrderedDict, Counter) else plain
+        return _with_attributes(value, plain) if type(value) in (OrderedDict, Counter) else plain
     if type(value) in (tuple, list, set, torch.Size):
         return type(value)(as_plain(item, f"{place}[...]") for item in value)
     raise CheckpointError(
@@ -198,6 +272,17 @@ def as_plain(value: Nested, place: str = "") -> Nested:
         "it back would run code from the file. Save tensors, numbers, strings or containers of these. `vars(...)` or "
         "`str(...)` can convert many objects."
     )
+
+
+def _with_attributes(value: Mapping[Any, Any], plain: dict[Any, Any]) -> Mapping[Any, Any]:
+    """Return a mapping of the same type. The state of a model or optimizer has its metadata in an attribute."""
+    rebuilt = like_mapping(value, plain)
+    for name, attribute in vars(value).items():
+        try:
+            vars(rebuilt)[name] = as_plain(attribute)
+        except CheckpointError:  # without it, the state is as complete as in a program that copies its entries
+            del vars(rebuilt)[name]
+    return rebuilt
 
 
 def _as_plain_entries(contents: Mapping[str, object]) -> tuple[dict[str, object], list[str]]:
@@ -228,11 +313,12 @@ def _numpy_scalar_globals() -> list[Any]:
 
 def create_folder(path: Path) -> None:
     """Create a folder and its parents durably: they survive a power loss."""
-    if path.is_dir():
-        return
-    create_folder(path.parent)
-    path.mkdir(exist_ok=True)
-    flush_to_disk(path.parent)
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    if missing:
+        os.makedirs(path, exist_ok=True)  # noqa: PTH103 - which programs replace in their tests
+    for folder in reversed(missing):
+        if folder.parent.is_dir():
+            flush_to_disk(folder.parent)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -252,44 +338,45 @@ def flush_to_disk(path: Path) -> None:
 
 def temporary_path(target: Path) -> Path:
     """Return where a folder is written before it is renamed to its final name. A folder is also deleted there."""
-    return target.with_name(f".{target.name}.tmp")
+    return target.with_name(_hidden_name(target, ".tmp"))
 
 
 def backup_path(target: Path) -> Path:
     """Return where the previous folder of the same name is kept until the new one has replaced it."""
-    return target.with_name(f".{target.name}.old")
+    return target.with_name(_hidden_name(target, ".old"))
 
 
 def replace_folder(target: Path) -> None:
     """Rename the folder at `temporary_path` to its final name.
 
-    A previous folder of that name is kept until the new one is in place, and is restored if that fails.
+    A previous folder of that name is kept until the new one is in place, and is restored if that fails. If it was a
+    link, what it points to stays as it is.
     """
     temporary, backup = temporary_path(target), backup_path(target)
-    if target.exists():
+    if _is_there(target):
         target.rename(backup)
     try:
         temporary.rename(target)
     except OSError:
-        if backup.exists():
+        if _is_there(backup):
             backup.rename(target)
         raise
     flush_to_disk(target.parent)
-    shutil.rmtree(backup, ignore_errors=True)
+    _remove(backup, ignore_errors=True)
 
 
 def delete_folder(target: Path) -> None:
     """Delete a folder. It is renamed first, so that an interrupted deletion leaves nothing under its name."""
     temporary = temporary_path(target)
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove(temporary, ignore_errors=True)
     target.rename(temporary)
-    shutil.rmtree(temporary)
+    _remove(temporary)
 
 
 def restore_backup(target: Path) -> None:
     """Restore a folder whose replacement was interrupted before the new one was in place."""
     backup = backup_path(target)
-    if backup.exists() and not target.exists():
+    if _is_there(backup) and not _is_there(target):
         backup.rename(target)
         flush_to_disk(target.parent)
 
@@ -298,4 +385,17 @@ def repair_folder(target: Path) -> None:
     """Undo or finish an interrupted write, replacement or deletion of a folder."""
     restore_backup(target)
     for leftover in (temporary_path(target), backup_path(target)):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover, ignore_errors=True)
+
+
+def _is_there(path: Path) -> bool:
+    """Tell whether there is a file or folder, or a link, wherever it points."""
+    return path.exists() or path.is_symlink()
+
+
+def _remove(path: Path, ignore_errors: bool = False) -> None:
+    """Remove a folder. Of a link to a folder, only the link is removed: what it points to is not ours."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=ignore_errors)

@@ -8,6 +8,7 @@ import re
 import socket
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -16,6 +17,7 @@ from pytorch_accelerated._checkpoint.files import create_folder, delete_folder, 
 from pytorch_accelerated._checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
+    TRAINER_STATE,
     NewerFormatError,
     SavedState,
     find_damage,
@@ -29,10 +31,10 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_ROTATED_NAME = re.compile(r"(epoch|step)_\d+")
-_STATE_NAME = re.compile(rf"{_ROTATED_NAME.pattern}|final")
+_STATE_NAME = re.compile(r"(epoch|step)_\d+|final")
 _LEFTOVER_NAME = re.compile(rf"\.({_STATE_NAME.pattern})\.(tmp|old)")
 _LOCK = ".lock"
+_LONGEST_PATH = f".epoch_{'0' * 12}.old/{TRAINER_STATE}"
 
 _held_locks: dict[Path, IO[str]] = {}
 """The open lock files of this process, by folder."""
@@ -132,7 +134,7 @@ class Lineage:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which states of epochs and steps are kept in a folder.
+    """Which states are kept in a folder.
 
     Args:
         num_newest: Number of newest states to keep; ``None`` for all.
@@ -168,8 +170,8 @@ class Retention:
         return [state for _, state in by_value[: self.num_best]]
 
 
-def rotate(folder: Path, retention: Retention, written: Sequence[Path] = ()) -> None:
-    """Delete the states of epochs and steps that are not kept. If that fails, warn.
+def rotate(folder: Path, retention: Retention, written: Sequence[Path] = ()) -> list[Path]:
+    """Delete the states that are not kept, and return their paths. If that fails, warn.
 
     Args:
         folder: The folder.
@@ -177,8 +179,9 @@ def rotate(folder: Path, retention: Retention, written: Sequence[Path] = ()) -> 
         written: The states that this run has saved there, oldest first. Of these, superseded ones are deleted even if
             they cannot be read. Unreadable states of other runs are left to the user.
     """
+    deleted: list[Path] = []
     try:
-        states = [state for state in list_states(folder) if _ROTATED_NAME.fullmatch(state.path.name)]
+        states = [state for state in list_states(folder) if _STATE_NAME.fullmatch(state.path.name)]
         kept = {state.path for state in retention.choose([state for state in states if state.problem is None])}
         unreadable = {state.path for state in states if state.position is None}
         written_unreadable = [path for path in written if path in unreadable]
@@ -186,12 +189,16 @@ def rotate(folder: Path, retention: Retention, written: Sequence[Path] = ()) -> 
         num_newest = retention.num_newest or len(written_unreadable)
         for path in [*superseded, *written_unreadable[:-num_newest]]:
             delete_folder(path)
+            deleted.append(path)
+    except FileNotFoundError:
+        pass  # there is no folder, because a stand-in for the trainer has written nothing
     except OSError as error:
         warnings.warn(
             f"A training state that is no longer needed could not be deleted: {error}. The run continues; delete the "
             "state yourself if you need the space.",
             stacklevel=2,
         )
+    return deleted
 
 
 # --- who owns it -------------------------------------------------------------------------------------------------
@@ -207,6 +214,10 @@ def claim_folder(folder: Path) -> None:
     """
     try:
         create_folder(folder)
+        if not folder.exists():  # a program has replaced `os.makedirs`: a test that writes no files
+            return
+        with suppress(FileNotFoundError):
+            os.lstat(folder / _LONGEST_PATH)  # raises if the path of a file would be too long
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
         _lock(folder)

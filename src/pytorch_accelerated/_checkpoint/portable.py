@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
+from pytorch_accelerated._checkpoint.companions import Companions
 from pytorch_accelerated._checkpoint.files import check_can_write, load_file, save_file
+from pytorch_accelerated._checkpoint.model_state import (
+    check_model_state,
+    load_checked_model_state,
+    portable_state_dict,
+)
+from pytorch_accelerated._checkpoint.optimizer_state import (
+    Named,
+    entries_of,
+    fit_optimizer_state,
+    optimizer_state_of,
+    parameters_of,
+)
+from pytorch_accelerated._checkpoint.scheduler_state import (
+    check_scheduler_state,
+    load_scheduler_state,
+    scheduler_state_of,
+)
+from pytorch_accelerated._checkpoint.undo import undone_on_error
 from pytorch_accelerated._distributed.accelerator import is_sharded
 from pytorch_accelerated._distributed.collectives import run_on_all
 from pytorch_accelerated._nested import rebuild
@@ -21,10 +40,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from pytorch_accelerated._types import Nested, StateDict, Stateful, StateMapping
-
-_COMPILED_PREFIX = "_orig_mod."
-"""What `torch.compile` puts before the names of a model's parameters."""
-
 
 # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -44,13 +59,26 @@ def model_state_of(model: nn.Module, accelerator: Accelerator) -> StateMapping:
 
 
 def build_checkpoint(
-    model_state: StateMapping, optimizer: Stateful | None, scheduler: Stateful | None, extras: StateMapping | None
+    model_state: StateMapping,
+    optimizer: Optimizer | None,
+    scheduler: Stateful | None,
+    extras: StateMapping | None,
+    modules: Mapping[str, nn.Module] | None = None,
 ) -> StateDict:
-    """Build a checkpoint: one flat dictionary with our entries and the user's."""
+    """Build a checkpoint: one flat dictionary with our entries and the user's.
+
+    Args:
+        model_state: The state of the model.
+        optimizer: The optimizer, or ``None``.
+        scheduler: The scheduler, or ``None``.
+        extras: The user's entries.
+        modules: The modules with the parameters of the optimizer, whose state then knows their names.
+    """
     checkpoint: StateDict = {"model_state_dict": portable_state_dict(model_state)}
-    for name, part in (("optimizer_state_dict", optimizer), ("scheduler_state_dict", scheduler)):
-        if part is not None:
-            checkpoint[name] = with_full_tensors(part.state_dict())
+    if optimizer is not None:
+        checkpoint["optimizer_state_dict"] = with_full_tensors(optimizer_state_of(optimizer, modules))
+    if scheduler is not None:
+        checkpoint["scheduler_state_dict"] = with_full_tensors(scheduler_state_of(scheduler))
     return {**checkpoint, **(extras or {})}
 
 
@@ -111,11 +139,6 @@ def with_full_tensors(state: Nested) -> Nested:
     return rebuild(state, with_full_tensors)
 
 
-def portable_state_dict(state_dict: StateMapping) -> StateDict:
-    """Return a model's state with the parameter names that it has without `torch.compile`."""
-    return {name.replace(_COMPILED_PREFIX, ""): value for name, value in state_dict.items()}
-
-
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
@@ -123,34 +146,52 @@ def load_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
     optimizer: Optimizer | None,
-    check: Callable[[StateMapping, str], None] = lambda checkpoint, source: None,
+    scheduler: object = None,
+    load_scheduler: Callable[[StateDict], None] | None = None,
+    companions: Companions | None = None,
+    holder: Optimizer | None = None,
 ) -> StateDict:
-    """Load a checkpoint's model, and its optimizer state if there is one, or reject it before anything changes.
+    """Load a checkpoint's model, and its optimizer and scheduler if there are any, or reject it with nothing changed.
 
     Args:
         path: The file.
         model: The model.
         optimizer: The optimizer; ``None`` to skip its state.
-        check: Called with the checkpoint, and with how messages refer to it, before anything changes.
+        scheduler: The scheduler, if there is one yet.
+        load_scheduler: Loads the state of the scheduler; ``None`` to skip it.
+        companions: What else the optimizer trains.
+        holder: The optimizer that holds the parameters of the model, whether or not its state is loaded.
 
     Returns:
         All entries of the file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        CheckpointError: It is damaged, or belongs to a different model or optimizer.
+        CheckpointError: It is damaged, or belongs to a different model, optimizer or scheduler.
     """
-    checkpoint = load_file(path)
+    checkpoint, companions = load_file(path), companions or Companions()
     source = f"The checkpoint {os.fspath(path)!r}"
-    check(checkpoint, source)
+    companions.check_trained_state(checkpoint, source)
     model_state = model_state_in(checkpoint, source)
+    loaded = check_model_state(model, model_state, source)
     optimizer_state = checkpoint.get("optimizer_state_dict")
-    if optimizer is None or optimizer_state is None:
-        load_model_state(model, model_state, source)
-        return checkpoint
-    check_same_optimizer(optimizer, optimizer_state, source)
-    load_model_state(model, model_state, source)
-    optimizer.load_state_dict(optimizer_state)
+    if optimizer is not None and optimizer_state is not None:
+        named = Named(
+            parameters_of({"": model, **companions.modules}),
+            parameters_of({"": loaded, **companions.modules}),
+            entries_of({"": portable_state_dict(model_state), **companions.trained_modules_in(checkpoint)}),
+        )
+        optimizer_state = fit_optimizer_state(optimizer, optimizer_state, named, source)
+    scheduler_state = checkpoint.get("scheduler_state_dict")
+    if scheduler is not None and load_scheduler is not None and scheduler_state is not None:
+        check_scheduler_state(scheduler, scheduler_state, source)
+    with undone_on_error(model, (optimizer,), (scheduler, companions.modules, companions.parameters)):
+        if optimizer is not None and optimizer_state is not None:
+            optimizer.load_state_dict(optimizer_state)
+        if load_scheduler is not None and scheduler_state is not None:
+            load_scheduler_state(scheduler_state, load_scheduler, source)
+        companions.load_trained_state(checkpoint)
+        load_checked_model_state(model, model_state, holder)
     return checkpoint
 
 
@@ -171,72 +212,3 @@ def model_state_in(checkpoint: StateMapping, source: str) -> StateMapping:
         )
     state: StateMapping = checkpoint["model_state_dict"]
     return state
-
-
-def load_model_state(model: nn.Module, state_dict: StateMapping, source: str) -> None:
-    """Load a model's state, or reject it before anything changes.
-
-    Args:
-        model: The model.
-        state_dict: The state, with or without the names of `torch.compile`.
-        source: How error messages refer to where the state comes from.
-
-    Raises:
-        CheckpointError: It is the state of a different model; the message names the parameters that differ.
-    """
-    state_dict = portable_state_dict(state_dict)
-    current = model.state_dict()
-    check_same_model(portable_state_dict(current), state_dict, source)
-    model.load_state_dict({name: state_dict[name.replace(_COMPILED_PREFIX, "")] for name in current})
-
-
-def check_same_model(current: StateMapping, saved: StateMapping, source: str) -> None:
-    """Raise unless both states have the same names and shapes.
-
-    Args:
-        current: The state of the model, as `portable_state_dict` returns it.
-        saved: The state to load.
-        source: How error messages refer to where the state comes from.
-
-    Raises:
-        CheckpointError: They differ; the message lists missing and unexpected parameters, and different shapes.
-    """
-    differences = {
-        "missing from it": sorted(current.keys() - saved.keys()),
-        "unexpected in it": sorted(saved.keys() - current.keys()),
-        "with a different shape": [
-            f"{name} {_shape(saved[name])} instead of {_shape(current[name])}"
-            for name in sorted(current.keys() & saved.keys())
-            if _shape(current[name]) != _shape(saved[name])
-        ],
-    }
-    described = [f"{kind}: {', '.join(names)}" for kind, names in differences.items() if names]
-    if described:
-        raise CheckpointError(
-            f"{source} belongs to a different model. Parameters {'; '.join(described)}. "
-            "Nothing was loaded. Create the model with the settings it was saved with."
-        )
-
-
-def check_same_optimizer(optimizer: Optimizer, state_dict: StateMapping, source: str) -> None:
-    """Raise unless a saved optimizer has parameter groups of the same sizes.
-
-    Args:
-        optimizer: The optimizer.
-        state_dict: The state to load.
-        source: How error messages refer to where the state comes from.
-
-    Raises:
-        CheckpointError: Its groups differ.
-    """
-    current = [len(group["params"]) for group in optimizer.param_groups]
-    saved = [len(group["params"]) for group in state_dict["param_groups"]]
-    if current != saved:
-        raise CheckpointError(
-            f"{source} belongs to a different optimizer: its groups have {saved} parameters instead of {current}. "
-            "Nothing was loaded. Create the optimizer as it was, or load a checkpoint with `load_optimizer=False`."
-        )
-
-
-def _shape(value: object) -> tuple[int, ...] | None:
-    return tuple(value.shape) if hasattr(value, "shape") else None

@@ -6,10 +6,13 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
-from pytorch_accelerated._checkpoint.files import restore_backup
+import torch
+
+from pytorch_accelerated._checkpoint.files import local_path, restore_backup
 from pytorch_accelerated._checkpoint.folder import claim_folder, find_newest_state, list_states
 from pytorch_accelerated._checkpoint.manifest import (
     MANIFEST,
@@ -18,6 +21,7 @@ from pytorch_accelerated._checkpoint.manifest import (
     name_state,
     verify_state,
 )
+from pytorch_accelerated._checkpoint.scheduler_state import LENGTHS
 from pytorch_accelerated._data.loaders import num_batches_of, reliable_num_batches_of
 from pytorch_accelerated._distributed.collectives import run_on_main
 from pytorch_accelerated.exceptions import CheckpointError
@@ -49,7 +53,7 @@ def find_state_to_resume(
         is_main: Whether this is the main process.
         num_processes: The world size.
         allow_other_num_processes: Whether a different number of processes may have saved the state.
-        print_fn: Prints which state is used, and which are skipped.
+        print_fn: Prints which states are skipped.
 
     Raises:
         FileNotFoundError: There is no such directory.
@@ -69,7 +73,6 @@ def find_state_to_resume(
         print_fn(f"There is no training state to resume from in {str(folder)!r}: the run starts from scratch.")
         return None
     _check_num_processes(saved, num_processes, allow_other_num_processes)
-    print_fn(f"Resuming from {str(saved.path)!r}.")
     return saved
 
 
@@ -81,7 +84,7 @@ def is_directory(resume_from: str | os.PathLike[str] | bool | None) -> TypeGuard
 
 def _only(folders: Collection[Path]) -> Path:
     if len(folders) == 1:
-        return next(iter(folders))
+        return local_path(next(iter(folders)))
     raise ValueError(
         f"`resume_from` asks for the newest training state, but there are {len(folders)} folders to look in. Expected "
         "one: the `save_dir` of the trainer's `SaveTrainingStateCallback`. Add one such callback, or pass the path of "
@@ -110,7 +113,7 @@ def open_state(
         FileNotFoundError: There is no such directory.
         CheckpointError: It is damaged or not a training state, or a different number of processes saved it.
     """
-    saved = run_on_main(lambda: _repair_and_verify(Path(directory)), is_main, num_processes)
+    saved = run_on_main(lambda: _repair_and_verify(local_path(directory)), is_main, num_processes)
     _check_num_processes(saved, num_processes, allow_other_num_processes)
     return saved
 
@@ -143,8 +146,8 @@ def _check_num_processes(saved: SavedState, num_processes: int, allow_other_num_
 # --- configuration mismatch --------------------------------------------------------------------------------------
 
 
-_NOT_COMPARED = ("num_processes", "num_batches_per_epoch")
-"""The first one is handled by `open_state`, and the second one follows from other settings."""
+_NOT_COMPARED = ("num_processes", "num_batches_per_epoch", *LENGTHS)
+"""The first one is handled by `open_state`, the second one follows from other settings, and the others may change."""
 
 _MAX_NESTING = 5
 _OPTIMIZER_SETTING = "optimizer."
@@ -157,7 +160,6 @@ _CONSEQUENCES = {
     "dataset_length": _DIFFERENT_ORDER,
     "sampler": _DIFFERENT_ORDER,
     "dataset": "the samples may differ",
-    "optimizer": "the new optimizer loads the state of the old one, which may not fit",
     "scheduler": "the learning rates differ from here on",
     "seed": "the run continues with the saved seed",
 }
@@ -189,7 +191,7 @@ def run_settings(
         seed: The seed that the user gave; ``None`` if there was none.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # without the wrapper of Accelerate
-    return {
+    settings = {
         "per_device_batch_size": run_config.train_per_device_batch_size,
         "gradient_accumulation_steps": run_config.gradient_accumulation_steps,
         "gradient_clip_value": run_config.gradient_clip_value,
@@ -204,7 +206,9 @@ def run_settings(
         "loss_func": name_of(loss_func),
         "optimizer": name_of(optimizer),
         **{f"{_OPTIMIZER_SETTING}{name}": value for name, value in _hyperparameters_of(optimizer).items()},
+        **{name: getattr(run_config, name) for name in LENGTHS},
     }
+    return {name: _as_json(value) for name, value in settings.items()}
 
 
 def name_of(value: object) -> str | None:
@@ -271,18 +275,28 @@ def _name_of_sampler(loader: object) -> str | None:
 
 def _hyperparameters_of(optimizer: object) -> dict[str, object]:
     groups = getattr(optimizer, "param_groups", None) or [{}]
-    plain = {name: _as_json(value) for name, value in groups[0].items() if name != "params" and "lr" not in name}
-    return {name: value for name, value in plain.items() if value is not _NOT_JSON}
+    return {name: value for name, value in groups[0].items() if _is_setting(name, value)}
 
 
-_NOT_JSON = object()
+def _is_setting(name: str, value: object) -> bool:
+    """Tell whether an entry of a group is a plain setting of the optimizer; learning rates belong to the schedule."""
+    items = list(value) if isinstance(value, (tuple, list)) else [value]
+    if any(isinstance(item, (tuple, list)) for item in items):
+        return all(_is_setting(name, item) for item in items)
+    return (
+        "lr" not in name
+        and name != "param_names"
+        and all(item is None or isinstance(item, (str, Real)) for item in items)
+    )
 
 
 def _as_json(value: object) -> object:
-    """Return a number, text or sequence of these in the form in which JSON returns it."""
+    """Return a number, text or sequence of these in the form in which JSON returns it; infinity and NaN as text."""
     if isinstance(value, (tuple, list)):
-        items = [_as_json(item) for item in value]
-        return _NOT_JSON if any(item is _NOT_JSON for item in items) else items
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if value is None or isinstance(value, (bool, int, float, str)) else _NOT_JSON
+        return [_as_json(item) for item in value]
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    number = float(value) if isinstance(value, (Real, torch.Tensor)) else None
+    return str(value) if number is None or not math.isfinite(number) else number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,13 +22,28 @@ from pytorch_accelerated._checkpoint.manifest import (
     name_state,
     process_file,
 )
-from pytorch_accelerated._checkpoint.portable import (
-    check_same_model,
-    check_same_optimizer,
-    load_model_state,
+from pytorch_accelerated._checkpoint.model_state import (
+    check_model_state,
+    load_checked_model_state,
     portable_state_dict,
-    unwrap_model,
 )
+from pytorch_accelerated._checkpoint.optimizer_state import (
+    Named,
+    entries_of,
+    fit_optimizer_state,
+    optimizer_state_of,
+    parameters_of,
+)
+from pytorch_accelerated._checkpoint.portable import unwrap_model
+from pytorch_accelerated._checkpoint.scheduler_state import (
+    check_scheduler_state,
+    describe_new_length,
+    load_scheduler_state,
+    replay,
+    return_to_initial_rates,
+    scheduler_state_of,
+)
+from pytorch_accelerated._checkpoint.undo import attributes_kept_on_error, undone_on_error
 from pytorch_accelerated._checkpoint.writer import CollectedState
 from pytorch_accelerated._data.rng import derive_seed, get_rng_state, seed_generators, set_rng_state
 from pytorch_accelerated._data.samplers import OrderState
@@ -162,7 +177,8 @@ def _shared_state(
         **(extras or {}),
         "current_epoch": parts.run_history.current_epoch + num_epochs_ahead,
         "trainer": {
-            **state_dicts_of({**parts.shared, "progress": position, "scheduler": parts.scheduler}),
+            **state_dicts_of({**parts.shared, "progress": position}),
+            **({"scheduler": scheduler_state_of(parts.scheduler)} if hasattr(parts.scheduler, "state_dict") else {}),
             "run_seed": parts.run_seed,
             "seed": parts.seed,
             "run_number": parts.run_number,
@@ -178,7 +194,8 @@ def _model_files(parts: Parts, model: nn.Module, accelerator: Accelerator) -> di
         return {}
     files = {WEIGHTS: as_plain(portable_state_dict(model.state_dict()))}
     if parts.optimizer is not None:
-        files[OPTIMIZER] = as_plain(parts.optimizer.state_dict(), "optimizer state")
+        modules = {"": model, **parts.companions.modules}
+        files[OPTIMIZER] = as_plain(optimizer_state_of(parts.optimizer, modules), "optimizer state")
     if accelerator.scaler is not None:
         files[SCALER] = as_plain(accelerator.scaler.state_dict())
     return files
@@ -354,11 +371,31 @@ def _read_state(saved: SavedState, accelerator: Accelerator, parts: Parts) -> St
         parts.companions.check(trainer_state["trainer"]["companions"], name_state(saved.path))
     if is_sharded(accelerator):
         return StateContents(saved, trainer_state, process_state, None, None, None)
-    weights = _read_weights(saved, unwrap_model(parts.model, accelerator))
-    optimizer = _read_if_listed(saved, OPTIMIZER)
-    if parts.optimizer is not None and optimizer is not None:
-        check_same_optimizer(parts.optimizer, optimizer, name_state(saved.path))
+    weights, optimizer = _read_weights_and_optimizer(
+        saved, unwrap_model(parts.model, accelerator), parts, trainer_state
+    )
     return StateContents(saved, trainer_state, process_state, weights, optimizer, _read_if_listed(saved, SCALER))
+
+
+def _read_weights_and_optimizer(
+    saved: SavedState, model: nn.Module, parts: Parts, trainer_state: StateMapping
+) -> tuple[StateDict, StateDict | None]:
+    source, companions = name_state(saved.path), parts.companions.modules
+    weights = _read_weights(saved, model)
+    loaded = check_model_state(model, weights, source)
+    optimizer = _read_if_listed(saved, OPTIMIZER)
+    if parts.optimizer is None or optimizer is None:
+        return weights, optimizer
+    saved_companions = trainer_state["trainer"].get("companions", {"modules": {}})["modules"]
+    named = Named(
+        parameters_of({"": model, **companions}),
+        parameters_of({"": loaded, **companions}),
+        entries_of({"": weights, **saved_companions}),
+    )
+    then, now = (settings.get("optimizer") for settings in (saved.settings, parts.settings))
+    if None in (then, now) or then == now:
+        then = None  # the settings have the class of an optimizer in the optimizer
+    return weights, fit_optimizer_state(parts.optimizer, optimizer, named, source, then)
 
 
 def _check_entries(state: StateMapping, *names: str) -> None:
@@ -390,10 +427,9 @@ def _load_large(path: Path) -> StateDict:
 
 
 def _read_weights(saved: SavedState, model: nn.Module) -> StateDict:
-    current = portable_state_dict(model.state_dict())
-    weights = _load_large(saved.path / WEIGHTS) if saved.format_version > 1 else _read_safetensors(saved, current)
-    check_same_model(current, weights, name_state(saved.path))
-    return weights
+    if saved.format_version > 1:
+        return _load_large(saved.path / WEIGHTS)
+    return _read_safetensors(saved, portable_state_dict(model.state_dict()))
 
 
 def _read_safetensors(saved: SavedState, current: StateMapping) -> StateDict:
@@ -413,7 +449,7 @@ def restore_state(
     contents: StateContents,
     accelerator: Accelerator,
     parts: Parts,
-    load_scheduler_state: Callable[[StateDict], None],
+    load_scheduler: Callable[[StateDict], None],
     print_fn: Callable[[str], None],
 ) -> None:
     """Restore what was read. Must be called on every process.
@@ -422,42 +458,147 @@ def restore_state(
         contents: What `read_state` returned.
         accelerator: Unwraps the model, and loads it if it is sharded.
         parts: The parts of the trainer.
-        load_scheduler_state: Restores the scheduler, or keeps its state until there is one.
+        load_scheduler: Restores the scheduler, or keeps its state until there is one.
         print_fn: Prints what is not exact if a different number of processes saved the state.
 
     Raises:
-        CheckpointError: The state belongs to a different scheduler; nothing has been changed.
+        CheckpointError: On any process, a part does not accept its state; nothing has been changed.
     """
-    saved, process_state = contents.saved, contents.process_state
-    entries = contents.trainer_state["trainer"]
-    scheduler_state = entries.get("scheduler")
-    if scheduler_state is not None:
-        _try_scheduler(saved, scheduler_state, load_scheduler_state)
-    model = unwrap_model(parts.model, accelerator)
-    if contents.weights is None:
-        with _sharded_objects(accelerator, parts):
-            accelerator.load_state(str(saved.path))
-    else:
-        load_model_state(model, contents.weights, name_state(saved.path))
-    if contents.optimizer is not None and parts.optimizer is not None:
-        parts.optimizer.load_state_dict(contents.optimizer)
-    if contents.scaler is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(contents.scaler)
+    source = name_state(contents.saved.path)
+    scheduler_state = contents.trainer_state["trainer"].get("scheduler")
+    if parts.scheduler is not None and scheduler_state is not None:
+        check_scheduler_state(parts.scheduler, scheduler_state, source, contents.saved.settings.get("scheduler"))
+    with undone_if_refused(parts, accelerator):
+        if contents.weights is None:
+            with _sharded_objects(accelerator, parts):
+                accelerator.load_state(str(contents.saved.path))
+        run_on_all(
+            lambda: _restore_parts(contents, accelerator, parts, load_scheduler, print_fn),
+            int(accelerator.num_processes),
+        )
+        model = unwrap_model(parts.model, accelerator)
+        if contents.weights is not None:  # which have been checked, and now nothing else can fail on any process
+            load_checked_model_state(model, contents.weights, parts.optimizer)
+        load_gradients(model, contents.process_state["gradients"])
     _restore_rng(contents, int(accelerator.process_index))
-    load_state_dicts(parts.shared, entries)
-    load_state_dicts(parts.local, process_state)
-    if parts.order is not None:
-        parts.order.restore(process_state.get("order", {}))
-    load_gradients(model, process_state["gradients"])
-    parts.companions.load(*contents.companions, name_state(saved.path))
-    if scheduler_state is not None:
-        load_scheduler_state(scheduler_state)  # again, because the optimizer's state has changed the learning rate
-    if saved.num_processes != accelerator.num_processes:
+    if contents.saved.num_processes != accelerator.num_processes:
         print_fn(
-            f"{str(saved.path)!r} was saved by {saved.num_processes} processes and is resumed by "
+            f"{str(contents.saved.path)!r} was saved by {contents.saved.num_processes} processes and is resumed by "
             f"{accelerator.num_processes}: random numbers and the last bits differ from here on, and samples of up to "
             "one update of this epoch are repeated."
         )
+
+
+def prepare_new_schedule(contents: StateContents, parts: Parts) -> None:
+    """Prepare the optimizer for the scheduler of a resumed run, if that is made for another length of the run.
+
+    Args:
+        contents: What the run resumes from.
+        parts: The parts of the trainer, before it has its new scheduler.
+    """
+    new_length = describe_new_length(contents.saved.settings, parts.settings)
+    if new_length is not None and contents.optimizer is not None and parts.optimizer is not None:
+        return_to_initial_rates(parts.optimizer, contents.optimizer)
+
+
+@contextmanager
+def undone_if_refused(
+    parts: Parts, accelerator: Accelerator, attributes: Iterable[tuple[object, str]] = ()
+) -> Iterator[None]:
+    """Put the parts of a trainer back if the body raises, except the state of the model.
+
+    Args:
+        parts: The parts, as they are before the body.
+        accelerator: Unwraps the model, and has the gradient scaler.
+        attributes: What is also set back: objects, each with the name of an attribute.
+    """
+    companions = parts.companions
+    owned = (companions.modules, companions.parameters, companions.others)
+    changed = (*parts.shared.values(), *parts.local.values(), parts.scheduler, accelerator.scaler)
+    optimizers = (parts.optimizer, *companions.optimizers.values())
+    others = [*companions.others.values(), *([] if parts.order is None else [_SavedOrder(parts.order)])]
+    model = unwrap_model(parts.model, accelerator)
+    with attributes_kept_on_error(attributes), undone_on_error(model, optimizers, (*changed, *owned), others):
+        yield
+
+
+@dataclass(frozen=True)
+class _SavedOrder:
+    """The samplers of a run, as one object with a state."""
+
+    order: OrderState
+
+    def state_dict(self) -> StateDict:
+        return self.order.now()
+
+    def load_state_dict(self, state_dict: StateMapping) -> None:
+        self.order.restore(state_dict)
+
+
+def _restore_parts(
+    contents: StateContents,
+    accelerator: Accelerator,
+    parts: Parts,
+    load_scheduler: Callable[[StateDict], None],
+    print_fn: Callable[[str], None],
+) -> None:
+    """Restore all parts that may refuse their state."""
+    entries, source = contents.trainer_state["trainer"], name_state(contents.saved.path)
+    for name, part, state in (
+        *((name, part, entries) for name, part in parts.shared.items()),
+        *((name, part, contents.process_state) for name, part in parts.local.items()),
+    ):
+        _load_part(name, part, state, source)
+    if parts.order is not None:
+        _load_part("order", _SavedOrder(parts.order), {"order": {}, **contents.process_state}, source)
+    _load_companions(contents, parts, source)
+    if contents.scaler is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(contents.scaler)
+    _restore_optimizer_and_scheduler(contents, parts, load_scheduler, print_fn)
+
+
+def _restore_optimizer_and_scheduler(
+    contents: StateContents,
+    parts: Parts,
+    load_scheduler: Callable[[StateDict], None],
+    print_fn: Callable[[str], None],
+) -> None:
+    state = contents.trainer_state["trainer"].get("scheduler")
+    new_length = describe_new_length(contents.saved.settings, parts.settings)
+    replayed = None
+    if state is not None and new_length is not None:
+        position = TrainingProgress(**contents.trainer_state["trainer"]["progress"])
+        settings = contents.saved.settings, parts.settings
+        replayed = replay(parts.scheduler, parts.optimizer, state, position, *settings)
+    if contents.optimizer is not None and parts.optimizer is not None:
+        parts.optimizer.load_state_dict(contents.optimizer)
+    if replayed is not None and parts.optimizer is not None:
+        replayed.apply(parts.optimizer)
+        print_fn(f"The schedule follows the new length of the run: {new_length}.")
+    elif state is not None:  # after the optimizer, whose state has the learning rates of the former schedule
+        load_scheduler_state(state, load_scheduler, name_state(contents.saved.path))
+
+
+def _load_part(name: str, part: object, states: StateMapping, source: str) -> None:
+    try:
+        load_state_dicts({name: part}, states)
+    except Exception as error:
+        raise CheckpointError(
+            f"{source} does not fit the {name.replace('_', ' ')} of this run: {type(error).__name__}: {error}. Nothing "
+            "was loaded. Create everything as it was when the state was saved."
+        ) from error
+
+
+def _load_companions(contents: StateContents, parts: Parts, source: str) -> None:
+    try:
+        parts.companions.load(*contents.companions, source)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{source} does not fit what the trainer carries along: {type(error).__name__}: {error}. Nothing was "
+            "loaded. Create everything as it was when the state was saved."
+        ) from error
 
 
 def _restore_rng(contents: StateContents, process_index: int) -> None:
@@ -468,13 +609,3 @@ def _restore_rng(contents: StateContents, process_index: int) -> None:
     # The run that saved the state had no process of this rank.
     update = contents.trainer_state["trainer"]["progress"]["num_updates"]
     seed_generators(derive_seed(contents.seed, "rank", process_index, "update", update))
-
-
-def _try_scheduler(saved: SavedState, state: StateDict, load_scheduler_state: Callable[[StateDict], None]) -> None:
-    try:
-        load_scheduler_state(state)
-    except Exception as error:
-        raise CheckpointError(
-            f"{name_state(saved.path)} belongs to a different scheduler ({saved.settings.get('scheduler')}): {error} "
-            "Nothing was loaded. Create the scheduler as it was."
-        ) from error

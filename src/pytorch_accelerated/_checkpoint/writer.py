@@ -19,6 +19,7 @@ from pytorch_accelerated._checkpoint.files import (
     check_zip_is_complete,
     create_folder,
     flush_to_disk,
+    local_path,
     repair_folder,
     replace_folder,
     starts_like_zip,
@@ -146,7 +147,7 @@ class StateWriter:
         self.wait()
         task = partial(
             write_state,
-            Path(target),
+            local_path(target),
             lineage=lineage,
             is_main=is_main,
             num_processes=num_processes,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, SupportsIndex
 
 from pytorch_accelerated._data.loaders import num_batches_of
 from pytorch_accelerated._proxy import lookup_in_wrapped
@@ -21,12 +22,16 @@ class DataLoaderSlice:
         dl: Any loader.
         slice_size: The maximum number of batches per epoch.
 
+    Raises:
+        ValueError: It is not a whole number of at least 1.
+
     Example:
         >>> list(DataLoaderSlice([10, 20, 30], 2))
         [10, 20]
     """
 
     def __init__(self, dl: Any, slice_size: int) -> None:
+        _check_limit("slice_size", slice_size)
         self.dl = dl
         self.slice_size = slice_size
 
@@ -39,6 +44,15 @@ class DataLoaderSlice:
 
     def __getattr__(self, name: str) -> Any:  # not a `Proxy`: a private base class would be part of the public surface
         return lookup_in_wrapped(self, "dl", name)
+
+
+def _check_limit(name: str, value: SupportsIndex) -> None:
+    try:
+        is_valid = not isinstance(value, bool) and operator.index(value) >= 1
+    except TypeError:
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"`{name}` is {value!r}. Expected a whole number of batches, at least 1.")
 
 
 def limit_from_environment() -> int | None:
@@ -64,6 +78,9 @@ class LimitBatches:
     Args:
         num_batches: The maximum number of batches per epoch.
 
+    Raises:
+        ValueError: It is not a whole number of at least 1.
+
     Example:
         >>> len(list(LimitBatches(2)(range(10))))
         2
@@ -72,6 +89,7 @@ class LimitBatches:
     """
 
     def __init__(self, num_batches: int) -> None:
+        _check_limit("num_batches", num_batches)
         self.num_batches = num_batches
         self._outer_limit: str | None = None
 

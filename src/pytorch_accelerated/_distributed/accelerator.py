@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import os
+import warnings
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
@@ -30,6 +32,9 @@ from pytorch_accelerated._distributed.fast_path import FastPathLoader, can_use_f
 from pytorch_accelerated._distributed.lockstep import LocalBatches, LocalLoader
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._types import Loader, MaybeNone
+
+_NOT_ON_CPU = ("fp16", "fp8")
+_PRECISION_ENV_VAR, _CPU_ENV_VAR = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"
 
 _SHARDED_TYPES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -63,8 +68,8 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
 
     Raises:
         TypeError: ``source`` is something else.
-        ValueError: The precision contradicts ``source``, or the precision or the compiler contradicts an accelerator
-            created earlier in this process.
+        ValueError: The precision contradicts ``source`` or the device, or the precision or the compiler contradicts an
+            accelerator created earlier in this process.
     """
     if source is not None and not isinstance(source, (Accelerator, Mapping)):
         raise TypeError(
@@ -78,12 +83,23 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
             "The two must agree: set the precision in one of these places only."
         )
     if isinstance(source, Accelerator):
+        if precision_of(source) != source.mixed_precision:
+            _warn_about_precision(source.mixed_precision)
         return source
     if mixed_precision is not None:
         settings["mixed_precision"] = mixed_precision
     _complete_settings(settings)
+    _check_precision(settings)
+    accelerator = _create(settings)
+    _check_compiler(settings, accelerator)
+    _leave_group_at_exit()
+    return accelerator
+
+
+def _create(settings: Mapping[str, Any]) -> Accelerator:
     try:
-        accelerator = Accelerator(**settings)
+        with AcceleratorRegistry.process_state_kept_on_error():
+            return Accelerator(**settings)
     except ValueError as error:
         current, requested = AcceleratorRegistry.process_precision(), settings.get("mixed_precision")
         if current in (None, requested) or requested not in PrecisionType.list():
@@ -93,9 +109,47 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
             "setting for all accelerators of a process. Restart the process (in a notebook, the kernel), or omit "
             "`mixed_precision` to keep the current setting."
         ) from error
-    _check_compiler(settings, accelerator)
-    _leave_group_at_exit()
-    return accelerator
+
+
+def _check_precision(settings: dict[str, Any]) -> None:
+    """Refuse a precision that the device does not have, before Accelerate records it for the whole process.
+
+    One that comes from the environment was perhaps meant for another machine: it is not used, with a warning.
+    """
+    requested, current = settings.get("mixed_precision"), AcceleratorRegistry.process_precision()
+    if requested in _NOT_ON_CPU and _will_use_cpu(settings):
+        raise ValueError(
+            f"`mixed_precision` is {requested!r}, but this run uses a CPU, where Accelerate computes nothing in that "
+            'precision. Pass "bf16", or "no" for float32, or run on a GPU.'
+        )
+    configured = current or os.environ.get(_PRECISION_ENV_VAR, "").lower()
+    if requested is None and configured in _NOT_ON_CPU and _will_use_cpu(settings):
+        _warn_about_precision(configured)
+        if current is None:
+            settings["mixed_precision"] = "no"
+
+
+def _will_use_cpu(settings: Mapping[str, Any]) -> bool:
+    device = AcceleratorRegistry.process_device()
+    if device is not None:
+        return device.type == "cpu"
+    is_requested = settings.get("cpu") or os.environ.get(_CPU_ENV_VAR, "").lower() in ("1", "true", "yes", "on")
+    return bool(is_requested) or not torch.accelerator.is_available()
+
+
+def precision_of(accelerator: Accelerator) -> str:
+    """Return the precision that is really used, whatever the accelerator was created with."""
+    precision: str = accelerator.mixed_precision
+    is_unused = precision in _NOT_ON_CPU and accelerator.device.type == "cpu" and not accelerator.native_amp
+    return "no" if is_unused else precision
+
+
+def _warn_about_precision(precision: str) -> None:
+    warnings.warn(
+        f"Accelerate is configured with mixed_precision={precision!r}, but it uses a CPU, where it computes nothing in "
+        "that precision: runs use float32.",
+        stacklevel=6,
+    )
 
 
 def _check_compiler(settings: Mapping[str, Any], accelerator: Accelerator) -> None:
@@ -297,10 +351,17 @@ def release(accelerator: Accelerator, *prepared: object) -> None:
 
 
 def _restore_step(optimizer: object) -> None:
-    # Schedulers replace the method by a function that would make a copy of the optimizer update the original. PyTorch's
-    # own optimizers do not take it into a copy.
-    if isinstance(optimizer, AcceleratedOptimizer) and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        vars(optimizer).pop("step", None)
+    # PyTorch's schedulers wrap the method, on the instance. In a copy of the optimizer, that function would update the
+    # original; PyTorch's own optimizers leave it out of copies.
+    if isinstance(optimizer, AcceleratedOptimizer) and hasattr(vars(optimizer).get("step"), "__wrapped__"):
+        del vars(optimizer)["step"]
+
+
+def copy_accelerator(accelerator: Accelerator, memo: dict[int, Any]) -> Accelerator:
+    """Return an accelerator for a copy of the trainer; ``memo`` has the copies made so far, as in `copy.deepcopy`."""
+    if isinstance(accelerator, Accelerator):
+        return AcceleratorRegistry(accelerator).copy(memo)
+    return copy.deepcopy(accelerator, memo)  # a test double
 
 
 def rejoin_process(accelerator: Accelerator, optimizer: Optimizer | None) -> None:

@@ -91,6 +91,12 @@ def wrap_optimizer(accelerator: Accelerator, optimizer: torch.optim.Optimizer | 
     return wrapped
 
 
+def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer without the wrapper that Accelerate or this module has put around it."""
+    inner: torch.optim.Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    return inner
+
+
 def _has_state_elsewhere(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
     # Scalars, such as step counts, stay on the host, where the optimizer reads them.
     states = [state for state in optimizer.state.values() if isinstance(state, dict)]

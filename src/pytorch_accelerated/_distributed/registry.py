@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from torch.optim import Optimizer
 
@@ -61,6 +63,17 @@ class AcceleratorRegistry:
             for name, objects in previous.items():
                 setattr(self._accelerator, name, objects)
 
+    def copy(self, memo: dict[int, Any]) -> Accelerator:
+        """Return an accelerator with copies of what training changes; `copy.deepcopy` returns the accelerator itself.
+
+        Args:
+            memo: The copies made so far, as in `copy.deepcopy`.
+        """
+        copied = copy.copy(self._accelerator)
+        for name in ("scaler", *_SAVED_OBJECTS):
+            setattr(copied, name, copy.deepcopy(getattr(copied, name), memo))
+        return copied
+
     def registered_objects(self) -> list[object]:
         """Return what the user passed to `Accelerator.register_for_checkpointing`."""
         return list(getattr(self._accelerator, "_custom_objects", ()))
@@ -99,6 +112,25 @@ class AcceleratorRegistry:
         # `AcceleratorState()` would initialize the state where it does not exist yet.
         precision: str | None = AcceleratorState._shared_state.get("_mixed_precision")  # noqa: SLF001 - see the class
         return precision
+
+    @staticmethod
+    def process_device() -> torch.device | None:
+        """Return the device of this process; ``None`` before Accelerate knows it."""
+        device: torch.device | None = PartialState._shared_state.get("device")  # noqa: SLF001 - see the class
+        return device
+
+    @staticmethod
+    @contextmanager
+    def process_state_kept_on_error() -> Iterator[None]:
+        """Forget what a failed accelerator has set for all later ones of this process."""
+        state = AcceleratorState._shared_state  # noqa: SLF001 - see the class
+        before = dict(state)
+        try:
+            yield
+        except BaseException:
+            state.clear()
+            state.update(before)
+            raise
 
     @staticmethod
     def has_process_state() -> bool:

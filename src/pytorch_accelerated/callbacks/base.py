@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pytorch_accelerated._types import Batch, BatchOutput
+    from pytorch_accelerated._types import Batch, BatchOutput, MaybeNone
     from pytorch_accelerated.trainer import Trainer
 
 
@@ -18,7 +18,8 @@ class TrainerCallback:
 
     * raise :class:`~pytorch_accelerated.exceptions.StopTrainingError` in any event to end the run gracefully;
     * define ``state_dict()`` and ``load_state_dict(state)``, which makes its state part of the training state;
-    * have any attributes: this class has no state, so you need not call ``super().__init__()``.
+    * have any attributes: this class has no state, so you need not call ``super().__init__()``;
+    * call the event of its base class with the trainer only: all other arguments have defaults.
 
     A callback with ``is_called_last = True`` receives each event after all other callbacks, wherever it is in the list.
     Callbacks that save use this, so that the state includes what the other callbacks did in the same event.
@@ -53,7 +54,13 @@ class TrainerCallback:
         """
 
     def on_backward_start(
-        self, trainer: Trainer, batch: Batch, batch_output: BatchOutput, *, step: int = 0, **kwargs: Any
+        self,
+        trainer: Trainer,
+        batch: Batch = None,
+        batch_output: BatchOutput | MaybeNone = None,
+        *,
+        step: int = 0,
+        **kwargs: Any,
     ) -> None:
         """Called between the forward and the backward pass.
 
@@ -67,7 +74,13 @@ class TrainerCallback:
         """Called once per update. Parameters and learning rate are updated; the gradients still exist."""
 
     def on_train_step_end(
-        self, trainer: Trainer, batch: Batch, batch_output: BatchOutput, *, step: int = 0, **kwargs: Any
+        self,
+        trainer: Trainer,
+        batch: Batch = None,
+        batch_output: BatchOutput | MaybeNone = None,
+        *,
+        step: int = 0,
+        **kwargs: Any,
     ) -> None:
         """Called at the end of each training step, after the update if the step made one.
 
@@ -103,7 +116,13 @@ class TrainerCallback:
         """Called before each evaluation batch is processed."""
 
     def on_eval_step_end(
-        self, trainer: Trainer, batch: Batch, batch_output: BatchOutput, *, step: int = 0, **kwargs: Any
+        self,
+        trainer: Trainer,
+        batch: Batch = None,
+        batch_output: BatchOutput | MaybeNone = None,
+        *,
+        step: int = 0,
+        **kwargs: Any,
     ) -> None:
         """Called after each evaluation batch, with what ``calculate_eval_batch_loss`` returned."""
 

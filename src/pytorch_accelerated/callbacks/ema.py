@@ -137,6 +137,7 @@ class ModelEmaCallback(SaveBestModelCallback):
             return
         if trainer.run_config.is_distributed:
             _broadcast_buffers(self._average())
+        trainer.print("Evaluating the moving average of the weights")
         library_of(trainer).evaluate_another(self._average().module, self.callback_handler, self._track_prefix)
         self._save_if_best(trainer)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated._validation import check_positive_integer
@@ -73,7 +74,7 @@ class GradualUnfreezingCallback(TrainerCallback):
 
     def on_init_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Add missing parameters to the optimizer, before a scheduler is created for its groups."""
-        if trainer.model is not None and trainer.optimizer is not None:
+        if isinstance(trainer.model, nn.Module) and isinstance(trainer.optimizer, Optimizer):
             self._complete_optimizer(trainer)
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:

@@ -6,38 +6,54 @@ import difflib
 import inspect
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
 from pytorch_accelerated.exceptions import StopTrainingError, add_note
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
     from pytorch_accelerated._types import StateDict, StateMapping
 
 _SIMILAR_ENOUGH = 0.8
 
-_EVENTS_OF_EVALUATION = frozenset(event for event in EVENTS if event.startswith("on_eval_"))
-"""Callbacks that are nested in another receive these from the evaluations of that one, not from the trainer's."""
+_EVENTS_OF_RUNS = frozenset(event for event in EVENTS if "_run_start" in event or "_run_end" in event) | {
+    "on_init_end",
+    "on_training_state_save",
+    "on_stop_training_error",
+    "on_exception",
+}
+"""The trainer's events that callbacks nested in another one receive as well, so that they can set up and clean up.
+
+All others they receive only from the evaluations of that one. A metric would be recorded twice otherwise.
+"""
+
+Callbacks: TypeAlias = Iterable[Any] | TrainerCallback | type[TrainerCallback] | None
+"""What is meant by ``callbacks``: several, a single one, or none. Open: any object with an event is a callback."""
 
 
 class CallbackHandler:
-    """Holds the callbacks of a trainer, and calls them.
+    """Holds the callbacks of a trainer, and calls them. Iterating over it yields them in order.
 
     For each event it caches the callbacks that implement it, so an event without listeners costs one lookup. A callback
     such as `ModelEmaCallback`, which has a ``nested_handler``, comes with the callbacks of that handler.
 
     Args:
-        callbacks: Callbacks, as instances or as classes that can be instantiated without arguments.
+        callbacks: Callbacks, as instances or as classes that can be instantiated without arguments; or one of these, or
+            ``None``.
 
     Raises:
-        TypeError: An entry of ``callbacks`` is not a callback.
+        TypeError: ``callbacks``, or an entry of it, is not a callback.
         ValueError: The same object was passed twice.
     """
 
-    def __init__(self, callbacks: Iterable[object]) -> None:
+    requested_stop: StopTrainingError | None = None
+    """The request of a callback to stop, while the later callbacks get the event in which it was made."""
+
+    def __init__(self, callbacks: Callbacks) -> None:
         self.callbacks: list[object] = []
         self.events_without_listeners: set[str] = set()
         """Names of events known to have no listener: the loop may skip `call_event` for them."""
@@ -46,13 +62,16 @@ class CallbackHandler:
         self.add_callbacks(callbacks)
 
     @property
-    def callback_list(self) -> str:
-        """The class names of the callbacks, one per line."""
-        return "\n".join(type(callback).__name__ for callback in self.callbacks)
+    def callback_list(self) -> list[str]:
+        """The class names of the callbacks, in order."""
+        return [type(callback).__name__ for callback in self.callbacks]
 
-    def add_callbacks(self, callbacks: Iterable[object]) -> None:
-        """Append several callbacks, in order."""
-        for callback in callbacks:
+    def __iter__(self) -> Iterator[object]:
+        return iter(self.callbacks)
+
+    def add_callbacks(self, callbacks: Callbacks) -> None:
+        """Append callbacks, in order; a single one and ``None`` are fine too."""
+        for callback in _as_iterable(callbacks):
             self.add_callback(callback)
 
     def add_callback(self, callback: object) -> None:
@@ -82,6 +101,7 @@ class CallbackHandler:
 
     def refresh(self) -> None:
         """Clear the cache of who implements what. Call this after changing the list ``callbacks`` directly."""
+        self.requested_stop = None  # that of an event which failed otherwise
         self._listeners = {}
         self.events_without_listeners.clear()
 
@@ -110,11 +130,12 @@ class CallbackHandler:
                 else:
                     method(*args, **_only(accepted, kwargs))
             except StopTrainingError as error:
-                stop_request = stop_request or error
+                stop_request = self.requested_stop = stop_request or error
             except Exception as error:
                 add_note(error, _describe_origin(callback, event, args, kwargs))
                 raise
         if stop_request is not None:
+            self.requested_stop = None
             raise stop_request
 
     def call_event_on_all(self, event: str, *args: object, **kwargs: object) -> list[Exception]:
@@ -163,7 +184,7 @@ class CallbackHandler:
             num_seen[class_name] += 1
 
     def _find_listeners(self, event: str) -> tuple[_Listener, ...]:
-        callbacks = self.callbacks if event in _EVENTS_OF_EVALUATION else self.with_nested_callbacks()
+        callbacks = self.with_nested_callbacks() if event in _EVENTS_OF_RUNS else self.callbacks
         in_order = sorted(callbacks, key=lambda callback: getattr(callback, "is_called_last", False) is True)
         self._listeners[event] = tuple(
             _Listener(getattr(callback, event), _accepted_keywords(getattr(callback, event)), callback)
@@ -213,6 +234,19 @@ def _accepted_keywords(method: Callable[..., object]) -> frozenset[str] | None:
     return frozenset(parameters)
 
 
+def _as_iterable(callbacks: Callbacks) -> Iterable[Any]:
+    if callbacks is None:
+        return ()
+    if inspect.isclass(callbacks) or isinstance(callbacks, TrainerCallback):
+        return (callbacks,)
+    if isinstance(callbacks, (str, Mapping)):
+        raise TypeError(
+            f"`callbacks` is a {type(callbacks).__name__}. Expected callbacks, which are instances or classes of "
+            "`TrainerCallback`. Pass a list of them."
+        )
+    return callbacks if hasattr(callbacks, "__iter__") else (callbacks,)
+
+
 def _as_instance(callback: object) -> object:
     instance = callback
     if inspect.isclass(callback):
@@ -228,8 +262,9 @@ def _as_instance(callback: object) -> object:
     )
     if not is_callback:
         raise TypeError(
-            f"{instance!r} is not a callback. Expected a `TrainerCallback` (an instance or a class), or an object with "
-            "at least one of its events. Define one, such as `on_train_epoch_end(self, trainer, **kwargs)`."
+            f"{instance!r} is not a callback. Expected a `TrainerCallback` (an instance or a class) in `callbacks`, "
+            "or an object with at least one of its events. Define one, such as `on_train_epoch_end(self, trainer, "
+            "**kwargs)`."
         )
     return instance
 

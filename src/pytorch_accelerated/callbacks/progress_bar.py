@@ -12,6 +12,7 @@ from pytorch_accelerated._run import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:
+    from pytorch_accelerated._run import DataPass
     from pytorch_accelerated.trainer import Trainer
 
 _SHORT_EPOCH = 0.5  # seconds; after such an epoch, the next bar is drawn once there is something to show
@@ -24,46 +25,60 @@ class ProgressBarCallback(TrainerCallback):
     The bar is updated at log points, and has no total if the loader has no length.
     """
 
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-        self._num_shown = 0
-        self._opened_at = 0.0
-        self._is_epoch_short = False
+    pbar: tqdm | None = None
+    """The bar of the training epoch under way, or of the last one; ``None`` before the first."""
+
+    eval_pbar: tqdm | None = None
+    """The same for evaluation. An evaluation within an epoch has no bar of its own: this is that of the epoch then."""
+
+    _bar: tqdm | None = None
+    """The open one of the two."""
+
+    _pass: DataPass | None = None
+    _num_shown = 0
+    _postfix: str | None = None
+    _opened_at = 0.0
+    _is_epoch_short = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the bars: a copy opens its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("pbar", "eval_pbar", "_bar", "_pass")}
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Open the bar of the training epoch."""
-        self._open(trainer)
+        self.pbar = self._open(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Show the mean loss of the epoch, and close the bar."""
-        self._close(trainer, run_of(trainer).mean_loss)
+        self._close(run_of(trainer).mean_loss)
 
     def on_eval_epoch_start(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
         """Open the bar of the evaluation. An intermediate evaluation has none: the bar of the training epoch stays."""
-        if not is_intermediate:
-            self._open(trainer)
+        self.eval_pbar = self._bar if is_intermediate else self._open(trainer)
 
     def on_eval_epoch_end(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
         """Show the mean loss of the evaluation, and close the bar."""
         if not is_intermediate:
-            self._close(trainer, run_of(trainer).mean_loss)
+            self._close(run_of(trainer).mean_loss)
 
     def on_log_point(self, trainer: Trainer, **kwargs: Any) -> None:
         """Show the number of finished batches and their mean loss."""
         if not run_of(trainer).is_intermediate_evaluation:
-            self._show(trainer, run_of(trainer).recent_loss)
+            self._show(run_of(trainer).recent_loss)
 
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
         """Close the bar, if one is open."""
-        self._close(trainer, None)
+        self._close(None)
 
     def on_exception(self, trainer: Trainer, *, exception: BaseException, **kwargs: Any) -> None:
         """Close the bar, if one is open."""
-        self._close(trainer, None)
+        self._close(None)
 
-    def _open(self, trainer: Trainer) -> None:
-        self._close(trainer, None)
-        self._num_shown = run_of(trainer).num_batches_done  # above 0 if a resumed run starts within the epoch
+    def _open(self, trainer: Trainer) -> tqdm:
+        self._close(None)
+        self._pass = run_of(trainer).training.current_pass
+        self._num_shown = self._pass.num_batches_done  # above 0 if a resumed run starts within the epoch
+        self._postfix = None
         self._opened_at = time.perf_counter()
         self._bar = tqdm(
             total=num_batches_of(run_of(trainer).current_dataloader),
@@ -72,19 +87,22 @@ class ProgressBarCallback(TrainerCallback):
             dynamic_ncols=True,
             delay=_NO_EMPTY_BAR if self._is_epoch_short else 0,
         )
+        return self._bar
 
-    def _show(self, trainer: Trainer, loss: float | None) -> None:
-        if self._bar is None or self._bar.disable:
+    def _show(self, loss: float | None) -> None:
+        if self._bar is None or self._bar.disable or self._pass is None:
             return
-        if loss is not None:
+        is_postfix_ours = getattr(self._bar, "postfix", None) == self._postfix  # a subclass may show something else
+        if loss is not None and is_postfix_ours:
             self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        num_done = run_of(trainer).num_batches_done
+            self._postfix = getattr(self._bar, "postfix", None)
+        num_done = self._pass.num_batches_done  # not that of the trainer, which has left the pass after an error
         num_new, self._num_shown = num_done - self._num_shown, num_done
         self._bar.update(num_new)
 
-    def _close(self, trainer: Trainer, loss: float | None) -> None:
+    def _close(self, loss: float | None) -> None:
         if self._bar is not None:
-            self._show(trainer, loss)
+            self._show(loss)
             self._is_epoch_short = time.perf_counter() - self._opened_at < _SHORT_EPOCH
             self._bar.close()
-            self._bar = None
+            self._bar = self._pass = None

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytorch_accelerated._run import run_of
+from pytorch_accelerated._types import MetricValue
 from pytorch_accelerated.callbacks.base import TrainerCallback
-from pytorch_accelerated.tracking import latest_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from pytorch_accelerated._types import MetricValue
     from pytorch_accelerated.tracking import RunHistory
     from pytorch_accelerated.trainer import Trainer
 
 
 class PrintProgressCallback(TrainerCallback):
-    """Prints a line when a run starts or ends, when a training epoch starts, and why a run was stopped."""
+    """Prints a line when a run starts or ends, and when the training or the evaluation of an epoch starts."""
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Print that the training run starts."""
@@ -26,6 +25,16 @@ class PrintProgressCallback(TrainerCallback):
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Print the number of the epoch."""
         trainer.print(f"\nStarting epoch {trainer.run_history.current_epoch}")
+
+    def on_eval_epoch_start(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
+        """Print that an evaluation at the end of an epoch starts, and on which of several datasets.
+
+        The start of an evaluation run is printed already, and the trainer tells about evaluations within an epoch.
+        """
+        run = run_of(trainer)
+        if run.is_training_run and not is_intermediate:
+            names = [name for name, loader in run.eval_dataloaders.items() if name and loader is run.current_dataloader]
+            trainer.print(f"Starting evaluation{f' on {names[0]!r}' if names else ''}")
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Print that the training run ends."""
@@ -39,36 +48,44 @@ class PrintProgressCallback(TrainerCallback):
         """Print that the evaluation run ends."""
         trainer.print("Finishing evaluation run")
 
-    def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Print why the run stops early."""
-        trainer.print(f"\nStopping: {run_of(trainer).stop_reason}")
-
 
 class LogMetricsCallback(TrainerCallback):
     """Prints the metrics recorded since it last did. Override `log_metrics` to send them elsewhere.
 
     Metrics whose names start with ``train`` are logged at the end of the training epoch, all others after evaluation.
-    Put this callback after those that record metrics.
+    What callbacks behind this one record is logged at the end of the epoch.
     """
 
     def __init__(self) -> None:
-        self._num_logged: dict[str, int] = {}
+        self._logged: dict[str, _Logged] = {}
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Mark what earlier runs recorded as logged."""
-        self._num_logged = _num_values(trainer.run_history)
+        self._logged = _newest(_series_of(trainer.run_history))
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Mark what earlier runs recorded as logged."""
-        self._num_logged = _num_values(trainer.run_history)
+        self._logged = _newest(_series_of(trainer.run_history))
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Log the new training metrics."""
         self._log_new_metrics(trainer, lambda name: name.startswith("train"))
 
     def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Log all other new metrics."""
-        self._log_new_metrics(trainer, lambda name: not name.startswith("train"))
+        """Log all new metrics: also those of an evaluation dataset whose name starts with ``train``."""
+        self._log_new_metrics(trainer)
+
+    def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Log what callbacks behind this one have recorded in the epoch."""
+        self._log_new_metrics(trainer)
+
+    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Log what was recorded since."""
+        self._log_new_metrics(trainer)
+
+    def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Log what callbacks behind this one have recorded in the evaluation."""
+        self._log_new_metrics(trainer)
 
     def log_metrics(self, trainer: Trainer, metrics: Mapping[str, MetricValue]) -> None:
         """Print one line per metric.
@@ -80,20 +97,54 @@ class LogMetricsCallback(TrainerCallback):
         for name, value in metrics.items():
             trainer.print(f"{name}: {value}")
 
-    def _log_new_metrics(self, trainer: Trainer, is_wanted: Callable[[str], bool]) -> None:
-        history = trainer.run_history
-        # A subclass may not call `super().__init__()`.
-        num_logged: Mapping[str, int] = getattr(self, "_num_logged", {})
-        num_values = {name: num for name, num in _num_values(history).items() if is_wanted(name)}
+    def _log_new_metrics(self, trainer: Trainer, is_wanted: Callable[[str], bool] = lambda name: True) -> None:
+        series = _series_of(trainer.run_history)
+        # A subclass may not call `super().__init__()`, nor the events at the start of a run.
+        logged: Mapping[str, _Logged] = getattr(self, "_logged", {})
+        run_number = run_of(trainer).training.run_number
+        is_new_run = run_number != getattr(self, "_run_number", run_number)
+        self._run_number = run_number
+        if (is_new_run and run_of(trainer).has_reset_history) or _was_reset(series, logged):
+            logged = {}
+        wanted = {name: series[name] for name in sorted(series) if is_wanted(name)}
         metrics = {
-            name: latest_value(history, name)
-            for name in sorted(num_values)
-            if num_values[name] != num_logged.get(name, 0)
+            name: values[-1]
+            for name, values in wanted.items()
+            if name not in logged or len(values) != logged[name].num_values
         }
-        self._num_logged = {**num_logged, **num_values}
+        self._logged = {**logged, **_newest(wanted)}
         if metrics:
             self.log_metrics(trainer, metrics)
 
 
-def _num_values(history: RunHistory) -> dict[str, int]:
-    return {name: len(list(history.get_metric_values(name))) for name in history.get_metric_names()}
+class _Logged(NamedTuple):
+    """How far a metric has been logged."""
+
+    num_values: int
+    newest: MetricValue
+
+
+def _series_of(history: RunHistory) -> dict[str, list[MetricValue]]:
+    series = {name: list(history.get_metric_values(name)) for name in history.get_metric_names()}
+    return {name: values for name, values in series.items() if values}
+
+
+def _newest(series: Mapping[str, list[MetricValue]]) -> dict[str, _Logged]:
+    return {name: _Logged(len(values), values[-1]) for name, values in series.items()}
+
+
+def _was_reset(series: Mapping[str, list[MetricValue]], logged: Mapping[str, _Logged]) -> bool:
+    """Return whether a history has lost values that were logged: one is missing, or another value is in its place."""
+    return any(
+        len(series[name]) < num_values or _differ(series[name][num_values - 1], newest)
+        for name, (num_values, newest) in logged.items()
+        if name in series
+    )
+
+
+def _differ(value: MetricValue, other: MetricValue) -> bool:
+    """Return whether two values differ; other objects than numbers do unless they are the same object."""
+    if value is other:
+        return False
+    are_numbers = isinstance(value, (int, float)) and isinstance(other, (int, float))
+    return not are_numbers or (value != other and not (value != value and other != other))  # NaN is not itself

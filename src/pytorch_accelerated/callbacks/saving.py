@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytorch_accelerated._checkpoint.files import PathAttribute, local_path
 from pytorch_accelerated._checkpoint.folder import Retention, claim_folder, release_folder, rotate
+from pytorch_accelerated._checkpoint.optimizer_state import DifferentPartError
 from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._distributed.collectives import run_on_main
-from pytorch_accelerated._metrics import BestMetric
+from pytorch_accelerated._metrics import BestMetric, ComparisonOfMetric
 from pytorch_accelerated._proxy import WritableForwarded
-from pytorch_accelerated._run import library_of, run_of
+from pytorch_accelerated._run import Run, library_of, run_of
 from pytorch_accelerated._signals import PREEMPTION_SIGNALS
 from pytorch_accelerated._validation import check_positive_integer, check_positive_number
 from pytorch_accelerated.callbacks.base import TrainerCallback
-from pytorch_accelerated.callbacks.stopping import check_watched_metric
+from pytorch_accelerated.callbacks.stopping import check_watched_metric, warn_about_direction
 from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
-    from pytorch_accelerated._types import Batch, BatchOutput, StateDict, StateMapping
+    from pytorch_accelerated._types import Batch, BatchOutput, MaybeNone, StateDict, StateMapping
     from pytorch_accelerated.progress import TrainingProgress
-    from pytorch_accelerated.run_config import TrainerRunConfig
     from pytorch_accelerated.trainer import Trainer
 
 
@@ -47,11 +49,16 @@ class SaveBestModelCallback(TrainerCallback):
             model of the last epoch.
     """
 
+    save_path = PathAttribute()
+
     best_metric = WritableForwarded["float | None"]("_best.value")
     """The best value so far; ``None`` before the first."""
 
     best_metric_epoch = WritableForwarded["int | None"]("_best.epoch")
     """The epoch of the best value."""
+
+    operator = ComparisonOfMetric()
+    """``operator.gt`` if larger values are better, ``operator.lt`` if smaller ones are."""
 
     def __init__(
         self,
@@ -83,6 +90,7 @@ class SaveBestModelCallback(TrainerCallback):
         """
         config = trainer.run_config
         check_watched_metric(trainer, self.watch_metric, type(self).__name__)
+        warn_about_direction(self.watch_metric, self.greater_is_better, type(self).__name__)
         check_save_path(self.save_path, config.is_local_process_zero, config.num_processes)
         if run_of(trainer).is_resumed:
             self._check_saved_model()
@@ -92,7 +100,7 @@ class SaveBestModelCallback(TrainerCallback):
             self._best.reset()
 
     def _check_saved_model(self) -> None:
-        if self._has_saved and self.load_saved_checkpoint and not Path(self.save_path).is_file():
+        if self._has_saved and self.load_saved_checkpoint and not local_path(self.save_path).is_file():
             raise FileNotFoundError(
                 f"The run being resumed saved its best model (epoch {self.best_metric_epoch}) to "
                 f"{str(self.save_path)!r}, but that file does not exist. Restore it, start from the working directory "
@@ -130,7 +138,12 @@ class SaveBestModelCallback(TrainerCallback):
         trainer.print(
             f"Loading the best model: {self.watch_metric} {self.best_metric} in epoch {self.best_metric_epoch}"
         )
-        trainer.load_checkpoint(self.save_path, load_optimizer=self.save_optimizer, load_scheduler=self.save_scheduler)
+        loaded = {"load_optimizer": self.save_optimizer, "load_scheduler": self.save_scheduler}
+        try:
+            trainer.load_checkpoint(self.save_path, **loaded)
+        except DifferentPartError as error:  # the program has changed the optimizer since, for example added a group
+            trainer.print(f"Only the model is loaded, because optimizer or scheduler have changed since: {error}")
+            trainer.load_checkpoint(self.save_path, load_optimizer=False, load_scheduler=False)
 
     def state_dict(self) -> StateDict:
         """Return the best value, its epoch, and whether a checkpoint was saved."""
@@ -146,16 +159,20 @@ class SaveTrainingStateCallback(TrainerCallback):
     """Saves training states, which ``train(..., resume_from="latest")`` resumes from.
 
     States are folders named ``epoch_<n>``, ``step_<n>`` and ``final`` in ``save_dir``. If Ctrl-C, SIGTERM or SIGUSR1
-    ends the run, it saves ``step_<n>`` at the current step, and no ``final``.
-    Only one run at a time can save states to a folder.
+    ends the run, it saves ``step_<n>`` at the current step, and no ``final``. A line is printed for each state that is
+    saved or removed. Only one run at a time can save states to a folder.
+
+    ``epoch_<n>`` is complete before the evaluation of epoch ``n`` begins, so that an evaluation that fails costs no
+    training. A run resumed from it starts with that evaluation. With ``keep_best``, which needs its metrics, the state
+    is saved after the evaluation.
 
     Args:
         save_dir: Folder for the states.
         save_every_n_epochs: Epochs between two states; ``None`` to save none after epochs.
         save_every_n_steps: Steps between two states; ``None`` to save none by steps.
         save_at_end: Whether to save ``final`` at the end of a run, unless a signal ended it.
-        max_checkpoints: Number of newest epoch and step states to keep; ``None`` to keep all. States of earlier runs in
-            ``save_dir`` count, and are deleted first.
+        max_checkpoints: Number of newest states to keep, ``final`` included; ``None`` to keep all. States of earlier
+            runs in ``save_dir`` count, and are removed first.
         save_every_n_updates: Updates between two states; ``None`` to save none by updates.
         save_every_n_minutes: Minutes from one state to the next, which is saved at the end of a step; with several
             processes, at the end of a step that made an update. ``None`` to save none by time.
@@ -177,6 +194,7 @@ class SaveTrainingStateCallback(TrainerCallback):
     """
 
     is_called_last = True
+    save_dir = PathAttribute()
 
     def __init__(
         self,
@@ -218,10 +236,10 @@ class SaveTrainingStateCallback(TrainerCallback):
         self.on_save_error = on_save_error
         self.save_on_preemption = save_on_preemption
         self.in_background = in_background
-        self._num_steps = self._num_updates = 0
+        self._global_step = self._num_updates = 0
         self._saved: tuple[TrainingProgress, Path] | None = None
         self._written: list[Path] = []
-        self._is_delayed = False
+        self._is_delayed = self._is_saved_later = False
         self._timer = _Timer(save_every_n_minutes)
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -231,98 +249,122 @@ class SaveTrainingStateCallback(TrainerCallback):
             CheckpointError: The folder cannot be written to, or another run is saving states there.
             ValueError: The run will not record the metric that ``keep_best`` needs.
         """
-        config = trainer.run_config
-        run_on_main(lambda: claim_folder(self.save_dir), config.is_world_process_zero, config.num_processes)
+        run = _run_of(trainer)
+        run_on_main(lambda: claim_folder(local_path(self.save_dir)), *_main_of(run))
         if self.keep_best is not None:
             check_watched_metric(trainer, self.watch_metric, type(self).__name__)
-        if not run_of(trainer).is_resumed:
-            self._num_steps = 0
-        self._num_updates = run_of(trainer).progress.num_updates
+        if not run.is_resumed:
+            self._global_step = 0
+        self._num_updates = run.progress.num_updates
         self._timer.restart(self._num_updates)
         self._saved = None
         self._written = []
         self._is_delayed = False
-        if self.save_on_preemption:
+        if self.save_on_preemption and run.is_training_run:
             library_of(trainer).end_run_on_signals(*PREEMPTION_SIGNALS)
 
-    def on_train_step_end(self, trainer: Trainer, batch: Batch, batch_output: BatchOutput, **kwargs: Any) -> None:
+    def on_train_step_end(
+        self, trainer: Trainer, batch: Batch = None, batch_output: BatchOutput | MaybeNone = None, **kwargs: Any
+    ) -> None:
         """Save a state if one is due.
 
         Sharded training cannot save between the batches of an update, so the save is delayed to the end of the update.
         """
-        self._num_steps += 1
-        is_due = self._is_due(trainer) or self._is_delayed
-        run = run_of(trainer)
+        self._global_step += 1
+        run = _run_of(trainer)
+        is_due = self._is_due(run) or self._is_delayed
         self._is_delayed = is_due and run.is_sharded and not run.is_between_updates
         if is_due and not self._is_delayed:
-            self._save(trainer, f"step_{self._num_steps}", in_background=self.in_background)
+            self._save(trainer, f"step_{self._global_step}", in_background=self.in_background)
+
+    def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Save a state if one is due, before the evaluation of the epoch."""
+        # A loop of the user's may fire the event while the library still takes the epoch to be trained.
+        self._is_saved_later = self.keep_best is not None or _is_training(trainer)
+        if not self._is_saved_later:
+            self._save_epoch(trainer)
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Save a state if one is due."""
-        epoch = trainer.run_history.current_epoch
-        if _is_multiple(epoch, self.save_every_n_epochs):
-            self._save(trainer, f"epoch_{epoch}", in_background=self.in_background)
+        """Save a state if one is due and has to wait for the evaluation."""
+        if self._is_saved_later:
+            self._save_epoch(trainer)
 
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save a state if a signal ends the run, before the end-of-run events change anything."""
-        if not self.save_on_preemption or run_of(trainer).is_interrupted is not True:
+        run = _run_of(trainer)
+        if not (self.save_on_preemption and run.is_interrupted):
             return
         self._wait(trainer)
-        position = run_of(trainer).progress.resume_point()
+        position = run.progress.resume_point()
         if self._saved is None or self._saved[0] != position:
-            self._save(trainer, f"step_{self._num_steps}")
+            self._save(trainer, f"step_{self._global_step}")
         if self._saved is not None and self._saved[0] == position:
-            path = str(self._saved[1])
-            trainer.print(f"Training state saved to {path!r}. To resume: train(..., resume_from={path!r})")
+            trainer.print(f"To resume: train(..., resume_from={str(self._saved[1])!r})")
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the final state, and unlock the folder."""
-        if self.save_at_end and run_of(trainer).is_interrupted is not True:
+        if self.save_at_end and not _run_of(trainer).is_interrupted:
             self._save(trainer, "final")
         self._wait(trainer)
-        release_folder(self.save_dir)
+        release_folder(local_path(self.save_dir))
 
     def on_exception(self, trainer: Trainer, *, exception: BaseException, **kwargs: Any) -> None:
         """Unlock the folder."""
-        release_folder(self.save_dir)
+        with suppress(ValueError):  # such a path was refused
+            release_folder(local_path(self.save_dir))
 
     def state_dict(self) -> StateDict:
         """Return the number of steps of the run so far."""
-        return {"num_steps": self._num_steps}
+        return {"num_steps": self._global_step}
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
-        self._num_steps = state_dict["num_steps"]
+        self._global_step = state_dict["num_steps"]
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        num_updates, self._num_updates = self._num_updates, run_of(trainer).progress.num_updates
-        if _is_multiple(self._num_steps, self.save_every_n_steps):
+    def _is_due(self, run: Run) -> bool:
+        num_updates, self._num_updates = self._num_updates, run.progress.num_updates
+        if _is_multiple(self._global_step, self.save_every_n_steps):
             return True
         if self._num_updates == num_updates:
             return False
         return _is_multiple(self._num_updates, self.save_every_n_updates) or self._timer.has_expired(
-            trainer.run_config, self._num_updates
+            run, self._num_updates
         )
 
+    def _save_epoch(self, trainer: Trainer) -> None:
+        epoch = trainer.run_history.current_epoch
+        if _is_multiple(epoch, self.save_every_n_epochs):
+            self._save(trainer, f"epoch_{epoch}", in_background=self.in_background)
+
     def _save(self, trainer: Trainer, name: str, *, in_background: bool = False) -> None:
-        """Save a state, then delete the states that it supersedes."""
+        """Save a state, then remove the states that it supersedes."""
         self._wait(trainer)
-        path = self.save_dir / name
-        self._written = [*(other for other in self._written if other != path), path]
-        config = trainer.run_config
+        run, path = _run_of(trainer), self.save_dir / name
+        written = local_path(path)
+        self._written = [*(other for other in self._written if other != written), written]
+        entries = {"global_step": self._global_step}
+        finish = partial(self._finish, trainer, path)
         with self._handled_save_error(trainer):
-            metadata = {"global_step": self._num_steps}
             if in_background:
-                trainer.save_training_state(path, metadata, in_background=True, and_then=self._rotate)
+                trainer.save_training_state(path, entries, in_background=True, and_then=finish)
             else:
-                trainer.save_training_state(str(path), checkpoint_kwargs=metadata)
-                run_on_main(self._rotate, config.is_world_process_zero, config.num_processes)
-            self._saved = run_of(trainer).progress.resume_point(), path
-        self._timer.restart(run_of(trainer).progress.num_updates)
+                trainer.save_training_state(str(path), checkpoint_kwargs=entries)
+                run_on_main(finish, *_main_of(run))
+            self._saved = run.progress.resume_point(), path
+        self._timer.restart(run.progress.num_updates)
+
+    def _finish(self, trainer: Trainer, path: Path) -> None:
+        """Tell that a state is complete, and remove those that are no longer needed; on the main process only."""
+        trainer.print(f"Saved training state to {path}")
+        if self.max_checkpoints is not None:
+            best = (self.keep_best or 0, self.watch_metric, self.greater_is_better)
+            for removed in rotate(local_path(self.save_dir), Retention(self.max_checkpoints, *best), self._written):
+                trainer.print(f"Removed training state {removed}")
 
     def _wait(self, trainer: Trainer) -> None:
-        with self._handled_save_error(trainer):
-            library_of(trainer).wait_for_training_state()
+        if self.in_background:
+            with self._handled_save_error(trainer):
+                library_of(trainer).wait_for_training_state()
 
     @contextmanager
     def _handled_save_error(self, trainer: Trainer) -> Iterator[None]:
@@ -335,10 +377,21 @@ class SaveTrainingStateCallback(TrainerCallback):
             if trainer.run_config.is_world_process_zero:
                 warnings.warn(f"{error} Training continues without this state.", stacklevel=2)
 
-    def _rotate(self) -> None:
-        if self.max_checkpoints is not None:
-            best = (self.keep_best or 0, self.watch_metric, self.greater_is_better)
-            rotate(self.save_dir, Retention(self.max_checkpoints, *best), self._written)
+
+def _is_training(trainer: Trainer) -> bool:
+    run: object = run_of(trainer)
+    return isinstance(run, Run) and run.progress.phase == "training"
+
+
+def _run_of(trainer: Trainer) -> Run:
+    """Return the run of the trainer; an empty one for a stand-in that can only save, as programs use in tests."""
+    run: object = run_of(trainer)
+    return run if isinstance(run, Run) else Run()
+
+
+def _main_of(run: Run) -> tuple[bool, int]:
+    """Return whether this is the main process, and the number of processes."""
+    return run.process_index == 0, int(getattr(run.config, "num_processes", 1))
 
 
 def _check_counts(*, max_checkpoints: int | None, keep_best: int | None, **intervals: int | None) -> None:
@@ -359,6 +412,10 @@ def _check_counts(*, max_checkpoints: int | None, keep_best: int | None, **inter
 
 def _is_multiple(number: int, divisor: int | None) -> bool:
     return divisor is not None and number % divisor == 0
+
+
+_MANY_UPDATES = 2**31
+"""As good as never; the number of updates left is infinite if the number of minutes is."""
 
 
 @dataclass
@@ -385,15 +442,14 @@ class _Timer:
         self._start_update = num_updates
         self._next_check = num_updates + 1
 
-    def has_expired(self, config: TrainerRunConfig, num_updates: int) -> bool:
+    def has_expired(self, run: Run, num_updates: int) -> bool:
         """Return whether the time has passed. Must be called on every process after each update."""
         if self.num_minutes is None or num_updates < self._next_check:
             return False
         num_made = num_updates - self._start_update
-        num_left = run_on_main(
-            lambda: num_made * self._ratio_left(), config.is_world_process_zero, config.num_processes
-        )
-        self._next_check = num_updates + (max(1, int(num_left / 2)) if config.is_distributed else 1)
+        is_main, num_processes = _main_of(run)
+        num_left = run_on_main(lambda: num_made * self._ratio_left(), is_main, num_processes)
+        self._next_check = num_updates + (max(1, int(min(num_left / 2, _MANY_UPDATES))) if num_processes > 1 else 1)
         return num_left <= 0
 
     def _ratio_left(self) -> float:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated._distributed.collectives import run_on_main
 from pytorch_accelerated._loss_monitor import describe_non_finite_loss
-from pytorch_accelerated._metrics import PatienceCounter
+from pytorch_accelerated._metrics import ComparisonOfMetric, PatienceCounter
+from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._run import library_of, run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
@@ -26,6 +29,13 @@ class TerminateOnNaNCallback(TrainerCallback):
     A training state therefore never contains parameters that a non-finite number has corrupted. The error names the
     first bad step.
     """
+
+    triggered = False
+    """Whether it has ended a run."""
+
+    def on_exception(self, trainer: Trainer, *, exception: BaseException, **kwargs: Any) -> None:
+        """Remember that a bad number ended the run, if it was found before an update."""
+        self.triggered = self.triggered or isinstance(exception, NonFiniteLossError)
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Have the gradients checked before each update, where the device's values are free to read."""
@@ -68,11 +78,13 @@ class TerminateOnNaNCallback(TrainerCallback):
         """
         loss = float(batch_output["loss"])
         if not math.isfinite(loss):
+            self.triggered = True
             raise NonFiniteLossError(describe_non_finite_loss(loss, "" if step is None else f" at step {step}"))
 
     def _check(self, trainer: Trainer) -> None:
         error = run_of(trainer).find_non_finite_loss()
         if error is not None:
+            self.triggered = True
             raise error
 
     def _check_values(self, trainer: Trainer) -> None:
@@ -96,6 +108,19 @@ class EarlyStoppingCallback(TrainerCallback):
         TypeError: ``early_stopping_patience`` is not an integer.
     """
 
+    early_stopping_patience = WritableForwarded[int]("_counter.patience")
+    early_stopping_threshold = WritableForwarded[float]("_counter.threshold")
+    greater_is_better = WritableForwarded[bool]("_counter.greater_is_better")
+
+    best_metric = WritableForwarded["float | None"]("_counter.best.value")
+    """The best value so far; ``None`` before the first."""
+
+    early_stopping_patience_counter = WritableForwarded[int]("_counter.num_without_improvement")
+    """The number of epochs in a row without improvement."""
+
+    operator = ComparisonOfMetric()
+    """``operator.gt`` if larger values are better, ``operator.lt`` if smaller ones are."""
+
     def __init__(
         self,
         early_stopping_patience: int = 1,
@@ -105,12 +130,10 @@ class EarlyStoppingCallback(TrainerCallback):
         reset_on_train: bool = True,
     ) -> None:
         check_positive_integer("early_stopping_patience", early_stopping_patience, "epochs")
-        self.early_stopping_patience = early_stopping_patience
-        self.early_stopping_threshold = early_stopping_threshold
         self.watch_metric = watch_metric
-        self.greater_is_better = greater_is_better
         self.reset_on_train = reset_on_train
         self._counter = PatienceCounter(early_stopping_patience, greater_is_better, early_stopping_threshold)
+        self._num_values_seen = 0
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Check the name of the metric, and start counting.
@@ -119,33 +142,82 @@ class EarlyStoppingCallback(TrainerCallback):
             ValueError: The run will not record the metric.
         """
         check_watched_metric(trainer, self.watch_metric, type(self).__name__)
+        warn_about_direction(self.watch_metric, self.greater_is_better, type(self).__name__)
+        self._num_values_seen = num_values_of(trainer, self.watch_metric)
         if self.reset_on_train and not run_of(trainer).is_resumed:
             self._counter.reset()
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Compare the metric of this epoch with the best so far.
+        """Compare the metric with the best so far, unless it was not measured since the last comparison.
 
         Raises:
             StopTrainingError: The patience is used up.
         """
         value = library_of(trainer).get_agreed_metric(self.watch_metric)
+        num_seen, self._num_values_seen = self._num_values_seen, num_values_of(trainer, self.watch_metric)
+        if num_seen == self._num_values_seen:
+            return
+        previous = self.best_metric
         if self._counter.update(value):
             raise StopTrainingError(
-                f"{self.watch_metric} has not improved on {self._counter.best.value} "
-                f"for {self._counter.num_without_improvement} epochs"
+                f"{self.watch_metric} has not improved on {self.best_metric} "
+                f"for {self.early_stopping_patience_counter} epochs{self._note_on_threshold(value)}"
             )
+        self._report(trainer, previous)
+
+    def _note_on_threshold(self, value: float) -> str:
+        """Say so if the metric still improves, but by less than the threshold."""
+        best, is_better = self.best_metric, self.operator
+        if best is None or not is_better(value, best):
+            return ""
+        return f" by more than the threshold of {self.early_stopping_threshold:g}, although it still does, to {value}"
+
+    def _report(self, trainer: Trainer, previous: float | None) -> None:
+        best, num_epochs = self.best_metric, self.early_stopping_patience_counter
+        if num_epochs > 0:
+            trainer.print(
+                f"{self.watch_metric} has not improved for {num_epochs} of {self.early_stopping_patience} epochs"
+            )
+        elif best is not None and previous is not None:
+            trainer.print(f"{self.watch_metric} has improved by {abs(best - previous):.4g} to {best:.4g}")
 
     def state_dict(self) -> StateDict:
         """Return the best value and the number of epochs without improvement."""
         return {
-            "best": self._counter.best.value,
-            "num_without_improvement": self._counter.num_without_improvement,
+            "best": self.best_metric,
+            "num_without_improvement": self.early_stopping_patience_counter,
         }
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
         self._counter.best.record(state_dict["best"])
         self._counter.num_without_improvement = state_dict["num_without_improvement"]
+
+
+def num_values_of(trainer: Trainer, metric_name: str) -> int:
+    """Return how many values of a metric the main process has recorded. Must be called on every process."""
+    config, history = trainer.run_config, trainer.run_history
+
+    def count() -> int:
+        return len(list(history.get_metric_values(metric_name))) if metric_name in history.get_metric_names() else 0
+
+    return run_on_main(count, config.is_world_process_zero, config.num_processes)
+
+
+_GREATER_IS_BETTER = frozenset(
+    ("acc", "accuracy", "auc", "auroc", "f1", "precision", "recall", "map", "iou", "miou", "r2", "dice")
+)
+
+
+def warn_about_direction(watch_metric: str, greater_is_better: bool, callback_name: str) -> None:
+    """Warn if a callback looks for the smallest value of a metric whose name says that larger values are better."""
+    words = watch_metric.lower().replace("-", "_").split("_")
+    if not greater_is_better and not _GREATER_IS_BETTER.isdisjoint(words):
+        warnings.warn(
+            f"`{callback_name}` watches {watch_metric!r} with `greater_is_better=False`, so it takes the smallest "
+            "value for the best. Pass `greater_is_better=True` if larger values are better.",
+            stacklevel=4,
+        )
 
 
 def check_watched_metric(trainer: Trainer, watch_metric: str, callback_name: str) -> None:

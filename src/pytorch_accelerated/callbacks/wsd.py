@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated._checkpoint.files import PathAttribute, local_path
 from pytorch_accelerated._checkpoint.manifest import read_manifest
 from pytorch_accelerated._run import Run, run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
@@ -63,6 +64,9 @@ class WSDCheckpointCallback(TrainerCallback):
         >>> create_scheduler_fn = WSDLrScheduler.create_scheduler_fn(is_continuation_from_checkpoint=True)
     """
 
+    save_dir = PathAttribute()
+    initial_checkpoint = PathAttribute()
+
     def __init__(
         self,
         save_dir: str | PathLike[str] = "checkpoints",
@@ -71,7 +75,7 @@ class WSDCheckpointCallback(TrainerCallback):
         initial_checkpoint: str | PathLike[str] | None = None,
     ) -> None:
         self.save_dir = Path(save_dir)
-        self.save_dir.mkdir(parents=True, exist_ok=True)
+        local_path(self.save_dir).mkdir(parents=True, exist_ok=True)
         self.save_optimizer = save_optimizer
         self.save_scheduler = save_scheduler
         self.initial_checkpoint = None if initial_checkpoint is None else Path(initial_checkpoint)
@@ -197,7 +201,7 @@ class WSDCheckpointCallback(TrainerCallback):
         trainer.print(f"Saved the checkpoint after the decay, at update {step}: {str(path)!r}")
 
     def _post_decay_path(self, step: int) -> Path:
-        return self.save_dir / f"checkpoint_{step}_wsd_post_decay.pt"
+        return Path(self.save_dir, f"checkpoint_{step}_wsd_post_decay.pt")
 
     def _extras(self, trainer: Trainer, step: int, checkpoint_type: str) -> StateDict:
         return {

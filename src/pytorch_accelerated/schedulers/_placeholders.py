@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from pytorch_accelerated._data.loaders import num_batches_of, total_num_batches_of
 
 if TYPE_CHECKING:
+    from pytorch_accelerated.run_config import TrainerRunConfig
     from pytorch_accelerated.trainer import Trainer
 
 
@@ -30,7 +31,8 @@ Number: TypeAlias = "int | float"
 NumberOrPlaceholder: TypeAlias = "Number | TrainerPlaceholderValues | PlaceholderExpression"
 
 
-KnownValues: TypeAlias = "Mapping[TrainerPlaceholderValues, Number | None]"
+KnownValues: TypeAlias = "Mapping[TrainerPlaceholderValues | frozenset[TrainerPlaceholderValues], Number | None]"
+"""The number for each placeholder, and for products of two of them that are not the product of their numbers."""
 
 
 _Operation: TypeAlias = "Callable[[_Arithmetic, NumberOrPlaceholder], PlaceholderExpression]"
@@ -86,7 +88,9 @@ class _Arithmetic:
 class TrainerPlaceholderValues(_Arithmetic, Enum):
     """A number that the trainer knows once a run starts. Use it wherever a schedule needs that number.
 
-    Placeholders can be combined with numbers and with each other using ``+ - * / // ** %`` and the unary minus.
+    Placeholders can be combined with numbers and with each other using ``+ - * / // ** %`` and the unary minus. If
+    ``max_num_train_steps`` ends the run, ``NUM_EPOCHS`` times ``NUM_UPDATE_STEPS_PER_EPOCH`` is that number of updates,
+    so that a schedule of that length ends with the run.
 
     Example:
         >>> TrainerPlaceholderValues.NUM_EPOCHS * TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH // 2
@@ -193,6 +197,9 @@ def _lookup(placeholder: TrainerPlaceholderValues, values: KnownValues) -> Numbe
 
 
 def _evaluate(expression: PlaceholderExpression, values: KnownValues) -> Number:
+    limit = values.get(_factors_of(expression))
+    if limit is not None:
+        return limit
     left = resolve_placeholders(expression.left, values)
     right = resolve_placeholders(expression.right, values)
     try:
@@ -202,6 +209,13 @@ def _evaluate(expression: PlaceholderExpression, values: KnownValues) -> Number:
             f"`{expression!r}` is {left!r} {expression.symbol} {right!r} in this run, a division by zero. Expected a "
             "divisor other than 0. Replace the placeholder that is 0 with a number."
         ) from error
+
+
+def _factors_of(expression: PlaceholderExpression) -> frozenset[TrainerPlaceholderValues]:
+    """Return the placeholders whose product an expression is; empty if it is something else."""
+    factors = (expression.left, expression.right) if expression.symbol == "*" else ()
+    placeholders = [factor for factor in factors if isinstance(factor, TrainerPlaceholderValues)]
+    return frozenset(placeholders) if len(placeholders) == len(factors) else frozenset()
 
 
 def _are_same(new: Iterable[object], old: Iterable[object]) -> bool:
@@ -224,12 +238,26 @@ def replace_trainer_placeholder_values(trainer: Trainer, instance: Template) -> 
     run_config = trainer.run_config
     # Test doubles of the trainer that were written for 0.1.61 have these private attributes.
     train_loader, eval_loader = trainer._train_dataloader, trainer._eval_dataloader  # noqa: SLF001
-    values = {
+    values: KnownValues = {
         TrainerPlaceholderValues.NUM_EPOCHS: run_config.num_epochs,
         TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH: run_config.num_update_steps_per_epoch,
         TrainerPlaceholderValues.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH: run_config.num_local_update_steps_per_epoch,
         TrainerPlaceholderValues.TRAIN_DATALOADER_LEN: num_batches_of(train_loader),
         TrainerPlaceholderValues.EVAL_DATALOADER_LEN: total_num_batches_of(eval_loader),
     }
-    resolved: Template = resolve_placeholders(instance, values)
+    resolved: Template = resolve_placeholders(instance, {**values, **_lengths_of(run_config)})
     return resolved
+
+
+def _lengths_of(run_config: TrainerRunConfig) -> KnownValues:
+    """Return the updates and batches of a run that a number of updates ends: not as many as its epochs would have."""
+    if getattr(run_config, "is_limited_by_steps", False) is not True:
+        return {}
+    num_updates = run_config.max_num_train_steps
+    num_batches = None if num_updates is None else num_updates * run_config.gradient_accumulation_steps
+    epochs = TrainerPlaceholderValues.NUM_EPOCHS
+    return {
+        frozenset((epochs, TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH)): num_updates,
+        frozenset((epochs, TrainerPlaceholderValues.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH)): num_updates,
+        frozenset((epochs, TrainerPlaceholderValues.TRAIN_DATALOADER_LEN)): num_batches,
+    }

@@ -18,7 +18,7 @@ from pytorch_accelerated._data.loaders import num_batches_of
 from pytorch_accelerated._data.rng import get_rng_state, preserve_rng_state
 from pytorch_accelerated._distributed.collectives import all_gather_objects, broadcast_from_main
 from pytorch_accelerated._run import run_of
-from pytorch_accelerated._types import Batch, BatchOutput, Data
+from pytorch_accelerated._types import Batch, BatchOutput, Data, MaybeNone
 from pytorch_accelerated.callbacks import (
     LogMetricsCallback,
     PrintProgressCallback,
@@ -160,8 +160,11 @@ def verify_resume(
         ...     return Trainer(model, nn.MSELoss(), torch.optim.AdamW(model.parameters()))
         >>> dataset = TensorDataset(torch.randn(48, 3), torch.randn(48, 1))
         >>> print(verify_resume(make_trainer, dataset))
+        Resuming from '...step_3' in epoch 1.
         Resuming epoch 1 after batch 3. The data continue exactly where they stopped.
+        Resuming from '...step_6' in epoch 1.
         Resuming epoch 1 after batch 6. The data continue exactly where they stopped.
+        Resuming from '...step_8' in epoch 2.
         Resuming epoch 2 after batch 2. The data continue exactly where they stopped.
         Resumed runs end like the uninterrupted one, bit by bit.
         12 steps, interrupted and resumed after steps 3, 6, 8.
@@ -276,7 +279,13 @@ class _Recorder(TrainerCallback):
         self._digests_at_step_start = [_Digest("batch", "the batch", _digest(batch)), *_rng_digests()]
 
     def on_train_step_end(
-        self, trainer: Trainer, batch: Batch, batch_output: BatchOutput, *, step: int = 0, **kwargs: Any
+        self,
+        trainer: Trainer,
+        batch: Batch = None,
+        batch_output: BatchOutput | MaybeNone = None,
+        *,
+        step: int = 0,
+        **kwargs: Any,
     ) -> None:
         self.num_steps += 1
         loss = _Digest("loss", "the loss", _digest(batch_output["loss"]))
@@ -328,7 +337,13 @@ class _SavingRecorder(_Recorder):
             self._requested_stops = _default_stops(run_of(trainer).train_dataloader, trainer.run_config.num_epochs)
 
     def on_train_step_end(
-        self, trainer: Trainer, batch: Batch, batch_output: BatchOutput, *, step: int = 0, **kwargs: Any
+        self,
+        trainer: Trainer,
+        batch: Batch = None,
+        batch_output: BatchOutput | MaybeNone = None,
+        *,
+        step: int = 0,
+        **kwargs: Any,
     ) -> None:
         super().on_train_step_end(trainer, batch, batch_output)
         if self.num_steps in (self._requested_stops or ()):

@@ -198,9 +198,12 @@ def test_a_method_that_saves_states_gets_path_and_metadata_as_in_0_1_61(tmp_path
 
 
 def test_the_epoch_of_a_state_is_that_in_which_training_goes_on(tmp_path):
-    """Row 5.5: ours (C3); 0.1.61 has the epoch that is done."""
-    train(make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)]), num_epochs=2)
-    assert make_trainer().load_training_state(tmp_path / "epoch_1")["current_epoch"] == 2
+    """Row 5.5: that of the evaluation that is left, as in 0.1.61; with `keep_best`, which waits for it, the next."""
+    for kwargs, expected in (({}, 1), ({"keep_best": 1, "max_checkpoints": 9, "watch_metric": "train_loss_epoch"}, 2)):
+        folder = tmp_path / str(expected)
+        save = SaveTrainingStateCallback(folder, save_every_n_epochs=1, **kwargs)
+        train(make_trainer(callbacks=[save]), num_epochs=2)
+        assert make_trainer().load_training_state(folder / "epoch_1")["current_epoch"] == expected
 
 
 def test_the_files_of_a_state_are_ours(tmp_path):

@@ -1,0 +1,177 @@
+"""The state of a model: does it fit the model that it meets? That is decided before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
+from pytorch_accelerated.exceptions import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from pytorch_accelerated._types import StateDict, StateMapping
+
+_COMPILED_PREFIX = "_orig_mod."
+"""What `torch.compile` puts before the names of a model's parameters."""
+
+METADATA = "_metadata"
+"""Where PyTorch keeps what belongs to a state but is no entry of it: an attribute, which files preserve."""
+
+_OF_PYTORCH = "torch."
+
+
+def portable_state_dict(state_dict: StateMapping) -> StateDict:
+    """Return a model's state with the parameter names that it has without `torch.compile`."""
+    return _renamed(state_dict, lambda name: name.replace(_COMPILED_PREFIX, ""))
+
+
+def load_model_state(model: nn.Module, state_dict: StateMapping, source: str) -> None:
+    """Load a model's state, or reject it before anything changes.
+
+    Args:
+        model: The model.
+        state_dict: The state, with or without the names of `torch.compile`.
+        source: How error messages refer to where the state comes from.
+
+    Raises:
+        CheckpointError: The model does not accept it; the message names the parameters that differ.
+    """
+    check_model_state(model, state_dict, source)
+    load_checked_model_state(model, state_dict)
+
+
+def load_checked_model_state(model: nn.Module, state_dict: StateMapping, optimizer: Optimizer | None = None) -> None:
+    """Load a model's state that `check_model_state` has accepted.
+
+    Args:
+        model: The model.
+        state_dict: The state.
+        optimizer: Holds parameters of the model; where loading has replaced some of them, it gets the new ones.
+    """
+    before = dict(model.named_parameters())
+    model.load_state_dict(_for_model(model, state_dict))
+    after = dict(model.named_parameters())
+    replaced = {before[name]: after[name] for name in before if after.get(name, before[name]) is not before[name]}
+    if replaced and optimizer is not None:
+        _exchange_parameters(unwrap_optimizer(optimizer), replaced)
+
+
+def _exchange_parameters(optimizer: Optimizer, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    for group in optimizer.param_groups:
+        group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
+    for old, new in replaced.items():
+        if old in optimizer.state:
+            optimizer.state[new] = optimizer.state.pop(old)
+
+
+def check_model_state(model: nn.Module, state_dict: StateMapping, source: str) -> nn.Module:
+    """Raise unless a model accepts a state: it has the same names and shapes, or the model's own loading adapts it.
+
+    Modules may rename, resize, convert or create parameters when they load a state. Whether that succeeds is tried out
+    on a copy of the model.
+
+    Args:
+        model: The model.
+        state_dict: The state to load, with or without the names of `torch.compile`.
+        source: How error messages refer to where the state comes from.
+
+    Returns:
+        A model like the one that has loaded the state: the copy, or the model itself if nothing had to be tried.
+
+    Raises:
+        CheckpointError: The model does not accept it; the message lists missing and unexpected parameters, and
+            different shapes.
+    """
+    state_dict = portable_state_dict(state_dict)
+    differences = _differences(portable_state_dict(model.state_dict()), state_dict)
+    if not differences and not _adapts_states(model):
+        return model
+    tried = _copy_of(model)
+    if tried is None and not differences:
+        return model
+    try:
+        if tried is None:
+            raise ValueError("it cannot be copied, to try out whether it adapts this state")  # noqa: TRY301
+        tried.load_state_dict(_for_model(tried, state_dict))
+    except Exception as error:
+        reason = f"Parameters {differences}" if differences else f"The model says: {error}"
+        raise CheckpointError(
+            f"{source} belongs to a different model. {reason}. Nothing was loaded. Create the model with the settings "
+            "it was saved with."
+        ) from error
+    return tried
+
+
+def _copy_of(model: nn.Module) -> nn.Module | None:
+    try:
+        return copy.deepcopy(model)
+    except Exception:  # a part of it cannot be copied
+        return None
+
+
+def _differences(current: StateMapping, saved: StateMapping) -> str:
+    """Describe the names and shapes in which two states differ; empty if they do not."""
+    differences = {
+        "missing from it": sorted(current.keys() - saved.keys()),
+        "unexpected in it": sorted(saved.keys() - current.keys()),
+        "with a different shape": [
+            f"{name} {shape_of(saved[name])} instead of {shape_of(current[name])}"
+            for name in sorted(current.keys() & saved.keys())
+            if shape_of(current[name]) != shape_of(saved[name])
+        ],
+    }
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in differences.items() if names)
+
+
+def _adapts_states(model: nn.Module) -> bool:
+    """Tell whether a part of a model has code of its own for loading a state, which might refuse it."""
+    return any(
+        module._load_state_dict_pre_hooks  # noqa: SLF001 - PyTorch's own, but there is no other way to ask
+        or module._load_state_dict_post_hooks  # noqa: SLF001
+        or not all(
+            getattr(type(module), method).__module__.startswith(_OF_PYTORCH)
+            for method in ("load_state_dict", "_load_from_state_dict", "set_extra_state")
+        )
+        for module in model.modules()
+    )
+
+
+def _for_model(model: nn.Module, state_dict: StateMapping) -> StateDict:
+    """Return a new state with the names that a model expects, parts of which may be compiled."""
+    prefixes = {f"{name}.".replace(_COMPILED_PREFIX, ""): f"{name}." for name, _ in model.named_modules() if name}
+
+    def actual(name: str) -> str:
+        head = name
+        while head:
+            head = head.rpartition(".")[0]
+            prefix = f"{head}." if head else ""
+            if prefix in prefixes:
+                return prefixes[prefix] + name[len(prefix) :]
+        return name
+
+    return _renamed(portable_state_dict(state_dict), actual)
+
+
+def _renamed(state_dict: StateMapping, rename: Callable[[str], str]) -> StateDict:
+    """Return a copy of a model's state with other names, in its metadata as well."""
+    renamed = OrderedDict((rename(name), value) for name, value in state_dict.items())
+    metadata = getattr(state_dict, METADATA, None)
+    if metadata is not None:
+        of_modules = ((rename(f"{module}.") if module else "", entry) for module, entry in metadata.items())
+        vars(renamed)[METADATA] = OrderedDict((prefix.removesuffix("."), entry) for prefix, entry in of_modules)
+    return renamed
+
+
+def shape_of(value: object) -> tuple[int, ...] | None:
+    """Return the shape of a tensor; ``None`` for anything else, and for a tensor that has no shape yet."""
+    try:
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+    except RuntimeError:  # not initialized
+        return None
