@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         StateMapping,
     )
     from pytorch_accelerated.run_config import TrainerRunConfig
+    from pytorch_accelerated.tracking import RunHistory
 
 
 TrainerType = TypeVar("TrainerType", bound="TrainingLoop")
@@ -371,6 +372,11 @@ class Run:
         return weighted_mean(tracker.total_loss, tracker.running_count)
 
     # --- epochs and passes ---------------------------------------------------------------------------------------
+
+    def reset_history(self, history: RunHistory) -> None:
+        """Forget the metrics of earlier runs."""
+        history.reset()
+        self.has_reset_history = True
 
     def start_training(self, num_epochs_completed: int, num_epochs: int, window: AccumulationWindow) -> None:
         """Start a training of its own, in place of the position that the previous run left."""

@@ -701,8 +701,7 @@ class Trainer(TrainingLoop):
                 prepare_new_schedule(contents, self._loop_state_parts())
                 state = partial(self._loop_restore, contents)
             if reset_run_history:
-                self.run_history.reset()
-            run.has_reset_history = reset_run_history
+                run.reset_history(self.run_history)
             _set_up_parameters(run, self.model, self.optimizer)
             self._loop_set_up_scheduler(is_resumed=state is not None)
             nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
@@ -747,7 +746,7 @@ class Trainer(TrainingLoop):
         run.start_resumed_training(num_epochs)
         saved = run.training.lineage.origin
         if saved is not None:
-            self.print(f"Resuming from {str(saved.path)!r} in epoch {self.run_history.current_epoch}.")
+            self.print(f"Resuming from {saved.path.name!r} in epoch {self.run_history.current_epoch}.")
         if saved is not None and run.config.is_world_process_zero:
             resume.warn_about_mismatch(saved, self._loop_state_parts().settings)
 

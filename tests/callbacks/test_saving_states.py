@@ -74,7 +74,7 @@ def test_latest_resumes_from_the_newest_state(tmp_path, capsys, uninterrupted_ru
     train(resumed, resume_from=resume_from)
     assert resumed.is_resumed
     resuming, going_on, *saved = capsys.readouterr().out.splitlines()
-    assert resuming == f"Resuming from '{tmp_path / 'step_5'}' in epoch 2."
+    assert resuming == "Resuming from 'step_5' in epoch 2."
     assert saved == [f"Saved training state to {tmp_path / f'step_{number}'}" for number in range(6, 10)]
     assert going_on.endswith("The data continue exactly where they stopped.")
     assert_same_weights(weights_of(resumed.model), weights_of(uninterrupted_run.model))
@@ -112,7 +112,7 @@ def test_latest_skips_damaged_states_and_prints_why(tmp_path, capsys, uninterrup
     lines = capsys.readouterr().out.splitlines()
     assert "step_5' is damaged: model.pt is missing or altered" in lines[0]
     assert lines[0].startswith("Skipped: ")
-    assert lines[1] == f"Resuming from '{tmp_path / 'step_4'}' in epoch 2."
+    assert lines[1] == "Resuming from 'step_4' in epoch 2."
     assert_same_weights(weights_of(resumed.model), weights_of(uninterrupted_run.model))
 
 
@@ -150,7 +150,7 @@ def test_the_final_state_is_newer_than_that_of_the_last_epoch(tmp_path, capsys):
     train(make(tmp_path, save_every_n_epochs=1, save_at_end=True))
     capsys.readouterr()
     train(make(tmp_path), resume_from="latest")
-    assert capsys.readouterr().out.splitlines() == [f"Resuming from '{tmp_path / 'final'}' in epoch 4."]
+    assert capsys.readouterr().out.splitlines() == ["Resuming from 'final' in epoch 4."]
 
 
 def test_a_run_resumed_from_an_older_state_supersedes_the_later_states(tmp_path, capsys):

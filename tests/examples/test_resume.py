@@ -28,7 +28,7 @@ def test_a_killed_and_resumed_run_ends_with_the_weights_of_an_uninterrupted_run(
     assert "Update 65, in epoch 3: killed." in killed.stdout
     resumed = run_example(tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert "Resuming from 'resumable_run/step_60' in epoch" in resumed.stdout
+    assert "Resuming from 'step_60' in epoch" in resumed.stdout
     hashes = re.findall(r"^84 updates.*: +([0-9a-f]{16})$", resumed.stdout, flags=re.MULTILINE)
     assert len(hashes) == 2
     assert hashes[0] == hashes[1]
