@@ -13,6 +13,7 @@ import torch
 
 import _golden
 from _saved import names_in
+from _support import Samples, make_dataset
 from pytorch_accelerated._checkpoint.manifest import FORMAT_VERSION, read_manifest
 from pytorch_accelerated.states import verify_state
 
@@ -48,6 +49,25 @@ def test_a_resumed_run_ends_like_the_run_that_saved_the_state(golden):
     if not _golden.draws_same_numbers():
         pytest.skip("the rest of the run draws other numbers with this PyTorch")
     assert_nearly_equal(result, expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda dataset: dataset, Samples], ids=["in memory", "samples"])
+def test_it_is_said_if_a_former_version_has_seeded_the_samples_otherwise(golden, wrap, capsys, monkeypatch):
+    """Samples that are loaded may draw; tensors in memory do not."""
+    format_version, folder, _ = golden
+    monkeypatch.setattr(_golden, "make_dataset", lambda *args, **kwargs: wrap(make_dataset(*args, **kwargs)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        _golden.train(
+            _golden.make_trainer(folder, seed=9),
+            resume_from="latest",
+            train_dataloader_kwargs={"num_workers": 0},
+            eval_dataloader_kwargs={"num_workers": 0},
+        )
+    is_former = format_version <= 2
+    assert ("what is drawn while samples are loaded differs" in capsys.readouterr().out) is (
+        is_former and wrap is Samples
+    )
 
 
 def test_the_state_is_valid_and_has_its_position_and_metrics(golden):

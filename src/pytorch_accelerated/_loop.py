@@ -20,7 +20,7 @@ from pytorch_accelerated._data.loaders import (
     enumerate_batches,
 )
 from pytorch_accelerated._data.rng import preserve_rng_state
-from pytorch_accelerated._data.sharding import sharding_of, without_samples
+from pytorch_accelerated._data.sharding import sharding_of, start_at, without_samples
 from pytorch_accelerated._distributed.accelerator import skip_batches
 from pytorch_accelerated._distributed.collectives import (
     average_gradients,
@@ -520,7 +520,7 @@ class TrainingLoop:
         for step, batch, is_last in run.until_update_limit(self._loop_train_steps(train_dl, num_done)):
             run.is_update_due = is_last or (step + 1) % config.gradient_accumulation_steps == 0
             self._accelerator.sync_gradients = run.is_update_due
-            epoch.is_dummy_step = sharding is not None and sharding.dummy_step == step
+            epoch.is_dummy_step = sharding is not None and sharding.is_dummy(step)
             self._loop_fire(TrainerCallback.on_train_step_start, batch=batch, step=step)
             if run.is_update_due:
                 self._perform_forward_and_backward_passes(batch, step)
@@ -549,6 +549,7 @@ class TrainingLoop:
             rest = skip_batches(self._accelerator, train_dl, num_done)
         else:
             run.resume_streams(position, num_done)
+            start_at(train_dl, num_done)
             rest = RestOfEpoch(train_dl, 0) if num_done else train_dl
         return enumerate_batches(rest, num_done)
 
@@ -674,7 +675,7 @@ class TrainingLoop:
             self._loop_fire(TrainerCallback.on_eval_epoch_start, is_intermediate=is_intermediate)
             sharding = sharding_of(valid_dl)
             for step, batch, _ in islice(enumerate_batches(valid_dl), evaluation.max_num_steps):
-                evaluation.is_dummy_step = sharding is not None and sharding.dummy_step == step
+                evaluation.is_dummy_step = sharding is not None and sharding.is_dummy(step)
                 self._loop_eval_step(batch, step)
                 if is_repeatable:
                     run.check_signals()
@@ -718,7 +719,7 @@ class TrainingLoop:
             sharding = sharding_of(loader)
             for step, batch, _ in enumerate_batches(loader):
                 local = self.calculate_predictions(batch)
-                if sharding is not None and sharding.dummy_step == step:
+                if sharding is not None and sharding.is_dummy(step):
                     local = first_rows(local, count_rows(local), 0)
                 gathered = self.gather(local)
                 if is_kept:

@@ -336,24 +336,6 @@ def check_reiterable(name: str, data: object, num_epochs: int, max_num_train_ste
         )
 
 
-def check_same_length(name: str, lengths: Sequence[int | None]) -> None:
-    """Raise if the processes have been given data of different lengths.
-
-    Args:
-        name: Name of the dataset.
-        lengths: The number of batches that each process would have alone; ``None`` where it is not known.
-
-    Raises:
-        ValueError: They differ.
-    """
-    if len(set(lengths)) > 1:
-        raise ValueError(
-            f"The processes have different `{name}`: by rank, they have {list(lengths)} batches. The trainer "
-            "divides the data among the processes itself, so each needs the same. Pass all data on every process, or a "
-            "sampler that divides them, such as `torch.utils.data.DistributedSampler`."
-        )
-
-
 def warn_about_ready_batches(name: str, loader: object) -> None:
     """Warn if the samples in a list look like batches, which a loader would batch once more."""
     data: Any = getattr(loader, "dataset", None)

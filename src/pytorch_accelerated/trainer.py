@@ -60,7 +60,7 @@ from pytorch_accelerated._distributed.accelerator import (
     rejoin_process,
     release,
 )
-from pytorch_accelerated._distributed.collectives import all_gather_objects, broadcast_values, num_local_processes
+from pytorch_accelerated._distributed.collectives import broadcast_values, num_local_processes
 from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
@@ -799,6 +799,10 @@ class Trainer(TrainingLoop):
             complete_restore, parts.companions, self._loop_companions, *contents.companions, source
         )
         run.seed, training.seed, training.run_number = contents.run_seed, contents.seed, contents.run_number
+        if contents.has_former_draws and any(loader.draws_while_loading for loader in run.seeded_train_loaders):
+            self.print(
+                "An earlier version saved this state: what is drawn while samples are loaded differs from here on."
+            )
         training.early_stop_reason = contents.stop_reason
         training.stream_position = contents.stream_position
         training.lineage = Lineage(contents.saved)
@@ -875,8 +879,6 @@ def _default_dl_kwargs(dataset: Data, batch_size: int, accelerator: Accelerator)
 def _seed_loader(dataset_name: str, loader: Loader, accelerator: Accelerator) -> SeededLoader:
     _validation.check_data_of_loader(dataset_name, loader)
     _validation.warn_about_ready_batches(dataset_name, loader)
-    lengths = all_gather_objects(num_batches_of(loader), int(accelerator.num_processes))
-    _validation.check_same_length(dataset_name, lengths)
     return rebuild_loader(loader, placement_of(accelerator))
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import Sampler, Subset, default_collate
 
 from _support import EventRecorder, Probe, Samples, Stream, make_dataset, make_trainer, train
 from pytorch_accelerated import Trainer
+from pytorch_accelerated._distributed import collectives as collectives_module
 from pytorch_accelerated._distributed import consensus as consensus_module
 from pytorch_accelerated._distributed.consensus import StopConsensus, can_skip_exchange, overrides_any
 from pytorch_accelerated._loop import STEP_EVENTS, STEP_METHODS
@@ -188,7 +189,8 @@ def test_all_runs_share_one_group_on_hosts_next_to_a_backend_of_devices(backend,
         new_group=new_group,
         group=SimpleNamespace(WORLD=object()),
     )
-    monkeypatch.setattr(consensus_module, "distributed", fake)
+    for module in (consensus_module, collectives_module):
+        monkeypatch.setattr(module, "distributed", fake)
     first_two = [StopConsensus(2), StopConsensus(2)]
     assert groups == ["gloo"] * num_groups
     assert {consensus._group for consensus in first_two} == {"group 1" if num_groups else None}

@@ -409,7 +409,7 @@ def test_the_iteration_of_a_custom_loader_is_used():
             calls.append("iter")
             return super().__iter__()
 
-    assert len(list(fast_path._batches_of(Custom(make_dataset(8), batch_size=4)))) == 2
+    assert len(list(fast_path.batches_of(Custom(make_dataset(8), batch_size=4)))) == 2
     assert calls == ["iter"]
 
 

@@ -291,6 +291,11 @@ class StateContents:
         return int(self.trainer_state["trainer"].get("run_seed", self.seed))
 
     @property
+    def has_former_draws(self) -> bool:
+        """Whether the run that saved the state seeded batches by their first index, as earlier versions did."""
+        return "run_number" not in self.trainer_state["trainer"]
+
+    @property
     def run_number(self) -> int:
         """Which training run of its trainer saved the state, from 0."""
         return int(self.trainer_state["trainer"].get("run_number", 0))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, IterDataPipe, default_collate
 
 from pytorch_accelerated._data.determinism import (
     Seeded,
@@ -14,11 +15,13 @@ from pytorch_accelerated._data.determinism import (
     SeededGenerator,
     SeededLoader,
     SeededSampler,
+    SeededStream,
     has_known_order,
     keeps_every_sample,
     seed_order,
     uses_no_randomness,
 )
+from pytorch_accelerated._data.division import describe_difference, facts_of
 from pytorch_accelerated._data.draws import NumberedOrder
 from pytorch_accelerated._data.in_memory import WholeBatchDataset, sliceable_tensors, unchanged
 from pytorch_accelerated._data.loaders import (
@@ -29,7 +32,7 @@ from pytorch_accelerated._data.loaders import (
     loader_settings,
     num_batches_of,
 )
-from pytorch_accelerated._data.sharding import ShardedBatches, ShardedBatchSampler, is_divided_already
+from pytorch_accelerated._data.sharding import ShardedBatches, ShardedBatchSampler
 from pytorch_accelerated._data.streams import TrackedStream
 from pytorch_accelerated._data.workers import WorkerSetup
 
@@ -44,12 +47,20 @@ class Placement:
         num_batches_per_step: Number of batches of a stream that one step of all ranks takes.
         create_loader: Creates a loader that takes part in a run once it is prepared, with the arguments of a
             `DataLoader`. ``None`` if Accelerate shards the data and moves the batches itself.
+        create_dispatched_loader: Same for data that the main process reads for all ranks.
+        create_local_loader: Same for data of this process alone. ``num_steps`` is an additional argument.
+        keep_in_step: Wraps batches of this process alone, and their number of steps, for any iterable.
+        gather: Returns the values of all ranks.
     """
 
     process_index: int = 0
     num_processes: int = 1
     num_batches_per_step: int = 1
     create_loader: Callable[..., Any] | None = None
+    create_dispatched_loader: Callable[..., Any] | None = None
+    create_local_loader: Callable[..., Any] | None = None
+    keep_in_step: Callable[[Any, int | None], Any] = lambda batches, num_steps: batches
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
 
 
 def rebuild_loader(loader: Any, placement: Placement) -> SeededLoader:
@@ -68,17 +79,19 @@ def rebuild_loader(loader: Any, placement: Placement) -> SeededLoader:
     """
     if not isinstance(loader, DataLoader):
         stream = TrackedStream(loader, num_items_per_step=1) if has_state(loader) else None
-        return SeededLoader(loader if stream is None else stream, stream=stream)
+        batches = loader if stream is None else stream
+        return SeededLoader(_keep_in_step(batches, _num_steps(loader, placement), placement), stream=stream)
+    division = _find_division(loader, placement)
     if has_own_iteration(loader):
-        return _keep_iteration(loader, placement)
+        return _keep_iteration(loader, division, placement)
     worker_seeds = SeededGenerator("workers", placement.process_index)
     worker_setup = WorkerSetup(loader.worker_init_fn, loader.num_workers > 0)
     settings = loader_settings(loader) | {"generator": worker_seeds, "worker_init_fn": worker_setup}
     if is_stream(loader):
-        built, stream = _build_stream(loader, settings, placement)
-        return SeededLoader(built, [worker_seeds], worker_setup, stream, given=loader)
-    built, sources = _build_seeded(loader, settings, placement)
-    yields_full_batches = has_known_order(loader) and keeps_every_sample(loader)
+        built, sources, stream = _build_stream(loader, settings, division, placement)
+        return SeededLoader(built, [worker_seeds, *sources], worker_setup, stream, given=loader)
+    built, sources = _build_seeded(loader, settings, division, placement)
+    yields_full_batches = not division.is_divided and has_known_order(loader) and keeps_every_sample(loader)
     return SeededLoader(
         built, [worker_seeds, *sources], worker_setup, yields_full_batches=yields_full_batches, given=loader
     )
@@ -95,35 +108,81 @@ def shard_loader(loader: Any, placement: Placement) -> Any:
     return _build(loader.dataset, loader.batch_sampler, settings, placement)
 
 
-def _keep_iteration(loader: DataLoader[Any], placement: Placement) -> SeededLoader:
+@dataclass(frozen=True)
+class _Division:
+    """Whether the program has divided the data among the ranks itself, and the largest number of batches of a rank."""
+
+    is_divided: bool = False
+    num_steps: int | None = None
+
+
+def _find_division(loader: DataLoader[Any], placement: Placement) -> _Division:
+    if placement.num_processes == 1:
+        return _Division()
+    facts = placement.gather(facts_of(loader))
+    is_marked = any(fact.is_marked for fact in facts)
+    difference = describe_difference(facts)
+    if difference is not None and not is_marked:
+        warnings.warn(
+            f"The processes have different data: {difference}. Each process therefore trains or evaluates on all of "
+            "its own, and they are not divided. If that is not meant, create the same dataset on every process, for "
+            "example by splitting or shuffling it with the same seed.",
+            stacklevel=7,
+        )
+    return _Division(is_marked or difference is not None, _largest([fact.num_batches for fact in facts]))
+
+
+def _num_steps(batches: Any, placement: Placement) -> int | None:
+    return _largest(placement.gather(num_batches_of(batches))) if placement.num_processes > 1 else None
+
+
+def _largest(numbers: list[int | None]) -> int | None:
+    return None if None in numbers else max(number for number in numbers if number is not None)
+
+
+def _keep_in_step(batches: Any, num_steps: int | None, placement: Placement) -> Any:
+    return placement.keep_in_step(batches, num_steps) if placement.num_processes > 1 else batches
+
+
+def _keep_iteration(loader: DataLoader[Any], division: _Division, placement: Placement) -> SeededLoader:
     """Return the loader of a run for one of a subclass, which decides itself what it yields."""
-    if has_state(loader):
-        stream = TrackedStream(loader, num_items_per_step=1)
-        return SeededLoader(_shard_batches(stream, loader, placement), stream=stream)
-    seeded = SeededSampler(loader)
-    return SeededLoader(_shard_batches(seeded, loader, placement), [seeded])
-
-
-def _shard_batches(batches: Any, loader: DataLoader[Any], placement: Placement) -> Any:
-    ranks = placement.num_processes, placement.process_index
-    order = None if is_stream(loader) else loader.batch_sampler or loader.sampler
-    is_local = placement.num_processes == 1 or (order is not None and is_divided_already(order, ranks[0]))
-    return batches if is_local else ShardedBatches(batches, *ranks)
+    is_local = placement.num_processes == 1 or division.is_divided
+    stream = TrackedStream(loader, 1 if is_local else placement.num_processes) if has_state(loader) else None
+    batches: Any = SeededSampler(loader) if stream is None else stream
+    sources = [batches] if stream is None else []
+    if is_local:
+        built = _keep_in_step(batches, division.num_steps, placement)
+    else:
+        built = ShardedBatches(batches, placement.num_processes, placement.process_index)
+    return SeededLoader(built, sources, stream=stream)
 
 
 def _build_stream(
-    loader: DataLoader[Any], settings: dict[str, Any], placement: Placement
-) -> tuple[DataLoader[Any], TrackedStream | None]:
+    loader: DataLoader[Any], settings: dict[str, Any], division: _Division, placement: Placement
+) -> tuple[Any, list[Seeded], TrackedStream | None]:
     dataset: Any = loader.dataset
     stream = None
+    num_batches_per_step = 1 if division.is_divided else placement.num_batches_per_step
     if has_state(dataset) and loader.num_workers == 0:
-        stream = TrackedStream(dataset, (loader.batch_size or 1) * placement.num_batches_per_step)
+        stream = TrackedStream(dataset, (loader.batch_size or 1) * num_batches_per_step)
         dataset = stream
-    built = DataLoader(dataset, batch_size=loader.batch_size, drop_last=loader.drop_last, **settings)
-    return built, stream
+    if placement.create_loader is None or isinstance(loader.dataset, IterDataPipe):  # which PyTorch seeds itself
+        return DataLoader(dataset, loader.batch_size, drop_last=loader.drop_last, **settings), [], stream
+    rank = placement.process_index if division.is_divided else 0
+    seeded = SeededStream(dataset, loader.collate_fn, loader.num_workers > 0, loader.batch_size, loader.drop_last, rank)
+    settings |= {"batch_size": None, "collate_fn": unchanged}
+    if placement.num_processes == 1:
+        return placement.create_loader(seeded, **settings), [seeded], stream
+    if division.is_divided and placement.create_local_loader is not None:
+        return placement.create_local_loader(seeded, num_steps=division.num_steps, **settings), [seeded], stream
+    if placement.create_dispatched_loader is not None:
+        return placement.create_dispatched_loader(seeded, drop_last=loader.drop_last, **settings), [seeded], stream
+    return placement.create_loader(seeded, **settings), [seeded], stream
 
 
-def _build_seeded(loader: DataLoader[Any], settings: dict[str, Any], placement: Placement) -> tuple[Any, list[Seeded]]:
+def _build_seeded(
+    loader: DataLoader[Any], settings: dict[str, Any], division: _Division, placement: Placement
+) -> tuple[Any, list[Seeded]]:
     dataset: Any = loader.dataset
     order, sources = seed_order(loader)
     if _can_slice(loader):
@@ -133,11 +192,18 @@ def _build_seeded(loader: DataLoader[Any], settings: dict[str, Any], placement: 
         dataset = SeededDataset(dataset, loader.collate_fn, loader.num_workers > 0)
         settings |= {"collate_fn": unchanged}
         sources.append(dataset)
-        is_local = is_divided_already(order, placement.num_processes)
-        order = NumberedOrder(order, *((placement.process_index, placement.num_processes) if is_local else ()))
-    if not is_shardable(loader):
-        return DataLoader(dataset, batch_size=None, sampler=order, **settings), sources
-    return _build(dataset, order, settings, placement), sources
+        numbers = (placement.process_index, placement.num_processes) if division.is_divided else ()
+        order = NumberedOrder(order, *numbers)
+    has_batches = is_shardable(loader)
+    as_order = {"batch_sampler": order} if has_batches else {"batch_size": None, "sampler": order}
+    if division.is_divided and placement.create_local_loader is not None:
+        return placement.create_local_loader(dataset, num_steps=division.num_steps, **as_order, **settings), sources
+    if has_batches:
+        return _build(dataset, order, settings, placement), sources
+    if placement.num_processes > 1 and placement.create_loader is not None:
+        order = ShardedBatches(order, placement.num_processes, placement.process_index, is_active=False)
+        return placement.create_loader(dataset, batch_size=None, sampler=order, **settings), sources
+    return DataLoader(dataset, batch_size=None, sampler=order, **settings), sources
 
 
 def _can_slice(loader: DataLoader[Any]) -> bool:
@@ -150,9 +216,7 @@ def _build(dataset: Any, batch_sampler: Any, settings: dict[str, Any], placement
     if placement.create_loader is None:
         return DataLoader(dataset, batch_sampler=batch_sampler, **settings)
     ranks = placement.num_processes, placement.process_index
-    if placement.num_processes > 1 and is_divided_already(batch_sampler, placement.num_processes):
-        return placement.create_loader(dataset, batch_sampler=batch_sampler, **settings)
     # If `drop_last` would leave no step at all, every rank takes every batch.
     if placement.num_processes > 1 and num_batches_of(ShardedBatchSampler(batch_sampler, *ranks)) != 0:
-        batch_sampler = ShardedBatchSampler(batch_sampler, *ranks, is_active=False)
+        batch_sampler = ShardedBatchSampler(batch_sampler, *ranks, is_active=False, gather=placement.gather)
     return placement.create_loader(dataset, batch_sampler=batch_sampler, **settings)

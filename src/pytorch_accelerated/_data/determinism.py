@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -10,6 +12,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     Subset,
@@ -27,7 +30,7 @@ from pytorch_accelerated._data.rng import RandomStream, derive_seed, seed_host_g
 from pytorch_accelerated._data.samplers import OrderState, set_epoch_of
 from pytorch_accelerated._data.streams import TrackedStream
 from pytorch_accelerated._data.workers import WorkerSetup
-from pytorch_accelerated._proxy import Proxy
+from pytorch_accelerated._proxy import Proxy, unwrap
 
 
 class Seeded(Protocol):
@@ -66,6 +69,11 @@ class SeededLoader:
         self._given = given
         self.order_state = OrderState(loader if given is None else given)
 
+    @property
+    def draws_while_loading(self) -> bool:
+        """Whether samples may be drawn at random while they are loaded, or changed."""
+        return any(isinstance(source, _SeededLoading) for source in self._sources)
+
     def show_users_arguments(self, prepared: Any) -> None:
         """Let ``dataset`` and functions of the prepared loader be the user's, whatever it reads from inside.
 
@@ -95,12 +103,11 @@ class SeededLoader:
 # --- what is drawn while samples are loaded ----------------------------------------------------------------------
 
 
-class SeededDataset(Proxy, Dataset[Any], wraps="dataset"):
-    """Gives a `DataLoader` whole batches, whose randomness is a function of (seed, epoch, number of the `Draw`).
+class _SeededLoading:
+    """Loads batches whose random numbers are a function of (seed, epoch, place in the epoch).
 
     Whatever dataset and collation draw from the global generators is the same in any worker, and after a mid-epoch
-    resume. An index that is drawn again gets new random numbers. In the main process, the state of the generators is
-    restored afterwards.
+    resume. In the main process, the state of the generators is restored afterwards.
 
     Args:
         dataset: The dataset. Its other attributes are passed through.
@@ -119,6 +126,28 @@ class SeededDataset(Proxy, Dataset[Any], wraps="dataset"):
         """Prepare for the start of an epoch, also in the workers."""
         self._seed.fill_(derive_seed(seed, "samples", epoch))
 
+    def _load_seeded(self, place: int | str, load: Callable[[], Any]) -> Any:
+        seed = derive_seed(int(self._seed), place)
+        try:
+            if get_worker_info() is not None:  # in a worker, nothing else draws
+                seed_host_generators(seed)
+                return load()
+            with seeded_host_generators(seed):
+                return load()
+        except StopIteration as error:
+            raise RuntimeError(
+                f"The {type(unwrap(self.dataset)).__name__}, or its collate function, raised `StopIteration`. A loader "
+                "takes it for the end of the data, and would leave out the rest of the epoch. It comes from a call of "
+                "`next` on an exhausted iterator. Pass `next` a default, or start the iterator again."
+            ) from error
+
+
+class SeededDataset(_SeededLoading, Proxy, Dataset[Any], wraps="dataset"):
+    """Gives a `DataLoader` whole batches of a map-style dataset, seeded by the number of the `Draw`.
+
+    An index that is drawn again gets new random numbers.
+    """
+
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -135,22 +164,71 @@ class SeededDataset(Proxy, Dataset[Any], wraps="dataset"):
         get_many = getattr(self.dataset, "__getitems__", None)
         return get_many(indices) if callable(get_many) else [self.dataset[index] for index in indices]
 
-    def _load_seeded(self, number: int | str, load: Callable[[], Any]) -> Any:
-        seed = derive_seed(int(self._seed), number)
-        try:
-            if get_worker_info() is not None:  # in a worker, nothing else draws
-                seed_host_generators(seed)
-                return load()
-            with seeded_host_generators(seed):
-                return load()
-        except StopIteration as error:  # which would end the loop over the batches
-            raise RuntimeError("The dataset or the collate function raised `StopIteration` for a batch.") from error
+
+_NO_BATCH = object()
+
+
+class SeededStream(_SeededLoading, Proxy, IterableDataset[Any], wraps="dataset"):
+    """Gives a `DataLoader` whole batches of an iterable dataset, seeded by their number, and the worker.
+
+    Args:
+        dataset: The dataset. Its other attributes are passed through.
+        collate_fn: Collates samples to a batch.
+        has_workers: Whether other processes need to learn the seed of a new epoch.
+        batch_size: Samples in a batch; ``None`` if the dataset yields batches.
+        drop_last: Whether a last batch with fewer samples is left out.
+        rank: The rank, if each rank reads its own stream.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate_fn: Callable[[Any], Any],
+        has_workers: bool,
+        batch_size: int | None,
+        drop_last: bool,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(dataset, collate_fn, has_workers)
+        self._rank = rank
+        self._samples_per_batch = batch_size
+        self._drop_last = drop_last
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        reader = f"rank {self._rank}/{'main' if worker is None else f'worker {worker.id}'}"
+        num_done = self.dataset.num_items_done if isinstance(self.dataset, TrackedStream) else 0
+        samples: Iterator[Any] = self._load_seeded(f"{reader}/start", lambda: iter(self.dataset))
+        for number in itertools.count(num_done // (self._samples_per_batch or 1)):
+            batch = self._load_seeded(f"{reader}/{number}", lambda: self._next_batch(samples))
+            if batch is _NO_BATCH:
+                return
+            yield batch
+
+    def _next_batch(self, samples: Iterator[Any]) -> Any:
+        items: list[Any] = []
+        for _ in range(self._samples_per_batch or 1):
+            item = next(samples, _NO_BATCH)
+            if item is _NO_BATCH:
+                break
+            items.append(item)
+        if not items or (self._drop_last and len(items) < (self._samples_per_batch or 1)):
+            return _NO_BATCH
+        return self._collate(items[0] if self._samples_per_batch is None else items)
+
+    def count_batches(self) -> int:
+        """Return the number of batches, as far as the length of the dataset tells it.
+
+        It is not the length of this object, which PyTorch would compare with what all workers yield together.
+        """
+        num_batches = len(self.dataset) / (self._samples_per_batch or 1)
+        return math.floor(num_batches) if self._drop_last else math.ceil(num_batches)
 
 
 def uses_no_randomness(loader: DataLoader[Any]) -> bool:
     """Tell whether loading is known to draw nothing: data in memory, with PyTorch's own collation."""
     dataset: Any = loader.dataset
-    is_in_memory = isinstance(dataset, (WholeBatchDataset, list, tuple)) or sliceable_tensors(dataset) is not None
+    is_in_memory = type(dataset) in (WholeBatchDataset, list, tuple) or sliceable_tensors(dataset) is not None
     return is_in_memory and loader.collate_fn in (default_collate, default_convert, unchanged)
 
 

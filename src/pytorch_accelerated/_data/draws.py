@@ -13,18 +13,23 @@ class Draw(Sequence[Any]):
     """What a `DataLoader` fetches at once: the indices of a batch, or a single index, and its number in the epoch.
 
     Args:
-        number: Counts the fetches of an epoch, over all ranks, from 0.
+        number: Counts the fetches of an epoch, over all ranks, from 0. Accelerate may cut a batch into parts, which are
+            numbered ``"number/start"``.
         what: What the user's sampler or batch sampler yields: an index, or any collection of indices.
     """
 
     __slots__ = ("number", "what")
 
-    def __init__(self, number: int, what: Any) -> None:
+    def __init__(self, number: int | str, what: Any) -> None:
         self.number = number
         self.what = what
 
     def __getitem__(self, index: Any) -> Any:
-        return self.what[index]
+        part = self.what[index]
+        return Draw(f"{self.number}/{index.start or 0}", part) if isinstance(index, slice) else part
+
+    def __add__(self, other: Any) -> Draw:
+        return Draw(self.number, [*self.what, *other])
 
     def __len__(self) -> int:
         return len(self.what)
@@ -48,16 +53,20 @@ class NumberedOrder(Proxy, wraps="sampler"):
         self._step = step
 
     def __iter__(self) -> Iterator[Draw]:
-        return map(Draw, itertools.count(self._first, self._step), self.sampler)
+        return map(Draw, itertools.count(self._first, self._step), map(as_collection, self.sampler))
 
     def __len__(self) -> int:
         return len(self.sampler)
+
+
+def as_collection(what: Any) -> Any:
+    """Return the indices of a batch as a collection, even if they come as an iterator; an index as it is."""
+    return list(what) if hasattr(what, "__iter__") and not hasattr(what, "__len__") else what
 
 
 def number_of(fetched: Any) -> tuple[int | str, Any]:
     """Return the number of a draw, or else the first index, and what the user's sampler yielded."""
     if isinstance(fetched, Draw):
         return fetched.number, fetched.what
-    # Accelerate cuts batches into parts, which have no number.
     is_batch = isinstance(fetched, Sequence) and len(fetched) > 0
     return f"index {fetched[0] if is_batch else fetched}", fetched

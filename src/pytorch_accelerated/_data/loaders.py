@@ -81,6 +81,8 @@ def num_batches_of(loader: Any) -> int | None:
 
 def reliable_num_batches_of(loader: Any) -> int | None:
     """Return the number of batches per epoch if it is certain; ``None`` if it is unknown or may be an estimate."""
+    if not getattr(loader, "has_certain_length", True):
+        return None
     if is_map_style(loader):
         is_certain = _has_certain_length(loader.sampler if loader.batch_sampler is None else loader.batch_sampler)
     else:
@@ -131,7 +133,7 @@ def loader_settings(loader: DataLoader[Any]) -> dict[str, Any]:
     return {name: getattr(loader, name) for name in _LOADER_SETTINGS if hasattr(loader, name)}
 
 
-_SHOWN = ("dataset", "collate_fn", "worker_init_fn")
+_SHOWN = ("dataset", "collate_fn", "worker_init_fn", "batch_size", "drop_last")
 
 
 def show_arguments_of(given: DataLoader[Any], prepared: Any) -> None:
@@ -178,6 +180,7 @@ _POSITION_ONLY = (
 
 def guarantee_of_skipping(loader: Any) -> str:
     """Return a sentence for the user: how exactly the data continue after batches are skipped."""
+    loader = unwrap(loader)
     if _is_random_access(loader):
         return EXACT
     return _POSITION_ONLY if isinstance(loader, Iterator) else _SAME_IF_ORDER_IS

@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pytorch_accelerated._data.draws import Draw
-from pytorch_accelerated._data.samplers import parts_of
+from pytorch_accelerated._data.division import check_same_order
+from pytorch_accelerated._data.draws import Draw, as_collection
 from pytorch_accelerated._nested import count_rows, first_rows, repeat_rows
 from pytorch_accelerated._proxy import Proxy
 
 
-class ShardedBatchSampler(Proxy, wraps="batch_sampler"):
+class Sharding:
+    """Knows which steps of an epoch have a dummy batch on this rank; known once such a batch was yielded."""
+
+    dummy_step: int | None = None
+    """Index of the first step whose batch is a dummy; all that follow are dummies too. ``None`` if there is none."""
+
+    first_step: int = 0
+    """Index of the first step of the next iteration, which is not 0 if it continues within an epoch."""
+
+    def start(self) -> int:
+        """Start an iteration, and return the index of its first step."""
+        first_step, self.first_step = self.first_step, 0
+        self.dummy_step = None
+        return first_step
+
+    def is_dummy(self, step: int) -> bool:
+        """Tell whether the batch of a step is a dummy batch."""
+        return self.dummy_step is not None and step >= self.dummy_step
+
+
+class ShardedBatchSampler(Sharding, Proxy, wraps="batch_sampler"):
     """The batches of one rank, out of the batches of all ranks.
 
     At each step the ranks take the next ``num_processes`` batches, one each, in the order of their ranks. If fewer
@@ -28,36 +48,45 @@ class ShardedBatchSampler(Proxy, wraps="batch_sampler"):
         process_index: Rank of this process.
         is_active: Whether the batches are sharded already. Otherwise each rank yields all batches until `activate` is
             called.
+        gather: Returns the values of all processes, to make sure that they draw the same samples; ``None`` to trust it.
 
     Example:
         >>> [list(ShardedBatchSampler([[0, 1], [2, 3], [4, 5], [6]], 3, rank)) for rank in range(3)]
         [[[0, 1], [6]], [[2, 3], [2, 3]], [[4, 5], [4, 5]]]
     """
 
-    def __init__(self, batch_sampler: Any, num_processes: int, process_index: int, is_active: bool = True) -> None:
+    def __init__(
+        self,
+        batch_sampler: Any,
+        num_processes: int,
+        process_index: int,
+        is_active: bool = True,
+        gather: Callable[[str], list[str]] | None = None,
+    ) -> None:
         self.batch_sampler = batch_sampler
         self.num_processes = num_processes
         self.process_index = process_index
         self.batch_size = getattr(batch_sampler, "batch_size", None)
         self.drop_last = getattr(batch_sampler, "drop_last", False)
-        self.dummy_step: int | None = None
-        """Index of the step whose batch is a dummy batch; known once that batch was yielded."""
-
         self._is_active = is_active
+        self._gather = gather
 
     def activate(self) -> None:
         """Shard the batches from the next epoch on."""
         self._is_active = True
 
     def __iter__(self) -> Iterator[Sequence[int]]:
-        self.dummy_step = None
+        self.start()
         return self._shard() if self._is_active else iter(self.batch_sampler)
 
     def _shard(self) -> Iterator[Sequence[int]]:
         batches = iter(self.batch_sampler)
         local: Sequence[int] = []
         for step in itertools.count():
-            group = [_with_length(batch) for batch in itertools.islice(batches, self.num_processes)]
+            group = [as_collection(batch) for batch in itertools.islice(batches, self.num_processes)]
+            if self._gather is not None:
+                check_same_order(group, self._gather)
+                self._gather = None
             if len(group) == self.num_processes:
                 local = group[self.process_index]
                 yield local
@@ -86,7 +115,7 @@ class ShardedBatchSampler(Proxy, wraps="batch_sampler"):
         return math.floor(num_groups) if self.drop_last else math.ceil(num_groups)
 
 
-class TrimmedDispatcher(Proxy, wraps="loader"):
+class TrimmedDispatcher(Sharding, Proxy, wraps="loader"):
     """A loader of Accelerate whose main process reads the data for all ranks, without the rows that fill its last step.
 
     Accelerate divides the rows of each step evenly, and adds rows of the first step to the last one. They are removed
@@ -100,9 +129,6 @@ class TrimmedDispatcher(Proxy, wraps="loader"):
     def __init__(self, loader: Any, process_index: int) -> None:
         self.loader = loader
         self.process_index = process_index
-        self.dummy_step: int | None = None
-        """Index of the step whose batch is a dummy batch; known once that batch was yielded."""
-
         self._slice = loader.slice_fn
         loader.slice_fn = self._slice_or_repeat
 
@@ -112,8 +138,7 @@ class TrimmedDispatcher(Proxy, wraps="loader"):
         return self
 
     def __iter__(self) -> Iterator[Any]:
-        self.dummy_step = None
-        for step, batch in enumerate(self.loader):
+        for step, batch in enumerate(self.loader, self.start()):
             yield self._without_added_rows(batch, step) if self.loader.end_of_dataloader else batch
 
     def _without_added_rows(self, batch: Any, step: int) -> Any:
@@ -135,11 +160,7 @@ class TrimmedDispatcher(Proxy, wraps="loader"):
         return len(self.loader)
 
 
-def _with_length(batch: Any) -> Any:
-    return batch if hasattr(batch, "__len__") else list(batch)  # a batch may be an iterator of indices
-
-
-class ShardedBatches(Proxy, wraps="batches"):
+class ShardedBatches(Sharding, Proxy, wraps="batches"):
     """The batches of one rank, out of an iterable that yields the same batches on every rank.
 
     At each step the ranks take the next ``num_processes`` batches, one each. At the end, a rank for which none is left
@@ -149,14 +170,19 @@ class ShardedBatches(Proxy, wraps="batches"):
         batches: Any iterable of batches.
         num_processes: Number of ranks.
         process_index: Rank of this process.
+        is_active: Whether the batches are sharded already. Otherwise each rank yields all batches until `activate` is
+            called.
     """
 
-    def __init__(self, batches: Any, num_processes: int, process_index: int) -> None:
+    def __init__(self, batches: Any, num_processes: int, process_index: int, is_active: bool = True) -> None:
         self.batches = batches
         self.num_processes = num_processes
         self.process_index = process_index
-        self.dummy_step: int | None = None
-        """Index of the step whose batch is a dummy batch; known once that batch was yielded."""
+        self._is_active = is_active
+
+    def activate(self) -> None:
+        """Shard the batches from the next epoch on."""
+        self._is_active = True
 
     @property
     def sharding(self) -> ShardedBatches:
@@ -164,10 +190,13 @@ class ShardedBatches(Proxy, wraps="batches"):
         return self
 
     def __iter__(self) -> Iterator[Any]:
-        self.dummy_step = None
+        first_step = self.start()
+        return self._shard(first_step) if self._is_active else iter(self.batches)
+
+    def _shard(self, first_step: int) -> Iterator[Any]:
         batches = iter(self.batches)
         local: Any = None
-        for step in itertools.count():
+        for step in itertools.count(first_step):
             group = list(itertools.islice(batches, self.num_processes))
             if not group:
                 return
@@ -179,22 +208,20 @@ class ShardedBatches(Proxy, wraps="batches"):
             yield local
 
     def __len__(self) -> int:
-        return math.ceil(len(self.batches) / self.num_processes)
+        return math.ceil(len(self.batches) / self.num_processes) if self._is_active else len(self.batches)
 
 
-def is_divided_already(batch_sampler: Any, num_processes: int) -> bool:
-    """Tell whether a batch sampler yields the batches of this rank only, as around a `DistributedSampler`."""
-    for _, part in parts_of(batch_sampler):
-        num_replicas = getattr(part, "num_replicas", None)
-        if isinstance(num_replicas, int) and num_replicas == num_processes:
-            return True
-    return False
-
-
-def sharding_of(loader: Any) -> ShardedBatchSampler | TrimmedDispatcher | ShardedBatches | None:
-    """Return the object that knows which step of a loader has a dummy batch; ``None`` if no step can have one."""
+def sharding_of(loader: Any) -> Sharding | None:
+    """Return the object that knows which steps of a loader have a dummy batch; ``None`` if no step can have one."""
     sharding = getattr(loader, "sharding", None)
-    return sharding if isinstance(sharding, (ShardedBatchSampler, TrimmedDispatcher, ShardedBatches)) else None
+    return sharding if isinstance(sharding, Sharding) else None
+
+
+def start_at(loader: Any, step: int) -> None:
+    """Let the next iteration over a loader start with a step of this index, because its source continues there."""
+    sharding = sharding_of(loader)
+    if sharding is not None:
+        sharding.first_step = step
 
 
 def without_samples(batch: Any, batch_output: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -27,8 +27,13 @@ class TrackedStream(Proxy, IterableDataset[Any], wraps="source"):
         self._states: dict[int, Any] = {}
         self._num_steps_done = 0
 
+    @property
+    def num_items_done(self) -> int:
+        """The number of items that were yielded before a resume, from which the next iteration continues."""
+        return self._num_steps_done * self.num_items_per_step
+
     def __iter__(self) -> Iterator[Any]:
-        first_item, self._num_steps_done = self._num_steps_done * self.num_items_per_step + 1, 0
+        first_item, self._num_steps_done = self.num_items_done + 1, 0
         self._states = {}
         for number, item in enumerate(self.source, first_item):
             step, rest = divmod(number, self.num_items_per_step)

@@ -121,8 +121,8 @@ class WorkerSetup:
             for ignored in (signal.SIGINT, signal.SIGUSR1):
                 signal.signal(ignored, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, self._terminate_later)
+        _show_user_dataset()
         if self.init is not None:
-            _show_user_dataset()
             self.init(worker_id)
 
     def _terminate_later(self, signal_number: int, frame: FrameType | None) -> None:

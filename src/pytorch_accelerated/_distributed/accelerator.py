@@ -26,8 +26,10 @@ from pytorch_accelerated._data.loaders import PlacedBatches, RestOfEpoch, is_sha
 from pytorch_accelerated._data.rng import derive_seed, seed_generators
 from pytorch_accelerated._data.sharding import TrimmedDispatcher
 from pytorch_accelerated._data.workers import shut_down_workers
-from pytorch_accelerated._distributed.collectives import PROCESS_TIMEOUT, broadcast_from_main
+from pytorch_accelerated._distributed.collectives import PROCESS_TIMEOUT, all_gather_objects, broadcast_from_main
+from pytorch_accelerated._distributed.dispatch import DispatchedLoader
 from pytorch_accelerated._distributed.fast_path import FastPathLoader, can_use_fast_path, wrap_optimizer
+from pytorch_accelerated._distributed.lockstep import LocalBatches, LocalLoader
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._types import Loader, MaybeNone
 
@@ -285,12 +287,20 @@ def placement_of(accelerator: Accelerator) -> Placement:
         or accelerator.use_stateful_dataloader
     )
     device = accelerator.device if accelerator.device_placement else None
-    num_processes = int(accelerator.num_processes)
+    rank, num_processes = int(accelerator.process_index), int(accelerator.num_processes)
+    create_loader = partial(FastPathLoader, device=device)
+    create_dispatched_loader = partial(
+        DispatchedLoader, device=device, process_index=rank, num_processes=num_processes, rank_device=accelerator.device
+    )
     return Placement(
-        process_index=int(accelerator.process_index),
+        process_index=rank,
         num_processes=num_processes,
         num_batches_per_step=1 if accelerator.split_batches else num_processes,
-        create_loader=None if is_left_to_accelerate else partial(FastPathLoader, device=device),
+        create_loader=None if is_left_to_accelerate else create_loader,
+        create_dispatched_loader=None if is_left_to_accelerate else create_dispatched_loader,
+        create_local_loader=partial(LocalLoader, device=device, num_processes=num_processes),
+        keep_in_step=lambda batches, num_steps: LocalBatches(batches, num_processes, num_steps),
+        gather=lambda value: all_gather_objects(value, num_processes),
     )
 
 

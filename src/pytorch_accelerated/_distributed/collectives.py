@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -18,11 +19,25 @@ from accelerate.utils import broadcast_object_list, gather, gather_object, reduc
 from torch import distributed
 
 from pytorch_accelerated._nested import rebuild
-from pytorch_accelerated._types import MaybeNone, Nested
+from pytorch_accelerated._types import Batch, MaybeNone, Nested
 from pytorch_accelerated.exceptions import CheckpointError, NonFiniteLossError, StopTrainingError
 
 PROCESS_TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another one, unless the user's accelerator sets another timeout."""
+
+_host_group_of_world: list[distributed.ProcessGroup | None] = []
+"""The default process group and the gloo group next to it. All runs share that one, because each holds sockets."""
+
+
+def host_group() -> distributed.ProcessGroup | None:
+    """Return the process group that connects hosts, so that no device waits; ``None`` if it is the default group."""
+    if distributed.get_backend() == "gloo":
+        return None  # the default group connects hosts
+    world = distributed.group.WORLD
+    if not _host_group_of_world or _host_group_of_world[0] is not world:
+        _host_group_of_world[:] = world, distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
+    return _host_group_of_world[1]
+
 
 T = TypeVar("T")
 
@@ -50,11 +65,19 @@ def run_on_main(func: Callable[[], T], is_main: bool, num_processes: int) -> T:
         try:
             result = func()
         except Exception as caught:
-            error = caught
+            error = _as_picklable(caught) if num_processes > 1 else caught
     result, error = broadcast_from_main((result, error), num_processes)
     if error is not None:
         raise error
     return result
+
+
+def _as_picklable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def run_on_all(func: Callable[[], T], num_processes: int, group: distributed.ProcessGroup | None = None) -> T:
@@ -101,6 +124,62 @@ def broadcast_from_main(value: T, num_processes: int) -> T:
     values = [value]
     broadcast_object_list(values)
     return values[0]
+
+
+_SENT_DTYPES = frozenset(
+    {torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64}
+    | {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+)
+"""What every backend can send. Tensors of other types are pickled."""
+
+
+@dataclass(frozen=True)
+class _SentTensor:
+    """Stands for a tensor that is sent by itself."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def broadcast_batches(
+    read: Callable[[], list[Batch]], is_main: bool, num_processes: int, device: torch.device
+) -> list[Batch]:
+    """Read batches on the main process, and return them, or raise what reading raised, on every process.
+
+    Batches may contain anything that can be pickled. Tensors are sent by themselves, from device to device unless the
+    process group connects hosts.
+
+    Args:
+        read: Returns the batches; called on the main process.
+        is_main: Whether this is the main process.
+        num_processes: The world size.
+        device: The device of this process.
+    """
+    tensors: list[torch.Tensor] = []
+    pickled = run_on_main(
+        lambda: pickle.dumps([_without_tensors(batch, tensors) for batch in read()]), is_main, num_processes
+    )
+    device = torch.device("cpu") if "gloo" in str(distributed.get_backend()) else device
+    sent = iter(tensors)
+
+    def receive(item: Nested) -> Nested:
+        if not isinstance(item, _SentTensor):
+            return item if hasattr(item, "to") else rebuild(item, receive)
+        tensor = (
+            next(sent).to(device).contiguous() if is_main else torch.empty(item.shape, dtype=item.dtype, device=device)
+        )
+        distributed.broadcast(tensor, src=0)
+        return tensor
+
+    return [receive(batch) for batch in pickle.loads(pickled)]
+
+
+def _without_tensors(value: Nested, tensors: list[torch.Tensor]) -> Nested:
+    """Return a nested structure with a `_SentTensor` in the place of each tensor, which is added to a list."""
+    if type(value) is torch.Tensor and value.layout is torch.strided and value.dtype in _SENT_DTYPES:
+        tensors.append(value.detach())
+        return _SentTensor(value.shape, value.dtype)
+    return value if hasattr(value, "to") else rebuild(value, lambda item: _without_tensors(item, tensors))
 
 
 def all_gather_objects(value: T, num_processes: int, group: distributed.ProcessGroup | None = None) -> list[T]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from pytorch_accelerated._distributed.collectives import PROCESS_TIMEOUT
+from pytorch_accelerated._distributed.collectives import host_group
 from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
@@ -21,18 +21,6 @@ _STOP_REASONS: dict[str, type[Exception]] = {
     error.__name__: error for error in (NonFiniteLossError, StopTrainingError, RunInterruptedError)
 }
 """The exceptions that stop all ranks, in order of precedence: if ranks have several, all raise the first kind."""
-
-_host_group_of_world: list[distributed.ProcessGroup | None] = []
-"""The default process group and the gloo group next to it. All runs share that one, because each holds sockets."""
-
-
-def _host_group() -> distributed.ProcessGroup | None:
-    if distributed.get_backend() == "gloo":
-        return None  # the default group connects hosts
-    world = distributed.group.WORLD
-    if not _host_group_of_world or _host_group_of_world[0] is not world:
-        _host_group_of_world[:] = world, distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
-    return _host_group_of_world[1]
 
 
 def _serialize(reason: Exception) -> tuple[str, tuple[object, ...]]:
@@ -89,7 +77,7 @@ class StopConsensus:
 
         self._requests: list[Exception] = []
         self._stop_reason: Exception | None = None
-        self._group = _host_group() if self.is_needed else None
+        self._group = host_group() if self.is_needed else None
         self._numbers = torch.zeros(5, dtype=torch.float64)
         self._exchange: Any = None
         self._skipped: tuple[float, int] | None = None

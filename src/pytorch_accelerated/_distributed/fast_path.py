@@ -19,9 +19,10 @@ from accelerate.data_loader import DataLoaderShard, SkipBatchSampler
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.utils.data import DataLoader
 
+from pytorch_accelerated._data.determinism import SeededStream
 from pytorch_accelerated._data.in_memory import whole_batches_of
 from pytorch_accelerated._data.loaders import loader_settings, mark_last
-from pytorch_accelerated._data.sharding import ShardedBatchSampler
+from pytorch_accelerated._data.sharding import ShardedBatches, ShardedBatchSampler, Sharding
 from pytorch_accelerated._data.workers import iterate
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._nested import move_to_device, tensors_in
@@ -116,15 +117,20 @@ class FastPathLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate has n
     """
 
     @property
-    def sharding(self) -> ShardedBatchSampler | None:
-        """The batch sampler, if it shards the batches over several ranks."""
-        batch_sampler = self.base_dataloader.batch_sampler
-        return batch_sampler if isinstance(batch_sampler, ShardedBatchSampler) else None
+    def sharding(self) -> Sharding | None:
+        """The sampler, or batch sampler, if it shards the data over several ranks."""
+        base = self.base_dataloader
+        sampler = base.sampler if base.batch_sampler is None else base.batch_sampler
+        return sampler if isinstance(sampler, Sharding) else None
+
+    def __len__(self) -> int:
+        dataset = self.base_dataloader.dataset
+        return dataset.count_batches() if isinstance(dataset, SeededStream) else len(self.base_dataloader)
 
     def activate(self) -> None:
         """Shard the batches and move them to the device. `Accelerator.prepare` then leaves the loader as it is."""
         AcceleratorRegistry.mark_as_prepared(self)
-        if self.sharding is not None:
+        if isinstance(self.sharding, (ShardedBatchSampler, ShardedBatches)):
             self.sharding.activate()
 
     def skip_first(self, num_batches: int) -> FastPathLoader:
@@ -132,12 +138,16 @@ class FastPathLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate has n
         base = self.base_dataloader
         settings = loader_settings(base) | {"persistent_workers": False}  # it serves one epoch
         order = SkipBatchSampler(base.batch_sampler, num_batches)
-        rest = type(self)(base.dataset, self.device, batch_sampler=order, **settings)
+        rest = self._create(base.dataset, batch_sampler=order, **settings)
         rest.iteration = self.iteration  # as an argument, it is unknown to older versions of Accelerate
 
         if AcceleratorRegistry.is_prepared(self):
             rest.activate()
         return rest
+
+    def _create(self, dataset: Any, **kwargs: Any) -> FastPathLoader:
+        """Return a loader of the same kind."""
+        return type(self)(dataset, self.device, **kwargs)
 
     def __iter__(self) -> Iterator[Batch]:
         is_active = AcceleratorRegistry.is_prepared(self)
@@ -146,12 +156,16 @@ class FastPathLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate has n
     def _iterate_on_device(self) -> Iterator[Batch]:
         self.begin()
         try:
-            for batch, is_last in self._transferred(_batches_of(self.base_dataloader)):
+            for batch, is_last in self._transferred(self._read()):
                 self.end_of_dataloader = is_last
                 yield batch
             self.iteration += 1
         finally:
             self.end()
+
+    def _read(self) -> Iterator[Batch]:
+        """Return the batches of an epoch, before they are moved to the device."""
+        return batches_of(self.base_dataloader)
 
     def _transferred(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
         if self.device is None or self.device.type == "cpu":
@@ -161,7 +175,8 @@ class FastPathLoader(DataLoaderShard):  # type: ignore[misc]  # Accelerate has n
         return mark_last(move_to_device(batch, self.device) for batch in batches)
 
 
-def _batches_of(loader: DataLoader[Any]) -> Iterator[Batch]:
+def batches_of(loader: DataLoader[Any]) -> Iterator[Batch]:
+    """Return the batches of an epoch, without the overhead of a `DataLoader` where that makes no difference."""
     whole_batches = whole_batches_of(loader)
     return iterate(loader) if whole_batches is None else whole_batches
 
