@@ -58,8 +58,11 @@ class LogMetricsCallback(TrainerCallback):
 
     is_called_last = True
 
-    def __init__(self) -> None:
-        self._logged: dict[str, _Logged] = {}
+    _logged: dict[str, _Logged] | None = None  # here, because a subclass may not call `super().__init__()`
+    _run_number: int | None = None
+
+    def __init__(self) -> None:  # 0.1.61 has this signature
+        super().__init__()
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Mark what earlier runs recorded as logged."""
@@ -103,17 +106,16 @@ class LogMetricsCallback(TrainerCallback):
         """Mark what earlier runs recorded as logged, but not what callbacks have recorded since this run has begun."""
         run = run_of(trainer)
         self._run_number = run.training.run_number
-        if run.is_resumed or not (run.has_reset_history or getattr(self, "_logged", {})):
-            self._logged = _newest(_series_of(trainer.run_history))
-        elif run.has_reset_history:
+        if run.has_reset_history and not run.is_resumed:
             self._logged = {}
+        elif self._logged is None or run.is_resumed:
+            self._logged = _newest(_series_of(trainer.run_history))
 
     def _log_new_metrics(self, trainer: Trainer, is_wanted: Callable[[str], bool] = lambda name: True) -> None:
         series = _series_of(trainer.run_history)
-        # A subclass may not call `super().__init__()`, nor the events at the start of a run.
-        logged: Mapping[str, _Logged] = getattr(self, "_logged", {})
-        run_number = run_of(trainer).training.run_number
-        is_new_run = run_number != getattr(self, "_run_number", run_number)
+        logged, run_number = self._logged or {}, run_of(trainer).training.run_number
+        # A subclass may not call the events at the start of a run.
+        is_new_run = self._run_number not in (None, run_number)
         self._run_number = run_number
         if (is_new_run and run_of(trainer).has_reset_history) or _was_reset(series, logged):
             logged = {}

@@ -240,6 +240,20 @@ def test_what_callbacks_record_at_the_start_of_a_run_is_logged(position):
         assert sorted(log.rows) == ["learning_rate", "train_loss_epoch"], settings
 
 
+def test_an_evaluation_run_within_an_epoch_loses_no_training_metric():
+    """What the epoch has recorded before is logged once, with the evaluation or at the end of the epoch."""
+    log = Rows()
+
+    def act(trainer, step, **_):
+        if step == 0:
+            trainer.run_history.update_metric("train_note", trainer.run_history.current_epoch)
+        if step == 1:
+            trainer.evaluate(make_dataset(4))
+
+    train(make_trainer(callbacks=[log, Probe(on_train_step_end=act)]), num_epochs=2)
+    assert (log.rows.count("train_note"), log.rows.count("train_loss_epoch")) == (2, 2)
+
+
 def test_a_run_resumed_by_the_same_logger_logs_what_is_new_only(tmp_path):
     """Values that the state has were logged by the run that saved it."""
     log, save = Rows(), SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
