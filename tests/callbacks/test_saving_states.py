@@ -509,7 +509,7 @@ def test_a_run_writes_through_no_link_in_the_folder_of_its_states(tmp_path):
     before = {path: path.read_text() for path in outside.rglob("*") if path.is_file()}
     train(make(folder, max_checkpoints=2), num_epochs=1)
     assert {path: path.read_text() for path in outside.rglob("*") if path.is_file()} == before
-    assert [state.problem for state in list_states(folder)] == [None, None]
+    assert [state.problem for state in list_states(folder)[-2:]] == [None, None]
 
 
 def test_a_callback_state_of_the_first_format_can_be_loaded(tmp_path):

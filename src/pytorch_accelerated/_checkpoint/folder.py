@@ -77,7 +77,13 @@ def find_newest_state(
     Raises:
         CheckpointError: A newer version of this library wrote one of the states.
     """
-    for state in reversed(list_states(folder)):
+    states = list_states(folder)
+    unplaced = [state for state in states if state.position is None and state.format_version <= FORMAT_VERSION]
+    for state in unplaced:  # each of them may be the newest
+        on_skip(str(state.problem))
+    for state in reversed(states):
+        if state in unplaced:
+            continue
         try:
             return verify_state(state.path)
         except NewerFormatError:

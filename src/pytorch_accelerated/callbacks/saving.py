@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytorch_accelerated._checkpoint.files import PathAttribute, local_path
+from pytorch_accelerated._checkpoint.files import PathAttribute, local_path, printable
 from pytorch_accelerated._checkpoint.folder import Retention, claim_folder, rotate
 from pytorch_accelerated._checkpoint.lock import unlock
 from pytorch_accelerated._checkpoint.optimizer_state import DifferentPartError
@@ -362,11 +362,11 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def _finish(self, trainer: Trainer, path: Path) -> None:
         """Tell that a state is complete, and remove those that are no longer needed; on the main process only."""
-        trainer.print(f"Saved training state to {path}")
+        trainer.print(f"Saved training state to {printable(path)}")
         if self.max_checkpoints is not None:
             best = (self.keep_best or 0, self.watch_metric, self.greater_is_better)
             for removed in rotate(local_path(self.save_dir), Retention(self.max_checkpoints, *best), self._written):
-                trainer.print(f"Removed training state {removed}")
+                trainer.print(f"Removed training state {printable(removed)}")
 
     def _wait(self, trainer: Trainer) -> None:
         if self.in_background:
