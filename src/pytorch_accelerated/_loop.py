@@ -19,7 +19,7 @@ from pytorch_accelerated._data.loaders import (
     RestOfEpoch,
     enumerate_batches,
 )
-from pytorch_accelerated._data.rng import preserve_rng_state
+from pytorch_accelerated._data.rng import forget_spare_gaussian, preserve_rng_state
 from pytorch_accelerated._data.sharding import sharding_of, start_at, without_samples
 from pytorch_accelerated._distributed.accelerator import skip_batches
 from pytorch_accelerated._distributed.collectives import (
@@ -551,7 +551,9 @@ class TrainingLoop:
             run.resume_streams(position, num_done)
             start_at(train_dl, num_done)
             rest = RestOfEpoch(train_dl, 0) if num_done else train_dl
-        return enumerate_batches(rest, num_done)
+        steps = enumerate_batches(rest, num_done)
+        replaces_generators = any(loader.replaces_generators for loader in run.seeded_train_loaders)
+        return map(forget_spare_gaussian, steps) if replaces_generators else steps
 
     def _perform_forward_and_backward_passes(self, batch: Batch, step: int) -> None:
         """Process one batch: weigh it, scale its loss, compute the gradients, and record the loss.

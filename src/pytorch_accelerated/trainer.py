@@ -23,16 +23,16 @@ from pytorch_accelerated._checkpoint import portable, resume
 from pytorch_accelerated._checkpoint.companions import (
     Companions,
     attributes_without_state,
-    complete_restore,
     find_companions,
 )
 from pytorch_accelerated._checkpoint.folder import Lineage
-from pytorch_accelerated._checkpoint.manifest import SavedState, name_state
+from pytorch_accelerated._checkpoint.manifest import SavedState
 from pytorch_accelerated._checkpoint.scheduler_state import check_scheduler_state, load_scheduler_state
 from pytorch_accelerated._checkpoint.state import (
     Parts,
     StateContents,
     collect_state,
+    complete_restore,
     prepare_new_schedule,
     read_state,
     restore_state,
@@ -780,6 +780,7 @@ class Trainer(TrainingLoop):
         """Find what else has a state among the attributes of the trainer and its callbacks, and at Accelerate."""
         callbacks, model = self.callback_handler.nested_last(), portable.unwrap_model(self.model, self._accelerator)
         saved = (model, self.model, self.optimizer, self.scheduler, self.run_history, self.callback_handler, *callbacks)
+        data = (self.train_dataset, self.eval_dataset)
         left_out = {"_callbacks", *_names_in(self.left_out_of_states)}
         owners = {
             "": {name: value for name, value in vars(self).items() if name not in left_out},
@@ -787,17 +788,15 @@ class Trainer(TrainingLoop):
             "accelerator.": {"registered": AcceleratorRegistry(self._accelerator).registered_objects()},
         }
         outside = [] if self._loop_run.is_sharded else parameters_outside(self.model, self.optimizer)
-        return find_companions(owners, outside, saved)
+        return find_companions(owners, outside, (self, *saved, *data))
 
     def _loop_restore(self, contents: StateContents) -> StateDict:
         """Restore what was read, and return the user's entries."""
         run, training = self._loop_run, self._loop_run.training
         parts = self._loop_state_parts()
         restore_state(contents, self._accelerator, parts, self._loop_load_scheduler_state, self.print)
-        source = name_state(contents.saved.path)
-        run.complete_resume = partial(
-            complete_restore, parts.companions, self._loop_companions, *contents.companions, source
-        )
+        rank = int(self._accelerator.process_index)
+        run.complete_resume = partial(complete_restore, contents, parts.companions, self._loop_companions, rank)
         run.seed, training.seed, training.run_number = contents.run_seed, contents.seed, contents.run_number
         if contents.has_former_draws and any(loader.draws_while_loading for loader in run.seeded_train_loaders):
             self.print(

@@ -149,7 +149,7 @@ def _collect_state(parts: Parts, accelerator: Accelerator, extras: StateMapping 
     model = unwrap_model(parts.model, accelerator)
     local_state = {
         **state_dicts_of(parts.local),
-        "gradients": gradients_of(model) if parts.window.total else {},
+        "gradients": _pending_gradients(parts, model, accelerator),
         "rng": get_rng_state(),
         "stream": stream,
         "order": _order_state(parts.order, position),
@@ -167,6 +167,18 @@ def _collect_state(parts: Parts, accelerator: Accelerator, extras: StateMapping 
         },
         save_shards=_shard_saver(parts, accelerator) if is_sharded(accelerator) else None,
     )
+
+
+def _pending_gradients(parts: Parts, model: nn.Module, accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """Return the gradients of an open window; after an update, only those of parameters that no optimizer holds yet."""
+    gradients = gradients_of(model)
+    if parts.window.total:
+        return gradients
+    if parts.optimizer is None or is_sharded(accelerator):
+        return {}
+    held = {id(parameter) for group in parts.optimizer.param_groups for parameter in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) not in held}
+    return {name: gradient for name, gradient in gradients.items() if name in names}
 
 
 def _shared_state(
@@ -487,6 +499,24 @@ def restore_state(
             f"{accelerator.num_processes}: random numbers and the last bits differ from here on, and samples of up to "
             "one update of this epoch are repeated."
         )
+
+
+def complete_restore(
+    contents: StateContents, restored: Companions, find: Callable[[], Companions], process_index: int
+) -> None:
+    """Restore again what the program has created, reset or drawn when the resumed run started.
+
+    Args:
+        contents: What `restore_state` has restored.
+        restored: The companions that there were.
+        find: Returns those that there are now.
+        process_index: The rank of this process.
+    """
+    shared_state, local_state = contents.companions
+    companions = find()
+    companions.since(restored).load(shared_state, local_state, name_state(contents.saved.path))
+    companions.warn_about_mismatch(shared_state, local_state, name_state(contents.saved.path))
+    _restore_rng(contents, process_index)
 
 
 def prepare_new_schedule(contents: StateContents, parts: Parts) -> None:
