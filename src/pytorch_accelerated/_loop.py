@@ -494,8 +494,8 @@ class TrainingLoop:
 
     def _loop_cut_epoch_short(self) -> None:
         """End the training part of an epoch before its last batch: record the means of what was trained."""
-        progress = self._loop_run.training.progress
-        if progress.num_batches_in_epoch > 0:
+        run, progress = self._loop_run, self._loop_run.training.progress
+        if progress.num_batches_in_epoch > 0 or run.step_results:  # the latter of a step that has not ended
             self._add_epoch_loss_to_run_history("train_loss_epoch")
         progress.phase = "evaluation"
 
