@@ -445,7 +445,8 @@ class TrainingLoop:
                 self.training_run_start()
                 self._loop_fire(TrainerCallback.on_training_run_start)
                 run.consensus.sync()
-                run.complete_resume()
+                if run.restart is not None:
+                    run.restart.complete_run()
                 self._loop_epochs()
             except StopTrainingError as stop:
                 self._loop_stop(stop)
@@ -510,8 +511,9 @@ class TrainingLoop:
         """Train on the batches of one epoch, and return whether the limit of updates was reached."""
         run, config = self._loop_run, self._loop_run.config
         num_done = run.start_train_epoch(train_dl)
-        self.train_epoch_start()
-        self._loop_fire(TrainerCallback.on_train_epoch_start)
+        with run.epoch_start(num_done, self.optimizer, (self.run_history, *self.callback_handler.nested_last())):
+            self.train_epoch_start()
+            self._loop_fire(TrainerCallback.on_train_epoch_start)
         run.count_batches(train_dl)
 
         epoch, sharding = run.training.epoch, sharding_of(train_dl)

@@ -27,12 +27,12 @@ from pytorch_accelerated._checkpoint.companions import (
 )
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._checkpoint.manifest import SavedState
+from pytorch_accelerated._checkpoint.restart import Restart
 from pytorch_accelerated._checkpoint.scheduler_state import check_scheduler_state, load_scheduler_state
 from pytorch_accelerated._checkpoint.state import (
     Parts,
     StateContents,
     collect_state,
-    complete_restore,
     prepare_new_schedule,
     read_state,
     restore_state,
@@ -65,7 +65,7 @@ from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._loop import TrainingLoop, preserve_modes
-from pytorch_accelerated._run import Run, do_nothing
+from pytorch_accelerated._run import Run
 from pytorch_accelerated._types import (
     CollateFunction,
     Data,
@@ -796,7 +796,7 @@ class Trainer(TrainingLoop):
         parts = self._loop_state_parts()
         restore_state(contents, self._accelerator, parts, self._loop_load_scheduler_state, self.print)
         rank = int(self._accelerator.process_index)
-        run.complete_resume = partial(complete_restore, contents, parts.companions, self._loop_companions, rank)
+        run.restart = Restart(contents, parts.companions, self._loop_companions, rank)
         run.seed, training.seed, training.run_number = contents.run_seed, contents.seed, contents.run_number
         if contents.has_former_draws and any(loader.draws_while_loading for loader in run.seeded_train_loaders):
             self.print(
@@ -832,7 +832,7 @@ class Trainer(TrainingLoop):
                 self.model = model.restore(self._accelerator, self.model)
             if not outer.is_active:
                 run.training.epoch.loader = None  # and with it the data
-            run.outside_parameters, run.complete_resume = OutsideParameters(), do_nothing
+            run.outside_parameters, run.restart = OutsideParameters(), None
             run.consensus = StopConsensus(num_processes=1)  # that of the run would keep the trainer alive
             run.step_results = []
         finally:

@@ -492,31 +492,13 @@ def restore_state(
         if contents.weights is not None:  # which have been checked, and now nothing else can fail on any process
             load_checked_model_state(model, contents.weights, parts.optimizer)
         load_gradients(model, contents.process_state["gradients"])
-    _restore_rng(contents, int(accelerator.process_index))
+    restore_rng(contents, int(accelerator.process_index))
     if contents.saved.num_processes != accelerator.num_processes:
         print_fn(
             f"{str(contents.saved.path)!r} was saved by {contents.saved.num_processes} processes and is resumed by "
             f"{accelerator.num_processes}: random numbers and the last bits differ from here on, and samples of up to "
             "one update of this epoch are repeated."
         )
-
-
-def complete_restore(
-    contents: StateContents, restored: Companions, find: Callable[[], Companions], process_index: int
-) -> None:
-    """Restore again what the program has created, reset or drawn when the resumed run started.
-
-    Args:
-        contents: What `restore_state` has restored.
-        restored: The companions that there were.
-        find: Returns those that there are now.
-        process_index: The rank of this process.
-    """
-    shared_state, local_state = contents.companions
-    companions = find()
-    companions.since(restored).load(shared_state, local_state, name_state(contents.saved.path))
-    companions.warn_about_mismatch(shared_state, local_state, name_state(contents.saved.path))
-    _restore_rng(contents, process_index)
 
 
 def prepare_new_schedule(contents: StateContents, parts: Parts) -> None:
@@ -631,11 +613,11 @@ def _load_companions(contents: StateContents, parts: Parts, source: str) -> None
         ) from error
 
 
-def _restore_rng(contents: StateContents, process_index: int) -> None:
+def restore_rng(contents: StateContents, process_index: int) -> None:
+    """Restore the global generators, or seed them if the run that saved the state had no process of this rank."""
     rng = contents.process_state["rng"]
     if rng is not None:
         set_rng_state(rng)
         return
-    # The run that saved the state had no process of this rank.
     update = contents.trainer_state["trainer"]["progress"]["num_updates"]
     seed_generators(derive_seed(contents.seed, "rank", process_index, "update", update))
