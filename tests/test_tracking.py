@@ -6,11 +6,15 @@ import copy
 import itertools
 import math
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from _support import make_dataset, make_trainer, train
+from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import StepBasedEvaluationCallback
 from pytorch_accelerated.tracking import (
     EpochMeans,
     InMemoryRunHistory,
@@ -346,3 +350,26 @@ def test_a_metric_of_a_step_may_be_any_single_number(value):
     total, weight = means.sums("train_loss_epoch")["train_f1"]
     assert float(total) == (4 if value is True else 2)
     assert weight == 4
+
+
+@pytest.mark.parametrize("name", ["loss", "loss_epoch"])
+@pytest.mark.parametrize("call", ["train", "evaluation in a run", "intermediate evaluation", "evaluate"])
+@pytest.mark.parametrize("dataset_name", [None, "test"])
+def test_a_name_of_the_library_is_refused_in_every_pass(call, name, dataset_name):
+    class Measuring(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            return self.measured(super().calculate_train_batch_loss(batch), call == "train")
+
+        def calculate_eval_batch_loss(self, batch):
+            return self.measured(super().calculate_eval_batch_loss(batch), call != "train")
+
+        def measured(self, output, is_named):
+            return {**output, "metrics": {name if is_named else "accuracy": 0.5}}
+
+    callbacks = [StepBasedEvaluationCallback(1)] if call == "intermediate evaluation" else []
+    trainer = make_trainer(callbacks=callbacks, cls=Measuring)
+    eval_dataset = make_dataset(4) if dataset_name is None else {dataset_name: make_dataset(4)}
+    train_and_evaluate = partial(train, trainer, 8, eval_dataset=eval_dataset)
+    start = partial(trainer.evaluate, eval_dataset) if call == "evaluate" else train_and_evaluate
+    with pytest.raises(ValueError, match=f"a metric with the name '{name}'"):
+        start()

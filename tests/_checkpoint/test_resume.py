@@ -195,6 +195,21 @@ def test_the_saved_settings_of_the_optimizer_win_and_the_warning_says_so(state):
     assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.01
 
 
+def test_settings_of_the_optimizer_can_be_changed_when_a_resumed_run_starts(state):
+    def change(trainer, **kwargs):
+        trainer.optimizer.param_groups[0].update(weight_decay=0.5, lr=0.003)
+
+    seen = []
+    callbacks = [
+        Probe(on_training_run_start=change),
+        Probe(on_train_step_start=lambda trainer, **_: seen.append(trainer.optimizer.param_groups[0]["lr"])),
+    ]
+    trainer = make_state_trainer(callbacks)
+    train(trainer, resume_from=state, num_epochs=4)
+    assert set(seen) == {0.003}
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.5
+
+
 def test_another_learning_rate_causes_no_warning(state):
     """The learning rate belongs to the schedule."""
     trainer = make_state_trainer()

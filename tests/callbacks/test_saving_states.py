@@ -216,6 +216,20 @@ def test_a_newest_state_of_another_number_of_processes_is_an_error_not_skipped(t
     train(make(tmp_path), resume_from="latest", allow_other_num_processes=True)
 
 
+def test_a_newest_state_of_another_model_is_an_error_not_skipped(tmp_path):
+    """It is valid, and to resume from an older one would hide the mistake."""
+    crash(tmp_path, 3)
+    model = torch.nn.Linear(7, 1)
+    other = Trainer(
+        model,
+        torch.nn.functional.mse_loss,
+        torch.optim.Adam(model.parameters()),
+        callbacks=[SaveTrainingStateCallback(tmp_path)],
+    )
+    with pytest.raises(CheckpointError, match="different model"):
+        train(other, resume_from="latest")
+
+
 # --- what is kept ------------------------------------------------------------------------------------------------
 
 
