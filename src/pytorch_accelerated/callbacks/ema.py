@@ -82,7 +82,6 @@ class ModelEmaCallback(SaveBestModelCallback):
             greater_is_better,
             reset_on_train=False,
             save_optimizer=False,
-            save_scheduler=False,
             load_saved_checkpoint=False,
         )
         self.decay = decay
@@ -134,14 +133,15 @@ class ModelEmaCallback(SaveBestModelCallback):
             self._average().update(self._plain_model(trainer))
 
     def on_eval_epoch_end(self, trainer: Trainer, is_intermediate: bool = False, **kwargs: Any) -> None:
-        """Evaluate the average on the data that the model has just been evaluated on."""
-        if not (self.evaluate_during_training and run_of(trainer).is_training_run) or is_intermediate:
+        """Evaluate the average on the data that the model has just been evaluated on, in `Trainer.evaluate` too."""
+        if not self.evaluate_during_training or is_intermediate or self.ema_model is None:
             return
         if trainer.run_config.is_distributed:
             _broadcast_buffers(self._average())
         trainer.print("Evaluating the moving average of the weights")
         library_of(trainer).evaluate_another(self._average().module, self.callback_handler, self._track_prefix)
-        self._save_if_best(trainer)
+        if run_of(trainer).is_training_run:
+            self._save_if_best(trainer)
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the average if it is not evaluated; otherwise check that the watched metric exists.
@@ -219,9 +219,7 @@ class ModelEmaCallback(SaveBestModelCallback):
     def _save(self, trainer: Trainer, entries: Mapping[str, float]) -> None:
         model, trainer.model = trainer.model, self._average().module
         try:
-            trainer.save_checkpoint(
-                self.save_path, entries, save_optimizer=self.save_optimizer, save_scheduler=self.save_scheduler
-            )
+            self._write(trainer, entries)
         finally:
             trainer.model = model
         self._num_updates_saved = run_of(trainer).progress.num_updates
