@@ -752,8 +752,6 @@ class Trainer(TrainingLoop):
         saved = run.training.lineage.origin
         if saved is not None:
             self.print(f"Resuming from {saved.path.name!r} in epoch {self.run_history.current_epoch}.")
-        if saved is not None and run.config.is_world_process_zero:
-            resume.warn_about_mismatch(saved, self._loop_state_parts().settings)
 
     def _check_eval_batch_size(self) -> None:
         """Refuse evaluation data that yields no batch; a subclass may demand more."""
@@ -927,6 +925,9 @@ def _what_completes_start(trainer: Trainer) -> Callable[[], None]:
             restore_settings_of_groups(trainer.optimizer, settings)  # a new scheduler starts with its first rate
         if run.is_resumed:
             trainer._loop_pending_scheduler_state = None  # noqa: SLF001 - that of a run without a scheduler
+        saved = run.training.lineage.origin
+        if run.is_resumed and saved is not None and run.config.is_world_process_zero:
+            resume.warn_about_mismatch(saved, trainer._loop_state_parts().settings)  # noqa: SLF001 - same module
 
     return complete_start
 

@@ -136,8 +136,7 @@ class ModelEmaCallback(SaveBestModelCallback):
         """Evaluate the average on the data that the model has just been evaluated on, in `Trainer.evaluate` too."""
         if not self.evaluate_during_training or is_intermediate or self.ema_model is None:
             return
-        if trainer.run_config.is_distributed:
-            _broadcast_buffers(self._average())
+        self._share_buffers(trainer)
         trainer.print("Evaluating the moving average of the weights")
         library_of(trainer).evaluate_another(self._average().module, self.callback_handler, self._track_prefix)
         if run_of(trainer).is_training_run:
@@ -216,7 +215,14 @@ class ModelEmaCallback(SaveBestModelCallback):
             self._best.record(value, epoch)
             self._has_saved = True
 
+    def _share_buffers(self, trainer: Trainer) -> None:
+        # Batch norms see different data on each process. As in a distributed model, those of rank 0 are used.
+        if trainer.run_config.is_distributed:
+            for buffer in self._average().module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
     def _save(self, trainer: Trainer, entries: Mapping[str, float]) -> None:
+        self._share_buffers(trainer)
         model, trainer.model = trainer.model, self._average().module
         try:
             self._write(trainer, entries)
@@ -228,9 +234,3 @@ class ModelEmaCallback(SaveBestModelCallback):
 def _numbers(average: ModelEma) -> dict[str, float]:
     # The decay, which may change at each update, and the counters of a subclass.
     return {name: value for name, value in vars(average).items() if type(value) in (int, float)}
-
-
-def _broadcast_buffers(average: ModelEma) -> None:
-    # Batch norms see different data on each process. As in a distributed model, those of rank 0 are used everywhere.
-    for buffer in average.module.buffers():
-        torch.distributed.broadcast(buffer, src=0)
