@@ -375,7 +375,10 @@ class Trainer(TrainingLoop):
         return DataLoader(dataset=self.eval_dataset, **{"collate_fn": self.collate_fn, **dl_kwargs})
 
     def create_scheduler(self) -> Scheduler | None:
-        """Create the learning-rate scheduler of a run; ``None`` for none."""
+        """Create the learning-rate scheduler of a run.
+
+        If it returns ``None``, the run uses what the program has set as ``self.scheduler``, here or before, if anything.
+        """
         if self.create_scheduler_fn is None:
             return None
         return replace_trainer_placeholder_values(self, self.create_scheduler_fn)(self.optimizer)

@@ -29,8 +29,8 @@ class ModelEmaCallback(SaveBestModelCallback):
     """Keeps an exponential moving average (EMA) of the model, evaluates it after each epoch, and saves the best.
 
     The average is created when a run starts and updated after each update of the model. After the model has been
-    evaluated at the end of an epoch, the average temporarily replaces it and is evaluated on the same data. The metrics
-    of the average are recorded with the prefix ``ema_model_``, before any callback receives
+    evaluated at the end of an epoch, or by `Trainer.evaluate`, the average temporarily replaces it and is evaluated on
+    the same data. The metrics of the average are recorded with the prefix ``ema_model_``, before any callback receives
     ``on_training_run_epoch_end``. The best value counts for all runs of the trainer: a later run replaces the file only
     with a better average. If there was no evaluation, the callback saves the average at the end of the run.
 

@@ -55,7 +55,7 @@ class CallbackHandler:
     """The request of a callback to stop, while the later callbacks get the event in which it was made."""
 
     def __init__(self, callbacks: Callbacks) -> None:
-        self._callbacks = _ObservedList([], self.refresh)
+        self._callbacks = _ObservedList([], self._forget_listeners)
         self.events_without_listeners: set[str] = set()
         """Names of events known to have no listener: the loop may skip `call_event` for them."""
 
@@ -65,7 +65,7 @@ class CallbackHandler:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become a copy of another handler, or the one that was pickled."""
         vars(self).update(state)
-        self._callbacks = _ObservedList(self._callbacks, self.refresh)
+        self._callbacks = _ObservedList(self._callbacks, self._forget_listeners)
 
     @property
     def callbacks(self) -> list[object]:
@@ -74,8 +74,8 @@ class CallbackHandler:
 
     @callbacks.setter
     def callbacks(self, callbacks: Iterable[object]) -> None:
-        self._callbacks = _ObservedList(callbacks, self.refresh)
-        self.refresh()
+        self._callbacks = _ObservedList(callbacks, self._forget_listeners)
+        self._forget_listeners()
 
     @property
     def callback_list(self) -> list[str]:
@@ -116,8 +116,10 @@ class CallbackHandler:
     def refresh(self) -> None:
         """Clear the cache of who implements what. Call this after a callback got another method."""
         self.requested_stop = None  # that of an event which failed otherwise
-        self._listeners = {}
-        self.events_without_listeners.clear()
+        self._forget_listeners()
+
+    def _forget_listeners(self) -> None:
+        self._listeners, self.events_without_listeners = {}, set()
 
     def call_event(self, event: str, *args: object, **kwargs: object) -> None:
         """Call the method named ``event`` of every callback that implements it.

@@ -24,6 +24,7 @@ from _support import (
     make_dataset,
     make_optimizer,
     make_trainer,
+    raiser,
     recorder_of,
     train,
     weights_of,
@@ -36,6 +37,7 @@ from pytorch_accelerated.callbacks import (
     SaveBestModelCallback,
     SaveTrainingStateCallback,
     StepBasedEvaluationCallback,
+    StopTrainingError,
     TrainerCallback,
     WSDCheckpointCallback,
 )
@@ -396,6 +398,18 @@ def test_a_callback_that_is_appended_to_the_list_gets_events_that_had_no_listene
     train(trainer, 4)
     assert added.log[0] == "on_train_step_end"
     assert trainer.callback_handler.callbacks == [stops, added]
+
+
+def test_a_change_of_the_list_leaves_a_stop_that_was_asked_for_in_the_same_event():
+    def leave(trainer, **_):
+        trainer.callback_handler.callbacks.remove(leaves)
+        seen.append(str(trainer.callback_handler.requested_stop))
+
+    seen = []
+    leaves = Probe(on_train_step_end=leave)
+    trainer = make_trainer(callbacks=[Probe(on_train_step_end=raiser(StopTrainingError("enough"))), leaves])
+    train(trainer)
+    assert (seen, trainer.stop_reason) == (["enough"], "enough")
 
 
 CHANGES = {
