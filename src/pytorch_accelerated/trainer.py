@@ -379,7 +379,7 @@ class Trainer(TrainingLoop):
     def create_scheduler(self) -> Scheduler | None:
         """Create the learning-rate scheduler of a run.
 
-        If it returns ``None``, the run uses what the program has set as ``self.scheduler``, here or before, if anything.
+        If it returns ``None``, the run uses the scheduler that the program has set as ``self.scheduler``, if any.
         """
         if self.create_scheduler_fn is None:
             return None
