@@ -204,9 +204,6 @@ class Run:
         self.is_active = False
         """Whether the run is under way."""
 
-        self.is_nested = previous is not None and previous.is_active
-        """Whether the run is an evaluation in the midst of another run."""
-
         self.config: TrainerRunConfig = None  # type: ignore[assignment]  # created when the loaders are prepared
         self.is_resumed = False
         self.has_reset_history = False
@@ -297,11 +294,14 @@ class Run:
         self.interruption: RunInterruptedError | None = None
         """The signal that ends the run; ``None`` if there was none."""
 
+        self.is_nested = previous is not None and previous.is_active
+        """Whether a callback of another run has started this one."""
+
         if previous is not None:
             self.config, self.created_scheduler = previous.config, previous.created_scheduler
             self.train_dl_kwargs = previous.train_dl_kwargs
             self.gradient_norm = previous.gradient_norm
-            if self.is_nested:  # in a callback of the other, which signals end
+            if self.is_nested:  # a signal ends the other run
                 self.interrupt = previous.interrupt
 
     def __getstate__(self) -> dict[str, object]:
