@@ -28,7 +28,12 @@ from pytorch_accelerated._checkpoint.companions import (
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._checkpoint.manifest import SavedState
 from pytorch_accelerated._checkpoint.restart import Restart
-from pytorch_accelerated._checkpoint.scheduler_state import check_scheduler_state, load_scheduler_state
+from pytorch_accelerated._checkpoint.scheduler_state import (
+    check_scheduler_state,
+    load_scheduler_state,
+    restore_settings_of_groups,
+    settings_of_groups,
+)
 from pytorch_accelerated._checkpoint.state import (
     Parts,
     StateContents,
@@ -63,11 +68,12 @@ from pytorch_accelerated._distributed.accelerator import (
 )
 from pytorch_accelerated._distributed.buckets import fix_bucket_order
 from pytorch_accelerated._distributed.collectives import broadcast_values, num_local_processes
+from pytorch_accelerated._distributed.collectives import remove_padding as remove_padding  # as in 0.1.61
 from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._loop import TrainingLoop, preserve_modes
-from pytorch_accelerated._run import Run
+from pytorch_accelerated._run import Run, do_nothing
 from pytorch_accelerated._types import (
     CollateFunction,
     Data,
@@ -371,7 +377,10 @@ class Trainer(TrainingLoop):
         return DataLoader(dataset=self.eval_dataset, **{"collate_fn": self.collate_fn, **dl_kwargs})
 
     def create_scheduler(self) -> Scheduler | None:
-        """Create the learning-rate scheduler of a run; ``None`` for none."""
+        """Create the learning-rate scheduler of a run.
+
+        If it returns ``None``, the run uses the scheduler that the program has set as ``self.scheduler``, if any.
+        """
         if self.create_scheduler_fn is None:
             return None
         return replace_trainer_placeholder_values(self, self.create_scheduler_fn)(self.optimizer)
@@ -709,25 +718,25 @@ class Trainer(TrainingLoop):
             self._loop_set_up_scheduler(is_resumed=state is not None)
             nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
             window = AccumulationWindow(config.gradient_accumulation_steps, nominal_weight)
-            if overrides_any(self, ("_create_run_config",)):
-                num_epochs = config.num_epochs
+            num_epochs = config.num_epochs if overrides_any(self, ("_create_run_config",)) else num_epochs
             run.start_training(self.run_history.current_epoch - 1, num_epochs, window)
             saves_states = bool(_folders_of_states(self.callback_handler))
             self._loop_companions().check_before_run(saves_states, config.is_distributed)
             if state is not None:
                 self._loop_resume(state, num_epochs)
+            run.complete_start = _what_completes_start(self)
 
     def _loop_set_up_scheduler(self, is_resumed: bool) -> None:
-        scheduler = self.create_scheduler()
+        """Create the scheduler of the run, or else keep one that the program has set; not one of an earlier run."""
+        run = self._loop_run
+        created = self.create_scheduler()
+        is_set_by_program = created is None and self.scheduler is not run.created_scheduler
+        scheduler = self.scheduler if is_set_by_program else created
         _validation.check_scheduler(scheduler, not overrides_any(self, ["scheduler_step"]))
-        self.scheduler = scheduler
+        self.scheduler, run.created_scheduler = scheduler, created
         _start_counting(self.scheduler)
-        state = self._loop_pending_scheduler_state
-        if self.scheduler is not None and state is not None and not is_resumed:
-            self._loop_pending_scheduler_state = None
-            source = "The scheduler state that was loaded before the run"
-            check_scheduler_state(self.scheduler, state, source)
-            load_scheduler_state(state, self._loop_load_scheduler_state, source)
+        if not is_resumed:
+            _load_pending_scheduler_state(self)
 
     def _loop_resume(self, restore: Callable[[], StateDict], num_epochs: int) -> None:
         """Continue where a training state left off.
@@ -739,10 +748,9 @@ class Trainer(TrainingLoop):
         run = self._loop_run
         run.is_resuming = True
         try:
-            current_epoch = restore().get("current_epoch")
+            current_epoch = resume.entries_of(restore(), "load_training_state").get("current_epoch")
         finally:
             run.is_resuming = False
-        self._loop_pending_scheduler_state = None  # of a run without a scheduler
         if current_epoch is not None:
             self.run_history._set_epoch(current_epoch)  # noqa: SLF001 - a seam of 0.1.61
             run.training.move_to_epoch(int(current_epoch))
@@ -752,8 +760,6 @@ class Trainer(TrainingLoop):
             self.print(f"Resuming from {saved.path.name!r} in epoch {self.run_history.current_epoch}.")
         if run.limit_of_exactness is not None:
             self.print(run.limit_of_exactness)
-        if saved is not None and run.config.is_world_process_zero:
-            resume.warn_about_mismatch(saved, self._loop_state_parts().settings)
 
     def _check_eval_batch_size(self) -> None:
         """Refuse evaluation data that yields no batch; a subclass may demand more."""
@@ -836,8 +842,8 @@ class Trainer(TrainingLoop):
                     release(self._accelerator, self.optimizer, model.prepared, model.plain)
                 self.model = model.restore(self._accelerator, self.model)
             if not outer.is_active:
-                run.training.epoch.loader = None  # and with it the data
-            run.outside_parameters, run.restart = OutsideParameters(), None
+                run.training.epoch.loader = run.training.shown_pass.loader = None  # and with them the data
+            run.outside_parameters, run.restart, run.complete_start = OutsideParameters(), None, do_nothing
             run.consensus = StopConsensus(num_processes=1)  # that of the run would keep the trainer alive
             run.step_results = []
         finally:
@@ -902,10 +908,41 @@ def _start_counting(scheduler: Scheduler | None) -> None:
         scheduler.step()  # so that update k trains at curve(k)
 
 
+def _load_pending_scheduler_state(trainer: Trainer) -> None:
+    """Load the state that was kept until there is a scheduler."""
+    state = trainer._loop_pending_scheduler_state  # noqa: SLF001 - same module
+    if trainer.scheduler is not None and state is not None:
+        trainer._loop_pending_scheduler_state = None  # noqa: SLF001 - same module
+        source = "The scheduler state that was loaded before the run"
+        check_scheduler_state(trainer.scheduler, state, source)
+        load_scheduler_state(state, trainer._loop_load_scheduler_state, source)  # noqa: SLF001 - same module
+
+
+def _what_completes_start(trainer: Trainer) -> Callable[[], None]:
+    """Return what takes over what the program creates in the events at the start of the run, which are to come."""
+    run, scheduler = trainer._loop_run, trainer.scheduler  # noqa: SLF001 - same module
+    settings = settings_of_groups(trainer.optimizer) if run.is_resumed else []
+
+    def complete_start() -> None:
+        if run.restart is not None:
+            run.restart.complete_run()
+        if trainer.scheduler is not scheduler:
+            _start_counting(trainer.scheduler)
+            _load_pending_scheduler_state(trainer)
+            restore_settings_of_groups(trainer.optimizer, settings)  # a new scheduler starts with its first rate
+        if run.is_resumed:
+            trainer._loop_pending_scheduler_state = None  # noqa: SLF001 - that of a run without a scheduler
+        saved = run.training.lineage.origin
+        if run.is_resumed and saved is not None and run.config.is_world_process_zero:
+            resume.warn_about_mismatch(saved, trainer._loop_state_parts().settings)  # noqa: SLF001 - same module
+
+    return complete_start
+
+
 def _attributes_of_training(trainer: Trainer, run: Run) -> list[tuple[object, str]]:
     """Return what is set when a run starts to train, and set back if the state to resume is refused."""
     of_trainer = [(trainer, "scheduler"), (trainer, "_loop_pending_scheduler_state")]
-    return [*of_trainer, (run, "training"), (run.training, "settings")]
+    return [*of_trainer, (run, "training"), (run, "created_scheduler"), (run.training, "settings")]
 
 
 def _set_up_parameters(run: Run, model: nn.Module, optimizer: Optimizer, has_comm_hook: bool) -> None:
@@ -954,3 +991,5 @@ class TrainerWithTimmScheduler(Trainer):
         """Pass the number of epochs to the scheduler: 1, 2, 3, ..."""
         if self.scheduler is not None:
             self.scheduler.step(self.run_history.current_epoch)
+        else:
+            self._loop_run.training.count_scheduler_update()

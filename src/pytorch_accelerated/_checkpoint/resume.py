@@ -27,7 +27,7 @@ from pytorch_accelerated._distributed.collectives import run_on_main
 from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
-    from pytorch_accelerated._types import RunSettings
+    from pytorch_accelerated._types import RunSettings, StateMapping
     from pytorch_accelerated.run_config import TrainerRunConfig
 
 
@@ -118,6 +118,26 @@ def open_state(
     saved = run_on_main(lambda: _repair_and_verify(local_path(directory)), is_main, num_processes)
     _check_num_processes(saved, num_processes, allow_other_num_processes)
     return saved
+
+
+def entries_of(returned: StateMapping | None, method: str) -> StateMapping:
+    """Return the entries that a method which loads something has returned; none if it returned nothing.
+
+    Args:
+        returned: What it returned.
+        method: Its name, which a subclass may override.
+
+    Raises:
+        TypeError: It returned something else than a dictionary.
+    """
+    if returned is None:
+        return {}
+    if not isinstance(returned, Mapping):
+        raise TypeError(
+            f"`{method}` returned {returned!r}. Expected a dictionary of the entries that were loaded, or `None`. "
+            f"Return what `super().{method}(...)` returns."
+        )
+    return returned
 
 
 def _repair_and_verify(path: Path) -> SavedState:

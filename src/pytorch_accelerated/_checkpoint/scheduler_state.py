@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,19 @@ def _different_scheduler(source: str, difference: str) -> DifferentPartError:
         f"{source} belongs to a different scheduler: {difference} Nothing was loaded. Create the scheduler as it was, "
         "or load a checkpoint with `load_scheduler=False`."
     )
+
+
+def settings_of_groups(optimizer: Optimizer | None) -> list[ParameterGroup]:
+    """Return the settings of each parameter group of an optimizer, such as its learning rate."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    return [{name: _value(value) for name, value in group.items() if name != "params"} for group in groups]
+
+
+def restore_settings_of_groups(optimizer: Optimizer, settings: Iterable[ParameterGroup]) -> None:
+    """Set what `settings_of_groups` returned. Groups that have been added since keep theirs."""
+    for group, values in zip(optimizer.param_groups, settings, strict=False):
+        for name, value in values.items():
+            _set(group, name, value)
 
 
 # --- another length ----------------------------------------------------------------------------------------------

@@ -361,6 +361,12 @@ class WSDLrScheduler(StatefulSchedulerBase):
             "is_checkpoint": step == period["period_end"],
         }
 
+    def _get_checkpoint_info(self, num_updates: int) -> tuple[int, int]:
+        """Return the length of the period after this number of updates, and how many of them are in it."""
+        later = (info for info in self.checkpoint_decay_info if num_updates < info["period_end"])
+        period = next(later, self.checkpoint_decay_info[-1])
+        return period["period_end"] - period["period_start"], num_updates - period["period_start"]
+
     def get_current_phase_info(self) -> PhaseInfo:
         """Return the current period and phase of the schedule."""
         return self.get_phase_info(self.num_updates)

@@ -527,7 +527,7 @@ def test_an_extended_epoch_loop_keeps_the_order_of_events_and_resumes_exactly(tm
     cls = subclass(HookRecorder, _run_train_epoch=run_train_epoch)
     log = []
     trainer = make_trainer(cls=cls, log=log, callbacks=[EventRecorder(log)])
-    train(trainer, 4)
+    train(trainer, 4, create_scheduler_fn=CosineLrScheduler.create_scheduler_fn())
     start = log.index("on_train_step_start")
     assert log[start : log.index("on_train_step_end")] == [
         *STEP[:-1],
