@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 from pytorch_accelerated._data.loaders import num_batches_of, total_num_batches_of
 
@@ -83,6 +83,15 @@ class _Arithmetic:
 
     def __neg__(self) -> PlaceholderExpression:
         return PlaceholderExpression("*", -1, self)
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise TypeError(
+            f"`{self!r}` stands for a number that is known only in a run, and cannot be used as a number before. Pass "
+            "it as an argument of a `functools.partial`, in which the trainer replaces it."
+        )
+
+    __float__ = __int__ = __index__ = __round__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = _refuse
 
 
 class TrainerPlaceholderValues(_Arithmetic, Enum):
@@ -184,6 +193,17 @@ def resolve_placeholders(value: Any, values: KnownValues) -> Any:
             return elements
         return value._make(elements) if hasattr(value, "_make") else tuple(elements)
     return value
+
+
+def find_placeholder(value: object) -> object:
+    """Return the first placeholder, or expression of placeholders, in a value; ``None`` if there is none.
+
+    Looks into dictionaries, lists and tuples.
+    """
+    if isinstance(value, _Arithmetic):
+        return value
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return next((found for found in map(find_placeholder, items) if found is not None), None)
 
 
 def _lookup(placeholder: TrainerPlaceholderValues, values: KnownValues) -> Number:
