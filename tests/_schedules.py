@@ -74,15 +74,18 @@ def _of_timm() -> dict[str, Callable[[Any, int], Any]]:
             warnings.simplefilter("ignore", FutureWarning)  # timm will remove it
             return scheduler.PlateauLRScheduler(optimizer, 0.5, 0, threshold=0.99, mode="min")
 
-    length = {"CosineLRScheduler": "t_initial", "PolyLRScheduler": "t_initial", "TanhLRScheduler": "t_initial"}
+    def with_noise(kind: Any) -> Callable[[Any, int], Any]:
+        return lambda optimizer, length: kind(optimizer, length, noise_range_t=1, noise_std=0.1)
+
     made: dict[str, Callable[[Any, int], Any]] = {
         "MultiStepLRScheduler": lambda o, n: scheduler.MultiStepLRScheduler(o, [1, n - 1], 0.5),
         "StepLRScheduler": lambda o, n: scheduler.StepLRScheduler(o, 1, 0.5, warmup_t=1, warmup_lr_init=0.01),
         "WSDLRScheduler": lambda o, n: scheduler.WSDLRScheduler(o, n, n - 1),
         "PlateauLRScheduler": plateau,
+        "CosineLRScheduler": with_noise(scheduler.CosineLRScheduler),
+        "PolyLRScheduler": with_noise(scheduler.PolyLRScheduler),
+        "TanhLRScheduler": with_noise(scheduler.TanhLRScheduler),
     }
-    for name in length:
-        made[name] = lambda o, n, kind=getattr(scheduler, name): kind(o, n, noise_range_t=1, noise_std=0.1)
     return made
 
 
@@ -143,7 +146,9 @@ class Recorded:
     weights: dict[str, Any] = field(default_factory=dict)
 
 
-def run(create: Callable[[Any], Any], *, folder: Path | None = None, cls: type[Trainer] = Trainer, **kwargs: Any) -> Any:
+def run(
+    create: Callable[[Any], Any], *, folder: Path | None = None, cls: type[Trainer] = Trainer, **kwargs: Any
+) -> Any:
     """Train with the trainer, and return rates and weights.
 
     Args:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 from _support import Batches, Samples, make_dataset, make_model, make_trainer, mse, recorder_of, run_python, train
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
