@@ -405,16 +405,17 @@ def test_a_scheduler_function_that_returns_something_else_is_refused_before_the_
     train(trainer, create_scheduler_fn=lambda optimizer: StepLR(optimizer, 1))
 
 
-def test_a_subclass_may_call_the_scheduler_function_and_the_scheduler_in_its_own_way():
+@pytest.mark.parametrize("first", [[], [-1]])
+def test_a_subclass_may_call_the_scheduler_function_and_the_scheduler_in_its_own_way(first):
     class OwnScheduler(Trainer):
         def create_scheduler(self):
-            return self.create_scheduler_fn(self.optimizer, [])
+            return self.create_scheduler_fn(self.optimizer, list(first))
 
         def scheduler_step(self):
             self.scheduler.append(len(self.scheduler))
 
     trainer = train(make_trainer(cls=OwnScheduler), create_scheduler_fn=lambda optimizer, updates: updates)
-    assert trainer.scheduler == [0, 1, 2, 3]
+    assert trainer.scheduler == first + [len(first) + n for n in range(4)]
 
 
 # --- items of a batch that the default step does not use ---------------------------------------------------------

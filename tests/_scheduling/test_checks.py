@@ -128,6 +128,7 @@ MISTAKES = {
     "the optimizer": (lambda o: o, {}, TypeError, "returned an object of type .*Optimizer.*Expected a scheduler"),
     "a number": (lambda o: 0.1, {}, TypeError, "returned an object of type float.*Expected a scheduler"),
     "a class in a group": (lambda o: [StepLR(o, 1), StepLR], {}, TypeError, "the class `StepLR` in a group of 2"),
+    "an empty group": (lambda o: [], {}, TypeError, "returned an object of type list.*Expected a scheduler"),
     "None in a group": (lambda o: {"a": None}, {}, TypeError, "returned None in a group of 1"),
     "the form of Lightning": (
         lambda o: {"scheduler": StepLR(o, 1), "interval": "epoch"},
