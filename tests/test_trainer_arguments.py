@@ -388,7 +388,7 @@ def test_something_else_in_the_place_of_the_optimizer_is_refused(make_optimizer,
     ("create_scheduler_fn", "words"),
     [
         (lambda optimizer: StepLR, "the class `StepLR`"),
-        (lambda optimizer: None, "None"),
+        (lambda optimizer: [], "an object of type list"),
         (lambda optimizer: optimizer, "an object of type FastPathOptimizer"),
         (lambda optimizer: 0.1, "an object of type float"),
     ],

@@ -15,7 +15,7 @@ from pytorch_accelerated._scheduling.stepping import SchedulerStepping
 if TYPE_CHECKING:
     from pytorch_accelerated.run_config import TrainerRunConfig
 
-_VANISHED = 1e-4
+_VANISHED = 1e-6
 """A rate that falls to this fraction of itself was not meant to."""
 
 _NOTICEABLE = 0.9

@@ -15,9 +15,8 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from fractions import Fraction
 from itertools import permutations
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 from torch.optim.lr_scheduler import OneCycleLR
@@ -48,7 +47,7 @@ _Operation: TypeAlias = "Callable[[_Arithmetic, NumberOrPlaceholder], Placeholde
 Template = TypeVar("Template")
 
 
-_FUNCTIONS: dict[str, Callable[[Any, Any], Number | Fraction]] = {
+_FUNCTIONS: dict[str, Callable[[Any, Any], Number]] = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
@@ -224,8 +223,7 @@ def _partial_epochs(values: KnownValues) -> KnownValues:
     """Return the number of epochs as a fraction, in a run that ends within an epoch."""
     epochs = TrainerPlaceholderValues.NUM_EPOCHS
     known = _partial_epochs_in(epochs * TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH, values)
-    fraction = known.get(epochs, 1)
-    return {} if fraction.denominator == 1 else {epochs: float(fraction)}
+    return {epochs: known[epochs]} if known.get(epochs, 1) % 1 else {}
 
 
 def _with_length(function: functools.partial[Any]) -> dict[str, Any]:
@@ -248,10 +246,11 @@ def _lookup(placeholder: TrainerPlaceholderValues, values: KnownValues) -> Numbe
     return number
 
 
-def _evaluate(expression: PlaceholderExpression, values: KnownValues) -> Number | Fraction:
-    known = {**values, **_partial_epochs_in(expression, values)}
-    left = resolve_placeholders(expression.left, known)
-    right = resolve_placeholders(expression.right, known)
+def _evaluate(expression: PlaceholderExpression, values: KnownValues) -> Number:
+    partial_epochs = _partial_epochs_in(expression, values)
+    left, right = (
+        resolve_placeholders(side, {**values, **partial_epochs}) for side in (expression.left, expression.right)
+    )
     try:
         number = _FUNCTIONS[expression.symbol](left, right)
     except ZeroDivisionError as error:
@@ -259,9 +258,7 @@ def _evaluate(expression: PlaceholderExpression, values: KnownValues) -> Number 
             f"`{expression!r}` is {left!r} {expression.symbol} {right!r} in this run, a division by zero. Expected a "
             "divisor other than 0. Replace the placeholder that is 0 with a number."
         ) from error
-    if not isinstance(number, Fraction) or isinstance(values.get(TrainerPlaceholderValues.NUM_EPOCHS), Fraction):
-        return number
-    return float(number) if "/" in _parts_of(expression) else int(number)
+    return int(number + 1e-6) if partial_epochs and _is_whole(expression) else number
 
 
 def _partial_epochs_in(expression: PlaceholderExpression, values: KnownValues) -> KnownValues:
@@ -277,10 +274,16 @@ def _partial_epochs_in(expression: PlaceholderExpression, values: KnownValues) -
         for placeholder in (part for part in _parts_of(other) if part in _PER_EPOCH):
             total, per_epoch = values.get(_run_of(placeholder)), values.get(placeholder)
             if total is not None and per_epoch:
-                return {num_epochs: Fraction(total, per_epoch)}
+                return {num_epochs: total / per_epoch}
             if total is not None and resolve_placeholders(epochs, {**values, num_epochs: 0}) == 0:
                 return {num_epochs: 1, placeholder: total}  # a stream, taken for a single epoch
     return {}
+
+
+def _is_whole(expression: PlaceholderExpression) -> bool:
+    """Tell whether an expression of whole numbers is a whole number."""
+    parts = list(_parts_of(expression))
+    return "/" not in parts and all(isinstance(part, (str, TrainerPlaceholderValues, Integral)) for part in parts)
 
 
 def _parts_of(value: object) -> Iterator[object]:
