@@ -80,6 +80,7 @@ def rule_of(scheduler: Any, *, is_timm: bool = False, is_metric_given: bool = Fa
         is_metric_given: Whether a metric was named, so that an optional argument for one is meant to be used.
 
     Example:
+        >>> import torch
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
         >>> rule_of(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)).metric
         'metrics'
