@@ -241,9 +241,13 @@ class TrainingLoop:
         self.optimizer.step()
 
     def scheduler_step(self) -> None:
-        """Step the scheduler, if there is one; called after each update that infinite fp16 gradients did not skip."""
+        """Step the scheduler, if there is one; called after each update that infinite fp16 gradients did not skip.
+
+        Also called once after the evaluation of each epoch: here, to step what is stepped once per epoch; and instead,
+        if a subclass overrides this method and ``step_scheduler="epoch"``.
+        """
         if self.scheduler is not None:
-            self.scheduler.step()
+            self._loop_run.stepping.step(self.scheduler, self._loop_run.training)
 
     def optimizer_zero_grad(self) -> None:
         """Discard the gradients; called after each update."""
@@ -476,6 +480,9 @@ class TrainingLoop:
                 run.was_last_epoch = self._run_train_epoch(run.train_dataloader)
                 run.num_batches_to_skip, progress.phase = 0, "evaluation"
             self._loop_evaluate()
+            if run.stepping.is_due_after_epoch and self.scheduler is not None:
+                with run.stepping.at_epoch_end(self.run_history, run.config):
+                    self.scheduler_step()
             progress.phase = "end"
             self.training_run_epoch_end()
             self._loop_fire(TrainerCallback.on_training_run_epoch_end)
@@ -588,8 +595,8 @@ class TrainingLoop:
         self.optimizer_step()
         run.training.progress.num_updates += 1
         run.training.progress.num_samples += num_samples
-        is_skipped = not run.uses_fast_path and self._accelerator.optimizer_step_was_skipped is True
-        if self.scheduler is not None and not is_skipped:
+        was_made = run.uses_fast_path or self._accelerator.optimizer_step_was_skipped is not True
+        if was_made and run.stepping.is_due_after_update and self.scheduler is not None:
             self.scheduler_step()
         self._loop_fire(TrainerCallback.on_optimizer_step_end)
         self.optimizer_zero_grad()

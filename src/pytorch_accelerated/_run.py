@@ -18,6 +18,7 @@ from pytorch_accelerated._loss_monitor import (
     describe_non_finite_parameters,
 )
 from pytorch_accelerated._proxy import Forwarded, Value, WritableForwarded
+from pytorch_accelerated._scheduling.stepping import SchedulerStepping
 from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError
 from pytorch_accelerated.progress import TrainingProgress
@@ -132,6 +133,9 @@ class TrainingPosition:
 
         self.settings: RunSettings = {}
         """What a run that is resumed from here ought to have in common with this one."""
+
+        self.num_metric_values_seen = 0
+        """How many values of its metric the scheduler has been stepped with, or has been passed over for."""
 
         self.early_stop_reason: str | None = None
         """Why a callback stopped the training for good; ``None`` if none did."""
@@ -278,6 +282,8 @@ class Run:
         """The batch of the step and what came of it, for ``on_train_step_end``; several if a subclass makes it so."""
 
         self.gradient_norm: torch.Tensor | None = None
+        self.stepping = SchedulerStepping()
+        """When and how the scheduler is stepped."""
 
         self.can_guard_updates = False
         """Whether gradients can be checked before each update: on a CPU, where the host waits for nothing."""
@@ -410,6 +416,7 @@ class Run:
         seed = derive_seed(self.seed, "run", run_number) if run_number else self.seed
         self.training = TrainingPosition(seed, num_epochs_completed, window, run_number)
         self.training.settings = settings
+        self.training.num_metric_values_seen = self.stepping.num_values_before
         self.total_num_epochs = num_epochs_completed + num_epochs
         self.training.restart_scheduler_updates()
 

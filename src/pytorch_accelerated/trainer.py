@@ -69,11 +69,15 @@ from pytorch_accelerated._distributed.accelerator import (
 from pytorch_accelerated._distributed.buckets import fix_bucket_order
 from pytorch_accelerated._distributed.collectives import broadcast_values, num_local_processes
 from pytorch_accelerated._distributed.collectives import remove_padding as remove_padding  # as in 0.1.61
-from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any
+from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any, replaces_any
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._loop import TrainingLoop, preserve_modes
 from pytorch_accelerated._run import Run, do_nothing
+from pytorch_accelerated._scheduling.checks import check_create_scheduler_fn
+from pytorch_accelerated._scheduling.group import load_state_of, start_counting
+from pytorch_accelerated._scheduling.start import choose_stepping, create_checked_scheduler, start_stepping
+from pytorch_accelerated._scheduling.stepping import Interval
 from pytorch_accelerated._types import (
     CollateFunction,
     Data,
@@ -82,8 +86,8 @@ from pytorch_accelerated._types import (
     Loader,
     LossFunction,
     ModelOutput,
-    Scheduler,
     SchedulerFactory,
+    Schedulers,
     StateDict,
     StateMapping,
     TimmScheduler,
@@ -103,7 +107,6 @@ from pytorch_accelerated.callbacks import TerminateOnNaNCallback as TerminateOnN
 from pytorch_accelerated.callbacks.handler import Callbacks
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
-from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
 from pytorch_accelerated.tracking import InMemoryRunHistory as InMemoryRunHistory  # as in 0.1.61
 from pytorch_accelerated.tracking import LossTracker as LossTracker  # as in 0.1.61
 from pytorch_accelerated.tracking import RunHistory
@@ -203,6 +206,8 @@ class Trainer(TrainingLoop):
         *,
         gradient_clip_norm: float | None = None,
         allow_other_num_processes: bool = False,
+        step_scheduler: Interval | None = None,
+        scheduler_metric: str | None = None,
     ) -> None:
         """Train the model.
 
@@ -220,6 +225,8 @@ class Trainer(TrainingLoop):
                 train_epoch_end()
                 for batch in eval_dataloader:
                     calculate_eval_batch_loss(batch)
+                if the scheduler is stepped once per epoch:
+                    scheduler_step()
 
         Args:
             train_dataset: A dataset of samples, or an iterable of batches.
@@ -230,9 +237,8 @@ class Trainer(TrainingLoop):
             max_num_train_steps: Updates after which the run ends, unless ``num_epochs`` ends it before.
             gradient_accumulation_steps: Batches per process that make one update.
             gradient_clip_value: Bound for the absolute value of each entry of the gradient, applied before each update.
-            create_scheduler_fn: Creates the learning-rate scheduler from the optimizer. The arguments of a
-                `functools.partial` may be :class:`TrainerPlaceholderValues`. The scheduler is stepped after each
-                update.
+            create_scheduler_fn: Creates the learning-rate scheduler from the optimizer, or several in a list or
+                dictionary. The arguments of a `functools.partial` may be :class:`TrainerPlaceholderValues`.
             train_dataloader_kwargs: Keyword arguments for the training `DataLoader`; they override the defaults.
             eval_dataloader_kwargs: Keyword arguments for the evaluation `DataLoader`.
             reset_run_history: Whether to forget the metrics and the epoch count of earlier runs.
@@ -244,6 +250,13 @@ class Trainer(TrainingLoop):
                 before clipping is in ``trainer.gradient_norm``, from ``on_optimizer_step_end`` on.
             allow_other_num_processes: Whether to resume a state that a different number of processes saved: at the same
                 place in the data, but not exactly.
+            step_scheduler: ``"update"`` to step the scheduler after each update, ``"epoch"`` to step it at the end of
+                each epoch. With ``None``, it is stepped after each update, and a warning tells of a schedule that
+                evidently counts epochs. A scheduler that takes a metric, such as ``ReduceLROnPlateau``, is stepped
+                after the evaluation of each epoch in any case, and one of timm decides itself.
+            scheduler_metric: The metric in the run history that such a scheduler is stepped with, once per epoch in
+                which it was recorded. ``None`` for the evaluation loss, or the training loss if there is no
+                ``eval_dataset``.
 
         Raises:
             ValueError: An argument has an invalid value, or model and optimizer do not belong together.
@@ -264,15 +277,13 @@ class Trainer(TrainingLoop):
         _validation.check_numbers_of_run(**numbers)
         for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             _validation.check_reiterable(name, data, num_epochs, max_num_train_steps)
-        if not overrides_any(self, ["create_scheduler"]):
-            _validation.check_create_scheduler_fn(create_scheduler_fn)
-        _check_parts_of_training(self)
+        stepping = choose_stepping(step_scheduler, scheduler_metric)
+        _check_parts_of_training(self, create_scheduler_fn)
 
-        self.train_dataset = train_dataset
-        self.eval_dataset = eval_dataset
-        self.collate_fn = collate_fn
-        self.create_scheduler_fn = create_scheduler_fn
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.collate_fn, self.create_scheduler_fn = collate_fn, create_scheduler_fn
         with self._loop_run_context() as run:
+            run.stepping = stepping
             state = self._loop_find_state(resume_from, allow_other_num_processes)
             self._loop_make_train_loader(per_device_batch_size, train_dataloader_kwargs)
             if eval_dataset is not None:
@@ -376,8 +387,8 @@ class Trainer(TrainingLoop):
         self._eval_dl_kwargs = dl_kwargs = merge_dl_kwargs(defaults, eval_dl_kwargs, self.eval_dataset)
         return DataLoader(dataset=self.eval_dataset, **{"collate_fn": self.collate_fn, **dl_kwargs})
 
-    def create_scheduler(self) -> Scheduler | None:
-        """Create the learning-rate scheduler of a run.
+    def create_scheduler(self) -> Schedulers | None:
+        """Create the learning-rate scheduler of a run, or several in a list or dictionary.
 
         If it returns ``None``, the run uses the scheduler that the program has set as ``self.scheduler``, if any.
         """
@@ -728,13 +739,16 @@ class Trainer(TrainingLoop):
 
     def _loop_set_up_scheduler(self, is_resumed: bool) -> None:
         """Create the scheduler of the run, or else keep one that the program has set; not one of an earlier run."""
-        run = self._loop_run
-        created = self.create_scheduler()
-        is_set_by_program = created is None and self.scheduler is not run.created_scheduler
-        scheduler = self.scheduler if is_set_by_program else created
-        _validation.check_scheduler(scheduler, not overrides_any(self, ["scheduler_step"]))
-        self.scheduler, run.created_scheduler = scheduler, created
-        _start_counting(self.scheduler)
+        run, is_set_by_program = self._loop_run, False
+
+        def create_or_keep() -> Schedulers | None:
+            nonlocal is_set_by_program
+            created = self.create_scheduler()
+            is_set_by_program = created is None and self.scheduler is not run.created_scheduler
+            return self.scheduler if is_set_by_program else created
+
+        _take_over_scheduler(self, create_or_keep)
+        run.created_scheduler = None if is_set_by_program else self.scheduler
         if not is_resumed:
             _load_pending_scheduler_state(self)
 
@@ -783,7 +797,8 @@ class Trainer(TrainingLoop):
             seed=training.seed,
             run_number=training.run_number,
             stop_reason=self._loop_early_stop_reason(),
-            settings={**training.settings, "scheduler": resume.name_of(self.scheduler)},
+            settings={**training.settings, "scheduler": resume.name_of(self.scheduler), **run.stepping.settings},
+            num_metric_values_seen=training.num_metric_values_seen,
             companions=self._loop_companions(),
         )
 
@@ -814,6 +829,7 @@ class Trainer(TrainingLoop):
                 "An earlier version saved this state: what is drawn while samples are loaded differs from here on."
             )
         training.early_stop_reason = contents.stop_reason
+        training.num_metric_values_seen = contents.num_metric_values_seen
         training.stream_position = contents.stream_position
         training.lineage = Lineage(contents.saved)
         return contents.user_entries
@@ -823,11 +839,8 @@ class Trainer(TrainingLoop):
         if self.scheduler is None:
             self._loop_pending_scheduler_state = state
             return
-        if self._loop_run.is_resuming and isinstance(self.scheduler, StatefulSchedulerBase):
-            self.scheduler.resume_from(copy.deepcopy(dict(state)))
-        else:
-            self.scheduler.load_state_dict(copy.deepcopy(dict(state)))
-        _start_counting(self.scheduler)
+        load_state_of(self.scheduler, state, self._loop_run.is_resuming)
+        start_counting(self.scheduler)
 
     def _loop_teardown(self, run: Run, outer: Run) -> None:
         run.is_active = False  # first, because a signal may interrupt the rest
@@ -872,8 +885,13 @@ def _preserve_attributes(owner: object, *names: str) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _check_parts_of_training(trainer: Trainer) -> None:
-    """Refuse a model, a loss function or an optimizer that is none. A step of one's own may use any loss function."""
+def _check_parts_of_training(trainer: Trainer, create_scheduler_fn: object) -> None:
+    """Refuse a model, a loss function, an optimizer or a function for a scheduler that is none.
+
+    A step of one's own may use any loss function, and `create_scheduler` any object for a scheduler.
+    """
+    if not overrides_any(trainer, ["create_scheduler"]):
+        check_create_scheduler_fn(create_scheduler_fn)
     _validation.check_model(trainer.model)
     if not overrides_any(trainer, ["calculate_train_batch_loss"]):
         _validation.check_loss_func(trainer.loss_func)
@@ -903,9 +921,21 @@ def _names_in(left_out_of_states: object) -> Collection[str]:
     return left_out_of_states if isinstance(left_out_of_states, (list, tuple, set, frozenset)) else ()
 
 
-def _start_counting(scheduler: Scheduler | None) -> None:
-    if isinstance(scheduler, StatefulSchedulerBase) and scheduler.num_updates < 0:
-        scheduler.step()  # so that update k trains at curve(k)
+def _take_over_scheduler(trainer: Trainer, create: Callable[[], Schedulers | None]) -> None:
+    """Check the scheduler of a run, and find out how it is stepped. Must be called on every process."""
+    run, is_overridden = trainer._loop_run, overrides_any(trainer, ["scheduler_step"])  # noqa: SLF001 - same module
+    scheduler = create_checked_scheduler(
+        create,
+        trainer.optimizer,
+        is_of_function=trainer.create_scheduler_fn is not None and not overrides_any(trainer, ["create_scheduler"]),
+        is_stepped_by_trainer=not is_overridden,
+    )
+    is_timm = isinstance(trainer, TrainerWithTimmScheduler)
+    run.stepping.plan(scheduler, is_timm=is_timm)
+    run.stepping.plan_hook(is_overridden=is_overridden, is_replaced=replaces_any(trainer, ["scheduler_step"]))
+    if not replaces_any(trainer, ["scheduler_step", *(["training_run_epoch_end"] if is_timm else [])]):
+        start_stepping(run.stepping, run.config, trainer.run_history, run.eval_dataloaders)
+    trainer.scheduler = scheduler
 
 
 def _load_pending_scheduler_state(trainer: Trainer) -> None:
@@ -927,7 +957,9 @@ def _what_completes_start(trainer: Trainer) -> Callable[[], None]:
         if run.restart is not None:
             run.restart.complete_run()
         if trainer.scheduler is not scheduler:
-            _start_counting(trainer.scheduler)
+            _take_over_scheduler(trainer, lambda: trainer.scheduler)
+            if not run.is_resumed:
+                run.training.num_metric_values_seen = run.stepping.num_values_before
             _load_pending_scheduler_state(trainer)
             restore_settings_of_groups(trainer.optimizer, settings)  # a new scheduler starts with its first rate
         if run.is_resumed:
@@ -984,12 +1016,12 @@ class TrainerWithTimmScheduler(Trainer):
     def scheduler_step(self) -> None:
         """Pass the number of updates to the scheduler: 1, 2, 3, ..."""
         self._loop_run.training.count_scheduler_update()
-        if self.scheduler is not None:
-            self.scheduler.step_update(num_updates=self.num_updates)
+        super().scheduler_step()
 
     def training_run_epoch_end(self) -> None:
-        """Pass the number of epochs to the scheduler: 1, 2, 3, ..."""
-        if self.scheduler is not None:
-            self.scheduler.step(self.run_history.current_epoch)
+        """Pass the number of epochs to the scheduler: 1, 2, 3, ..., and the metric of the epoch if it takes one."""
+        if self.scheduler is None:
+            self._loop_run.training.count_scheduler_update()  # `scheduler_step` was not called
         else:
-            self._loop_run.training.count_scheduler_update()
+            with self._loop_run.stepping.at_epoch_end(self.run_history, self._loop_run.config):
+                super().scheduler_step()

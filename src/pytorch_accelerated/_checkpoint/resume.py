@@ -175,6 +175,7 @@ _MAX_NESTING = 5
 _OPTIMIZER_SETTING = "optimizer."
 
 _DIFFERENT_ORDER = "the samples come in a different order, so this epoch may repeat some samples and miss others"
+_OTHER_RATES = "the learning rates differ from here on"
 _CONSEQUENCES = {
     "per_device_batch_size": (
         "the batches differ; the epoch continues at the same sample, rounded down to the start of an update"
@@ -182,7 +183,9 @@ _CONSEQUENCES = {
     "dataset_length": _DIFFERENT_ORDER,
     "sampler": _DIFFERENT_ORDER,
     "dataset": "the samples may differ",
-    "scheduler": "the learning rates differ from here on",
+    "scheduler": _OTHER_RATES,
+    "step_scheduler": _OTHER_RATES,
+    "scheduler_metric": _OTHER_RATES,
     "seed": "the run continues with the saved seed",
 }
 _OF_UPDATES = "the updates differ from here on"

@@ -180,6 +180,7 @@ def test_a_timm_trainer_without_a_scheduler_counts_its_updates():
     assert train(make_trainer(cls=TrainerWithTimmScheduler), num_epochs=2).num_updates == 8
 
 
+@pytest.mark.filterwarnings("ignore:`num_warmup_epochs` is 1")
 @pytest.mark.parametrize("limit", [3, 6, 10])
 @pytest.mark.parametrize("num_accumulated", [1, 2])
 @pytest.mark.parametrize(
