@@ -137,6 +137,14 @@ def scale_gradients(parameters: Iterable[torch.Tensor], factor: float | torch.Te
         torch._foreach_mul_(gradients, factor)
 
 
+def clip_gradients(parameters: list[torch.Tensor], max_value: float | None, max_norm: float | None) -> None:
+    """Clip complete gradients, first each entry, then their total norm; ``None`` for no bound."""
+    if max_value is not None:
+        nn.utils.clip_grad_value_(parameters, max_value)
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
 # --- the parameters ----------------------------------------------------------------------------------------------
 
 

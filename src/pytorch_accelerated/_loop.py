@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from pytorch_accelerated._accumulation import scale_gradients
+from pytorch_accelerated._accumulation import clip_gradients, scale_gradients
 from pytorch_accelerated._data.limits import LimitBatches
 from pytorch_accelerated._data.loaders import (
     EXACT,
@@ -26,12 +26,17 @@ from pytorch_accelerated._distributed.collectives import (
     average_gradients,
     drop_placeholders,
     gather_uneven,
+    mean_over_processes,
     run_on_main,
+    share_of_processes,
     sum_over_processes,
 )
 from pytorch_accelerated._distributed.consensus import can_skip_exchange, overrides_any
-from pytorch_accelerated._distributed.fast_path import choose_no_sync
+from pytorch_accelerated._distributed.fast_path import choose_no_sync, unwrap_optimizer
 from pytorch_accelerated._nested import concatenate, count_rows, first_rows, on_host
+from pytorch_accelerated._optimizers.checks import choose_optimizer
+from pytorch_accelerated._optimizers.closure import WindowClosure, WindowStep, scaled
+from pytorch_accelerated._optimizers.group import as_optimizer
 from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute
 from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated._step import batch_loss, mean_loss, predictions, raise_bad_loss, read_batch_output
@@ -50,7 +55,7 @@ from pytorch_accelerated._types import (
 from pytorch_accelerated._validation import check_positive_integer, check_run
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.evaluation import LimitBatchesCallback
-from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError, add_note
+from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.run_config import TrainerRunConfig
 from pytorch_accelerated.tracking import (
@@ -109,7 +114,7 @@ class TrainingLoop:
     Args:
         model: The model.
         loss_func: The loss function, or ``None`` if the model returns its loss.
-        optimizer: The optimizer.
+        optimizer: The optimizer, or several in a list or dictionary.
         run_history: Where metrics are recorded; in memory by default.
     """
 
@@ -189,7 +194,7 @@ class TrainingLoop:
     ) -> None:
         self.model: nn.Module | MaybeNone = model
         self.loss_func = loss_func
-        self.optimizer: Optimizer | MaybeNone = optimizer
+        self.optimizer: Optimizer | MaybeNone = as_optimizer(optimizer)
         self.scheduler: Scheduler | None = None
         self.run_history: RunHistory = InMemoryRunHistory() if run_history is None else run_history
         self._loop_run = Run()
@@ -237,8 +242,16 @@ class TrainingLoop:
             raise_bad_loss(loss, error)
 
     def optimizer_step(self) -> None:
-        """Update the parameters; called once per update."""
-        self.optimizer.step()
+        """Update the parameters; called once per update.
+
+        An optimizer whose `step` requires a closure gets one, which computes the loss and the gradients of the update
+        again. It calls `calculate_train_batch_loss` and `backward_step` for the same batches; losses and metrics are
+        not recorded again.
+        """
+        if self._loop_run.closure is None:
+            self.optimizer.step()
+        else:
+            self.optimizer.step(self._loop_run.closure)
 
     def scheduler_step(self) -> None:
         """Step the scheduler; called after each update that was not skipped because of infinite fp16 gradients.
@@ -475,9 +488,11 @@ class TrainingLoop:
         run, progress = self._loop_run, self._loop_run.training.progress
         try:
             if progress.phase == "training":  # otherwise a resumed run has only evaluation left
+                run.training.optimizer_mode.train(self.optimizer)
                 if overrides_any(self, ("_run_train_epoch",)):
                     run.start_epoch_of_subclass()
                 run.was_last_epoch = self._run_train_epoch(run.train_dataloader)
+                run.training.optimizer_mode.eval(self.optimizer)
                 run.num_batches_to_skip, progress.phase = 0, "evaluation"
             self._loop_evaluate()
             if run.stepping.is_due_after_epoch:
@@ -501,6 +516,7 @@ class TrainingLoop:
 
     def _loop_cut_epoch_short(self) -> None:
         """End the training part of an epoch before its last batch: record the means of what was trained."""
+        self._loop_run.training.optimizer_mode.eval(self.optimizer)
         progress = self._loop_run.training.progress
         if progress.num_batches_in_epoch > 0:
             self._add_epoch_loss_to_run_history("train_loss_epoch")
@@ -539,6 +555,7 @@ class TrainingLoop:
 
         run.is_epoch_cut_short = run.is_update_limit_reached and not is_last
         run.training.progress.phase = "evaluation"
+        run.training.optimizer_mode.eval(self.optimizer)
         self._add_epoch_loss_to_run_history("train_loss_epoch")
         self.train_epoch_end()
         self._loop_fire(TrainerCallback.on_train_epoch_end)
@@ -576,6 +593,8 @@ class TrainingLoop:
         if run.is_update_due and run.consensus.is_needed:
             run.start_exchange(step)
         self.backward_step(loss if scale is None else loss * scale)
+        if run.closure is not None:
+            run.closure.add(batch, step, loss, scale)
         self._loop_track(loss, weight, batch_output)
         run.step_results.append((batch, batch_output))
         if not run.makes_updates:
@@ -585,11 +604,17 @@ class TrainingLoop:
     def _loop_update(self) -> None:
         """Make one update: complete the gradients, clip them, step optimizer and scheduler, discard the gradients."""
         run = self._loop_run
-        num_samples = self._loop_complete_gradients()
+        correction, num_samples = run.close_window()
+        self._loop_complete_gradients(correction)
+        if run.guards_updates:
+            run.check_gradients(self.model, self.optimizer)
         self._loop_fire(TrainerCallback.on_optimizer_step_start)
         if run.config.gradient_clip_value is not None or run.config.gradient_clip_norm is not None:
             self._clip_gradients()
-        self.optimizer_step()
+        if run.closure is None:
+            self.optimizer_step()
+        else:
+            self._loop_step_with_closure(run.closure, correction)
         run.training.progress.num_updates += 1
         run.training.progress.num_samples += num_samples
         was_made = run.uses_fast_path or self._accelerator.optimizer_step_was_skipped is not True
@@ -598,22 +623,75 @@ class TrainingLoop:
         self._loop_fire(TrainerCallback.on_optimizer_step_end)
         self.optimizer_zero_grad()
 
-    def _loop_complete_gradients(self) -> int:
-        """Make the gradients those of the mean over the window on all ranks; return how many samples it holds."""
-        run, window = self._loop_run, self._loop_run.training.window
-        total_weight, num_samples = None, window.num_samples
-        if run.consensus.is_needed:
-            total_weight, num_samples = run.consensus.finish_exchange()
-        correction = window.close(total_weight, run.config.num_processes)
+    def _loop_complete_gradients(self, correction: float | torch.Tensor | None) -> None:
+        """Make the gradients those of the mean over the window on all ranks, and unscale them."""
+        run = self._loop_run
         if run.config.is_distributed:
             average_gradients(run.outside_parameters, run.config.num_processes)
         if correction is not None:
             scale_gradients(run.outside_parameters.together_with(self.model), correction)
         if not run.uses_fast_path and self._accelerator.scaler is not None:
             self._accelerator.unscale_gradients(self.optimizer)
+
+    def _loop_step_with_closure(self, closure: WindowClosure, correction: float | torch.Tensor | None) -> None:
+        """Step an optimizer that may evaluate the window again, at other parameters."""
+        run, config = self._loop_run, self._loop_run.config
+        no_sync = choose_no_sync(self._accelerator, self.model, run.uses_fast_path)
+
+        def evaluate(steps: list[WindowStep]) -> torch.Tensor:
+            self.optimizer_zero_grad()
+            total = torch.zeros((), device=self.device)
+            for batch, step, scale in steps:
+                with nullcontext() if step == steps[-1].step else no_sync():
+                    batch_output = self.calculate_train_batch_loss(batch)
+                    self._loop_fire(TrainerCallback.on_backward_start, batch=batch, batch_output=batch_output, step=step)
+                    loss = scaled(batch_output["loss"], scale)
+                    self.backward_step(loss)
+                total = total + loss.detach()
+            self._loop_complete_gradients(correction)
+            if config.gradient_clip_value is not None or config.gradient_clip_norm is not None:
+                self._clip_gradients()
+            return total
+
+        closure.start_update(
+            self.optimizer, evaluate, lambda loss: scaled(mean_over_processes(loss, config.num_processes), correction)
+        )
+        self.optimizer_step()
+        run.end_closure(self.optimizer)
+
+    def make_update(self, loss: torch.Tensor, optimizer: str | int, num_items: float = 1) -> None:
+        """Make an update with one of several optimizers in the middle of a step; call it in a hook of the step.
+
+        This is for networks that are trained in turns, such as a discriminator before its generator: compute the loss
+        of the first, make its update, then return the loss of the second from `calculate_train_batch_loss`. The update
+        that follows leaves this optimizer out. Gradients that its parameters had before are discarded. It is not
+        counted as an update of the run. Must be called on every process.
+
+        Args:
+            loss: The loss, a scalar tensor. It must not depend on what the other optimizers train: use ``detach``.
+            optimizer: The name or index of the optimizer in ``trainer.optimizer``. Its parameters should not be part of
+                the trainer's model if there are several processes.
+            num_items: How much the loss of this process weighs; with several processes only.
+
+        Raises:
+            RuntimeError: No training run is under way, or it uses a gradient scaler (fp16).
+        """
+        run, config = self._loop_run, self._loop_run.config
+        check_run(run.is_training_run and run.makes_updates, "make_update", "on_train_step_start")
+        member = choose_optimizer(self.optimizer, optimizer, self._accelerator.scaler)
+        member.zero_grad()
+        weight = 0 if run.training.current_pass.is_dummy_step else num_items
+        share = share_of_processes(weight, config.num_processes, self.device)
+        self.backward_step(scaled(loss, share))
+        parameters = [parameter for group in member.param_groups for parameter in group["params"]]
+        if config.is_distributed:
+            average_gradients(parameters, config.num_processes)
         if run.guards_updates:
-            run.check_gradients(self.model, self.optimizer)
-        return num_samples
+            run.check_gradients(self.model, member)
+        clip_gradients(parameters, config.gradient_clip_value, config.gradient_clip_norm)
+        member.step()
+        member.zero_grad()
+        unwrap_optimizer(self.optimizer).mark_as_stepped(optimizer)
 
     def _clip_gradients(self) -> None:
         config, outside = self._loop_run.config, self._loop_run.outside_parameters
@@ -707,6 +785,7 @@ class TrainingLoop:
         training, is_intermediate = self._loop_run.training, evaluation.is_intermediate
         with (
             preserve_modes(vars(self).values() if is_intermediate else ()),
+            training.optimizer_mode.evaluating(self.optimizer),
             training.suspended_by(evaluation),
             _metric_prefix(self.run_history, "intermediate_" if is_intermediate else ""),
         ):
@@ -721,7 +800,7 @@ class TrainingLoop:
         for callback in self.callback_handler.callbacks:  # predictions have no events
             if isinstance(callback, LimitBatchesCallback):
                 self.limit_batches(callback.num_batches)
-        with preserve_rng_state(), torch.no_grad():
+        with run.training.optimizer_mode.evaluating(self.optimizer), preserve_rng_state(), torch.no_grad():
             self.eval_epoch_start()
             loader = run.eval_dataloaders[""]
             sharding = sharding_of(loader)
@@ -797,16 +876,12 @@ class TrainingLoop:
             self._loop_fire(TrainerCallback.on_stop_training_error)
             run.consensus.sync()
 
-    def _loop_early_stop_reason(self) -> str | None:
-        """Return why the training has been stopped for good, or is about to be, by a callback earlier in an event."""
-        reason, request = self._loop_run.training.early_stop_reason, self.callback_handler.requested_stop
-        is_requested = reason is None and request is not None and self._loop_run.is_training_run
-        return _reason_of(request) if is_requested else reason
 
-    def _loop_report_exception(self, error: BaseException) -> None:
-        self._loop_run.stop_reason = f"{type(error).__name__}: {error}"
-        for secondary in self.callback_handler.call_event_on_all("on_exception", self, exception=error):
-            add_note(error, f"a callback also failed in `on_exception`: {secondary!r}")
+def early_stop_reason(run: Run, callback_handler: CallbackHandler) -> str | None:
+    """Return why the training has been stopped for good, or is about to be, by a callback earlier in an event."""
+    reason, request = run.training.early_stop_reason, callback_handler.requested_stop
+    is_requested = reason is None and request is not None and run.is_training_run
+    return _reason_of(request) if is_requested else reason
 
 
 def _reason_of(stop: StopTrainingError | None) -> str:

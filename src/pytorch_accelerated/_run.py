@@ -17,6 +17,8 @@ from pytorch_accelerated._loss_monitor import (
     describe_non_finite_loss,
     describe_non_finite_parameters,
 )
+from pytorch_accelerated._optimizers.closure import WindowClosure
+from pytorch_accelerated._optimizers.modes import OptimizerMode
 from pytorch_accelerated._proxy import Forwarded, Value, WritableForwarded
 from pytorch_accelerated._scheduling.stepping import SchedulerStepping
 from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
@@ -114,6 +116,9 @@ class TrainingPosition:
 
         self.suspended_passes: list[DataPass] = []
         """The passes that the current one suspends, the outermost first."""
+
+        self.optimizer_mode = OptimizerMode()
+        """Whether an optimizer that has modes is in training mode."""
 
         self.lineage = Lineage()
         """Numbers the training states of this training."""
@@ -220,6 +225,8 @@ class Run:
         """The parameters that the optimizer holds and the model does not."""
 
         self.uses_fast_path = False
+        self.closure: WindowClosure | None = None
+        """What the optimizer calls to compute loss and gradients again; ``None`` if it does not."""
 
         # The epochs of training.
         self.total_num_epochs = 0
@@ -457,6 +464,32 @@ class Run:
         window = self.training.window
         is_last = step + 1 == self.num_batches_per_epoch
         self.consensus.start_exchange(window.total, window.num_samples, None if is_last else window.expected)
+
+    def close_window(self) -> tuple[float | torch.Tensor | None, int]:
+        """End the accumulation window; return the factor to multiply its gradients by, and how many samples it holds.
+
+        The factor makes the gradients those of the mean over the window on all ranks; ``None`` for none.
+        """
+        window = self.training.window
+        total_weight, num_samples = None, window.num_samples
+        if self.consensus.is_needed:
+            total_weight, num_samples = self.consensus.finish_exchange()
+        return window.close(total_weight, self.config.num_processes), num_samples
+
+    def end_closure(self, optimizer: Optimizer) -> None:
+        """End the update of an optimizer that has called the closure.
+
+        Raises:
+            NonFiniteLossError: A parameter would not be finite; it has its value from before the update.
+        """
+        assert self.closure is not None
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        is_bad = self.guards_updates and not are_finite(parameters)
+        self.closure.end_update(puts_weights_back=is_bad)
+        if is_bad:
+            place = f" in training, epoch {self.training.progress.num_epochs_completed + 1}, rank {self.process_index}"
+            self.stop_on_all_ranks(NonFiniteLossError(describe_non_finite_parameters(place)))
+            self.consensus.sync()
 
     def find_non_finite_loss(self) -> NonFiniteLossError | None:
         """Return an error that names the first loss that is NaN or infinite; ``None`` if all are finite.

@@ -26,6 +26,7 @@ from pytorch_accelerated._data.sharding import ShardedBatches, ShardedBatchSampl
 from pytorch_accelerated._data.workers import iterate
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._nested import move_to_device, tensors_in
+from pytorch_accelerated._optimizers.group import OptimizerGroup, optimizers_in
 from pytorch_accelerated._types import Batch
 
 _SUPPORTED_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -60,10 +61,12 @@ class FastPathOptimizer(AcceleratedOptimizer):  # type: ignore[misc]  # Accelera
     Args:
         optimizer: The optimizer to wrap.
         device: Where its state belongs; ``None`` to leave it where it is.
+        scaler: The gradient scaler; ``None`` on the fast path.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device | None) -> None:
-        super().__init__(optimizer, device_placement=device is not None and _has_state_elsewhere(optimizer, device))
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device | None, scaler: Any = None) -> None:
+        needs_moving = device is not None and _has_state_elsewhere(optimizer, device)
+        super().__init__(optimizer, device_placement=needs_moving, scaler=scaler)
         has_option = "set_to_none" in inspect.signature(optimizer.zero_grad).parameters
         self._zero_grad_kwargs = {"set_to_none": True} if has_option else {}
 
@@ -80,21 +83,54 @@ class FastPathOptimizer(AcceleratedOptimizer):  # type: ignore[misc]  # Accelera
             self.optimizer.zero_grad(**self._zero_grad_kwargs)
 
 
+class PreparedGroup(FastPathOptimizer):
+    """A prepared group of optimizers, which is used by names or indices like the group. Accelerate's wrapper is not.
+
+    A gradient scaler scales, checks and skips all of them together.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Update the parameters, unless this batch only accumulates, or the scaler found infinite gradients."""
+        if self.scaler is None:
+            super().step(closure)
+        else:
+            AcceleratedOptimizer.step(self, closure)
+
+    def __getitem__(self, name: Any) -> torch.optim.Optimizer:
+        """Return an optimizer by its name or index."""
+        optimizer: torch.optim.Optimizer = self.optimizer[name]
+        return optimizer
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.optimizer)
+
+    def __len__(self) -> int:
+        return len(self.optimizer)
+
+
 def wrap_optimizer(accelerator: Accelerator, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
-    """Return a PyTorch optimizer ready for the fast path; prepared optimizers and other objects as they are."""
+    """Return a PyTorch optimizer ready for the run; prepared optimizers and other objects as they are.
+
+    A single optimizer is left to Accelerate if the run cannot use the fast path.
+    """
     if not isinstance(optimizer, torch.optim.Optimizer) or AcceleratorRegistry.is_prepared(optimizer):
         return optimizer
-    if type(optimizer).__module__.startswith(_LOMO_PACKAGE):
+    if any(type(each).__module__.startswith(_LOMO_PACKAGE) for each in optimizers_in(optimizer).values()):
         return optimizer
-    wrapped = FastPathOptimizer(optimizer, accelerator.device if accelerator.device_placement else None)
+    device = accelerator.device if accelerator.device_placement else None
+    if isinstance(optimizer, OptimizerGroup):
+        wrapped: FastPathOptimizer = PreparedGroup(optimizer, device, accelerator.scaler)
+    elif can_use_fast_path(accelerator):
+        wrapped = FastPathOptimizer(optimizer, device)
+    else:
+        return optimizer
     AcceleratorRegistry.mark_as_prepared(wrapped)
     return wrapped
 
 
-def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def unwrap_optimizer(optimizer: Any) -> Any:
     """Return the optimizer without the wrapper that Accelerate or this module has put around it."""
-    inner: torch.optim.Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-    return inner
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
 def _has_state_elsewhere(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:

@@ -1,0 +1,131 @@
+"""The closure of an update: what optimizers such as LBFGS call to compute loss and gradients again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from pytorch_accelerated._nested import move_to_device
+
+if TYPE_CHECKING:
+    from pytorch_accelerated._types import Batch, StateDict, StateMapping
+
+Scale = float | torch.Tensor | None
+"""What a loss, or all gradients, are multiplied by; ``None`` for nothing."""
+
+
+class WindowStep(NamedTuple):
+    """A step of the accumulation window that is open."""
+
+    batch: Batch
+    step: int
+    scale: Scale
+
+
+class WindowClosure:
+    """Evaluates the accumulation window again, as often as the optimizer wants within one update.
+
+    The first evaluation has been made by the steps of the window themselves. It counts if the optimizer calls the
+    closure at the parameters and gradients that these steps have left, as LBFGS does. An optimizer that has changed
+    them before, as sharpness-aware ones do, gets a new evaluation.
+
+    Args:
+        device: Where the batches belong, if they come from a state.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._steps: list[WindowStep] = []
+        self._loss: Any = 0.0  # the sum of the scaled losses of the window so far
+        self._evaluate: Callable[[list[WindowStep]], torch.Tensor] | None = None
+        self._parameters: list[torch.Tensor] = []
+        self._weights: list[torch.Tensor] = []
+        self._gradients: list[torch.Tensor | None] | None = None
+
+    def add(self, batch: Batch, step: int, loss: torch.Tensor, scale: Scale) -> None:
+        """Add a step to the window.
+
+        Args:
+            batch: Its batch.
+            step: Its index in the epoch.
+            loss: Its loss.
+            scale: What the loss was multiplied by.
+        """
+        self._steps.append(WindowStep(batch, step, scale))
+        self._loss = self._loss + scaled(loss.detach(), scale)
+
+    def start_update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        evaluate: Callable[[list[WindowStep]], torch.Tensor],
+        average: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Let the optimizer call the closure from now on; the gradients of the window are complete.
+
+        Args:
+            optimizer: The optimizer.
+            evaluate: Computes the gradients of the window again, and returns the sum of its scaled losses.
+            average: Makes that sum the mean over the window on all ranks.
+        """
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._weights = [parameter.detach().clone() for parameter in self._parameters]
+        self._gradients = [None if p.grad is None else p.grad.detach().clone() for p in self._parameters]
+        self._loss = average(self._loss)
+        self._evaluate = lambda steps: average(evaluate(steps))
+
+    def __call__(self) -> torch.Tensor:
+        """Compute the gradients of the window at the present parameters, and return its loss."""
+        assert self._evaluate is not None, "called by the optimizer, during its step"
+        is_evaluated, self._gradients = self._is_evaluated(), None
+        if not is_evaluated:
+            with torch.enable_grad():
+                self._loss = self._evaluate(self._steps)
+        loss: torch.Tensor = self._loss
+        return loss
+
+    def end_update(self, *, puts_weights_back: bool = False) -> None:
+        """Forget the window.
+
+        Args:
+            puts_weights_back: Whether to set the parameters back to those before the update.
+        """
+        if puts_weights_back:
+            with torch.no_grad():
+                for parameter, weight in zip(self._parameters, self._weights, strict=True):
+                    parameter.copy_(weight)
+        self._steps, self._loss = [], 0.0
+        self._evaluate = self._gradients = None
+        self._parameters, self._weights = [], []
+
+    def state_dict(self) -> StateDict:
+        """Return the steps of the window that is open, with their batches."""
+        return {"steps": [tuple(step) for step in self._steps], "loss": self._loss}
+
+    def load_state_dict(self, state_dict: StateMapping) -> None:
+        """Restore the open window that `state_dict` described."""
+        moved = move_to_device(dict(state_dict), self._device)
+        self._steps, self._loss = [WindowStep(*step) for step in moved["steps"]], moved["loss"]
+
+    def _is_evaluated(self) -> bool:
+        """Tell whether the closure is called for the first time, and nothing has changed since the evaluation."""
+        if self._gradients is None:
+            return False
+        present = [(parameter, parameter.grad) for parameter in self._parameters]
+        expected = zip(self._weights, self._gradients, strict=True)
+        return all(
+            torch.equal(now, then) and _are_equal(gradient_now, gradient_then)
+            for (now, gradient_now), (then, gradient_then) in zip(present, expected, strict=True)
+        )
+
+
+def scaled(value: Any, scale: Scale) -> Any:
+    """Return a loss multiplied by a factor; unchanged if that is ``None``."""
+    return value if scale is None else value * scale
+
+
+def _are_equal(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
+    if left is None or right is None:
+        return left is right
+    return torch.equal(left.to_dense(), right.to_dense())  # sparse tensors cannot be compared
