@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-    from pytorch_accelerated._types import MaybeNone, StateDict, StateMapping
+    from pytorch_accelerated._types import MaybeNone, StateDict, Stateful, StateMapping
 
 
 class AccumulationWindow:
@@ -54,6 +54,12 @@ class AccumulationWindow:
         self.expected: float | torch.Tensor | None = None
         """What `total` will be if all batches have the nominal weight; ``None`` while nothing is weighed."""
 
+        self.updated: set[str | int] = set()
+        """The optimizers that have made an update of their own, and do not take part in that of the window."""
+
+        self.closure: Stateful | None = None
+        """The steps of the window, if the optimizer evaluates them again."""
+
     def start_epoch(self, num_batches: int, num_batches_per_epoch: int | None) -> None:
         """Set the length of the windows of an epoch, of which the last may be short.
 
@@ -68,16 +74,25 @@ class AccumulationWindow:
         """Forget the batches since the last update."""
         self.total = self.num_samples = 0
         self.expected = None
+        self.updated.clear()
 
     def state_dict(self) -> StateDict:
-        """Return the sums of the window that is open."""
-        return {"total": self.total, "num_samples": self.num_samples, "expected": self.expected}
+        """Return the sums of the window that is open, and what there is of the rest."""
+        state: StateDict = {"total": self.total, "num_samples": self.num_samples, "expected": self.expected}
+        if self.updated:
+            state["updated"] = sorted(self.updated, key=str)
+        if self.closure is not None:
+            state["closure"] = self.closure.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore the open window that `state_dict` described."""
         self.total = state_dict["total"]
         self.num_samples = state_dict["num_samples"]
         self.expected = state_dict["expected"] or None  # earlier versions wrote 0
+        self.updated = set(state_dict.get("updated", ()))
+        if self.closure is not None and "closure" in state_dict:
+            self.closure.load_state_dict(state_dict["closure"])
 
     def add(self, weight: float | torch.Tensor, num_samples: int = 0, step: int = 0) -> float | torch.Tensor | None:
         """Add the next batch, and return the factor to scale its loss by; ``None`` for no scaling.

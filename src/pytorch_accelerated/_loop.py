@@ -26,18 +26,16 @@ from pytorch_accelerated._distributed.collectives import (
     average_gradients,
     drop_placeholders,
     gather_uneven,
-    mean_over_processes,
     run_on_main,
-    share_of_processes,
     sum_over_processes,
 )
 from pytorch_accelerated._distributed.consensus import can_skip_exchange, overrides_any
-from pytorch_accelerated._distributed.fast_path import choose_no_sync, unwrap_optimizer
+from pytorch_accelerated._distributed.fast_path import choose_no_sync
 from pytorch_accelerated._nested import concatenate, count_rows, first_rows, on_host
 from pytorch_accelerated._optimizers.checks import choose_optimizer
-from pytorch_accelerated._optimizers.closure import WindowClosure, WindowStep, scaled
-from pytorch_accelerated._optimizers.group import as_optimizer
-from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute
+from pytorch_accelerated._optimizers.closure import WindowStep, scaled
+from pytorch_accelerated._optimizers.group import as_optimizer, parameters_of
+from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute, run_of
 from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated._step import batch_loss, mean_loss, predictions, raise_bad_loss, read_batch_output
 from pytorch_accelerated._types import (
@@ -50,12 +48,13 @@ from pytorch_accelerated._types import (
     MaybeNone,
     ModelOutput,
     Nested,
+    Optimizers,
     Scheduler,
 )
 from pytorch_accelerated._validation import check_positive_integer, check_run
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.evaluation import LimitBatchesCallback
-from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
+from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError, add_note
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.run_config import TrainerRunConfig
 from pytorch_accelerated.tracking import (
@@ -189,7 +188,7 @@ class TrainingLoop:
         self,
         model: nn.Module,
         loss_func: LossFunction | None,
-        optimizer: Optimizer | None,
+        optimizer: Optimizers | None,
         run_history: RunHistory | None = None,
     ) -> None:
         self.model: nn.Module | MaybeNone = model
@@ -251,7 +250,7 @@ class TrainingLoop:
         if self._loop_run.closure is None:
             self.optimizer.step()
         else:
-            self.optimizer.step(self._loop_run.closure)
+            self.optimizer.step(self._loop_run.closure)  # type: ignore[arg-type]  # typed to return a float
 
     def scheduler_step(self) -> None:
         """Step the scheduler; called after each update that was not skipped because of infinite fp16 gradients.
@@ -604,7 +603,7 @@ class TrainingLoop:
     def _loop_update(self) -> None:
         """Make one update: complete the gradients, clip them, step optimizer and scheduler, discard the gradients."""
         run = self._loop_run
-        correction, num_samples = run.close_window()
+        correction, num_samples = run.close_window(self.optimizer)
         self._loop_complete_gradients(correction)
         if run.guards_updates:
             run.check_gradients(self.model, self.optimizer)
@@ -614,7 +613,8 @@ class TrainingLoop:
         if run.closure is None:
             self.optimizer_step()
         else:
-            self._loop_step_with_closure(run.closure, correction)
+            with run.updating_with_closure(self.optimizer, self._loop_repeat_steps, correction):
+                self.optimizer_step()
         run.training.progress.num_updates += 1
         run.training.progress.num_samples += num_samples
         was_made = run.uses_fast_path or self._accelerator.optimizer_step_was_skipped is not True
@@ -633,65 +633,51 @@ class TrainingLoop:
         if not run.uses_fast_path and self._accelerator.scaler is not None:
             self._accelerator.unscale_gradients(self.optimizer)
 
-    def _loop_step_with_closure(self, closure: WindowClosure, correction: float | torch.Tensor | None) -> None:
-        """Step an optimizer that may evaluate the window again, at other parameters."""
-        run, config = self._loop_run, self._loop_run.config
+    def _loop_repeat_steps(self, steps: list[WindowStep], correction: float | torch.Tensor | None) -> torch.Tensor:
+        """Compute the gradients of a window again, and return the sum of its scaled losses; for a closure."""
+        run, config, total = self._loop_run, self._loop_run.config, torch.zeros((), device=self.device)
         no_sync = choose_no_sync(self._accelerator, self.model, run.uses_fast_path)
-
-        def evaluate(steps: list[WindowStep]) -> torch.Tensor:
-            self.optimizer_zero_grad()
-            total = torch.zeros((), device=self.device)
-            for batch, step, scale in steps:
-                with nullcontext() if step == steps[-1].step else no_sync():
-                    batch_output = self.calculate_train_batch_loss(batch)
-                    self._loop_fire(TrainerCallback.on_backward_start, batch=batch, batch_output=batch_output, step=step)
-                    loss = scaled(batch_output["loss"], scale)
-                    self.backward_step(loss)
-                total = total + loss.detach()
-            self._loop_complete_gradients(correction)
-            if config.gradient_clip_value is not None or config.gradient_clip_norm is not None:
-                self._clip_gradients()
-            return total
-
-        closure.start_update(
-            self.optimizer, evaluate, lambda loss: scaled(mean_over_processes(loss, config.num_processes), correction)
-        )
-        self.optimizer_step()
-        run.end_closure(self.optimizer)
+        self.optimizer_zero_grad()
+        for batch, step, scale in steps:
+            with nullcontext() if step == steps[-1].step else no_sync():
+                batch_output = self.calculate_train_batch_loss(batch)
+                self._loop_fire(TrainerCallback.on_backward_start, batch=batch, batch_output=batch_output, step=step)
+                loss = scaled(batch_output["loss"], scale)
+                self.backward_step(loss)
+            total = total + loss.detach()
+        self._loop_complete_gradients(correction)
+        if config.gradient_clip_value is not None or config.gradient_clip_norm is not None:
+            self._clip_gradients()
+        return total
 
     def make_update(self, loss: torch.Tensor, optimizer: str | int, num_items: float = 1) -> None:
         """Make an update with one of several optimizers in the middle of a step; call it in a hook of the step.
 
         This is for networks that are trained in turns, such as a discriminator before its generator: compute the loss
         of the first, make its update, then return the loss of the second from `calculate_train_batch_loss`. The update
-        that follows leaves this optimizer out. Gradients that its parameters had before are discarded. It is not
-        counted as an update of the run. Must be called on every process.
+        of the run that follows leaves this optimizer out, and gradients of its parameters do not count there. Gradients
+        are clipped as the run clips them. It is not counted as an update of the run. Must be called on every process.
 
         Args:
             loss: The loss, a scalar tensor. It must not depend on what the other optimizers train: use ``detach``.
-            optimizer: The name or index of the optimizer in ``trainer.optimizer``. Its parameters should not be part of
-                the trainer's model if there are several processes.
-            num_items: How much the loss of this process weighs; with several processes only.
+            optimizer: The name or index of the optimizer in ``trainer.optimizer``.
+            num_items: How much the loss of this process weighs, such as the size of its batch; for several processes.
 
         Raises:
-            RuntimeError: No training run is under way, or it uses a gradient scaler (fp16).
+            RuntimeError: No training epoch is under way, or the run uses a gradient scaler (fp16).
+            TypeError: There is only one optimizer, or it needs a closure.
+            KeyError: There is no optimizer of this name.
         """
         run, config = self._loop_run, self._loop_run.config
         check_run(run.is_training_run and run.makes_updates, "make_update", "on_train_step_start")
-        member = choose_optimizer(self.optimizer, optimizer, self._accelerator.scaler)
+        member = choose_optimizer(self.optimizer, optimizer, has_scaler=self._accelerator.scaler is not None)
         member.zero_grad()
-        weight = 0 if run.training.current_pass.is_dummy_step else num_items
-        share = share_of_processes(weight, config.num_processes, self.device)
-        self.backward_step(scaled(loss, share))
-        parameters = [parameter for group in member.param_groups for parameter in group["params"]]
-        if config.is_distributed:
-            average_gradients(parameters, config.num_processes)
-        if run.guards_updates:
-            run.check_gradients(self.model, member)
-        clip_gradients(parameters, config.gradient_clip_value, config.gradient_clip_norm)
+        self.backward_step(scaled(loss, run.share_of_ranks(num_items, self.device)))
+        run.training.window.updated.add(optimizer)
+        run.complete_single_update(member, self.model)
+        clip_gradients(parameters_of(member), config.gradient_clip_value, config.gradient_clip_norm)
         member.step()
         member.zero_grad()
-        unwrap_optimizer(self.optimizer).mark_as_stepped(optimizer)
 
     def _clip_gradients(self) -> None:
         config, outside = self._loop_run.config, self._loop_run.outside_parameters
@@ -882,6 +868,13 @@ def early_stop_reason(run: Run, callback_handler: CallbackHandler) -> str | None
     reason, request = run.training.early_stop_reason, callback_handler.requested_stop
     is_requested = reason is None and request is not None and run.is_training_run
     return _reason_of(request) if is_requested else reason
+
+
+def report_exception(trainer: TrainingLoop, error: BaseException) -> None:
+    """Tell the callbacks of the exception that ends a run; what fails there is noted at it."""
+    run_of(trainer).stop_reason = f"{type(error).__name__}: {error}"
+    for secondary in trainer.callback_handler.call_event_on_all("on_exception", trainer, exception=error):
+        add_note(error, f"a callback also failed in `on_exception`: {secondary!r}")
 
 
 def _reason_of(stop: StopTrainingError | None) -> str:

@@ -10,6 +10,7 @@ from pytorch_accelerated._accumulation import AccumulationWindow, GradientCheck,
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._data.loaders import guarantee_of_skipping, order_may_differ, reliable_num_batches_of
 from pytorch_accelerated._data.rng import derive_seed
+from pytorch_accelerated._distributed.collectives import average_gradients, mean_over_processes, share_of_processes
 from pytorch_accelerated._distributed.consensus import StopConsensus
 from pytorch_accelerated._loss_monitor import (
     LossMonitor,
@@ -17,7 +18,8 @@ from pytorch_accelerated._loss_monitor import (
     describe_non_finite_loss,
     describe_non_finite_parameters,
 )
-from pytorch_accelerated._optimizers.closure import WindowClosure
+from pytorch_accelerated._optimizers.closure import WindowClosure, WindowStep, scaled
+from pytorch_accelerated._optimizers.group import discard_gradients, parameters_of
 from pytorch_accelerated._optimizers.modes import OptimizerMode
 from pytorch_accelerated._proxy import Forwarded, Value, WritableForwarded
 from pytorch_accelerated._scheduling.stepping import SchedulerStepping
@@ -467,31 +469,62 @@ class Run:
         is_last = step + 1 == self.num_batches_per_epoch
         self.consensus.start_exchange(window.total, window.num_samples, None if is_last else window.expected)
 
-    def close_window(self) -> tuple[float | torch.Tensor | None, int]:
+    def close_window(self, optimizer: Optimizer) -> tuple[float | torch.Tensor | None, int]:
         """End the accumulation window; return the factor to multiply its gradients by, and how many samples it holds.
 
-        The factor makes the gradients those of the mean over the window on all ranks; ``None`` for none.
+        The factor makes the gradients those of the mean over the window on all ranks; ``None`` for none. Gradients of
+        optimizers that have made an update of their own in the window are discarded.
         """
         window = self.training.window
+        if window.updated:
+            discard_gradients(optimizer, window.updated)
+            window.updated.clear()
         total_weight, num_samples = None, window.num_samples
         if self.consensus.is_needed:
             total_weight, num_samples = self.consensus.finish_exchange()
         return window.close(total_weight, self.config.num_processes), num_samples
 
-    def end_closure(self, optimizer: Optimizer) -> None:
-        """End the update of an optimizer that has called the closure.
+    @contextmanager
+    def updating_with_closure(
+        self,
+        optimizer: Optimizer,
+        repeat: Callable[[list[WindowStep], float | torch.Tensor | None], torch.Tensor],
+        correction: float | torch.Tensor | None,
+    ) -> Iterator[None]:
+        """Let the optimizer evaluate the window again, at other parameters, while the body runs.
+
+        Args:
+            optimizer: The optimizer.
+            repeat: Computes the gradients of some steps again, and returns the sum of their scaled losses.
+            correction: The factor that makes that sum the mean over the window, and that `repeat` is passed.
 
         Raises:
-            NonFiniteLossError: A parameter would not be finite; it has its value from before the update.
+            NonFiniteLossError: A parameter would not be finite; all have their values from before the update.
         """
         assert self.closure is not None
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        is_bad = self.guards_updates and not are_finite(parameters)
-        self.closure.end_update(puts_weights_back=is_bad)
-        if is_bad:
-            place = f" in training, epoch {self.training.progress.num_epochs_completed + 1}, rank {self.process_index}"
-            self.stop_on_all_ranks(NonFiniteLossError(describe_non_finite_parameters(place)))
-            self.consensus.sync()
+
+        def average(loss: torch.Tensor) -> torch.Tensor:
+            mean: torch.Tensor = scaled(mean_over_processes(loss, self.config.num_processes), correction)
+            return mean
+
+        with self.closure.during_update(optimizer, lambda steps: repeat(steps, correction), average) as put_back:
+            yield
+            if self.guards_updates and not are_finite(parameters_of(optimizer)):
+                put_back()
+                self.stop_on_all_ranks(NonFiniteLossError(describe_non_finite_parameters(self._place_in_training)))
+                self.consensus.sync()
+
+    def share_of_ranks(self, weight: float, device: torch.device) -> float | torch.Tensor | None:
+        """Return what to multiply a loss of this rank by for the mean over all ranks; see `share_of_processes`."""
+        is_dummy = self.training.current_pass.is_dummy_step
+        return share_of_processes(0 if is_dummy else weight, self.config.num_processes, device)
+
+    def complete_single_update(self, optimizer: Optimizer, model: nn.Module) -> None:
+        """Make the gradients of an optimizer the mean over the ranks, and check that they are finite."""
+        if self.config.is_distributed:
+            average_gradients(parameters_of(optimizer), self.config.num_processes)
+        if self.guards_updates:
+            self.check_gradients(model, optimizer)
 
     def find_non_finite_loss(self) -> NonFiniteLossError | None:
         """Return an error that names the first loss that is NaN or infinite; ``None`` if all are finite.
@@ -528,12 +561,16 @@ class Run:
             NonFiniteLossError: It names the first loss that is not finite, or else the parameter.
         """
         if not self._gradient_check.are_finite(optimizer):
-            place = f" in training, epoch {self.training.progress.num_epochs_completed + 1}, rank {self.process_index}"
+            place = self._place_in_training
             error = self.find_non_finite_loss() or NonFiniteLossError(describe_non_finite_gradient(model, place))
             self.stop_on_all_ranks(error)
             self.consensus.sync()
         elif getattr(self.training.epoch.means.loss, "is_known_non_finite", False):  # it may be the user's
             self.stop_on_all_ranks(self.find_non_finite_loss() or NonFiniteLossError())
+
+    @property
+    def _place_in_training(self) -> str:
+        return f" in training, epoch {self.training.progress.num_epochs_completed + 1}, rank {self.process_index}"
 
     # --- the end of a run ----------------------------------------------------------------------------------------
 

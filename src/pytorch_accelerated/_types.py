@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from torch.optim import Optimizer
@@ -109,6 +109,9 @@ class TimmScheduler(Scheduler, Protocol):
 
 ParameterGroup: TypeAlias = dict[str, Any]
 """An entry of ``optimizer.param_groups``: parameters and their settings. Open: each optimizer has its own settings."""
+
+Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer]
+"""An optimizer, or several that a run steps together."""
 
 SchedulerFactory: TypeAlias = Callable[[Optimizer], Scheduler]
 """Creates the scheduler of an optimizer."""

@@ -166,10 +166,19 @@ def check_optimizer(optimizer: object) -> None:
     if optimizer is None or (all(map(callable, methods)) and not inspect.isclass(optimizer)):
         return
     raise TypeError(
-        f"`optimizer` is {describe(optimizer)}. Expected an instance of `torch.optim.Optimizer`. Pass "
-        f"{_remedy(optimizer, 'optimizer')} to the Trainer. To use several optimizers, keep the others as attributes "
-        "of a subclass, and override `optimizer_step` and `optimizer_zero_grad`."
+        f"`optimizer` is {_describe_optimizers(optimizer)}. Expected an instance of `torch.optim.Optimizer`, or "
+        f"several instances in a list or dictionary. Pass {_remedy(optimizer, 'optimizer')} to the Trainer."
     )
+
+
+def _describe_optimizers(value: object) -> str:
+    if not isinstance(value, (list, tuple, dict)):
+        return describe(value)
+    items = list(value.values()) if isinstance(value, dict) else list(value)
+    wrong = next((item for item in items if not isinstance(item, Optimizer)), None)
+    if wrong is not None or not items:
+        return f"a {type(value).__name__} with {'nothing' if not items else describe(wrong)} in it"
+    return f"a {type(value).__name__} of one optimizer"
 
 
 def describe(value: object) -> str:

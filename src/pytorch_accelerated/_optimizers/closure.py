@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from pytorch_accelerated._nested import move_to_device
+from pytorch_accelerated._optimizers.checks import check_closure
+from pytorch_accelerated._optimizers.group import copy_into, parameters_of
 
 if TYPE_CHECKING:
     from pytorch_accelerated._types import Batch, StateDict, StateMapping
@@ -24,8 +28,12 @@ class WindowStep(NamedTuple):
     scale: Scale
 
 
+Evaluate = Callable[[list[WindowStep]], torch.Tensor]
+"""Computes the gradients of some steps again, and returns the sum of their scaled losses."""
+
+
 class WindowClosure:
-    """Evaluates the accumulation window again, as often as the optimizer wants within one update.
+    """Computes the gradients of the accumulation window again, as often as the optimizer wants within one update.
 
     The first evaluation has been made by the steps of the window themselves. It counts if the optimizer calls the
     closure at the parameters and gradients that these steps have left, as LBFGS does. An optimizer that has changed
@@ -39,7 +47,7 @@ class WindowClosure:
         self._device = device
         self._steps: list[WindowStep] = []
         self._loss: Any = 0.0  # the sum of the scaled losses of the window so far
-        self._evaluate: Callable[[list[WindowStep]], torch.Tensor] | None = None
+        self._evaluate: Evaluate | None = None
         self._parameters: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
         self._gradients: list[torch.Tensor | None] | None = None
@@ -56,28 +64,42 @@ class WindowClosure:
         self._steps.append(WindowStep(batch, step, scale))
         self._loss = self._loss + scaled(loss.detach(), scale)
 
-    def start_update(
-        self,
-        optimizer: torch.optim.Optimizer,
-        evaluate: Callable[[list[WindowStep]], torch.Tensor],
-        average: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        """Let the optimizer call the closure from now on; the gradients of the window are complete.
+    @contextmanager
+    def during_update(
+        self, optimizer: torch.optim.Optimizer, evaluate: Evaluate, average: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Iterator[Callable[[], None]]:
+        """Let the optimizer call the closure while the body runs; the gradients of the window are complete.
+
+        Yields a function that puts the parameters back. If the body raises, it is called.
 
         Args:
             optimizer: The optimizer.
-            evaluate: Computes the gradients of the window again, and returns the sum of its scaled losses.
+            evaluate: Computes the gradients of these steps again, and returns the sum of their scaled losses.
             average: Makes that sum the mean over the window on all ranks.
         """
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._parameters = parameters_of(optimizer)
         self._weights = [parameter.detach().clone() for parameter in self._parameters]
         self._gradients = [None if p.grad is None else p.grad.detach().clone() for p in self._parameters]
         self._loss = average(self._loss)
         self._evaluate = lambda steps: average(evaluate(steps))
+        put_back = partial(copy_into, self._parameters, self._weights)
+        try:
+            yield put_back
+        except BaseException:
+            put_back()
+            raise
+        finally:
+            self._steps, self._loss = [], 0.0
+            self._evaluate = self._gradients = None
+            self._parameters, self._weights = [], []
 
     def __call__(self) -> torch.Tensor:
         """Compute the gradients of the window at the present parameters, and return its loss."""
-        assert self._evaluate is not None, "called by the optimizer, during its step"
+        if self._evaluate is None:
+            raise RuntimeError(
+                "The closure was called outside an update. It belongs to one update, and computes the loss of the "
+                "batches of that one: call it in the `step` of the optimizer."
+            )
         is_evaluated, self._gradients = self._is_evaluated(), None
         if not is_evaluated:
             with torch.enable_grad():
@@ -85,23 +107,9 @@ class WindowClosure:
         loss: torch.Tensor = self._loss
         return loss
 
-    def end_update(self, *, puts_weights_back: bool = False) -> None:
-        """Forget the window.
-
-        Args:
-            puts_weights_back: Whether to set the parameters back to those before the update.
-        """
-        if puts_weights_back:
-            with torch.no_grad():
-                for parameter, weight in zip(self._parameters, self._weights, strict=True):
-                    parameter.copy_(weight)
-        self._steps, self._loss = [], 0.0
-        self._evaluate = self._gradients = None
-        self._parameters, self._weights = [], []
-
     def state_dict(self) -> StateDict:
         """Return the steps of the window that is open, with their batches."""
-        return {"steps": [tuple(step) for step in self._steps], "loss": self._loss}
+        return {"steps": [list(step) for step in self._steps], "loss": self._loss}
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore the open window that `state_dict` described."""
@@ -112,12 +120,30 @@ class WindowClosure:
         """Tell whether the closure is called for the first time, and nothing has changed since the evaluation."""
         if self._gradients is None:
             return False
-        present = [(parameter, parameter.grad) for parameter in self._parameters]
-        expected = zip(self._weights, self._gradients, strict=True)
         return all(
-            torch.equal(now, then) and _are_equal(gradient_now, gradient_then)
-            for (now, gradient_now), (then, gradient_then) in zip(present, expected, strict=True)
+            torch.equal(parameter, weight) and _are_equal(parameter.grad, gradient)
+            for parameter, weight, gradient in zip(self._parameters, self._weights, self._gradients, strict=True)
         )
+
+
+def create_closure(
+    optimizer: object, device: torch.device, *, has_scaler: bool, is_sharded: bool, is_stepped_by_user: bool
+) -> WindowClosure | None:
+    """Return the closure that the optimizer of a run needs; ``None``, the usual case, if it needs none.
+
+    Args:
+        optimizer: The optimizer.
+        device: The training device.
+        has_scaler: Whether the run scales gradients (fp16).
+        is_sharded: Whether the model is split over the processes.
+        is_stepped_by_user: Whether a subclass steps the optimizer itself.
+
+    Raises:
+        ValueError: It needs one, and the run does not allow it.
+    """
+    if is_stepped_by_user or not check_closure(optimizer, has_scaler=has_scaler, is_sharded=is_sharded):
+        return None
+    return WindowClosure(device)
 
 
 def scaled(value: Any, scale: Scale) -> Any:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 Closure = Callable[[], Any]
 """Computes loss and gradients again, and returns the loss."""
 
+CLOSURE = "closure"
+"""What the argument of a `step` is called that is such a function."""
+
 CHOICE = "optimizer"
 """The entry of a new parameter group that names the optimizer to add it to."""
 
@@ -44,7 +47,6 @@ class OptimizerGroup(Optimizer):
             {
                 "optimizers": dict(optimizers.items() if isinstance(optimizers, Mapping) else enumerate(optimizers)),
                 "_is_named": is_named,
-                "_stepped": set(),
             }
         )
 
@@ -53,11 +55,12 @@ class OptimizerGroup(Optimizer):
         self.optimizers: dict[Any, Optimizer] = state["optimizers"]
         """The optimizers by name, or by index."""
 
+        self._is_named: bool = state["_is_named"]
         super().__setstate__(state)
 
     def __getstate__(self) -> StateDict:
         """Return what `__setstate__` takes; as of all optimizers, hooks are not copied."""
-        return {name: vars(self)[name] for name in ("optimizers", "_is_named", "_stepped")}
+        return {name: vars(self)[name] for name in ("optimizers", "_is_named")}
 
     def __repr__(self) -> str:
         members = ", ".join(f"{name}: {type(member).__name__}" for name, member in self.optimizers.items())
@@ -92,8 +95,8 @@ class OptimizerGroup(Optimizer):
         """The defaults of all optimizers; of several with the same setting, that of the last."""
         return {name: value for optimizer in self.optimizers.values() for name, value in optimizer.defaults.items()}
 
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
-        """Step each optimizer, in order, but not those that `mark_as_stepped` was called for since the last step.
+    def step(self, closure: Closure | None = None) -> Any:
+        """Step each optimizer that has a gradient, in order.
 
         Args:
             closure: Given to those whose `step` requires one. If the first one needs none, it is called before.
@@ -101,8 +104,7 @@ class OptimizerGroup(Optimizer):
         Returns:
             What the last optimizer with a closure returned, or the closure; ``None`` without one.
         """
-        due = [optimizer for name, optimizer in self.optimizers.items() if name not in self._stepped]
-        self._stepped.clear()
+        due = [optimizer for optimizer in self.optimizers.values() if has_gradient(optimizer)]
         loss = None
         if closure is not None and due and not requires_closure(due[0]):
             with torch.enable_grad():
@@ -113,10 +115,6 @@ class OptimizerGroup(Optimizer):
             else:
                 optimizer.step()
         return loss
-
-    def mark_as_stepped(self, name: Any) -> None:
-        """Leave an optimizer out of the next step: it has made an update of its own."""
-        self._stepped.add(name)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discard the gradients of all parameters."""
@@ -154,11 +152,11 @@ class OptimizerGroup(Optimizer):
 
     # --- states --------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> StateDict:  # type: ignore[override]
+    def state_dict(self) -> StateDict:
         """Return the state of each optimizer, by its name or index."""
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
-    def load_state_dict(self, state_dict: StateMapping) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned.
 
         Raises:
@@ -178,8 +176,8 @@ class OptimizerGroup(Optimizer):
             f"{list(self.optimizers)}."
         )
 
-    register_state_dict_pre_hook = register_state_dict_post_hook = _refuse_hook  # type: ignore[assignment]
-    register_load_state_dict_pre_hook = register_load_state_dict_post_hook = _refuse_hook  # type: ignore[assignment]
+    register_state_dict_pre_hook = register_state_dict_post_hook = _refuse_hook
+    register_load_state_dict_pre_hook = register_load_state_dict_post_hook = _refuse_hook
 
 
 class _JointState(MutableMapping[Any, Any]):
@@ -214,15 +212,38 @@ class _JointState(MutableMapping[Any, Any]):
 
 
 def as_optimizer(given: Any) -> Any:
-    """Return what a trainer was given as its optimizer: as a group if it is a list, tuple or dictionary of them."""
+    """Return what a trainer was given as its optimizer: as a group if it is a list, tuple or dictionary of several.
+
+    Anything else is returned as it is.
+    """
     items = list(given.values()) if isinstance(given, Mapping) else given if isinstance(given, (list, tuple)) else []
-    is_group = bool(items) and all(isinstance(item, Optimizer) for item in items)
+    is_group = len(items) > 1 and all(isinstance(item, Optimizer) for item in items)
     return OptimizerGroup(given) if is_group else given
 
 
 def optimizers_in(optimizer: Any) -> dict[Any, Any]:
     """Return the optimizers of a group by name or index, or a single one by the name ``""``."""
     return optimizer.optimizers if isinstance(optimizer, OptimizerGroup) else {"": optimizer}
+
+
+# --- what an optimizer is like -----------------------------------------------------------------------------------
+
+
+def parameters_of(optimizer: Any) -> list[torch.Tensor]:
+    """Return the parameters that an optimizer holds."""
+    return [parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
+
+
+def has_gradient(optimizer: Any) -> bool:
+    """Tell whether an optimizer holds a parameter with a gradient."""
+    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
+
+
+def discard_gradients(optimizer: Any, names: Iterable[Any]) -> None:
+    """Discard the gradients of some optimizers in a group, prepared or not, which then leaves them out of its step."""
+    for name in names:
+        for parameter in parameters_of(optimizer[name]):
+            parameter.grad = None
 
 
 def with_modes(optimizer: Any) -> list[Any]:
@@ -246,11 +267,24 @@ def arguments_of_step(optimizer: Any) -> list[str]:
 
 
 def requires_closure(optimizer: Any) -> bool:
-    """Tell whether the `step` of an optimizer, or of one in a group, requires a function that computes the loss again.
+    """Tell whether the `step` of an optimizer, or of one in a group, needs a function that computes the loss again.
+
+    Its argument has no default then. An optimizer that needs one in spite of a default says so by an attribute
+    ``requires_closure``.
 
     Example:
         >>> parameter = torch.ones(1, requires_grad=True)
         >>> requires_closure(torch.optim.LBFGS([parameter])), requires_closure(torch.optim.SGD([parameter]))
         (True, False)
     """
-    return any("closure" in name for each in optimizers_in(optimizer).values() for name in arguments_of_step(each))
+    return any(
+        any(CLOSURE in name for name in arguments_of_step(each)) or getattr(each, "requires_closure", False) is True
+        for each in optimizers_in(optimizer).values()
+    )
+
+
+def copy_into(parameters: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:
+    """Give parameters other values, in place."""
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)

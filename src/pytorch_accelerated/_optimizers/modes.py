@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
-from pytorch_accelerated._optimizers.group import with_modes
+from pytorch_accelerated._optimizers.group import copy_into, parameters_of, with_modes
 
 
 class OptimizerMode:
@@ -23,6 +23,8 @@ class OptimizerMode:
     def __init__(self) -> None:
         self.is_training: bool | None = None
         """Whether the optimizer is in training mode; ``None`` if it has no modes, or its mode is not known."""
+
+        self._suspended: list[torch.Tensor] | None = None  # the weights of training mode, within `evaluating`
 
     def train(self, optimizer: Any) -> None:
         """Put an optimizer into training mode, for steps."""
@@ -40,18 +42,37 @@ class OptimizerMode:
             optimizer: The optimizer.
             loads_weights: Whether the body loads other weights, to be kept unless it raises.
         """
-        was_training, are_loaded = self.is_training, False
-        parameters = _parameters_of(optimizer) if was_training else []
-        weights = [parameter.detach().clone() for parameter in parameters]
+        if not self.is_training:
+            self.eval(optimizer)
+            yield
+            return
+        self._suspended = weights = _weights_of(optimizer)
         self.eval(optimizer)
+        are_loaded = False
         try:
             yield
             are_loaded = loads_weights
         finally:
-            if was_training:
-                self.train(optimizer)
-                if not are_loaded:
-                    _copy_into(parameters, weights)
+            self.train(optimizer)
+            self._suspended = None
+            if not are_loaded:
+                copy_into(_parameters_of(optimizer), weights)
+
+    @contextmanager
+    def saving(self, optimizer: Any) -> Iterator[None]:
+        """Put the weights of training back while the body saves a training state in the middle of `evaluating`."""
+        weights = self._suspended
+        if weights is None:
+            yield
+            return
+        evaluated = _weights_of(optimizer)
+        self.train(optimizer)
+        copy_into(_parameters_of(optimizer), weights)
+        try:
+            yield
+        finally:
+            self.eval(optimizer)
+            copy_into(_parameters_of(optimizer), evaluated)
 
     @contextmanager
     def restoring(self, optimizer: Any, is_training: bool | None, *, is_resuming: bool) -> Iterator[None]:
@@ -63,15 +84,14 @@ class OptimizerMode:
             is_resuming: Whether the run that saved the state continues. Otherwise, the optimizer is put back into the
                 mode it was in.
         """
-        was_training, parameters = self.is_training, _parameters_of(optimizer)
-        weights = [parameter.detach().clone() for parameter in parameters]
+        was_training, weights = self.is_training, _weights_of(optimizer)
         if is_training is not None:
             self._switch(optimizer, is_training)
         try:
             yield
         except BaseException:
             self._switch(optimizer, bool(was_training))
-            _copy_into(parameters, weights)
+            copy_into(_parameters_of(optimizer), weights)
             raise
         if not is_resuming:
             self._switch(optimizer, bool(was_training))
@@ -85,12 +105,8 @@ class OptimizerMode:
 
 def _parameters_of(optimizer: Any) -> list[torch.Tensor]:
     """Return the parameters of what has modes."""
-    optimizers = with_modes(unwrap_optimizer(optimizer))
-    groups = [group for each in optimizers for group in getattr(each, "param_groups", ())]
-    return [parameter for group in groups for parameter in group["params"]]
+    return [parameter for each in with_modes(unwrap_optimizer(optimizer)) for parameter in parameters_of(each)]
 
 
-def _copy_into(parameters: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, weight in zip(parameters, weights, strict=True):
-            parameter.copy_(weight)
+def _weights_of(optimizer: Any) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in _parameters_of(optimizer)]
