@@ -165,20 +165,17 @@ def check_optimizer(optimizer: object) -> None:
     methods = [getattr(optimizer, name, None) for name in ("step", "zero_grad")]
     if optimizer is None or (all(map(callable, methods)) and not inspect.isclass(optimizer)):
         return
+    described, remedy = describe(optimizer), _remedy(optimizer, "optimizer")
+    if isinstance(optimizer, (list, tuple, dict)):
+        items = list(optimizer.values()) if isinstance(optimizer, dict) else list(optimizer)
+        wrong = [item for item in items if not isinstance(item, Optimizer)]
+        content = describe(wrong[0]) if wrong else "a single optimizer" if items else "nothing"
+        described = f"a {type(optimizer).__name__} with {content} in it"
+        remedy = _remedy(wrong[0], "optimizer") if wrong else remedy
     raise TypeError(
-        f"`optimizer` is {_describe_optimizers(optimizer)}. Expected an instance of `torch.optim.Optimizer`, or "
-        f"several instances in a list or dictionary. Pass {_remedy(optimizer, 'optimizer')} to the Trainer."
+        f"`optimizer` is {described}. Expected an instance of `torch.optim.Optimizer`, or several in a list or "
+        f"dictionary. Pass {remedy} to the Trainer."
     )
-
-
-def _describe_optimizers(value: object) -> str:
-    if not isinstance(value, (list, tuple, dict)):
-        return describe(value)
-    items = list(value.values()) if isinstance(value, dict) else list(value)
-    wrong = next((item for item in items if not isinstance(item, Optimizer)), None)
-    if wrong is not None or not items:
-        return f"a {type(value).__name__} with {'nothing' if not items else describe(wrong)} in it"
-    return f"a {type(value).__name__} of one optimizer"
 
 
 def describe(value: object) -> str:

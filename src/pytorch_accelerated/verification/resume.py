@@ -401,9 +401,8 @@ def _digests_of_optimizer(described: str, optimizer: Optimizer, names: Sequence[
         names: The names of its parameters, as far as they are known.
     """
     states = optimizer.state_dict()
-    named = {
-        names[index] if isinstance(index, int) and index < len(names) else index: index for index in states["state"]
-    }
+    known = dict(enumerate(names))
+    named = {known.get(index, index): index for index in states["state"]}
     return [
         *(
             _Digest("optimizer", f"`{field}` of {described} for `{parameter}`", _digest(value))
