@@ -205,7 +205,13 @@ CASES: dict[str, Case] = {
 
 def members_of(optimizer: Any) -> list[Any]:
     """Return the optimizers in what a case creates."""
-    return list(optimizer.values()) if isinstance(optimizer, dict) else optimizer if isinstance(optimizer, list) else [optimizer]
+    return (
+        list(optimizer.values())
+        if isinstance(optimizer, dict)
+        else optimizer
+        if isinstance(optimizer, list)
+        else [optimizer]
+    )
 
 
 def _windows(num_batches: int) -> Iterator[list[int]]:

@@ -97,7 +97,7 @@ class Scheduler(Stateful, Protocol):
 
     @property
     def step(self) -> Callable[..., object]:
-        """Called without arguments after each update, unless a subclass of the trainer passes some."""
+        """Called after each update, or once per epoch; with a metric or the number of epochs if it takes these."""
 
 
 class TimmScheduler(Scheduler, Protocol):
@@ -113,8 +113,11 @@ ParameterGroup: TypeAlias = dict[str, Any]
 Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer]
 """An optimizer, or several that a run steps together."""
 
-SchedulerFactory: TypeAlias = Callable[[Optimizer], Scheduler]
-"""Creates the scheduler of an optimizer."""
+Schedulers: TypeAlias = Scheduler | Sequence[Scheduler] | Mapping[str, Scheduler]
+"""One scheduler, or several, which the trainer steps one after the other."""
+
+SchedulerFactory: TypeAlias = Callable[[Optimizer], Schedulers]
+"""Creates the scheduler of an optimizer, or several."""
 
 MaybeNone: TypeAlias = Any
 """In ``X | MaybeNone``: an X whenever it is used, and ``None`` in runs that do not use it."""

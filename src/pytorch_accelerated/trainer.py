@@ -82,8 +82,8 @@ from pytorch_accelerated._types import (
     LossFunction,
     ModelOutput,
     Optimizers,
-    Scheduler,
     SchedulerFactory,
+    Schedulers,
     StateDict,
     StateMapping,
     TimmScheduler,
@@ -385,8 +385,8 @@ class Trainer(TrainingLoop):
         self._eval_dl_kwargs = dl_kwargs = merge_dl_kwargs(defaults, eval_dl_kwargs, self.eval_dataset)
         return DataLoader(dataset=self.eval_dataset, **{"collate_fn": self.collate_fn, **dl_kwargs})
 
-    def create_scheduler(self) -> Scheduler | None:
-        """Create the learning-rate scheduler of a run; ``None`` for none."""
+    def create_scheduler(self) -> Schedulers | None:
+        """Create the learning-rate scheduler of a run, or several in a list or dictionary; ``None`` for none."""
         if self.create_scheduler_fn is None:
             return None
         return replace_trainer_placeholder_values(self, self.create_scheduler_fn)(self.optimizer)
@@ -737,17 +737,18 @@ class Trainer(TrainingLoop):
 
     def _loop_set_up_scheduler(self, is_resumed: bool) -> None:
         run, is_overridden = self._loop_run, overrides_any(self, ["scheduler_step"])
-        self.scheduler = create_checked_scheduler(
+        scheduler = create_checked_scheduler(
             self.create_scheduler,
             self.optimizer,
             is_of_function=self.create_scheduler_fn is not None and not overrides_any(self, ["create_scheduler"]),
             is_stepped_by_trainer=not is_overridden,
         )
         is_timm = isinstance(self, TrainerWithTimmScheduler)
-        run.stepping.plan(self.scheduler, is_timm=is_timm)
+        run.stepping.plan(scheduler, is_timm=is_timm)
         run.stepping.plan_hook(is_overridden=is_overridden, is_replaced=replaces_any(self, ["scheduler_step"]))
         if not replaces_any(self, ["scheduler_step", *(["training_run_epoch_end"] if is_timm else [])]):
             start_stepping(run.stepping, run.config, self.run_history, run.eval_dataloaders)
+        self.scheduler = scheduler
         state = self._loop_pending_scheduler_state
         if self.scheduler is not None and state is not None and not is_resumed:
             self._loop_pending_scheduler_state = None

@@ -267,7 +267,7 @@ def _check_is_recorded(metric_name: str, losses: list[str], scheduler_name: str)
         warnings.warn(
             f"{start} the library does not record a metric of this name. Unless a callback of yours does, pass "
             f'`scheduler_metric="{meant}"`.',
-            stacklevel=6,
+            stacklevel=7,
         )
 
 
@@ -283,7 +283,7 @@ def warn_about_mode(stepping: SchedulerStepping) -> None:
                 f"`{type(rule.scheduler).__name__}` has `mode={mode!r}`, so it waits for {stepping.metric_name!r} to "
                 f"{'rise' if mode == 'max' else 'fall'}. Create it with `mode={meant!r}`, or pass another "
                 "`scheduler_metric`.",
-                stacklevel=5,
+                stacklevel=6,
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,6 +153,7 @@ class SchedulerStepping:
         self.num_values_before = 0
         """How many values of the metric earlier runs have recorded."""
 
+        self._has_warned = False
         self._is_timm = False
         self._is_metric_given = metric_name is not None
         self._scheduler: object = None
@@ -245,11 +247,24 @@ class SchedulerStepping:
         if self.metric_name is not None and any(rule.metric for rule in self.rules):
             seen = training.num_metric_values_seen
             training.num_metric_values_seen, metric = read_metric(history, config, self.metric_name, seen)
+            if training.num_metric_values_seen == 0 and self.needs_metric and config.is_world_process_zero:
+                self._warn_once_about_metric(history)
         for rule in self.rules:
             if not rule.is_plain:
                 rule.step_epoch(history.current_epoch, metric)
             elif self.interval == "epoch":
                 rule.scheduler.step()
+
+    def _warn_once_about_metric(self, history: RunHistory) -> None:
+        if not self._has_warned:
+            warnings.warn(
+                f"The scheduler is stepped with the metric {self.metric_name!r}, but nothing has been recorded under "
+                f"this name so far, so the learning rate stays as it is. Recorded so far: "
+                f"{sorted(history.get_metric_names())}. Pass one of these as `scheduler_metric`, or record the metric "
+                "before the end of an epoch, in `on_eval_epoch_end` for example.",
+                stacklevel=2,
+            )
+        self._has_warned = True
 
 
 def read_metric(
