@@ -205,13 +205,9 @@ CASES: dict[str, Case] = {
 
 def members_of(optimizer: Any) -> list[Any]:
     """Return the optimizers in what a case creates."""
-    return (
-        list(optimizer.values())
-        if isinstance(optimizer, dict)
-        else optimizer
-        if isinstance(optimizer, list)
-        else [optimizer]
-    )
+    if isinstance(optimizer, dict):
+        return list(optimizer.values())
+    return optimizer if isinstance(optimizer, list) else [optimizer]
 
 
 def _windows(num_batches: int) -> Iterator[list[int]]:

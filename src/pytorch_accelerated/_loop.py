@@ -34,7 +34,7 @@ from pytorch_accelerated._distributed.fast_path import choose_no_sync
 from pytorch_accelerated._nested import concatenate, count_rows, first_rows, on_host
 from pytorch_accelerated._optimizers.checks import choose_optimizer
 from pytorch_accelerated._optimizers.closure import WindowStep, scaled
-from pytorch_accelerated._optimizers.group import as_optimizer, parameters_of
+from pytorch_accelerated._optimizers.group import as_optimizer, discard_gradients, parameters_of
 from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute, run_of
 from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated._step import batch_loss, mean_loss, predictions, raise_bad_loss, read_batch_output
@@ -602,8 +602,13 @@ class TrainingLoop:
 
     def _loop_update(self) -> None:
         """Make one update: complete the gradients, clip them, step optimizer and scheduler, discard the gradients."""
-        run = self._loop_run
-        correction, num_samples = run.close_window(self.optimizer)
+        run, window = self._loop_run, self._loop_run.training.window
+        if window.updated:
+            discard_gradients(self.optimizer, window.updated)
+        total_weight, num_samples = None, window.num_samples
+        if run.consensus.is_needed:
+            total_weight, num_samples = run.consensus.finish_exchange()
+        correction = window.close(total_weight, run.config.num_processes)
         self._loop_complete_gradients(correction)
         if run.guards_updates:
             run.check_gradients(self.model, self.optimizer)

@@ -19,7 +19,7 @@ from pytorch_accelerated._loss_monitor import (
     describe_non_finite_parameters,
 )
 from pytorch_accelerated._optimizers.closure import WindowClosure, WindowStep, scaled
-from pytorch_accelerated._optimizers.group import discard_gradients, parameters_of
+from pytorch_accelerated._optimizers.group import parameters_of
 from pytorch_accelerated._optimizers.modes import OptimizerMode
 from pytorch_accelerated._proxy import Forwarded, Value, WritableForwarded
 from pytorch_accelerated._scheduling.stepping import SchedulerStepping
@@ -468,21 +468,6 @@ class Run:
         window = self.training.window
         is_last = step + 1 == self.num_batches_per_epoch
         self.consensus.start_exchange(window.total, window.num_samples, None if is_last else window.expected)
-
-    def close_window(self, optimizer: Optimizer) -> tuple[float | torch.Tensor | None, int]:
-        """End the accumulation window; return the factor to multiply its gradients by, and how many samples it holds.
-
-        The factor makes the gradients those of the mean over the window on all ranks; ``None`` for none. Gradients of
-        optimizers that have made an update of their own in the window are discarded.
-        """
-        window = self.training.window
-        if window.updated:
-            discard_gradients(optimizer, window.updated)
-            window.updated.clear()
-        total_weight, num_samples = None, window.num_samples
-        if self.consensus.is_needed:
-            total_weight, num_samples = self.consensus.finish_exchange()
-        return window.close(total_weight, self.config.num_processes), num_samples
 
     @contextmanager
     def updating_with_closure(

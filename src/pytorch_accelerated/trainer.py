@@ -724,8 +724,7 @@ class Trainer(TrainingLoop):
                 run.reset_history(self.run_history)
             _set_up_parameters(run, self.model, self.optimizer)
             self._loop_set_up_scheduler(is_resumed=state is not None)
-            nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
-            window = AccumulationWindow(config.gradient_accumulation_steps, nominal_weight)
+            window = _create_window(run, config)
             run.closure = window.closure = _create_closure(self)
             if overrides_any(self, ("_create_run_config",)):
                 num_epochs = config.num_epochs
@@ -912,6 +911,11 @@ def _check_parts_of_training(trainer: Trainer, create_scheduler_fn: object) -> N
         optimizer_checks.check_step(optimizer)
     _validation.check_trainable(trainer.model, trainer.loss_func, optimizer)
     optimizer_checks.warn_about_missing_parameters(trainer.model, optimizer, vars(trainer).values())
+
+
+def _create_window(run: Run, config: TrainerRunConfig) -> AccumulationWindow:
+    nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
+    return AccumulationWindow(config.gradient_accumulation_steps, nominal_weight)
 
 
 def _create_closure(trainer: Trainer) -> WindowClosure | None:

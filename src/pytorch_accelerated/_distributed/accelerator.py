@@ -28,7 +28,7 @@ from pytorch_accelerated._data.sharding import TrimmedDispatcher
 from pytorch_accelerated._data.workers import shut_down_workers
 from pytorch_accelerated._distributed.collectives import PROCESS_TIMEOUT, all_gather_objects, broadcast_from_main
 from pytorch_accelerated._distributed.dispatch import DispatchedLoader
-from pytorch_accelerated._distributed.fast_path import FastPathLoader, wrap_optimizer
+from pytorch_accelerated._distributed.fast_path import FastPathLoader, can_use_fast_path, wrap_optimizer
 from pytorch_accelerated._distributed.lockstep import LocalBatches, LocalLoader
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._types import Loader, MaybeNone
@@ -264,7 +264,7 @@ def prepare(
     """
     placement = placement_of(accelerator)
     train_dl, *active_eval_dls = (_activate(loader, placement) for loader in (train_dl, *eval_dls.values()))
-    optimizer = wrap_optimizer(accelerator, optimizer)
+    optimizer = wrap_optimizer(accelerator, optimizer, uses_fast_path=can_use_fast_path(accelerator))
     objects = [model, optimizer, train_dl, *active_eval_dls]
     present = [item for item in objects if item is not None]
     # DeepSpeed and FSDP have to see all objects at once. A single object is not returned in a tuple.

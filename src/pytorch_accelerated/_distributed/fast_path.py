@@ -108,10 +108,15 @@ class PreparedGroup(FastPathOptimizer):
         return len(self.optimizer)
 
 
-def wrap_optimizer(accelerator: Accelerator, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
+def wrap_optimizer(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer | None, *, uses_fast_path: bool = True
+) -> torch.optim.Optimizer | None:
     """Return a PyTorch optimizer ready for the run; prepared optimizers and other objects as they are.
 
-    A single optimizer is left to Accelerate if the run cannot use the fast path.
+    Args:
+        accelerator: Has the device and the gradient scaler.
+        optimizer: The optimizer, or a group.
+        uses_fast_path: Whether the run can use the fast path; otherwise, a single optimizer is left to Accelerate.
     """
     if not isinstance(optimizer, torch.optim.Optimizer) or AcceleratorRegistry.is_prepared(optimizer):
         return optimizer
@@ -120,7 +125,7 @@ def wrap_optimizer(accelerator: Accelerator, optimizer: torch.optim.Optimizer | 
     device = accelerator.device if accelerator.device_placement else None
     if isinstance(optimizer, OptimizerGroup):
         wrapped: FastPathOptimizer = PreparedGroup(optimizer, device, accelerator.scaler)
-    elif can_use_fast_path(accelerator):
+    elif uses_fast_path:
         wrapped = FastPathOptimizer(optimizer, device)
     else:
         return optimizer

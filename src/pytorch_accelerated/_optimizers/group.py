@@ -239,11 +239,17 @@ def has_gradient(optimizer: Any) -> bool:
     return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
 
 
-def discard_gradients(optimizer: Any, names: Iterable[Any]) -> None:
-    """Discard the gradients of some optimizers in a group, prepared or not, which then leaves them out of its step."""
+def discard_gradients(optimizer: Any, names: set[Any]) -> None:
+    """Discard the gradients of some optimizers in a group, prepared or not, which then leaves them out of its step.
+
+    Args:
+        optimizer: The group.
+        names: Their names or indices. The set is emptied.
+    """
     for name in names:
         for parameter in parameters_of(optimizer[name]):
             parameter.grad = None
+    names.clear()
 
 
 def with_modes(optimizer: Any) -> list[Any]:
