@@ -910,7 +910,6 @@ def _check_parts_of_training(trainer: Trainer, create_scheduler_fn: object) -> N
     if not overrides_any(trainer, ["optimizer_step"]):
         optimizer_checks.check_step(optimizer)
     _validation.check_trainable(trainer.model, trainer.loss_func, optimizer)
-    optimizer_checks.warn_about_missing_parameters(trainer.model, optimizer, vars(trainer).values())
 
 
 def _create_window(run: Run, config: TrainerRunConfig) -> AccumulationWindow:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
@@ -107,12 +106,12 @@ def warn_about_missing_parameters(model: object, optimizer: object, others: Iter
     held = {id(parameter) for each in [optimizer, *_optimizers_among(others)] for parameter in parameters_of(each)}
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     missing = [name for name, parameter in trainable if id(parameter) not in held]
-    if not missing or any(isinstance(parameter, UninitializedParameter) for _, parameter in trainable):
+    if not missing:
         return
     more = f" and {len(missing) - _MAX_NAMES} more" if len(missing) > _MAX_NAMES else ""
     warnings.warn(
         f"The optimizer does not hold {len(missing)} of the {len(trainable)} parameters of `{type(model).__name__}` "
-        f"that require a gradient, so they will not be trained: {', '.join(map(repr, missing[:_MAX_NAMES]))}{more}. "
+        f"that require a gradient, so they are not trained: {', '.join(map(repr, missing[:_MAX_NAMES]))}{more}. "
         "If they were added or replaced after the optimizer was created, such as a new head, create it from "
         "`model.parameters()` now. If they are not to be trained, set `requires_grad` to False.",
         stacklevel=4,
