@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ class AccumulationWindow:
         num_batches: Batches of one rank that make one update.
         nominal_weight: What every rank takes a full batch to weigh; above 0. With ``None``, for a single process, it is
             the weight of the window's first batch.
+        updated: The set in which a group of optimizers notes those that make an update of their own.
 
     Example:
         >>> window = AccumulationWindow(num_batches=2)
@@ -40,7 +41,9 @@ class AccumulationWindow:
         1.3333
     """
 
-    def __init__(self, num_batches: int = 1, nominal_weight: float | None = None) -> None:
+    def __init__(
+        self, num_batches: int = 1, nominal_weight: float | None = None, updated: set[Any] | None = None
+    ) -> None:
         self._num_batches = num_batches
         self._num_batches_per_epoch: int | None = None
         self._nominal_weight = nominal_weight
@@ -54,7 +57,7 @@ class AccumulationWindow:
         self.expected: float | torch.Tensor | None = None
         """What `total` will be if all batches have the nominal weight; ``None`` while nothing is weighed."""
 
-        self.updated: set[str | int] = set()
+        self.updated = set() if updated is None else updated
         """The optimizers that have made an update of their own, and do not take part in that of the window."""
 
         self.closure: Stateful | None = None
@@ -90,7 +93,8 @@ class AccumulationWindow:
         self.total = state_dict["total"]
         self.num_samples = state_dict["num_samples"]
         self.expected = state_dict["expected"] or None  # earlier versions wrote 0
-        self.updated = set(state_dict.get("updated", ()))
+        self.updated.clear()
+        self.updated.update(state_dict.get("updated", ()))
         if self.closure is not None and "closure" in state_dict:
             self.closure.load_state_dict(state_dict["closure"])
 

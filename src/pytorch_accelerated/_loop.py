@@ -622,6 +622,8 @@ class TrainingLoop:
         else:
             with run.updating_with_closure(self.optimizer, self._loop_repeat_steps, correction):
                 self.optimizer_step()
+        if window.updated:  # the hook has stepped some of several optimizers one by one
+            window.updated.clear()
         run.training.progress.num_updates += 1
         run.training.progress.num_samples += num_samples
         was_made = run.uses_fast_path or self._accelerator.optimizer_step_was_skipped is not True
@@ -662,8 +664,9 @@ class TrainingLoop:
 
         This is for networks that are trained in turns, such as a discriminator before its generator: compute the loss
         of the first, make its update, then return the loss of the second from `calculate_train_batch_loss`. The update
-        of the run that follows leaves this optimizer out, and gradients of its parameters do not count there. Gradients
-        are clipped as the run clips them. It is not counted as an update of the run. Must be called on every process.
+        of the run that follows leaves this optimizer out, and gradients of its parameters do not count there. It is not
+        counted as an update of the run, but clipped and averaged over the processes like one. Must be called on every
+        process.
 
         Args:
             loss: The loss, a scalar tensor. It must not depend on what the other optimizers train: use ``detach``.

@@ -62,12 +62,12 @@ from pytorch_accelerated._distributed.accelerator import (
 )
 from pytorch_accelerated._distributed.collectives import broadcast_values, num_local_processes
 from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any, replaces_any
-from pytorch_accelerated._distributed.fast_path import can_use_fast_path
+from pytorch_accelerated._distributed.fast_path import can_use_fast_path, unwrap_optimizer
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_modes, report_exception
 from pytorch_accelerated._optimizers import checks as optimizer_checks
 from pytorch_accelerated._optimizers.closure import WindowClosure, create_closure
-from pytorch_accelerated._optimizers.group import as_optimizer
+from pytorch_accelerated._optimizers.group import OptimizerGroup, as_optimizer
 from pytorch_accelerated._run import Run, do_nothing
 from pytorch_accelerated._scheduling.checks import check_create_scheduler_fn
 from pytorch_accelerated._scheduling.group import load_state_of, start_counting
@@ -724,7 +724,7 @@ class Trainer(TrainingLoop):
                 run.reset_history(self.run_history)
             _set_up_parameters(run, self.model, self.optimizer)
             self._loop_set_up_scheduler(is_resumed=state is not None)
-            window = _create_window(run, config)
+            window = _create_window(run, self.optimizer)
             run.closure = window.closure = _create_closure(self)
             if overrides_any(self, ("_create_run_config",)):
                 num_epochs = config.num_epochs
@@ -912,9 +912,14 @@ def _check_parts_of_training(trainer: Trainer, create_scheduler_fn: object) -> N
     _validation.check_trainable(trainer.model, trainer.loss_func, optimizer)
 
 
-def _create_window(run: Run, config: TrainerRunConfig) -> AccumulationWindow:
+def _create_window(run: Run, optimizer: Optimizer) -> AccumulationWindow:
+    config, group = run.config, unwrap_optimizer(optimizer)
     nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
-    return AccumulationWindow(config.gradient_accumulation_steps, nominal_weight)
+    window = AccumulationWindow(
+        config.gradient_accumulation_steps, nominal_weight, group.updated if isinstance(group, OptimizerGroup) else None
+    )
+    window.reset()  # what was updated before the run
+    return window
 
 
 def _create_closure(trainer: Trainer) -> WindowClosure | None:

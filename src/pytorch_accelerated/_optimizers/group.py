@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -55,7 +56,12 @@ class OptimizerGroup(Optimizer):
         self.optimizers: dict[Any, Optimizer] = state["optimizers"]
         """The optimizers by name, or by index."""
 
+        self.updated: set[Any] = set()
+        """The names of those that have been stepped on their own since the last `step`."""
+
         self._is_named: bool = state["_is_named"]
+        for name, optimizer in self.optimizers.items():
+            optimizer.register_step_post_hook(partial(self._note_update, name))
         super().__setstate__(state)
 
     def __getstate__(self) -> StateDict:
@@ -114,7 +120,11 @@ class OptimizerGroup(Optimizer):
                 loss = optimizer.step(closure)
             else:
                 optimizer.step()
+        self.updated.clear()
         return loss
+
+    def _note_update(self, name: Any, *_: object) -> None:
+        self.updated.add(name)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discard the gradients of all parameters."""
@@ -239,17 +249,11 @@ def has_gradient(optimizer: Any) -> bool:
     return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
 
 
-def discard_gradients(optimizer: Any, names: set[Any]) -> None:
-    """Discard the gradients of some optimizers in a group, prepared or not, which then leaves them out of its step.
-
-    Args:
-        optimizer: The group.
-        names: Their names or indices. The set is emptied.
-    """
+def discard_gradients(optimizer: Any, names: Iterable[Any]) -> None:
+    """Discard the gradients of some optimizers in a group, prepared or not, which then leaves them out of its step."""
     for name in names:
         for parameter in parameters_of(optimizer[name]):
             parameter.grad = None
-    names.clear()
 
 
 def with_modes(optimizer: Any) -> list[Any]:
