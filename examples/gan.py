@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 
 from pytorch_accelerated import Trainer
 
-NUM_PLACES, SPREAD, NOISE_SIZE = 8, 0.05, 8
+NUM_PLACES, SPREAD, NOISE_SIZE = 8, 0.1, 8
 
 
 # 1. The data: 10,000 points, and what a sample of points has to be compared with.
@@ -38,7 +38,7 @@ def make_points(num_points):
 def describe(points):
     """Return how many places have points near them, and the share of points that are near one."""
     distances, nearest = torch.cdist(points.cpu(), places()).min(dim=1)
-    is_near = distances < 4 * SPREAD
+    is_near = distances < 3 * SPREAD
     counts = torch.bincount(nearest[is_near], minlength=NUM_PLACES)
     return int((counts > len(points) / (4 * NUM_PLACES)).sum()), is_near.float().mean().item()
 
@@ -48,7 +48,11 @@ def describe(points):
 
 def create_network(num_inputs, num_outputs):
     return nn.Sequential(
-        nn.Linear(num_inputs, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, num_outputs)
+        nn.Linear(num_inputs, 128),
+        nn.LeakyReLU(0.2),
+        nn.Linear(128, 128),
+        nn.LeakyReLU(0.2),
+        nn.Linear(128, num_outputs),
     )
 
 

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import inspect
 import io
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -340,5 +341,8 @@ def table() -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    lines = []
     for line in table():
         print(line, flush=True)
+        lines.append(line)
+    sys.exit("Not all are identical." if any(line.count("identical") < 5 for line in lines[1:]) else 0)

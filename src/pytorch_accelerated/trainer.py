@@ -481,15 +481,15 @@ class Trainer(TrainingLoop):
         on_collect = partial(self.callback_handler.call_event, "on_training_state_save", self)
         with self._loop_run.training.optimizer_mode.saving(self.optimizer):
             collected = collect_state(self._loop_state_parts(), self._accelerator, checkpoint_kwargs, on_collect)
-        self._loop_state_writer.write(
-            output_dir,
-            collected,
-            self._loop_run.training.lineage,
-            is_main=self._accelerator.is_main_process,
-            num_processes=int(self._accelerator.num_processes),
-            in_background=in_background,
-            on_complete=and_then,
-        )
+            self._loop_state_writer.write(
+                output_dir,
+                collected,
+                self._loop_run.training.lineage,
+                is_main=self._accelerator.is_main_process,
+                num_processes=int(self._accelerator.num_processes),
+                in_background=in_background,
+                on_complete=and_then,
+            )
 
     def wait_for_training_state(self) -> None:
         """Wait until the state being written in the background is complete, as `train` does at its end.
