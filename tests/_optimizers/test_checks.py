@@ -114,7 +114,9 @@ def test_a_parameter_in_two_optimizers_is_refused():
 def test_several_optimizers_are_refused_for_a_sharded_model():
     model = make_model()
     group = OptimizerGroup([sgd([model.weight]), sgd([model.bias])])
-    with pytest.raises(NotImplementedError, match="`optimizer` has 2 optimizers, but FSDP and DeepSpeed prepare one"):
+    with pytest.raises(
+        NotImplementedError, match="`optimizer` has 2 optimizers, but FSDP and DeepSpeed prepare a single one"
+    ):
         check_group(group, is_sharded=True)
     check_group(group, is_sharded=False)
 
@@ -169,7 +171,9 @@ def overflow(trainer, batch_output, **kwargs):
     if trainer.progress.num_updates == 1:
         batch_output["loss"] = batch_output["loss"] + 0 * trainer.model.head.bias.sum() * float("inf")
 weights = []
-note = Probe(on_backward_start=overflow, on_optimizer_step_end=lambda trainer, **_: weights.append(weights_of(trainer.model)))
+def remember(trainer, **kwargs):
+    weights.append(weights_of(trainer.model))
+note = Probe(on_backward_start=overflow, on_optimizer_step_end=remember)
 trainer = run(True, note)
 assert_same_weights(weights[0], weights[1])  # both optimizers have left out the update, though only one overflowed
 assert not torch.equal(weights[1]["body.weight"], weights[2]["body.weight"])

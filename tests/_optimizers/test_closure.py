@@ -186,7 +186,7 @@ def test_weights_that_are_not_finite_are_put_back():
 
     trainer = make_trainer(lambda model: Diverging(model.parameters(), lr=0.1), callbacks=[TerminateOnNaNCallback()])
     before = weights_of(trainer.model)
-    with pytest.raises(NonFiniteLossError, match="not finite|NaN or infinite"):
+    with pytest.raises(NonFiniteLossError, match="parameter"):
         train(trainer, DATASET)
     assert_same_weights(before, weights_of(trainer.model))
 
@@ -209,7 +209,7 @@ def test_an_error_in_an_evaluation_leaves_the_weights_from_before_the_update():
 
 
 def test_a_closure_belongs_to_its_update():
-    with pytest.raises(RuntimeError, match="The closure was called outside an update. It belongs to one update"):
+    with pytest.raises(RuntimeError, match=r"The closure was called outside an update\. It belongs to one update"):
         WindowClosure(torch.device("cpu"))()
 
 
