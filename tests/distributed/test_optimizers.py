@@ -1,6 +1,6 @@
-"""Closures, modes and several optimizers on two real processes, with the numbers of one. They run this file as a script.
+"""Closures, modes and several optimizers on two real processes, with the numbers of one.
 
-The batches of the two processes have different sizes at the end of an epoch.
+The processes run this file as a script. The batches of the two processes have different sizes at the end of an epoch.
 """
 
 from __future__ import annotations
