@@ -670,8 +670,8 @@ class TrainingLoop:
 
         Args:
             loss: The loss, a scalar tensor. It must not depend on what the other optimizers train: use ``detach``.
-            optimizer: The name or index of the optimizer in ``trainer.optimizer``. With several processes, its parameters
-                should be no part of the trainer's model, whose wrapper averages the gradients of a single loss.
+            optimizer: The name or index of the optimizer in ``trainer.optimizer``. With several processes, its
+                parameters should be no part of the trainer's model, whose wrapper averages the gradients of one loss.
             num_items: How much the loss of this process weighs, such as the size of its batch; for several processes.
 
         Raises:
