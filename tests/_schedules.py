@@ -207,7 +207,7 @@ def nothing(*_: object) -> None:
     """Do nothing."""
 
 
-def problems_of_pytorch(name: str, interval: str | None, folder: Path) -> list[str]:
+def problems_of_pytorch(name: str, interval: str, folder: Path) -> list[str]:
     """Compare a scheduler of PyTorch, stepped at an interval, with the loop by hand."""
     num_steps = NUM_EPOCHS if interval == "epoch" else NUM_UPDATES
 
@@ -216,12 +216,12 @@ def problems_of_pytorch(name: str, interval: str | None, folder: Path) -> list[s
 
     if name == "ReduceLROnPlateau":
         by_hand = rates_by_hand(create, nothing, lambda scheduler, epoch, loss: scheduler.step(loss))
-        interval = None
-    elif interval == "epoch":
+        return problems_of(create, by_hand, folder)
+    if interval == "epoch":
         by_hand = rates_by_hand(create, nothing, lambda scheduler, epoch, loss: scheduler.step())
     else:
         by_hand = rates_by_hand(create, lambda scheduler, num_updates: scheduler.step(), nothing)
-    return problems_of(create, by_hand, folder, **({} if interval is None else {"step_scheduler": interval}))
+    return problems_of(create, by_hand, folder, step_scheduler=interval)
 
 
 def problems_of_timm(make: Callable[[Any, int], Any], cls: type[Trainer], counts: str, folder: Path) -> list[str]:
@@ -240,15 +240,15 @@ def problems_of_timm(make: Callable[[Any, int], Any], cls: type[Trainer], counts
     return problems_of(create, by_hand, folder, cls=cls)
 
 
-def problems_of_all(folder: Path) -> dict[str, list[str]]:
-    """Return what is wrong with each scheduler, at each interval; nothing for those that are right."""
+def compare_all(folder: Path) -> dict[str, list[str]]:
+    """Return what is wrong with each scheduler, at each interval: an empty list for those that are right."""
     found = {}
     for name in OF_PYTORCH:
-        for interval in ("update", "epoch"):
+        for interval in ("update", "epoch") if name != "ReduceLROnPlateau" else ("evaluation",):
             found[f"{name} per {interval}"] = problems_of_pytorch(name, interval, folder / f"{name}-{interval}")
     for name, make in OF_TIMM.items():
         for cls in (Trainer, TrainerWithTimmScheduler):
             for counts in ("epochs", "updates"):
                 key = f"{name} of {counts} in {cls.__name__}"
                 found[key] = problems_of_timm(make, cls, counts, folder / key.replace(" ", "-"))
-    return {name: problems for name, problems in found.items() if problems}
+    return found

@@ -123,11 +123,11 @@ MISTAKES = {
     "a scheduler": (StepLR(OPTIMIZER, 1), {}, TypeError, "is a scheduler of type StepLR.*lambda optimizer"),
     "of another optimizer": (lambda o: StepLR(OPTIMIZER, 1), {}, ValueError, "a `StepLR` of another optimizer"),
     "a group of another optimizer": (lambda o: [StepLR(OPTIMIZER, 1)], {}, ValueError, "`StepLR` of another optimizer"),
-    "no return": (lambda o: None, {}, TypeError, "`create_scheduler_fn` returned None.*missing `return`"),
     "a class in return": (lambda o: StepLR, {}, TypeError, "returned the class `StepLR`.*Expected a scheduler"),
     "the optimizer": (lambda o: o, {}, TypeError, "returned an object of type .*Optimizer.*Expected a scheduler"),
     "a number": (lambda o: 0.1, {}, TypeError, "returned an object of type float.*Expected a scheduler"),
     "a class in a group": (lambda o: [StepLR(o, 1), StepLR], {}, TypeError, "the class `StepLR` in a group of 2"),
+    "an empty group": (lambda o: [], {}, TypeError, "returned an object of type list.*Expected a scheduler"),
     "None in a group": (lambda o: {"a": None}, {}, TypeError, "returned None in a group of 1"),
     "the form of Lightning": (
         lambda o: {"scheduler": StepLR(o, 1), "interval": "epoch"},
@@ -240,6 +240,14 @@ def test_an_error_in_the_function_says_where_it_happened():
     with pytest.raises(LookupError) as caught:
         train(make_trainer(), create_scheduler_fn=lambda optimizer: {}["length"])
     assert "`create_scheduler_fn`" in caught.value.__notes__[0]
+
+
+def test_a_function_that_returns_nothing_is_told_of():
+    """It may be meant: 0.1.61 trained without a scheduler."""
+    with pytest.warns(UserWarning, match="`create_scheduler_fn` returned None.*missing `return`") as caught:
+        trainer = train(make_trainer(), create_scheduler_fn=lambda optimizer: None)
+    assert trainer.scheduler is None
+    assert [warning.filename.endswith("_support.py") for warning in caught] == [True]  # which calls `train`
 
 
 # --- no mistakes -------------------------------------------------------------------------------------------------

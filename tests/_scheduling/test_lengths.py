@@ -123,6 +123,20 @@ def test_a_one_cycle_that_ends_before_the_run_is_told_of_before_it_raises():
     assert warnings_of(too_long) == []
 
 
+def test_a_schedule_of_whole_epochs_that_the_run_does_not_finish_is_told_of():
+    def create(optimizer, num_epochs, num_updates_per_epoch):
+        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=num_epochs * num_updates_per_epoch)
+
+    create = partial(create, num_epochs=EPOCHS, num_updates_per_epoch=TrainerPlaceholderValues.TRAIN_DATALOADER_LEN)
+    [message] = warnings_of(create, max_num_train_steps=10)
+    assert message.startswith(
+        "`CosineAnnealingLR(T_max=12)` is as long as 3 whole epochs, but `max_num_train_steps` ends the run after 10 "
+        "updates, before the schedule has reached its end. Pass that number as its length: "
+    )
+    assert warnings_of(create, max_num_train_steps=12) == []
+    assert warnings_of(partial(lr_scheduler.CosineAnnealingLR, T_max=UPDATES), max_num_train_steps=10) == []
+
+
 def test_nothing_is_told_where_nothing_is_known():
     create = partial(lr_scheduler.StepLR, step_size=2)
 

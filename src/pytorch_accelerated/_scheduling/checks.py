@@ -112,7 +112,7 @@ def explain_failure(is_of_function: bool) -> Iterator[None]:
 
 
 def check_scheduler(scheduler: object, optimizer: object, *, is_of_function: bool, is_stepped_by_trainer: bool) -> None:
-    """Raise unless the trainer can step what was returned as a scheduler, or as a group of them.
+    """Raise unless the trainer can step what was returned as a scheduler, or as a group; warn if nothing was returned.
 
     Args:
         scheduler: What `create_scheduler`, or the function given to `train`, returned.
@@ -125,9 +125,11 @@ def check_scheduler(scheduler: object, optimizer: object, *, is_of_function: boo
         ValueError: It belongs to another optimizer.
     """
     if scheduler is None and is_of_function:
-        raise TypeError(
-            "`create_scheduler_fn` returned None. Expected a scheduler for the optimizer that it is called with. Add "
-            "the missing `return`, or leave `create_scheduler_fn` out to train without a scheduler."
+        warnings.warn(
+            "`create_scheduler_fn` returned None, so the learning rate stays as it is. Expected a scheduler for the "
+            "optimizer that it is called with. Add the missing `return`, or leave `create_scheduler_fn` out to train "
+            "without a scheduler.",
+            stacklevel=6,
         )
     members = members_of(scheduler)
     for member in members:

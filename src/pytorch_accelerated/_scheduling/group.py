@@ -68,9 +68,16 @@ class SchedulerGroup:
         return self.schedulers[key if self._names is None else self._names.index(key)]
 
 
-def as_group(returned: object) -> Any:
-    """Return what ``create_scheduler_fn`` returned: as a group if it is a list, tuple or dictionary of schedulers."""
-    return SchedulerGroup(returned) if isinstance(returned, (list, tuple, dict)) else returned
+def as_group(returned: object, *, is_stepped_by_trainer: bool) -> Any:
+    """Return a non-empty list, tuple or dictionary that ``create_scheduler_fn`` returned as a group; others unchanged.
+
+    If a subclass steps what it holds itself, it may hold anything, so only a collection of schedulers is a group.
+    """
+    if not isinstance(returned, (list, tuple, dict)) or not returned:
+        return returned
+    group = SchedulerGroup(returned)
+    is_group = is_stepped_by_trainer or all(hasattr(scheduler, "step") for scheduler in group.schedulers)
+    return group if is_group else returned
 
 
 def members_of(scheduler: object) -> list[Any]:

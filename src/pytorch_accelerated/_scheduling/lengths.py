@@ -5,14 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import lr_scheduler
 
 from pytorch_accelerated._scheduling.group import members_of
-from pytorch_accelerated._scheduling.stepping import Interval, SchedulerStepping
+from pytorch_accelerated._scheduling.stepping import SchedulerStepping
 
-_VANISHED = 1e-3
+if TYPE_CHECKING:
+    from pytorch_accelerated.run_config import TrainerRunConfig
+
+_VANISHED = 1e-6
 """A rate that falls to this fraction of itself was not meant to."""
 
 _NOTICEABLE = 0.9
@@ -108,29 +111,29 @@ def _own_length(scheduler: Any, name: str) -> Iterator[ScheduleLength]:
                 yield ScheduleLength(name, int(getattr(scheduler, attribute)))
 
 
-def warn_about_length(stepping: SchedulerStepping, num_epochs: int | None, num_updates: int | None) -> None:
+def warn_about_length(stepping: SchedulerStepping, config: TrainerRunConfig) -> None:
     """Warn the caller of `Trainer.train` if a schedule evidently has a length in another unit than it is stepped in.
 
     Args:
         stepping: How the schedulers are stepped.
-        num_epochs: Epochs of the run.
-        num_updates: Updates of the run. Nothing is known if one of the two is not.
+        config: The configuration of the run. Nothing is known if its length is not.
     """
-    if not num_epochs or not num_updates:
+    if not config.num_epochs or not config.max_num_train_steps:
         return
-    is_asked_for = stepping.requested_interval == "update"
     for rule in stepping.rules:
         for length in lengths_of(rule.scheduler) if rule.is_plain else ():
-            advice = _advice(length, stepping.interval, num_epochs, num_updates, is_asked_for)
+            advice = _advice(length, stepping, config, config.max_num_train_steps)
             if advice is not None:
                 warnings.warn(advice, stacklevel=6)
 
 
 def _advice(
-    length: ScheduleLength, interval: Interval, num_epochs: int, num_updates: int, is_asked_for: bool
+    length: ScheduleLength, stepping: SchedulerStepping, config: TrainerRunConfig, num_updates: int
 ) -> str | None:
+    num_epochs, interval = config.num_epochs, stepping.interval
     run = f"the run has {num_epochs} epochs and {num_updates} updates"
     num_steps = num_updates if interval == "update" else num_epochs
+    is_asked_for = stepping.requested_interval == "update"
     if interval == "update" and not is_asked_for and length.is_of_epochs(num_epochs, num_updates):
         return (
             f"`{length.setting}` looks as if it counted epochs, but it is stepped after each update, and {run}. Pass "
@@ -147,6 +150,12 @@ def _advice(
             f"`{length.setting}` raises an error when it is stepped more often than that, but it is stepped after each "
             f"{interval}, and {run}. Make it as long as the run: with "
             f"`functools.partial(OneCycleLR, total_steps={_LENGTH_OF_RUN[interval]}, ...)`."
+        )
+    if interval == "update" and num_updates < length.num_steps == num_epochs * (config.num_update_steps_per_epoch or 0):
+        return (
+            f"`{length.setting}` is as long as {num_epochs} whole epochs, but `max_num_train_steps` ends the run after "
+            f"{num_updates} updates, before the schedule has reached its end. Pass that number as its length: "
+            f"`{_LENGTH_OF_RUN[interval]}` in a `functools.partial`, or `run_config.max_num_train_steps`."
         )
     return None
 

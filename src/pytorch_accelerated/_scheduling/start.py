@@ -49,7 +49,7 @@ def create_checked_scheduler(
         ValueError: It belongs to another optimizer.
     """
     with explain_failure(is_of_function):
-        scheduler = as_group(create())
+        scheduler = as_group(create(), is_stepped_by_trainer=is_stepped_by_trainer)
     check_scheduler(scheduler, optimizer, is_of_function=is_of_function, is_stepped_by_trainer=is_stepped_by_trainer)
     start_counting(scheduler)
     return scheduler
@@ -73,6 +73,6 @@ def start_stepping(
     check_stepping(stepping)
     stepping.metric_name = choose_metric(stepping, eval_names)
     warn_about_mode(stepping)
-    warn_about_length(stepping, config.num_epochs, config.max_num_train_steps)
+    warn_about_length(stepping, config)
     if stepping.metric_name is not None:
         stepping.num_values_before, _ = read_metric(history, config, stepping.metric_name)

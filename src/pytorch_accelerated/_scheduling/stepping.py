@@ -173,8 +173,10 @@ class SchedulerStepping:
 
     @property
     def settings(self) -> dict[str, str | None]:
-        """What a resumed run ought to have in common with the run that saved its state."""
-        is_per_update = bool(self._without_arguments or self._counting) if self.rules else self.interval == "update"
+        """What a resumed run ought to have in common with the run that saved its state; nothing without a scheduler."""
+        if not self.rules:
+            return {}
+        is_per_update = bool(self._without_arguments or self._counting)
         return {
             "step_scheduler": "update" if is_per_update else "epoch",
             "scheduler_metric": self.metric_name if self.needs_metric else None,

@@ -13,7 +13,7 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 from pytorch_accelerated.exceptions import SchedulerSettingsError
 from pytorch_accelerated.schedulers._placeholders import NumberOrPlaceholder, TrainerPlaceholderValues
@@ -237,6 +237,7 @@ class WSDLrScheduler(StatefulSchedulerBase):
         'decay'
     """
 
+    _takes_partial_epochs: ClassVar[bool] = True  # of a run that ends within an epoch
     checkpoint_steps: list[int]
     checkpoint_decay_info: list[DecayInfo]
 

@@ -83,6 +83,7 @@ def subclass(base=Trainer, **members):
         (10, 4, 1, None, 10),
     ],
 )
+@pytest.mark.filterwarnings("ignore:`create_scheduler_fn` returned None:UserWarning")
 def test_the_number_of_epochs_is_that_of_the_run(num_epochs, num_batches, num_accumulated, limit, expected):
     """Row 4.1."""
     trainer = make_trainer()
