@@ -32,9 +32,9 @@ from pytorch_accelerated._distributed.collectives import (
 from pytorch_accelerated._distributed.consensus import can_skip_exchange, overrides_any
 from pytorch_accelerated._distributed.fast_path import choose_no_sync
 from pytorch_accelerated._nested import concatenate, count_rows, first_rows, on_host
-from pytorch_accelerated._optimizers.checks import choose_optimizer, warn_about_missing_parameters
+from pytorch_accelerated._optimizers.checks import as_optimizer, choose_optimizer, warn_about_missing_parameters
 from pytorch_accelerated._optimizers.closure import WindowStep, scaled
-from pytorch_accelerated._optimizers.group import as_optimizer, discard_gradients, parameters_of
+from pytorch_accelerated._optimizers.group import discard_gradients, parameters_of
 from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute, run_of
 from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated._step import batch_loss, mean_loss, predictions, raise_bad_loss, read_batch_output
@@ -462,7 +462,7 @@ class TrainingLoop:
                 self._loop_fire(TrainerCallback.on_training_run_start)
                 run.consensus.sync()
                 run.complete_resume()
-                if not run.is_sharded:  # otherwise other parameters stand for those of the model
+                if run.config.is_world_process_zero and not run.is_sharded:  # shards are other parameters
                     warn_about_missing_parameters(self.get_model(), self.optimizer, vars(self).values())
                 self._loop_epochs()
             except StopTrainingError as stop:

@@ -69,7 +69,7 @@ from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_modes, report_exception
 from pytorch_accelerated._optimizers import checks as optimizer_checks
 from pytorch_accelerated._optimizers.closure import WindowClosure, create_closure
-from pytorch_accelerated._optimizers.group import OptimizerGroup, as_optimizer
+from pytorch_accelerated._optimizers.group import OptimizerGroup
 from pytorch_accelerated._run import Run, do_nothing
 from pytorch_accelerated._scheduling.checks import check_create_scheduler_fn
 from pytorch_accelerated._scheduling.group import load_state_of, start_counting
@@ -277,7 +277,7 @@ class Trainer(TrainingLoop):
         for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             _validation.check_reiterable(name, data, num_epochs, max_num_train_steps)
         stepping = choose_stepping(step_scheduler, scheduler_metric)
-        self.optimizer = as_optimizer(self.optimizer)  # a program may have replaced it
+        self.optimizer = optimizer_checks.as_optimizer(self.optimizer)  # a program may have replaced it
         _check_parts_of_training(self, create_scheduler_fn)
 
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset

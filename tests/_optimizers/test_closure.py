@@ -233,6 +233,33 @@ def test_a_subclass_that_passes_a_closure_of_its_own_is_left_alone():
     assert trainers[0]._loop_run.closure is None
 
 
+def test_an_optimizer_that_refuses_to_work_without_a_closure_gets_one():
+    """As published implementations do, whose argument has a default nevertheless."""
+
+    class Asserting(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            assert closure is not None, "it requires a closure"
+            torch.enable_grad()(closure)()
+            return super().step()
+
+    class Raising(torch.optim.SGD):
+        def step(self, closure=None):
+            if closure is None:
+                raise RuntimeError("it requires a closure")
+            closure()
+            return super().step()
+
+    class Convention(torch.optim.SGD):
+        def step(self, closure=None):
+            assert closure_was_given == (closure is not None)
+            return super().step()
+
+    closure_was_given = False
+    for kind in (Asserting, Raising, Convention):
+        train(make_trainer(lambda model, kind=kind: kind(model.parameters(), lr=0.1)), DATASET)
+
+
 def test_an_optimizer_says_by_an_attribute_that_it_needs_a_closure_in_spite_of_a_default():
     class Optional(torch.optim.SGD):
         requires_closure = True

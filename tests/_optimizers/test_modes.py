@@ -137,6 +137,24 @@ def test_a_checkpoint_is_loaded_between_runs_and_within_them(make, tmp_path, is_
     assert not is_training(second)
 
 
+def test_weights_that_are_loaded_in_an_evaluation_within_an_epoch_are_kept(make, tmp_path):
+    first = run(make())
+    first.save_checkpoint(tmp_path / "a.pt")
+
+    def evaluate_at_the_end(trainer, step, **_):
+        if step == 3:
+            trainer.evaluate_now()
+
+    def load(trainer, is_intermediate, **_):
+        if is_intermediate:
+            trainer.load_checkpoint(tmp_path / "a.pt")
+
+    second = make([Probe(on_train_step_end=evaluate_at_the_end), Probe(on_eval_epoch_end=load)])
+    run(second, num_epochs=1, eval_dataset=DATASET, max_num_train_steps=4)
+    for name, value in weights_of(first.model).items():
+        torch.testing.assert_close(weights_of(second.model)[name], value, rtol=1e-5, atol=1e-6)
+
+
 def raises(error):
     def fail(trainer, step, **_):
         if step == 2:

@@ -26,7 +26,7 @@ from pytorch_accelerated._data.sharding import ShardedBatches, ShardedBatchSampl
 from pytorch_accelerated._data.workers import iterate
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._nested import move_to_device, tensors_in
-from pytorch_accelerated._optimizers.group import OptimizerGroup, optimizers_in
+from pytorch_accelerated._optimizers.group import ByName, OptimizerGroup, optimizers_in
 from pytorch_accelerated._types import Batch
 
 _SUPPORTED_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -83,7 +83,7 @@ class FastPathOptimizer(AcceleratedOptimizer):  # type: ignore[misc]  # Accelera
             self.optimizer.zero_grad(**self._zero_grad_kwargs)
 
 
-class PreparedGroup(FastPathOptimizer):
+class PreparedGroup(ByName, FastPathOptimizer):
     """A prepared group of optimizers, which is used by names or indices like the group. Accelerate's wrapper is not.
 
     A gradient scaler scales, checks and skips all of them together.
@@ -96,16 +96,16 @@ class PreparedGroup(FastPathOptimizer):
         else:
             AcceleratedOptimizer.step(self, closure)
 
-    def __getitem__(self, name: Any) -> torch.optim.Optimizer:
-        """Return an optimizer by its name or index."""
-        optimizer: torch.optim.Optimizer = self.optimizer[name]
-        return optimizer
+    @property
+    def optimizers(self) -> dict[Any, torch.optim.Optimizer]:  # type: ignore[override]
+        """The optimizers by name, or by index."""
+        optimizers: dict[Any, torch.optim.Optimizer] = self.optimizer.optimizers
+        return optimizers
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.optimizer)
-
-    def __len__(self) -> int:
-        return len(self.optimizer)
+    @property
+    def is_named(self) -> bool:  # type: ignore[override]
+        """Whether they were given in a dictionary."""
+        return bool(self.optimizer.is_named)
 
 
 def wrap_optimizer(

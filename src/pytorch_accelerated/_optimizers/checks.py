@@ -22,6 +22,19 @@ from pytorch_accelerated._optimizers.group import (
 _MAX_NAMES = 4
 
 
+def as_optimizer(given: Any) -> Any:
+    """Return what a trainer was given as its optimizer: as a group if it is a list, tuple or dictionary of several.
+
+    Anything else is returned as it is.
+    """
+    items = list(given.values()) if isinstance(given, Mapping) else given if isinstance(given, (list, tuple)) else []
+    if len(items) < 2 or not all(isinstance(item, Optimizer) for item in items):
+        return given
+    named = given.items() if isinstance(given, Mapping) else enumerate(given)
+    members = {name: unwrap_optimizer(member) for name, member in named}
+    return OptimizerGroup(members if isinstance(given, Mapping) else members.values())
+
+
 def check_step(optimizer: object) -> None:
     """Raise if the `step` of an optimizer requires arguments that the trainer cannot supply.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,11 +20,42 @@ Closure = Callable[[], Any]
 CLOSURE = "closure"
 """What the argument of a `step` is called that is such a function."""
 
+_REFUSAL = re.compile(r"assert\s+closure\b|if\s+(closure\s+is\s+None|not\s+closure)\s*:\s*raise\b")
+
 CHOICE = "optimizer"
 """The entry of a new parameter group that names the optimizer to add it to."""
 
 
-class OptimizerGroup(Optimizer):
+class ByName:
+    """Access to several optimizers as to the list or dictionary that they were given in."""
+
+    optimizers: dict[Any, Optimizer]
+    is_named: bool
+
+    def __getitem__(self, name: Any) -> Optimizer:
+        """Return an optimizer by its name or index."""
+        return self.optimizers[name] if self.is_named else list(self.optimizers.values())[name]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.optimizers if self.is_named else self.optimizers.values())
+
+    def __len__(self) -> int:
+        return len(self.optimizers)
+
+    def keys(self) -> Iterable[Any]:
+        """Return the names, or the indices."""
+        return self.optimizers.keys()
+
+    def values(self) -> Iterable[Optimizer]:
+        """Return the optimizers."""
+        return self.optimizers.values()
+
+    def items(self) -> Iterable[tuple[Any, Optimizer]]:
+        """Return the names, or the indices, with the optimizers."""
+        return self.optimizers.items()
+
+
+class OptimizerGroup(ByName, Optimizer):
     """The optimizers that a trainer was given in a list, tuple or dictionary, as one.
 
     As ``trainer.optimizer``, the group is used like what was given: by index or name, and in loops. Its parameter
@@ -47,7 +79,7 @@ class OptimizerGroup(Optimizer):
         self.__setstate__(
             {
                 "optimizers": dict(optimizers.items() if isinstance(optimizers, Mapping) else enumerate(optimizers)),
-                "_is_named": is_named,
+                "is_named": is_named,
             }
         )
 
@@ -59,30 +91,20 @@ class OptimizerGroup(Optimizer):
         self.updated: set[Any] = set()
         """The names of those that have been stepped on their own since the last `step`."""
 
-        self._is_named: bool = state["_is_named"]
+        self.is_named: bool = state["is_named"]
+        """Whether they were given in a dictionary."""
+
         for name, optimizer in self.optimizers.items():
             optimizer.register_step_post_hook(partial(self._note_update, name))
         super().__setstate__(state)
 
     def __getstate__(self) -> StateDict:
         """Return what `__setstate__` takes; as of all optimizers, hooks are not copied."""
-        return {name: vars(self)[name] for name in ("optimizers", "_is_named")}
+        return {name: vars(self)[name] for name in ("optimizers", "is_named")}
 
     def __repr__(self) -> str:
         members = ", ".join(f"{name}: {type(member).__name__}" for name, member in self.optimizers.items())
         return f"{type(self).__name__}({members})"
-
-    # --- used like a list or a dictionary ------------------------------------------------------------------------
-
-    def __getitem__(self, name: Any) -> Optimizer:
-        """Return an optimizer by its name or index."""
-        return self.optimizers[name]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.optimizers if self._is_named else self.optimizers.values())
-
-    def __len__(self) -> int:
-        return len(self.optimizers)
 
     # --- used like an optimizer ----------------------------------------------------------------------------------
 
@@ -221,16 +243,6 @@ class _JointState(MutableMapping[Any, Any]):
         return sum(len(optimizer.state) for optimizer in self._optimizers)
 
 
-def as_optimizer(given: Any) -> Any:
-    """Return what a trainer was given as its optimizer: as a group if it is a list, tuple or dictionary of several.
-
-    Anything else is returned as it is.
-    """
-    items = list(given.values()) if isinstance(given, Mapping) else given if isinstance(given, (list, tuple)) else []
-    is_group = len(items) > 1 and all(isinstance(item, Optimizer) for item in items)
-    return OptimizerGroup(given) if is_group else given
-
-
 def optimizers_in(optimizer: Any) -> dict[Any, Any]:
     """Return the optimizers of a group by name or index, or a single one by the name ``""``."""
     return optimizer.optimizers if isinstance(optimizer, OptimizerGroup) else {"": optimizer}
@@ -279,8 +291,8 @@ def arguments_of_step(optimizer: Any) -> list[str]:
 def requires_closure(optimizer: Any) -> bool:
     """Tell whether the `step` of an optimizer, or of one in a group, needs a function that computes the loss again.
 
-    Its argument has no default then. An optimizer that needs one in spite of a default says so by an attribute
-    ``requires_closure``.
+    Its argument has no default then. If it has one, the optimizer says so by an attribute ``requires_closure``, or
+    `step` begins with an assertion or an error for the case that there is none.
 
     Example:
         >>> parameter = torch.ones(1, requires_grad=True)
@@ -288,9 +300,22 @@ def requires_closure(optimizer: Any) -> bool:
         (True, False)
     """
     return any(
-        any(CLOSURE in name for name in arguments_of_step(each)) or getattr(each, "requires_closure", False) is True
+        any(CLOSURE in name for name in arguments_of_step(each))
+        or getattr(each, "requires_closure", False) is True
+        or _insists_on_closure(each)
         for each in optimizers_in(optimizer).values()
     )
+
+
+def _insists_on_closure(optimizer: Any) -> bool:
+    """Tell whether the code of a `step` refuses to work without a closure, although it has a default for it."""
+    if type(optimizer).__module__.startswith("torch."):
+        return False
+    try:
+        source = inspect.getsource(inspect.unwrap(type(optimizer).step))
+    except (AttributeError, OSError, TypeError):  # there is none to read
+        return False
+    return _REFUSAL.search(source) is not None
 
 
 def copy_into(parameters: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:

@@ -24,7 +24,8 @@ class OptimizerMode:
         self.is_training: bool | None = None
         """Whether the optimizer is in training mode; ``None`` if it has no modes, or its mode is not known."""
 
-        self._suspended: list[torch.Tensor] | None = None  # the weights of training mode, within `evaluating`
+        self._suspended: list[torch.Tensor] | None = None
+        """The weights of training mode, within `evaluating`, unless others are loaded meanwhile."""
 
     def train(self, optimizer: Any) -> None:
         """Put an optimizer into training mode, for steps."""
@@ -45,8 +46,10 @@ class OptimizerMode:
         if not self.is_training:
             self.eval(optimizer)
             yield
+            if loads_weights:
+                self._end_suspension()
             return
-        self._suspended = weights = _weights_of(optimizer)
+        self._suspended = _weights_of(optimizer)
         self.eval(optimizer)
         are_loaded = False
         try:
@@ -54,8 +57,8 @@ class OptimizerMode:
             are_loaded = loads_weights
         finally:
             self.train(optimizer)
-            self._suspended = None
-            if not are_loaded:
+            weights = self._end_suspension()
+            if weights is not None and not are_loaded:
                 copy_into(_parameters_of(optimizer), weights)
 
     @contextmanager
@@ -93,8 +96,13 @@ class OptimizerMode:
             self._switch(optimizer, bool(was_training))
             copy_into(_parameters_of(optimizer), weights)
             raise
+        self._end_suspension()
         if not is_resuming:
             self._switch(optimizer, bool(was_training))
+
+    def _end_suspension(self) -> list[torch.Tensor] | None:
+        weights, self._suspended = self._suspended, None
+        return weights
 
     def _switch(self, optimizer: Any, to_training: bool) -> None:
         optimizers = with_modes(unwrap_optimizer(optimizer))
