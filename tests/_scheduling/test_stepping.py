@@ -176,6 +176,51 @@ def test_a_scheduler_that_a_callback_puts_in_its_place_is_stepped_by_its_own_rul
     assert [call[1] for call in other.calls] == losses(trainer)
 
 
+class Wrapper:
+    """Passes everything on, as `AcceleratedScheduler` does."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+
+    def step(self, *args, **kwargs):
+        self.scheduler.step(*args, **kwargs)
+
+    def state_dict(self):
+        return {"scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state):
+        self.scheduler.load_state_dict(state["scheduler"])
+
+
+class GradualWarmUp(Wrapper):
+    """All arguments of its step are optional, but the scheduler in it needs one."""
+
+    def step(self, epoch=None, metrics=None):
+        self.scheduler.step(metrics)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, lambda scheduler: Wrapper(Wrapper(scheduler)), GradualWarmUp])
+def test_a_scheduler_around_a_plateau_gets_the_metric(wrap):
+    values = []
+
+    class Recorded(ReduceLROnPlateau):
+        def step(self, metrics, epoch=None):
+            values.append(metrics)
+            super().step(metrics)
+
+    trainer = make_trainer()
+    kwargs = {"create_scheduler_fn": lambda optimizer: wrap(Recorded(optimizer)), "eval_dataset": DATASET}
+    train(trainer, DATASET, num_epochs=2, **kwargs)
+    assert values == losses(trainer, "eval_loss_epoch")
+
+
+def test_a_scheduler_that_passes_everything_on_is_stepped_like_the_one_in_it():
+    for scheduler_class, num_calls in ((Plain, 4), (WithEpoch, 2), (WithLossByKeyword, 2)):
+        inner = scheduler_class()
+        train(make_trainer(), DATASET, num_epochs=2, create_scheduler_fn=lambda _, inner=inner: Wrapper(inner))
+        assert len(inner.calls) == num_calls
+
+
 def test_a_step_without_a_signature_is_called_without_arguments():
     class Odd(Recording):
         step = property(lambda self: self.calls.clear)  # a function written in C

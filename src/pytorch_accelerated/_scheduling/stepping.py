@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -80,13 +80,14 @@ def rule_of(scheduler: Any, *, is_timm: bool = False, is_metric_given: bool = Fa
         is_metric_given: Whether a metric was named, so that an optional argument for one is meant to be used.
 
     Example:
+        >>> import torch
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
         >>> rule_of(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)).metric
         'metrics'
         >>> rule_of(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)).is_plain
         True
     """
-    parameters = _parameters_of(getattr(scheduler, "step", None))
+    parameters = _parameters_of(_innermost(scheduler))
     required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
     has_step = hasattr(scheduler, "step")
     has_step_update = callable(getattr(scheduler, "step_update", None))
@@ -96,24 +97,37 @@ def rule_of(scheduler: Any, *, is_timm: bool = False, is_metric_given: bool = Fa
     if counts_updates and is_timm and has_step:
         epoch = epoch or "epoch"
     metric = next((parameter.name for parameter in parameters if _is_metric(parameter.name)), None)
-    is_metric_wanted = metric in required or epoch is not None or is_metric_given
+    needs_metric = metric is not None and (metric in required or _is_plateau(scheduler))
     unknown = tuple(name for name in required if name not in (epoch, metric) and not (counts_updates and is_timm))
     return StepRule(
         scheduler,
         counts_updates,
         epoch,
-        metric if is_metric_wanted else None,
-        metric is not None and (metric in required or _is_plateau(scheduler)),
+        metric if needs_metric or epoch is not None or is_metric_given else None,
+        needs_metric,
         unknown,
     )
 
 
-def _parameters_of(step: Callable[..., object] | None) -> list[inspect.Parameter]:
+def _innermost(scheduler: object) -> object:
+    """Return the scheduler whose `step` is meant: one that passes on all arguments takes what the one in it takes."""
+    kinds = {parameter.kind for parameter in _all_parameters_of(scheduler)}
+    inner = schedulers_in(scheduler)
+    passes_on = kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return _innermost(inner[0]) if passes_on and len(inner) == 1 else scheduler
+
+
+def _parameters_of(scheduler: object) -> list[inspect.Parameter]:
+    parameters = _all_parameters_of(scheduler)
+    return [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+
+
+def _all_parameters_of(scheduler: object) -> Collection[inspect.Parameter]:
+    step = getattr(scheduler, "step", None)
     try:
-        parameters = inspect.signature(step).parameters.values() if callable(step) else []
+        return inspect.signature(step).parameters.values() if callable(step) else []
     except (TypeError, ValueError):  # it has none, as some functions written in C
         return []
-    return [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
 
 
 def _is_metric(name: str) -> bool:
