@@ -594,7 +594,7 @@ class TrainingLoop:
         if run.is_update_due and run.consensus.is_needed:
             run.start_exchange(step)
         self.backward_step(loss if scale is None else loss * scale)
-        if run.closure is not None:
+        if run.closure is not None and run.makes_updates:
             run.closure.add(batch, step, loss, scale)
         self._loop_track(loss, weight, batch_output)
         run.step_results.append((batch, batch_output))

@@ -213,6 +213,17 @@ def test_a_closure_belongs_to_its_update():
         WindowClosure(torch.device("cpu"))()
 
 
+def test_a_subclass_with_an_epoch_of_its_own_is_told_to_pass_a_closure_of_its_own_too():
+    class Own(Trainer):
+        def _run_train_epoch(self, train_dl):
+            for step, batch in enumerate(train_dl):
+                self._perform_forward_and_backward_passes(batch, step)
+                self.optimizer_step()
+
+    with pytest.raises(RuntimeError, match="has to pass a closure of its own, too, in `optimizer_step`"):
+        train(make_trainer(cls=Own), DATASET)
+
+
 def test_a_subclass_that_passes_a_closure_of_its_own_is_left_alone():
     class Own(Trainer):
         def calculate_train_batch_loss(self, batch):

@@ -98,7 +98,8 @@ class WindowClosure:
         if self._evaluate is None:
             raise RuntimeError(
                 "The closure was called outside an update. It belongs to one update, and computes the loss of the "
-                "batches of that one: call it in the `step` of the optimizer."
+                "batches of that one: call it in the `step` of the optimizer. A subclass that makes the updates in a "
+                "`_run_train_epoch` of its own has to pass a closure of its own, too, in `optimizer_step`."
             )
         is_evaluated, self._gradients = self._is_evaluated(), None
         if not is_evaluated:
