@@ -98,6 +98,33 @@ class SharpnessAware(optim.Optimizer):
         self.param_groups, self.state = self.base.param_groups, self.base.state
 
 
+class PublishedSharpnessAware(optim.Optimizer):
+    """The same as it is commonly published: the closure has a default, and the state of the base is not saved."""
+
+    def __init__(self, params: Any, base: Any, radius: float = 0.05, **kwargs: Any) -> None:
+        super().__init__(params, {"radius": radius, **kwargs})
+        self.base_optimizer = base(self.param_groups, **kwargs)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        assert closure is not None, "it requires a closure"
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in parameters]).norm() + 1e-12
+        for parameter in parameters:
+            self.state[parameter]["old"] = parameter.clone()
+            parameter.add_(self.param_groups[0]["radius"] * parameter.grad / norm)
+        self.zero_grad()
+        torch.enable_grad()(closure)()
+        for parameter in parameters:
+            parameter.copy_(self.state[parameter]["old"])
+        self.base_optimizer.step()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        self.base_optimizer.param_groups = self.param_groups
+
+
 class Net(nn.Module):
     """A network with dropout, whose first layer may be an embedding with sparse gradients."""
 
@@ -190,6 +217,9 @@ CASES: dict[str, Case] = {
     "Adam (AMSGrad)": Case(lambda net: optim.Adam(net.parameters(), lr=0.01, amsgrad=True)),
     "LBFGS (no line search)": Case(lambda net: optim.LBFGS(net.parameters(), lr=0.1, max_iter=3)),
     "sharpness-aware": Case(lambda net: SharpnessAware(optim.SGD(net.parameters(), lr=0.1, momentum=0.9))),
+    "sharpness-aware, published": Case(
+        lambda net: PublishedSharpnessAware(net.parameters(), optim.SGD, lr=0.1, momentum=0.9)
+    ),
     "SGD with AdamW": Case(_pair),
     "SGD with AdamW, a list": Case(lambda net: list(_pair(net).values())),
     "LBFGS with AdamW": Case(partial(_pair, first=optim.LBFGS)),
@@ -251,10 +281,12 @@ def train_by_hand(case: Case, num_batches: int) -> dict[str, torch.Tensor]:
 
 
 def _step_by_hand(members: list[Any], closure: Callable[[], torch.Tensor]) -> None:
-    needing = [isinstance(member, (optim.LBFGS, SharpnessAware)) for member in members]
+    needing = [isinstance(member, (optim.LBFGS, SharpnessAware, PublishedSharpnessAware)) for member in members]
     if not needing[0]:
         with torch.enable_grad():
             closure()
+    if isinstance(members[0], PublishedSharpnessAware):  # it starts from gradients that are there
+        closure()
     for member, needs_closure in zip(members, needing, strict=True):
         member.step(torch.enable_grad()(closure)) if needs_closure else member.step()
 

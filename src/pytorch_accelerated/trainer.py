@@ -70,6 +70,7 @@ from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_
 from pytorch_accelerated._optimizers import checks as optimizer_checks
 from pytorch_accelerated._optimizers.closure import WindowClosure, create_closure
 from pytorch_accelerated._optimizers.group import OptimizerGroup
+from pytorch_accelerated._optimizers.inner import inner_optimizers
 from pytorch_accelerated._run import Run, do_nothing
 from pytorch_accelerated._scheduling.checks import check_create_scheduler_fn
 from pytorch_accelerated._scheduling.group import load_state_of, start_counting
@@ -819,6 +820,7 @@ class Trainer(TrainingLoop):
         owners = {
             "": {name: value for name, value in vars(self).items() if name not in left_out},
             **attributes_without_state(callbacks),
+            "optimizer.": inner_optimizers(self.optimizer),
             "accelerator.": {"registered": AcceleratorRegistry(self._accelerator).registered_objects()},
         }
         outside = [] if self._loop_run.is_sharded else parameters_outside(self.model, self.optimizer)
