@@ -55,7 +55,10 @@ nitpick_ignore_regex = [
     (r"py:class", r"pytorch_accelerated\.(.*\.)?_\w.*"),
     (r"py:class", r"(Callbacks|KnownValues|Number|NumberOrPlaceholder|Template)"),
     # `_types.py`
-    (r"py:class", r"(Batch|BatchOutput|LossFunction|MaybeNone|MetricValue|ParameterGroup|StateDict|StateMapping)"),
+    (
+        r"py:class",
+        r"(Batch|BatchOutput|LossFunction|MaybeNone|MetricValue|ParameterGroup|Optimizers|StateDict|StateMapping)",
+    ),
 ]
 
 OWN_NAME = "pytorch_accelerated."

@@ -35,6 +35,7 @@ from pytorch_accelerated.exceptions import StopTrainingError
 # --- gradients ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:The optimizer does not hold")
 def test_gradients_from_before_a_run_do_not_enter_its_first_update():
     weights = []
     for value in (None, 1e6):

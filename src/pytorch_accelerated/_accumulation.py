@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-    from pytorch_accelerated._types import MaybeNone, StateDict, StateMapping
+    from pytorch_accelerated._types import MaybeNone, StateDict, Stateful, StateMapping
 
 
 class AccumulationWindow:
@@ -31,6 +31,7 @@ class AccumulationWindow:
         num_batches: Batches of one rank that make one update.
         nominal_weight: What every rank takes a full batch to weigh; above 0. With ``None``, for a single process, it is
             the weight of the window's first batch.
+        updated: The set in which a group of optimizers notes those that make an update of their own.
 
     Example:
         >>> window = AccumulationWindow(num_batches=2)
@@ -40,7 +41,9 @@ class AccumulationWindow:
         1.3333
     """
 
-    def __init__(self, num_batches: int = 1, nominal_weight: float | None = None) -> None:
+    def __init__(
+        self, num_batches: int = 1, nominal_weight: float | None = None, updated: set[Any] | None = None
+    ) -> None:
         self._num_batches = num_batches
         self._num_batches_per_epoch: int | None = None
         self._nominal_weight = nominal_weight
@@ -53,6 +56,12 @@ class AccumulationWindow:
 
         self.expected: float | torch.Tensor | None = None
         """What `total` will be if all batches have the nominal weight; ``None`` while nothing is weighed."""
+
+        self.updated = set() if updated is None else updated
+        """The optimizers that have made an update of their own, and do not take part in that of the window."""
+
+        self.closure: Stateful | None = None
+        """The steps of the window, if the optimizer evaluates them again."""
 
     def start_epoch(self, num_batches: int, num_batches_per_epoch: int | None) -> None:
         """Set the length of the windows of an epoch, of which the last may be short.
@@ -68,16 +77,26 @@ class AccumulationWindow:
         """Forget the batches since the last update."""
         self.total = self.num_samples = 0
         self.expected = None
+        self.updated.clear()
 
     def state_dict(self) -> StateDict:
-        """Return the sums of the window that is open."""
-        return {"total": self.total, "num_samples": self.num_samples, "expected": self.expected}
+        """Return the sums of the window that is open, and what there is of the rest."""
+        state: StateDict = {"total": self.total, "num_samples": self.num_samples, "expected": self.expected}
+        if self.updated:
+            state["updated"] = sorted(self.updated, key=str)
+        if self.closure is not None:
+            state["closure"] = self.closure.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore the open window that `state_dict` described."""
         self.total = state_dict["total"]
         self.num_samples = state_dict["num_samples"]
         self.expected = state_dict["expected"] or None  # earlier versions wrote 0
+        self.updated.clear()
+        self.updated.update(state_dict.get("updated", ()))
+        if self.closure is not None and "closure" in state_dict:
+            self.closure.load_state_dict(state_dict["closure"])
 
     def add(self, weight: float | torch.Tensor, num_samples: int = 0, step: int = 0) -> float | torch.Tensor | None:
         """Add the next batch, and return the factor to scale its loss by; ``None`` for no scaling.
@@ -135,6 +154,14 @@ def scale_gradients(parameters: Iterable[torch.Tensor], factor: float | torch.Te
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, factor)
+
+
+def clip_gradients(parameters: list[torch.Tensor], max_value: float | None, max_norm: float | None) -> None:
+    """Clip complete gradients, first each entry, then their total norm; ``None`` for no bound."""
+    if max_value is not None:
+        nn.utils.clip_grad_value_(parameters, max_value)
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 # --- the parameters ----------------------------------------------------------------------------------------------

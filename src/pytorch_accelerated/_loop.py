@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from pytorch_accelerated._accumulation import scale_gradients
+from pytorch_accelerated._accumulation import clip_gradients, scale_gradients
 from pytorch_accelerated._data.limits import LimitBatches
 from pytorch_accelerated._data.loaders import (
     EXACT,
@@ -32,7 +32,10 @@ from pytorch_accelerated._distributed.collectives import (
 from pytorch_accelerated._distributed.consensus import can_skip_exchange, overrides_any
 from pytorch_accelerated._distributed.fast_path import choose_no_sync
 from pytorch_accelerated._nested import concatenate, count_rows, first_rows, on_host
-from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute
+from pytorch_accelerated._optimizers.checks import as_optimizer, choose_optimizer, warn_about_missing_parameters
+from pytorch_accelerated._optimizers.closure import WindowStep, scaled
+from pytorch_accelerated._optimizers.group import discard_gradients, parameters_of
+from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute, run_of
 from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated._step import batch_loss, mean_loss, predictions, raise_bad_loss, read_batch_output
 from pytorch_accelerated._types import (
@@ -45,6 +48,7 @@ from pytorch_accelerated._types import (
     MaybeNone,
     ModelOutput,
     Nested,
+    Optimizers,
     Scheduler,
 )
 from pytorch_accelerated._validation import check_positive_integer, check_run
@@ -109,7 +113,7 @@ class TrainingLoop:
     Args:
         model: The model.
         loss_func: The loss function, or ``None`` if the model returns its loss.
-        optimizer: The optimizer.
+        optimizer: The optimizer, or several in a list or dictionary.
         run_history: Where metrics are recorded; in memory by default.
     """
 
@@ -184,12 +188,12 @@ class TrainingLoop:
         self,
         model: nn.Module,
         loss_func: LossFunction | None,
-        optimizer: Optimizer | None,
+        optimizer: Optimizers | None,
         run_history: RunHistory | None = None,
     ) -> None:
         self.model: nn.Module | MaybeNone = model
         self.loss_func = loss_func
-        self.optimizer: Optimizer | MaybeNone = optimizer
+        self.optimizer: Optimizer | MaybeNone = as_optimizer(optimizer)
         self.scheduler: Scheduler | None = None
         self.run_history: RunHistory = InMemoryRunHistory() if run_history is None else run_history
         self._loop_run = Run()
@@ -237,8 +241,16 @@ class TrainingLoop:
             raise_bad_loss(loss, error)
 
     def optimizer_step(self) -> None:
-        """Update the parameters; called once per update."""
-        self.optimizer.step()
+        """Update the parameters; called once per update.
+
+        An optimizer whose `step` requires a closure gets one, which computes the loss and the gradients of the update
+        again. It calls `calculate_train_batch_loss` and `backward_step` for the same batches; losses and metrics are
+        not recorded again.
+        """
+        if self._loop_run.closure is None:
+            self.optimizer.step()
+        else:
+            self.optimizer.step(self._loop_run.closure)  # type: ignore[arg-type]  # typed to return a float
 
     def scheduler_step(self) -> None:
         """Step the scheduler, if there is one; called after each update that infinite fp16 gradients did not skip.
@@ -450,6 +462,8 @@ class TrainingLoop:
                 self._loop_fire(TrainerCallback.on_training_run_start)
                 run.consensus.sync()
                 run.complete_start()
+                if run.config.is_world_process_zero and not run.is_sharded:  # shards are other parameters
+                    warn_about_missing_parameters(self.get_model(), self.optimizer, vars(self).values())
                 self._loop_epochs()
             except StopTrainingError as stop:
                 self._loop_stop(stop)
@@ -475,9 +489,11 @@ class TrainingLoop:
         run, progress = self._loop_run, self._loop_run.training.progress
         try:
             if progress.phase == "training":  # otherwise a resumed run has only evaluation left
+                run.training.optimizer_mode.train(self.optimizer)
                 if overrides_any(self, ("_run_train_epoch",)):
                     run.start_epoch_of_subclass()
                 run.was_last_epoch = self._run_train_epoch(run.train_dataloader)
+                run.training.optimizer_mode.eval(self.optimizer)
                 run.num_batches_to_skip, progress.phase = 0, "evaluation"
             self._loop_evaluate()
             if run.stepping.is_due_after_epoch and self.scheduler is not None:
@@ -501,6 +517,7 @@ class TrainingLoop:
 
     def _loop_cut_epoch_short(self) -> None:
         """End the training part of an epoch before its last batch: record the means of what was trained."""
+        self._loop_run.training.optimizer_mode.eval(self.optimizer)
         run, progress = self._loop_run, self._loop_run.training.progress
         if progress.num_batches_in_epoch > 0 or run.step_results:  # the latter of a step that has not ended
             self._add_epoch_loss_to_run_history("train_loss_epoch")
@@ -540,6 +557,7 @@ class TrainingLoop:
 
         run.is_epoch_cut_short = run.is_update_limit_reached and not is_last
         run.training.progress.phase = "evaluation"
+        run.training.optimizer_mode.eval(self.optimizer)
         self._add_epoch_loss_to_run_history("train_loss_epoch")
         self.train_epoch_end()
         self._loop_fire(TrainerCallback.on_train_epoch_end)
@@ -579,6 +597,8 @@ class TrainingLoop:
         if run.is_update_due and run.consensus.is_needed:
             run.start_exchange(step)
         self.backward_step(loss if scale is None else loss * scale)
+        if run.closure is not None and run.makes_updates:
+            run.closure.add(batch, step, loss, scale)
         self._loop_track(loss, weight, batch_output)
         run.step_results.append((batch, batch_output))
         if not run.makes_updates:
@@ -587,12 +607,26 @@ class TrainingLoop:
 
     def _loop_update(self) -> None:
         """Make one update: complete the gradients, clip them, step optimizer and scheduler, discard the gradients."""
-        run = self._loop_run
-        num_samples = self._loop_complete_gradients()
+        run, window = self._loop_run, self._loop_run.training.window
+        if window.updated:
+            discard_gradients(self.optimizer, window.updated)
+        total_weight, num_samples = None, window.num_samples
+        if run.consensus.is_needed:
+            total_weight, num_samples = run.consensus.finish_exchange()
+        correction = window.close(total_weight, run.config.num_processes)
+        self._loop_complete_gradients(correction)
+        if run.guards_updates:
+            run.check_gradients(self.model, self.optimizer)
         self._loop_fire(TrainerCallback.on_optimizer_step_start)
         if run.config.gradient_clip_value is not None or run.config.gradient_clip_norm is not None:
             self._clip_gradients()
-        self.optimizer_step()
+        if run.closure is None:
+            self.optimizer_step()
+        else:
+            with run.updating_with_closure(self.optimizer, self._loop_repeat_steps, correction):
+                self.optimizer_step()
+        if window.updated:  # the hook has stepped some of several optimizers one by one
+            window.updated.clear()
         run.training.progress.num_updates += 1
         run.training.progress.num_samples += num_samples
         was_made = run.uses_fast_path or self._accelerator.optimizer_step_was_skipped is not True
@@ -601,22 +635,63 @@ class TrainingLoop:
         self._loop_fire(TrainerCallback.on_optimizer_step_end)
         self.optimizer_zero_grad()
 
-    def _loop_complete_gradients(self) -> int:
-        """Make the gradients those of the mean over the window on all ranks; return how many samples it holds."""
-        run, window = self._loop_run, self._loop_run.training.window
-        total_weight, num_samples = None, window.num_samples
-        if run.consensus.is_needed:
-            total_weight, num_samples = run.consensus.finish_exchange()
-        correction = window.close(total_weight, run.config.num_processes)
+    def _loop_complete_gradients(self, correction: float | torch.Tensor | None) -> None:
+        """Make the gradients those of the mean over the window on all ranks, and unscale them."""
+        run = self._loop_run
         if run.config.is_distributed:
             average_gradients(run.outside_parameters, run.config.num_processes)
         if correction is not None:
             scale_gradients(run.outside_parameters.together_with(self.model), correction)
         if not run.uses_fast_path and self._accelerator.scaler is not None:
             self._accelerator.unscale_gradients(self.optimizer)
-        if run.guards_updates:
-            run.check_gradients(self.model, self.optimizer)
-        return num_samples
+
+    def _loop_repeat_steps(self, steps: list[WindowStep], correction: float | torch.Tensor | None) -> torch.Tensor:
+        """Compute the gradients of a window again, and return the sum of its scaled losses; for a closure."""
+        run, config, total = self._loop_run, self._loop_run.config, torch.zeros((), device=self.device)
+        no_sync = choose_no_sync(self._accelerator, self.model, run.uses_fast_path)
+        self.optimizer_zero_grad()
+        for batch, step, scale in steps:
+            with nullcontext() if step == steps[-1].step else no_sync():
+                batch_output = self.calculate_train_batch_loss(batch)
+                self._loop_fire(TrainerCallback.on_backward_start, batch=batch, batch_output=batch_output, step=step)
+                loss = scaled(batch_output["loss"], scale)
+                self.backward_step(loss)
+            total = total + loss.detach()
+        self._loop_complete_gradients(correction)
+        if config.gradient_clip_value is not None or config.gradient_clip_norm is not None:
+            self._clip_gradients()
+        return total
+
+    def make_update(self, loss: torch.Tensor, optimizer: str | int, num_items: float = 1) -> None:
+        """Make an update with one of several optimizers in the middle of a step; call it in a hook of the step.
+
+        This is for networks that are trained in turns, such as a discriminator before its generator: compute the loss
+        of the first, make its update, then return the loss of the second from `calculate_train_batch_loss`. The update
+        of the run that follows leaves this optimizer out, and gradients of its parameters do not count there. It is not
+        counted as an update of the run, but clipped and averaged over the processes like one. Must be called on every
+        process.
+
+        Args:
+            loss: The loss, a scalar tensor. It must not depend on what the other optimizers train: use ``detach``.
+            optimizer: The name or index of the optimizer in ``trainer.optimizer``. With several processes, its
+                parameters should be no part of the trainer's model, whose wrapper averages the gradients of one loss.
+            num_items: How much the loss of this process weighs, such as the size of its batch; for several processes.
+
+        Raises:
+            RuntimeError: No training epoch is under way, or the run uses a gradient scaler (fp16).
+            TypeError: There is only one optimizer, or it needs a closure.
+            KeyError: There is no optimizer of this name.
+        """
+        run, config = self._loop_run, self._loop_run.config
+        check_run(run.is_training_run and run.makes_updates, "make_update", "on_train_step_start")
+        member = choose_optimizer(self.optimizer, optimizer, has_scaler=self._accelerator.scaler is not None)
+        member.zero_grad()
+        self.backward_step(scaled(loss, run.share_of_ranks(num_items, self.device)))
+        run.training.window.updated.add(optimizer)
+        run.complete_single_update(member, self.model)
+        clip_gradients(parameters_of(member), config.gradient_clip_value, config.gradient_clip_norm)
+        member.step()
+        member.zero_grad()
 
     def _clip_gradients(self) -> None:
         config, outside = self._loop_run.config, self._loop_run.outside_parameters
@@ -714,6 +789,7 @@ class TrainingLoop:
         is_nested = is_intermediate or self._loop_run.is_nested or self._loop_run.is_evaluating
         with (
             preserve_modes(vars(self).values() if is_intermediate else ()),
+            training.optimizer_mode.evaluating(self.optimizer),
             training.suspended_by(evaluation, is_nested),
             _metric_prefix(self.run_history, "intermediate_" if is_intermediate else ""),
         ):
@@ -728,7 +804,7 @@ class TrainingLoop:
         for callback in self.callback_handler.callbacks:  # predictions have no events
             if isinstance(callback, LimitBatchesCallback):
                 self.limit_batches(callback.num_batches)
-        with preserve_rng_state(), torch.no_grad():
+        with run.training.optimizer_mode.evaluating(self.optimizer), preserve_rng_state(), torch.no_grad():
             self.eval_epoch_start()
             loader = run.eval_dataloaders[""]
             sharding = sharding_of(loader)
@@ -804,16 +880,19 @@ class TrainingLoop:
             self._loop_fire(TrainerCallback.on_stop_training_error)
             run.consensus.sync()
 
-    def _loop_early_stop_reason(self) -> str | None:
-        """Return why the training has been stopped for good, or is about to be, by a callback earlier in an event."""
-        reason, request = self._loop_run.training.early_stop_reason, self.callback_handler.requested_stop
-        is_requested = reason is None and request is not None and self._loop_run.is_training_run
-        return _reason_of(request) if is_requested else reason
 
-    def _loop_report_exception(self, error: BaseException) -> None:
-        self._loop_run.stop_reason = f"{type(error).__name__}: {error}"
-        for secondary in self.callback_handler.call_event_on_all("on_exception", self, exception=error):
-            add_note(error, f"a callback also failed in `on_exception`: {secondary!r}")
+def early_stop_reason(run: Run, callback_handler: CallbackHandler) -> str | None:
+    """Return why the training has been stopped for good, or is about to be, by a callback earlier in an event."""
+    reason, request = run.training.early_stop_reason, callback_handler.requested_stop
+    is_requested = reason is None and request is not None and run.is_training_run
+    return _reason_of(request) if is_requested else reason
+
+
+def report_exception(trainer: TrainingLoop, error: BaseException) -> None:
+    """Tell the callbacks of the exception that ends a run; what fails there is noted at it."""
+    run_of(trainer).stop_reason = f"{type(error).__name__}: {error}"
+    for secondary in trainer.callback_handler.call_event_on_all("on_exception", trainer, exception=error):
+        add_note(error, f"a callback also failed in `on_exception`: {secondary!r}")
 
 
 def _reason_of(stop: StopTrainingError | None) -> str:

@@ -10,6 +10,7 @@ from pytorch_accelerated._accumulation import AccumulationWindow, GradientCheck,
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._data.loaders import guarantee_of_skipping, order_may_differ, reliable_num_batches_of
 from pytorch_accelerated._data.rng import derive_seed
+from pytorch_accelerated._distributed.collectives import average_gradients, mean_over_processes, share_of_processes
 from pytorch_accelerated._distributed.consensus import StopConsensus
 from pytorch_accelerated._loss_monitor import (
     LossMonitor,
@@ -17,6 +18,9 @@ from pytorch_accelerated._loss_monitor import (
     describe_non_finite_loss,
     describe_non_finite_parameters,
 )
+from pytorch_accelerated._optimizers.closure import WindowClosure, WindowStep, scaled
+from pytorch_accelerated._optimizers.group import parameters_of
+from pytorch_accelerated._optimizers.modes import OptimizerMode
 from pytorch_accelerated._proxy import Forwarded, Value, WritableForwarded
 from pytorch_accelerated._scheduling.stepping import SchedulerStepping
 from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
@@ -119,6 +123,9 @@ class TrainingPosition:
 
         self.suspended_passes: list[DataPass] = []
         """The passes that the current one suspends, the outermost first."""
+
+        self.optimizer_mode = OptimizerMode()
+        """Whether an optimizer that has modes is in training mode."""
 
         self.lineage = Lineage()
         """Numbers the training states of this training."""
@@ -238,6 +245,9 @@ class Run:
         self.uses_fast_path = False
         self.created_scheduler: Scheduler | None = None
         """The scheduler that `create_scheduler` returned; any other was set by the program, and outlives the run."""
+
+        self.closure: WindowClosure | None = None
+        """What the optimizer calls to compute loss and gradients again; ``None`` if it does not."""
 
         # The epochs of training.
         self.total_num_epochs = 0
@@ -490,6 +500,48 @@ class Run:
         is_last = step + 1 == self.num_batches_per_epoch
         self.consensus.start_exchange(window.total, window.num_samples, None if is_last else window.expected)
 
+    @contextmanager
+    def updating_with_closure(
+        self,
+        optimizer: Optimizer,
+        repeat: Callable[[list[WindowStep], float | torch.Tensor | None], torch.Tensor],
+        correction: float | torch.Tensor | None,
+    ) -> Iterator[None]:
+        """Let the optimizer evaluate the window again, at other parameters, while the body runs.
+
+        Args:
+            optimizer: The optimizer.
+            repeat: Computes the gradients of some steps again, and returns the sum of their scaled losses.
+            correction: The factor that makes that sum the mean over the window, and that `repeat` is passed.
+
+        Raises:
+            NonFiniteLossError: A parameter would not be finite; all have their values from before the update.
+        """
+        assert self.closure is not None
+
+        def average(loss: torch.Tensor) -> torch.Tensor:
+            mean: torch.Tensor = scaled(mean_over_processes(loss, self.config.num_processes), correction)
+            return mean
+
+        with self.closure.during_update(optimizer, lambda steps: repeat(steps, correction), average) as put_back:
+            yield
+            if self.guards_updates and not are_finite(parameters_of(optimizer)):
+                put_back()
+                self.stop_on_all_ranks(NonFiniteLossError(describe_non_finite_parameters(self._place_in_training)))
+                self.consensus.sync()
+
+    def share_of_ranks(self, weight: float, device: torch.device) -> float | torch.Tensor | None:
+        """Return what to multiply a loss of this rank by for the mean over all ranks; see `share_of_processes`."""
+        is_dummy = self.training.current_pass.is_dummy_step
+        return share_of_processes(0 if is_dummy else weight, self.config.num_processes, device)
+
+    def complete_single_update(self, optimizer: Optimizer, model: nn.Module) -> None:
+        """Make the gradients of an optimizer the mean over the ranks, and check that they are finite."""
+        if self.config.is_distributed:
+            average_gradients(parameters_of(optimizer), self.config.num_processes)
+        if self.guards_updates:
+            self.check_gradients(model, optimizer)
+
     def find_non_finite_loss(self) -> NonFiniteLossError | None:
         """Return an error that names the first loss that is NaN or infinite; ``None`` if all are finite.
 
@@ -525,12 +577,16 @@ class Run:
             NonFiniteLossError: It names the first loss that is not finite, or else the parameter.
         """
         if not self._gradient_check.are_finite(optimizer):
-            place = f" in training, epoch {self.training.progress.num_epochs_completed + 1}, rank {self.process_index}"
+            place = self._place_in_training
             error = self.find_non_finite_loss() or NonFiniteLossError(describe_non_finite_gradient(model, place))
             self.stop_on_all_ranks(error)
             self.consensus.sync()
         elif getattr(self.training.epoch.means.loss, "is_known_non_finite", False):  # it may be the user's
             self.stop_on_all_ranks(self.find_non_finite_loss() or NonFiniteLossError())
+
+    @property
+    def _place_in_training(self) -> str:
+        return f" in training, epoch {self.training.progress.num_epochs_completed + 1}, rank {self.process_index}"
 
     # --- the end of a run ----------------------------------------------------------------------------------------
 

@@ -110,6 +110,9 @@ class TimmScheduler(Scheduler, Protocol):
 ParameterGroup: TypeAlias = dict[str, Any]
 """An entry of ``optimizer.param_groups``: parameters and their settings. Open: each optimizer has its own settings."""
 
+Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer]
+"""An optimizer, or several that a run steps together."""
+
 Schedulers: TypeAlias = Scheduler | Sequence[Scheduler] | Mapping[str, Scheduler]
 """One scheduler, or several, which the trainer steps one after the other."""
 

@@ -165,10 +165,16 @@ def check_optimizer(optimizer: object) -> None:
     methods = [getattr(optimizer, name, None) for name in ("step", "zero_grad")]
     if optimizer is None or (all(map(callable, methods)) and not inspect.isclass(optimizer)):
         return
+    described, remedy = describe(optimizer), _remedy(optimizer, "optimizer")
+    if isinstance(optimizer, (list, tuple, dict)):
+        items = list(optimizer.values()) if isinstance(optimizer, dict) else list(optimizer)
+        wrong = [item for item in items if not isinstance(item, Optimizer)]
+        content = describe(wrong[0]) if wrong else "a single optimizer" if items else "nothing"
+        described = f"a {type(optimizer).__name__} with {content} in it"
+        remedy = _remedy(wrong[0], "optimizer") if wrong else remedy
     raise TypeError(
-        f"`optimizer` is {describe(optimizer)}. Expected an instance of `torch.optim.Optimizer`. Pass "
-        f"{_remedy(optimizer, 'optimizer')} to the Trainer. To use several optimizers, keep the others as attributes "
-        "of a subclass, and override `optimizer_step` and `optimizer_zero_grad`."
+        f"`optimizer` is {described}. Expected an instance of `torch.optim.Optimizer`, or several in a list or "
+        f"dictionary. Pass {remedy} to the Trainer."
     )
 
 

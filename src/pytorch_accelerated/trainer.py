@@ -70,9 +70,13 @@ from pytorch_accelerated._distributed.buckets import fix_bucket_order
 from pytorch_accelerated._distributed.collectives import broadcast_values, num_local_processes
 from pytorch_accelerated._distributed.collectives import remove_padding as remove_padding  # as in 0.1.61
 from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any, replaces_any
-from pytorch_accelerated._distributed.fast_path import can_use_fast_path
+from pytorch_accelerated._distributed.fast_path import can_use_fast_path, unwrap_optimizer
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
-from pytorch_accelerated._loop import TrainingLoop, preserve_modes
+from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_modes, report_exception
+from pytorch_accelerated._optimizers import checks as optimizer_checks
+from pytorch_accelerated._optimizers.closure import WindowClosure, create_closure
+from pytorch_accelerated._optimizers.group import OptimizerGroup
+from pytorch_accelerated._optimizers.inner import inner_optimizers
 from pytorch_accelerated._run import Run, do_nothing
 from pytorch_accelerated._scheduling.checks import check_create_scheduler_fn
 from pytorch_accelerated._scheduling.group import load_state_of, start_counting
@@ -86,6 +90,7 @@ from pytorch_accelerated._types import (
     Loader,
     LossFunction,
     ModelOutput,
+    Optimizers,
     SchedulerFactory,
     Schedulers,
     StateDict,
@@ -134,7 +139,8 @@ class Trainer(TrainingLoop):
         model: The model. Called with the first item of a batch; see `calculate_train_batch_loss`.
         loss_func: Called with the model's outputs and the second item of a batch. ``None`` if the model returns its
             loss.
-        optimizer: The optimizer of the model's parameters. ``None`` if the trainer only evaluates.
+        optimizer: The optimizer of the model's parameters, or several in a list or dictionary; see `docs/loop.md`.
+            ``None`` if the trainer only evaluates.
         callbacks: Callbacks, as instances or classes, called in this order. One alone needs no list; ``None`` is none.
         run_history: Where metrics are recorded; in memory by default.
         mixed_precision: ``"no"``, ``"fp16"``, ``"bf16"`` or ``"fp8"``; ``None`` for the one configured in Accelerate.
@@ -158,7 +164,7 @@ class Trainer(TrainingLoop):
         self,
         model: nn.Module,
         loss_func: LossFunction | None,
-        optimizer: Optimizer | None,
+        optimizer: Optimizers | None,
         callbacks: Callbacks = DEFAULT_CALLBACKS,
         run_history: RunHistory | None = None,
         *,
@@ -278,6 +284,7 @@ class Trainer(TrainingLoop):
         for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             _validation.check_reiterable(name, data, num_epochs, max_num_train_steps)
         stepping = choose_stepping(step_scheduler, scheduler_metric)
+        self.optimizer = optimizer_checks.as_optimizer(self.optimizer)  # a program may have replaced it
         _check_parts_of_training(self, create_scheduler_fn)
 
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
@@ -422,14 +429,15 @@ class Trainer(TrainingLoop):
         """
         accelerator = self._accelerator
         is_writer = accelerator.is_local_main_process if save_per_node else accelerator.is_main_process
-        model_state = portable.model_state_of(self.model, accelerator)
         optimizer = self.optimizer if save_optimizer else None
         scheduler = portable.with_state(self.scheduler, is_writer) if save_scheduler else None
         companions = self._loop_companions()
-        extras = {**companions.trained_state(), **(checkpoint_kwargs or {})}
         modules = None if self._loop_run.is_sharded else {"": self.get_model(), **companions.modules}
-        checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, extras, modules)
-        portable.save_checkpoint(checkpoint, save_path, is_writer, accelerator.num_processes)
+        with self._loop_run.training.optimizer_mode.evaluating(self.optimizer):
+            model_state = portable.model_state_of(self.model, accelerator)
+            extras = {**companions.trained_state(), **(checkpoint_kwargs or {})}
+            checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, extras, modules)
+            portable.save_checkpoint(checkpoint, save_path, is_writer, accelerator.num_processes)
 
     def load_checkpoint(
         self, checkpoint_path: str | os.PathLike[str], load_optimizer: bool = True, load_scheduler: bool = True
@@ -452,15 +460,16 @@ class Trainer(TrainingLoop):
             ValueError: It is not a local file.
         """
         optimizer = self.optimizer if load_optimizer else None
-        return portable.load_checkpoint(
-            checkpoint_path,
-            self.get_model(),
-            optimizer,
-            self.scheduler,
-            self._loop_load_scheduler_state if load_scheduler else None,
-            self._loop_companions(),
-            holder=self.optimizer,
-        )
+        with self._loop_run.training.optimizer_mode.evaluating(self.optimizer, loads_weights=True):
+            return portable.load_checkpoint(
+                checkpoint_path,
+                self.get_model(),
+                optimizer,
+                self.scheduler,
+                self._loop_load_scheduler_state if load_scheduler else None,
+                self._loop_companions(),
+                holder=self.optimizer,
+            )
 
     def save_training_state(
         self,
@@ -482,16 +491,17 @@ class Trainer(TrainingLoop):
             CheckpointError: The state cannot be written, or the previous one in the background could not be.
         """
         on_collect = partial(self.callback_handler.call_event, "on_training_state_save", self)
-        collected = collect_state(self._loop_state_parts(), self._accelerator, checkpoint_kwargs, on_collect)
-        self._loop_state_writer.write(
-            output_dir,
-            collected,
-            self._loop_run.training.lineage,
-            is_main=self._accelerator.is_main_process,
-            num_processes=int(self._accelerator.num_processes),
-            in_background=in_background,
-            on_complete=and_then,
-        )
+        with self._loop_run.training.optimizer_mode.saving(self.optimizer):
+            collected = collect_state(self._loop_state_parts(), self._accelerator, checkpoint_kwargs, on_collect)
+            self._loop_state_writer.write(
+                output_dir,
+                collected,
+                self._loop_run.training.lineage,
+                is_main=self._accelerator.is_main_process,
+                num_processes=int(self._accelerator.num_processes),
+                in_background=in_background,
+                on_complete=and_then,
+            )
 
     def wait_for_training_state(self) -> None:
         """Wait until the state being written in the background is complete, as `train` does at its end.
@@ -565,7 +575,7 @@ class Trainer(TrainingLoop):
             with defer_worker_errors():  # the run has failed with another error already
                 try:
                     self._loop_state_writer.finish(error)
-                    self._loop_report_exception(error)
+                    report_exception(self, error)
                 finally:
                     self._loop_teardown(run, outer)
                 raise
@@ -727,8 +737,8 @@ class Trainer(TrainingLoop):
                 run.reset_history(self.run_history)
             _set_up_parameters(run, self.model, self.optimizer, has_comm_hook(self._accelerator))
             self._loop_set_up_scheduler(is_resumed=state is not None)
-            nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
-            window = AccumulationWindow(config.gradient_accumulation_steps, nominal_weight)
+            window = _create_window(run, self.optimizer)
+            run.closure = window.closure = _create_closure(self)
             num_epochs = config.num_epochs if overrides_any(self, ("_create_run_config",)) else num_epochs
             run.start_training(self.run_history.current_epoch - 1, num_epochs, window)
             saves_states = bool(_folders_of_states(self.callback_handler))
@@ -796,10 +806,11 @@ class Trainer(TrainingLoop):
             run_seed=run.seed,
             seed=training.seed,
             run_number=training.run_number,
-            stop_reason=self._loop_early_stop_reason(),
+            stop_reason=early_stop_reason(self._loop_run, self.callback_handler),
             settings={**training.settings, "scheduler": resume.name_of(self.scheduler), **run.stepping.settings},
             num_metric_values_seen=training.num_metric_values_seen,
             companions=self._loop_companions(),
+            is_optimizer_training=training.optimizer_mode.is_training,
         )
 
     def _loop_companions(self) -> Companions:
@@ -811,6 +822,7 @@ class Trainer(TrainingLoop):
         owners = {
             "": {name: value for name, value in vars(self).items() if name not in left_out},
             **attributes_without_state(callbacks),
+            "optimizer.": inner_optimizers(self.optimizer),
             "accelerator.": {"registered": AcceleratorRegistry(self._accelerator).registered_objects()},
         }
         outside = [] if self._loop_run.is_sharded else parameters_outside(self.model, self.optimizer)
@@ -819,8 +831,9 @@ class Trainer(TrainingLoop):
     def _loop_restore(self, contents: StateContents) -> StateDict:
         """Restore what was read, and return the user's entries."""
         run, training = self._loop_run, self._loop_run.training
-        parts = self._loop_state_parts()
-        restore_state(contents, self._accelerator, parts, self._loop_load_scheduler_state, self.print)
+        parts, was_training = self._loop_state_parts(), contents.is_optimizer_training
+        with training.optimizer_mode.restoring(self.optimizer, was_training, is_resuming=run.is_resuming):
+            restore_state(contents, self._accelerator, parts, self._loop_load_scheduler_state, self.print)
         rank = int(self._accelerator.process_index)
         run.restart = Restart(contents, parts.companions, self._loop_companions, rank)
         run.seed, training.seed, training.run_number = contents.run_seed, contents.seed, contents.run_number
@@ -845,6 +858,8 @@ class Trainer(TrainingLoop):
     def _loop_teardown(self, run: Run, outer: Run) -> None:
         run.is_active = False  # first, because a signal may interrupt the rest
         try:
+            if run.training.optimizer_mode.is_training and not outer.is_active:
+                run.training.optimizer_mode.eval(self.optimizer)
             for seeded_loader in (*run.seeded_train_loaders, *run.seeded_eval_loaders):
                 seeded_loader.end_run()
             release(self._accelerator, run.train_dataloader, *run.eval_dataloaders.values())
@@ -895,8 +910,33 @@ def _check_parts_of_training(trainer: Trainer, create_scheduler_fn: object) -> N
     _validation.check_model(trainer.model)
     if not overrides_any(trainer, ["calculate_train_batch_loss"]):
         _validation.check_loss_func(trainer.loss_func)
-    _validation.check_optimizer(trainer.optimizer)
-    _validation.check_trainable(trainer.model, trainer.loss_func, trainer.optimizer)
+    optimizer = trainer.optimizer
+    _validation.check_optimizer(optimizer)
+    optimizer_checks.check_group(optimizer, is_sharded=is_sharded(trainer._accelerator))  # noqa: SLF001 - same module
+    if not overrides_any(trainer, ["optimizer_step"]):
+        optimizer_checks.check_step(optimizer)
+    _validation.check_trainable(trainer.model, trainer.loss_func, optimizer)
+
+
+def _create_window(run: Run, optimizer: Optimizer) -> AccumulationWindow:
+    config, group = run.config, unwrap_optimizer(optimizer)
+    nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
+    window = AccumulationWindow(
+        config.gradient_accumulation_steps, nominal_weight, group.updated if isinstance(group, OptimizerGroup) else None
+    )
+    window.reset()  # what was updated before the run
+    return window
+
+
+def _create_closure(trainer: Trainer) -> WindowClosure | None:
+    accelerator = trainer._accelerator  # noqa: SLF001 - same module
+    return create_closure(
+        trainer.optimizer,
+        accelerator.device,
+        has_scaler=accelerator.scaler is not None,
+        is_sharded=is_sharded(accelerator),
+        is_stepped_by_user=replaces_any(trainer, ["optimizer_step"]),
+    )
 
 
 def _default_dl_kwargs(dataset: Data, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:

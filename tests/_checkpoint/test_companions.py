@@ -354,6 +354,7 @@ class TrainsItsBiasFromTheSecondEpochOn(Base):
         self.optimizer = torch.optim.SGD([self.model.weight], lr=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:The optimizer does not hold 1 of the 2 parameters")
 @pytest.mark.parametrize("step", [2, 6])
 def test_gradients_that_the_optimizer_does_not_hold_yet_are_restored(step, tmp_path):
     saving = [SaveTrainingStateCallback(tmp_path, save_every_n_steps=1)]

@@ -297,6 +297,7 @@ OTHER_GROUPS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The optimizer does not hold")
 @pytest.mark.parametrize("kind", OTHER_GROUPS)
 def test_other_groups_are_refused(tmp_path, kind):
     first, then, message = OTHER_GROUPS[kind]

@@ -226,6 +226,7 @@ def add_group(trainer, **_):
         trainer.optimizer.add_param_group({"params": list(trainer.get_model()[0].parameters()), "lr": 0.01})
 
 
+@pytest.mark.filterwarnings("ignore:The optimizer does not hold")
 @pytest.mark.parametrize("create_scheduler_fn", [None, CosineLrScheduler.create_scheduler_fn()], ids=["", "schedule"])
 def test_the_best_model_is_loaded_although_the_optimizer_has_another_group_since(path, create_scheduler_fn, capsys):
     torch.manual_seed(1)

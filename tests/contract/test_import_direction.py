@@ -19,7 +19,7 @@ FLOORS = [
     {"exceptions", "_types"},
     {"progress", "tracking", "run_config", "_proxy", "_nested", "_metrics", "_signals", "_ema", "finetuning"},
     {"_accumulation", "_batch_size", "_loss_monitor", "_data"},
-    {"_distributed"},
+    {"_distributed", "_optimizers"},
     {"_checkpoint"},
     {"_step", "_validation", "states", "utils"},
     {"schedulers"},
@@ -124,7 +124,7 @@ def test_every_exception_for_accelerate_is_needed():
     assert importing == MAY_NAME_ACCELERATE_IN_TYPES
 
 
-@pytest.mark.parametrize("room", ["_data", "_distributed", "_checkpoint", "_scheduling"])
+@pytest.mark.parametrize("room", ["_data", "_distributed", "_optimizers", "_checkpoint", "_scheduling"])
 def test_a_room_has_an_empty_init_and_a_readme_with_a_line_for_each_file(room):
     folder = SOURCE / room
     assert (folder / "__init__.py").read_text() == ""

@@ -27,7 +27,9 @@ from pytorch_accelerated._checkpoint.optimizer_state import (
     optimizer_state_of,
     parameters_of,
 )
+from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
+from pytorch_accelerated._optimizers.group import optimizers_in
 from pytorch_accelerated._types import StateDict, Stateful, StateMapping
 from pytorch_accelerated.exceptions import CheckpointError
 
@@ -305,6 +307,7 @@ def _parts_of(item: object) -> Iterator[object]:
         yield from item.modules()
     for attribute in ("optimizer", "scheduler"):
         yield getattr(item, attribute, None)
+    yield from optimizers_in(unwrap_optimizer(item)).values()
 
 
 def _walk(name: str, value: object, seen: set[int], depth: int = 0) -> Iterator[tuple[str, object]]:

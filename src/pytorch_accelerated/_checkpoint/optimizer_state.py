@@ -6,7 +6,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from pytorch_accelerated._checkpoint.model_state import METADATA, portable_state_dict, shape_of
 from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
 from pytorch_accelerated._nested import tensors_in
+from pytorch_accelerated._optimizers.group import OptimizerGroup
 from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
@@ -38,10 +39,35 @@ def optimizer_state_of(optimizer: Optimizer, modules: Mapping[str, nn.Module] | 
         optimizer: The optimizer.
         modules: The modules whose parameters it holds; see `parameters_of`. ``None`` if their names are not known.
     """
+    members = members_of(optimizer)
+    if members is not None:
+        return {name: optimizer_state_of(member, modules) for name, member in members.items()}
     origin: StateDict = {CLASS: class_name(unwrap_optimizer(optimizer))}
     if modules is not None:
         origin[_PARAMETERS] = _parameter_names(optimizer, parameters_of(modules))
     return with_origin(optimizer.state_dict(), origin)
+
+
+def members_of(optimizer: object) -> Mapping[Any, Optimizer] | None:
+    """Return the optimizers of a group by name or index, whose states are saved one by one; ``None`` for a single one.
+
+    Args:
+        optimizer: The optimizer or group, prepared or not.
+    """
+    inner = unwrap_optimizer(optimizer)
+    return inner.optimizers if isinstance(inner, OptimizerGroup) else None
+
+
+def groups_in(state: StateMapping) -> list[ParameterGroup]:
+    """Return the parameter groups in the state of an optimizer, or in those of a group of optimizers, one by one."""
+    states = state.values() if _is_of_several(state) else [state]
+    return [group for each in states for group in each.get("param_groups", ())]
+
+
+def _is_of_several(state: StateMapping) -> bool:
+    """Tell whether a state is that of a group of optimizers."""
+    states = state.values() if state and "param_groups" not in state else [{}]
+    return all(isinstance(each, Mapping) and "param_groups" in each for each in states)
 
 
 def with_origin(state: StateDict, origin: StateMapping) -> StateDict:
@@ -126,8 +152,16 @@ def fit_optimizer_state(
     Raises:
         DifferentPartError: It is the state of another class of optimizer, or of other parameters.
     """
+    members = members_of(optimizer)
+    difference = _other_optimizers(members, state_dict)
+    if members is not None and difference is None:
+        return {
+            name: fit_optimizer_state(member, state_dict[name], named, f"{source} (for the optimizer {name!r})")
+            for name, member in members.items()
+        }
     origin, order = origin_of(state_dict), None
-    difference = _other_class(optimizer, state_dict, origin.get(CLASS) or saved_class)
+    if difference is None:
+        difference = _other_class(optimizer, state_dict, origin.get(CLASS) or saved_class)
     if difference is None and _has_groups(optimizer, state_dict):
         difference = _other_sizes(optimizer, state_dict)
         if difference is None and _PARAMETERS in origin:
@@ -143,7 +177,17 @@ def fit_optimizer_state(
     return state_dict
 
 
-def _has_groups(optimizer: Optimizer, state_dict: StateMapping) -> bool:
+def _other_optimizers(members: Mapping[Any, object] | None, state_dict: StateMapping) -> str | None:
+    """Return in what a state shows that it belongs to one optimizer instead of several, or to others."""
+    if members is None:
+        return f"it has the states of several, {list(state_dict)}" if _is_of_several(state_dict) else None
+    if not _is_of_several(state_dict):
+        return f"it has the state of a single one instead of those of {list(members)}"
+    is_same = state_dict.keys() == members.keys()
+    return None if is_same else f"it has the states of {list(state_dict)} instead of {list(members)}"
+
+
+def _has_groups(optimizer: object, state_dict: StateMapping) -> bool:
     """Tell whether a state has to have groups; with a `state_dict` of its own, an optimizer may have another form."""
     state_method = getattr(type(unwrap_optimizer(optimizer)), "state_dict", None)
     return "param_groups" in state_dict or state_method is torch.optim.Optimizer.state_dict

@@ -21,6 +21,7 @@ from pytorch_accelerated._checkpoint.manifest import (
     name_state,
     verify_state,
 )
+from pytorch_accelerated._checkpoint.optimizer_state import members_of
 from pytorch_accelerated._checkpoint.scheduler_state import LENGTHS
 from pytorch_accelerated._data.loaders import num_batches_of, reliable_num_batches_of
 from pytorch_accelerated._distributed.collectives import run_on_main
@@ -299,6 +300,10 @@ def _name_of_sampler(loader: object) -> str | None:
 
 
 def _hyperparameters_of(optimizer: object) -> dict[str, object]:
+    members = members_of(optimizer)
+    if members is not None:
+        settings = {name: _hyperparameters_of(member) for name, member in members.items()}
+        return {f"{name}.{key}": value for name, own in settings.items() for key, value in own.items()}
     groups = getattr(optimizer, "param_groups", None) or [{}]
     return {name: value for name, value in groups[0].items() if _is_setting(name, value)}
 

@@ -16,6 +16,7 @@ from pytorch_accelerated._checkpoint.optimizer_state import (
     CLASS,
     DifferentPartError,
     class_name,
+    groups_in,
     origin_of,
     with_origin,
 )
@@ -161,7 +162,7 @@ def describe_new_length(saved: RunSettings, current: RunSettings) -> str | None:
 
 def return_to_initial_rates(optimizer: Optimizer, optimizer_state: StateMapping) -> None:
     """Give an optimizer the rates that the saved run started with, so that a new schedule starts there, too."""
-    for group, saved in zip(optimizer.param_groups, optimizer_state.get("param_groups", ()), strict=False):
+    for group, saved in zip(optimizer.param_groups, groups_in(optimizer_state), strict=False):
         if "initial_lr" in saved:
             group.pop("initial_lr", None)
             _set(group, "lr", _value(saved["initial_lr"]))

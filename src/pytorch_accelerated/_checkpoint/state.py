@@ -89,6 +89,7 @@ class Parts:
         settings: The settings of the run; see `run_settings`.
         companions: What else has a state.
         num_metric_values_seen: How many values of its metric the scheduler has been stepped with.
+        is_optimizer_training: Whether an optimizer that has modes is in training mode; ``None`` if there is none.
     """
 
     model: nn.Module
@@ -108,6 +109,7 @@ class Parts:
     settings: RunSettings
     companions: Companions = field(default_factory=Companions)
     num_metric_values_seen: int = 0
+    is_optimizer_training: bool | None = None
 
     @property
     def shared(self) -> dict[str, object]:
@@ -198,6 +200,7 @@ def _shared_state(
             "run_number": parts.run_number,
             "stopped": parts.stop_reason,
             "num_metric_values_seen": parts.num_metric_values_seen,
+            "is_optimizer_training": parts.is_optimizer_training,
             "knows_stream": stream is not None and stream["state"] is not None,
             "companions": parts.companions.shared_state(),
         },
@@ -319,6 +322,12 @@ class StateContents:
     def num_metric_values_seen(self) -> int:
         """How many values of its metric the scheduler has been stepped with; earlier versions had none."""
         return int(self.trainer_state["trainer"].get("num_metric_values_seen", 0))
+
+    @property
+    def is_optimizer_training(self) -> bool | None:
+        """Whether an optimizer that has modes was in training mode; ``None`` if there was none, or it is not known."""
+        is_training: bool | None = self.trainer_state["trainer"].get("is_optimizer_training")
+        return is_training
 
     @property
     def stop_reason(self) -> str | None:

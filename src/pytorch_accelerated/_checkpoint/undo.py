@@ -14,6 +14,7 @@ from torch import nn
 
 from pytorch_accelerated._data.rng import get_rng_state, set_rng_state
 from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
+from pytorch_accelerated._optimizers.group import optimizers_in
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -54,8 +55,11 @@ def undone_on_error(
     seen: set[int] = {id(model)}
     for optimizer in optimizers:
         if optimizer is not None:
-            seen |= {id(optimizer), id(unwrap_optimizer(optimizer))}
-            _remember_optimizer(unwrap_optimizer(optimizer), undo)
+            inner = unwrap_optimizer(optimizer)
+            members = list(optimizers_in(inner).values())
+            seen |= {id(optimizer), id(inner), *map(id, members)}
+            for member in members:
+                _remember_optimizer(member, undo)
     for part in parts:
         _remember(part, undo, seen, _MAX_NESTING)
         _remember_attributes(part, undo, seen, _MAX_NESTING)

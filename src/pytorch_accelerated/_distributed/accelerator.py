@@ -264,8 +264,7 @@ def prepare(
     """
     placement = placement_of(accelerator)
     train_dl, *active_eval_dls = (_activate(loader, placement) for loader in (train_dl, *eval_dls.values()))
-    if can_use_fast_path(accelerator):
-        optimizer = wrap_optimizer(accelerator, optimizer)
+    optimizer = wrap_optimizer(accelerator, optimizer, uses_fast_path=can_use_fast_path(accelerator))
     objects = [model, optimizer, train_dl, *active_eval_dls]
     present = [item for item in objects if item is not None]
     # DeepSpeed and FSDP have to see all objects at once. A single object is not returned in a tuple.

@@ -216,6 +216,34 @@ def sum_over_processes(
     return {name: (total, weight) for name, (total, weight) in zip(names, totals.unbind(), strict=True)}
 
 
+def mean_over_processes(value: torch.Tensor, num_processes: int) -> torch.Tensor:
+    """Return the mean of a tensor over the processes, bit-identical on all of them. Must be called on every process."""
+    if num_processes == 1:
+        return value
+    total = value.detach().clone()
+    distributed.all_reduce(total)
+    return total / num_processes
+
+
+def share_of_processes(weight: float, num_processes: int, device: torch.device) -> float | torch.Tensor | None:
+    """Return what to multiply the loss of this process by, so that the average over processes is the weighted mean.
+
+    Must be called on every process.
+
+    Args:
+        weight: How much the loss of this process weighs.
+        num_processes: The world size.
+        device: Where the process group exchanges tensors.
+
+    Returns:
+        The factor; ``None`` for none, with a single process.
+    """
+    if num_processes == 1:
+        return None
+    mean = mean_over_processes(torch.tensor(float(weight), device=device), num_processes)
+    return weight / mean.where(mean != 0, 1)
+
+
 def broadcast_values(parameters: Iterable[torch.Tensor]) -> None:
     """Give parameters the values of the main process, as DDP does with those of its model."""
     for parameter in parameters:

@@ -26,6 +26,7 @@ from pytorch_accelerated._data.sharding import ShardedBatches, ShardedBatchSampl
 from pytorch_accelerated._data.workers import iterate
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._nested import move_to_device, tensors_in
+from pytorch_accelerated._optimizers.group import ByName, OptimizerGroup, optimizers_in
 from pytorch_accelerated._types import Batch
 
 _SUPPORTED_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -60,10 +61,12 @@ class FastPathOptimizer(AcceleratedOptimizer):  # type: ignore[misc]  # Accelera
     Args:
         optimizer: The optimizer to wrap.
         device: Where its state belongs; ``None`` to leave it where it is.
+        scaler: The gradient scaler; ``None`` on the fast path.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device | None) -> None:
-        super().__init__(optimizer, device_placement=device is not None and _has_state_elsewhere(optimizer, device))
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device | None, scaler: Any = None) -> None:
+        needs_moving = device is not None and _has_state_elsewhere(optimizer, device)
+        super().__init__(optimizer, device_placement=needs_moving, scaler=scaler)
         has_option = "set_to_none" in inspect.signature(optimizer.zero_grad).parameters
         self._zero_grad_kwargs = {"set_to_none": True} if has_option else {}
 
@@ -80,21 +83,59 @@ class FastPathOptimizer(AcceleratedOptimizer):  # type: ignore[misc]  # Accelera
             self.optimizer.zero_grad(**self._zero_grad_kwargs)
 
 
-def wrap_optimizer(accelerator: Accelerator, optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
-    """Return a PyTorch optimizer ready for the fast path; prepared optimizers and other objects as they are."""
+class PreparedGroup(ByName, FastPathOptimizer):
+    """A prepared group of optimizers, which is used by names or indices like the group. Accelerate's wrapper is not.
+
+    A gradient scaler scales, checks and skips all of them together.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Update the parameters, unless this batch only accumulates, or the scaler found infinite gradients."""
+        if self.scaler is None:
+            super().step(closure)
+        else:
+            AcceleratedOptimizer.step(self, closure)
+
+    @property
+    def optimizers(self) -> dict[Any, torch.optim.Optimizer]:  # type: ignore[override]
+        """The optimizers by name, or by index."""
+        optimizers: dict[Any, torch.optim.Optimizer] = self.optimizer.optimizers
+        return optimizers
+
+    @property
+    def is_named(self) -> bool:  # type: ignore[override]
+        """Whether they were given in a dictionary."""
+        return bool(self.optimizer.is_named)
+
+
+def wrap_optimizer(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer | None, *, uses_fast_path: bool = True
+) -> torch.optim.Optimizer | None:
+    """Return a PyTorch optimizer ready for the run; prepared optimizers and other objects as they are.
+
+    Args:
+        accelerator: Has the device and the gradient scaler.
+        optimizer: The optimizer, or a group.
+        uses_fast_path: Whether the run can use the fast path; otherwise, a single optimizer is left to Accelerate.
+    """
     if not isinstance(optimizer, torch.optim.Optimizer) or AcceleratorRegistry.is_prepared(optimizer):
         return optimizer
-    if type(optimizer).__module__.startswith(_LOMO_PACKAGE):
+    if any(type(each).__module__.startswith(_LOMO_PACKAGE) for each in optimizers_in(optimizer).values()):
         return optimizer
-    wrapped = FastPathOptimizer(optimizer, accelerator.device if accelerator.device_placement else None)
+    device = accelerator.device if accelerator.device_placement else None
+    if isinstance(optimizer, OptimizerGroup):
+        wrapped: FastPathOptimizer = PreparedGroup(optimizer, device, accelerator.scaler)
+    elif uses_fast_path:
+        wrapped = FastPathOptimizer(optimizer, device)
+    else:
+        return optimizer
     AcceleratorRegistry.mark_as_prepared(wrapped)
     return wrapped
 
 
-def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def unwrap_optimizer(optimizer: Any) -> Any:
     """Return the optimizer without the wrapper that Accelerate or this module has put around it."""
-    inner: torch.optim.Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-    return inner
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
 def _has_state_elsewhere(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.optim import Optimizer
 
 from pytorch_accelerated import _validation
+from pytorch_accelerated._checkpoint.optimizer_state import members_of
 from pytorch_accelerated._data.loaders import num_batches_of
 from pytorch_accelerated._data.rng import get_rng_state, preserve_rng_state
 from pytorch_accelerated._distributed.collectives import all_gather_objects, broadcast_from_main
@@ -372,14 +374,11 @@ def _digests_of(trainer: Trainer) -> list[_Digest]:
     # A state holds the buffers of rank 0 only.
     tensors = model.state_dict() if run_of(trainer).process_index == 0 else dict(model.named_parameters())
     digests = [_Digest("model", f"`{name}` of the model", _digest(value)) for name, value in tensors.items()]
-    optimizer = trainer.optimizer.state_dict()
-    for index, state in optimizer["state"].items():
-        parameter = names[index] if isinstance(index, int) and index < len(names) else index
-        digests += [
-            _Digest("optimizer", f"`{field}` of the optimizer for `{parameter}`", _digest(value))
-            for field, value in state.items()
-        ]
-    digests.append(_Digest("optimizer", "the settings of the optimizer", _digest(optimizer["param_groups"])))
+    members = members_of(trainer.optimizer)
+    if members is None:
+        digests += _digests_of_optimizer("the optimizer", trainer.optimizer, names)
+    for name, optimizer in (members or {}).items():
+        digests += _digests_of_optimizer(f"the optimizer {name!r}", optimizer, [])
     if trainer.scheduler is not None:
         digests.append(_Digest("scheduler", "the scheduler", _digest(trainer.scheduler.state_dict())))
     digests += [
@@ -391,6 +390,27 @@ def _digests_of(trainer: Trainer) -> list[_Digest]:
         for name, state in trainer.callback_handler.state_dict().items()
     ]
     return [*digests, *_rng_digests()]
+
+
+def _digests_of_optimizer(described: str, optimizer: Optimizer, names: Sequence[str]) -> list[_Digest]:
+    """Return the digests of an optimizer.
+
+    Args:
+        described: What messages call it.
+        optimizer: The optimizer.
+        names: The names of its parameters, as far as they are known.
+    """
+    states = optimizer.state_dict()
+    known = dict(enumerate(names))
+    named = {known.get(index, index): index for index in states["state"]}
+    return [
+        *(
+            _Digest("optimizer", f"`{field}` of {described} for `{parameter}`", _digest(value))
+            for parameter, index in named.items()
+            for field, value in states["state"][index].items()
+        ),
+        _Digest("optimizer", f"the settings of {described}", _digest(states["param_groups"])),
+    ]
 
 
 def _rng_digests() -> list[_Digest]:
