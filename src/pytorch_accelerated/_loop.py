@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ from pytorch_accelerated._types import (
 from pytorch_accelerated._validation import check_positive_integer, check_run
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.evaluation import LimitBatchesCallback
-from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError, add_note
+from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.run_config import TrainerRunConfig
 from pytorch_accelerated.tracking import (
@@ -294,6 +294,25 @@ class TrainingLoop:
     def device(self) -> torch.device:
         """The device of this process, where the model runs and batches are moved to."""
         return self._accelerator.device  # type: ignore[no-any-return]
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return a context for what a step computes beside the model's forward pass, in the precision of the runs.
+
+        The forward pass is computed in it anyway; what it returns is converted to float32, and the loss function is
+        called outside. Use this context for other calls: another method of the model, a second network. In it, PyTorch
+        chooses a data type for each operation, as in ``torch.autocast``, and results stay in that type. Without mixed
+        precision it changes nothing, and with DeepSpeed neither, which converts the model itself.
+
+        Example:
+            >>> from pytorch_accelerated import Trainer
+            >>> class Contrastive(Trainer):
+            ...     def calculate_train_batch_loss(self, batch):
+            ...         with self.autocast():
+            ...             codes = self.get_model().encode(batch[0])
+            ...         return {"loss": self.loss_func(codes.float(), batch[1]), "batch_size": len(batch[1])}
+        """
+        context: AbstractContextManager[None] = self._accelerator.autocast()
+        return context
 
     def print(self, *args: object, **kwargs: object) -> None:
         """Print on the main process of each node only, on lines of their own next to open progress bars."""
@@ -794,11 +813,6 @@ class TrainingLoop:
         reason, request = self._loop_run.training.early_stop_reason, self.callback_handler.requested_stop
         is_requested = reason is None and request is not None and self._loop_run.is_training_run
         return _reason_of(request) if is_requested else reason
-
-    def _loop_report_exception(self, error: BaseException) -> None:
-        self._loop_run.stop_reason = f"{type(error).__name__}: {error}"
-        for secondary in self.callback_handler.call_event_on_all("on_exception", self, exception=error):
-            add_note(error, f"a callback also failed in `on_exception`: {secondary!r}")
 
 
 def _reason_of(stop: StopTrainingError | None) -> str:

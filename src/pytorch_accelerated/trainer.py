@@ -49,13 +49,13 @@ from pytorch_accelerated._data.workers import defer_worker_errors
 from pytorch_accelerated._data.workers import worker_init_fn as worker_init_fn  # as in 0.1.61
 from pytorch_accelerated._distributed.accelerator import (
     PreparedModel,
+    check_clipping,
     choose_seed,
     copy_accelerator,
     create_accelerator,
     disable_loss_scaling,
     is_sharded,
     placement_of,
-    precision_of,
     prepare,
     rejoin_process,
     release,
@@ -63,6 +63,7 @@ from pytorch_accelerated._distributed.accelerator import (
 from pytorch_accelerated._distributed.collectives import broadcast_values, num_local_processes
 from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
+from pytorch_accelerated._distributed.precision import precision_of
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._loop import TrainingLoop, preserve_modes
 from pytorch_accelerated._run import Run, do_nothing
@@ -93,6 +94,7 @@ from pytorch_accelerated.callbacks import ProgressBarCallback as ProgressBarCall
 from pytorch_accelerated.callbacks import StopTrainingError as StopTrainingError
 from pytorch_accelerated.callbacks import TerminateOnNaNCallback as TerminateOnNaNCallback
 from pytorch_accelerated.callbacks.handler import Callbacks
+from pytorch_accelerated.exceptions import add_note
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
 from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
@@ -127,6 +129,7 @@ class Trainer(TrainingLoop):
         callbacks: Callbacks, as instances or classes, called in this order. One alone needs no list; ``None`` is none.
         run_history: Where metrics are recorded; in memory by default.
         mixed_precision: ``"no"``, ``"fp16"``, ``"bf16"`` or ``"fp8"``; ``None`` for the one configured in Accelerate.
+            Each trainer of a process has its own, except with FSDP and DeepSpeed.
         seed: Seeds all random number generators now, and the data order of each run. With ``None`` nothing is seeded,
             and the data order derives from the seed that the program passed to ``torch.manual_seed``.
         accelerator: An `accelerate.Accelerator`, or keyword arguments to create one with.
@@ -543,7 +546,7 @@ class Trainer(TrainingLoop):
             with defer_worker_errors():  # the run has failed with another error already
                 try:
                     self._loop_state_writer.finish(error)
-                    self._loop_report_exception(error)
+                    _report_exception(self, run, error)
                 finally:
                     self._loop_teardown(run, outer)
                 raise
@@ -627,6 +630,8 @@ class Trainer(TrainingLoop):
         self._prepare_model_optimizer_and_dataloaders()
         run.show_users_arguments()
         run.config = self.run_config = self._create_run_config(**numbers)
+        if not overrides_any(self, ("_clip_gradients",)):
+            check_clipping(self._accelerator, run.config.gradient_clip_value, run.config.gradient_clip_norm)
 
     def _prepare_model_optimizer_and_dataloaders(self) -> None:
         run = self._loop_run
@@ -860,6 +865,12 @@ def _preserve_attributes(owner: object, *names: str) -> Iterator[None]:
     finally:
         for name, value in zip(names, values, strict=True):
             setattr(owner, name, value)
+
+
+def _report_exception(trainer: Trainer, run: Run, error: BaseException) -> None:
+    run.stop_reason = f"{type(error).__name__}: {error}"
+    for secondary in trainer.callback_handler.call_event_on_all("on_exception", trainer, exception=error):
+        add_note(error, f"a callback also failed in `on_exception`: {secondary!r}")
 
 
 def _check_parts_of_training(trainer: Trainer) -> None:

@@ -39,6 +39,7 @@ MAY_IMPORT_ACCELERATE = {
     "_distributed/collectives.py",
     "_distributed/decorators.py",
     "_distributed/fast_path.py",
+    "_distributed/precision.py",
     "_distributed/registry.py",
 }
 MAY_NAME_ACCELERATE_IN_TYPES = {
