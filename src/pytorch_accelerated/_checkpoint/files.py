@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -119,16 +119,34 @@ def save_file(contents: Mapping[str, object], path: str | os.PathLike[str]) -> l
     Raises:
         CheckpointError: The file cannot be written, or contains something that cannot be pickled.
     """
-    path = local_path(path)
     entries, refused = _as_plain_entries(contents)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # by name, older versions of PyTorch do not notice a full disk
+            torch.save(entries, file)
+
+    write_atomically(path, write)
+    return refused
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Write one file, and its missing parent folders, completely or not at all: an older file survives a failure.
+
+    Args:
+        path: The file.
+        write: Writes the contents to the path that it is called with.
+
+    Raises:
+        CheckpointError: The file cannot be written, or contains something that cannot be pickled.
+    """
+    path = local_path(path)
     # Several nodes may write the same file. A node overwrites what it left behind itself.
     node = os.environ.get("GROUP_RANK", "0")
     temporary = path.with_name(_hidden_name(path, f".tmp-{node}"))
     try:
         create_folder(path.parent)
-        with temporary.open("wb") as file:
-            torch.save(entries, file)
-            file.flush()
+        write(temporary)
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
         flush_to_disk(path.parent)
@@ -146,7 +164,6 @@ def save_file(contents: Mapping[str, object], path: str | os.PathLike[str]) -> l
             f"The checkpoint {str(path)!r} could not be written: {error}. An earlier file of this name is unchanged. "
             f"{advice}"
         ) from error
-    return refused
 
 
 def check_can_write(path: str | os.PathLike[str]) -> None:

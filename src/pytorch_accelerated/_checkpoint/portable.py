@@ -64,6 +64,7 @@ def build_checkpoint(
     scheduler: Stateful | None,
     extras: StateMapping | None,
     modules: Mapping[str, nn.Module] | None = None,
+    frozen: Collection[str] = (),
 ) -> StateDict:
     """Build a checkpoint: one flat dictionary with our entries and the user's.
 
@@ -73,12 +74,15 @@ def build_checkpoint(
         scheduler: The scheduler, or ``None``.
         extras: The user's entries.
         modules: The modules with the parameters of the optimizer, whose state then knows their names.
+        frozen: Names of parameters of the model that are left out, and listed instead.
     """
-    checkpoint: StateDict = {"model_state_dict": portable_state_dict(model_state)}
+    checkpoint: StateDict = {MODEL: portable_state_dict(model_state, without=frozen)}
+    if frozen:
+        checkpoint[FROZEN] = list(frozen)
     if optimizer is not None:
-        checkpoint["optimizer_state_dict"] = with_full_tensors(optimizer_state_of(optimizer, modules))
+        checkpoint[OPTIMIZER] = with_full_tensors(optimizer_state_of(optimizer, modules))
     if scheduler is not None:
-        checkpoint["scheduler_state_dict"] = with_full_tensors(scheduler_state_of(scheduler))
+        checkpoint[SCHEDULER] = with_full_tensors(scheduler_state_of(scheduler))
     return {**checkpoint, **(extras or {})}
 
 
@@ -100,6 +104,9 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint to a file. Must be called on every process.
 
+    With the suffix ``.safetensors``, the file is one of that format. It contains the weights of the model, and of the
+    other entries those that are plain values; a warning names the rest.
+
     Args:
         checkpoint: What `build_checkpoint` returned.
         path: The file.
@@ -108,7 +115,18 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: The file could not be written, on this process or another.
+        ModuleNotFoundError: safetensors is not installed.
     """
+    if is_safetensors_path(path):
+        left_out = run_on_all(lambda: save_safetensors(checkpoint, path) if is_writer else [], num_processes)
+        if left_out:
+            warnings.warn(
+                f"{os.fspath(path)!r} contains the weights of the model, but not {_joined(left_out)}: a file of "
+                "safetensors holds tensors only. Choose another suffix, such as '.pt', or leave them out, for example "
+                "with `save_optimizer=False`.",
+                stacklevel=3,
+            )
+        return
     refused = run_on_all(lambda: save_file(checkpoint, path) if is_writer else [], num_processes)
     if refused:
         warnings.warn(
@@ -129,6 +147,8 @@ def check_save_path(path: str | os.PathLike[str], is_writer: bool, num_processes
     Raises:
         CheckpointError: The file could not be written, on this process or another.
     """
+    if is_safetensors_path(path):
+        check_has_safetensors()
     run_on_all(lambda: check_can_write(path) if is_writer else None, num_processes)
 
 
@@ -150,7 +170,8 @@ def load_checkpoint(
     load_scheduler: Callable[[StateDict], None] | None = None,
     companions: Companions | None = None,
     holder: Optimizer | None = None,
-) -> StateDict:
+    strict: bool = True,
+) -> LoadedCheckpoint:
     """Load a checkpoint's model, and its optimizer and scheduler if there are any, or reject it with nothing changed.
 
     Args:
@@ -161,54 +182,23 @@ def load_checkpoint(
         load_scheduler: Loads the state of the scheduler; ``None`` to skip it.
         companions: What else the optimizer trains.
         holder: The optimizer that holds the parameters of the model, whether or not its state is loaded.
+        strict: Whether everything has to fit. Otherwise what does not is left out.
 
     Returns:
-        All entries of the file.
+        All entries of the file, with what of it was not loaded.
 
     Raises:
         FileNotFoundError: There is no such file.
         CheckpointError: It is damaged, or belongs to a different model, optimizer or scheduler.
     """
-    checkpoint, companions = load_file(path), companions or Companions()
+    entries, companions = load_entries(path), companions or Companions()
     source = f"The checkpoint {os.fspath(path)!r}"
-    companions.check_trained_state(checkpoint, source)
-    model_state = model_state_in(checkpoint, source)
-    loaded = check_model_state(model, model_state, source)
-    optimizer_state = checkpoint.get("optimizer_state_dict")
-    if optimizer is not None and optimizer_state is not None:
-        named = Named(
-            parameters_of({"": model, **companions.modules}),
-            parameters_of({"": loaded, **companions.modules}),
-            entries_of({"": portable_state_dict(model_state), **companions.trained_modules_in(checkpoint)}),
-        )
-        optimizer_state = fit_optimizer_state(optimizer, optimizer_state, named, source)
-    scheduler_state = checkpoint.get("scheduler_state_dict")
-    if scheduler is not None and load_scheduler is not None and scheduler_state is not None:
-        check_scheduler_state(scheduler, scheduler_state, source)
-    with undone_on_error(model, (optimizer,), (scheduler, companions.modules, companions.parameters)):
-        if optimizer is not None and optimizer_state is not None:
-            optimizer.load_state_dict(optimizer_state)
-        if load_scheduler is not None and scheduler_state is not None:
-            load_scheduler_state(scheduler_state, load_scheduler, source)
-        companions.load_trained_state(checkpoint)
-        load_checked_model_state(model, model_state, holder)
-    return checkpoint
-
-
-def model_state_in(checkpoint: StateMapping, source: str) -> StateMapping:
-    """Return the model's state in a checkpoint.
-
-    Args:
-        checkpoint: The entries of the file.
-        source: How error messages refer to the file.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    if "model_state_dict" not in checkpoint:
-        raise CheckpointError(
-            f"{source} has no `model_state_dict`, only the entries {sorted(map(str, checkpoint))}. Expected a file "
-            "written by `save_checkpoint`. A bare state dict can be loaded with `model.load_state_dict`."
-        )
-    state: StateMapping = checkpoint["model_state_dict"]
-    return state
+    loaded = LoadedCheckpoint(entries)
+    fit = fit_weights(model, find_weights(entries, source), source, strict, entries.get(FROZEN, ()))
+    if not strict:
+        loaded.note_fit(fit)
+    choose = partial(_choose, entries, loaded, strict)
+    trained = choose(TRAINED, lambda _: companions.check_trained_state(entries, source))
+    optimizer_state = choose(OPTIMIZER, lambda state: _fit_optimizer(optimizer, state, model, fit, companions, entries, source)
+    )
+    ...
