@@ -38,6 +38,8 @@ from pytorch_accelerated._checkpoint.state import (
     restore_state,
     undone_if_refused,
 )
+from pytorch_accelerated._checkpoint.weights import LoadedCheckpoint as LoadedCheckpoint
+from pytorch_accelerated._checkpoint.weights import frozen_parameters
 from pytorch_accelerated._checkpoint.writer import StateWriter
 from pytorch_accelerated._data.build import rebuild_loader
 from pytorch_accelerated._data.defaults import EvaluationSettings, default_dl_kwargs, merge_dl_kwargs
@@ -386,20 +388,26 @@ class Trainer(TrainingLoop):
         save_optimizer: bool = True,
         save_scheduler: bool = True,
         save_per_node: bool = True,
+        *,
+        trainable_only: bool = False,
     ) -> None:
         """Write the model, and what belongs to it, to one file. Must be called on every process.
 
         Args:
-            save_path: The file. Folders are created, and an existing file is replaced only by a complete one.
+            save_path: The file. Folders are created, and an existing file is replaced only by a complete one. With the
+                suffix ``.safetensors`` it has that format, which holds weights and entries that are plain values.
             checkpoint_kwargs: Additional entries: tensors, numbers, strings and containers of these. A file with other
                 objects is written too, with a warning that `load_checkpoint` will refuse it.
             save_optimizer: Whether to include the state of the optimizer, as ``optimizer_state_dict``.
             save_scheduler: Whether to include the state of the scheduler, as ``scheduler_state_dict``; with a warning,
                 it is left out if the scheduler has no ``state_dict``.
             save_per_node: Whether the main process of every node writes the file, or only the main process.
+            trainable_only: Whether to leave out the parameters of the model that are frozen. When it is loaded, these
+                keep their values, so the model must have them from elsewhere, such as a pretrained network.
 
         Raises:
             CheckpointError: The file cannot be written.
+            ModuleNotFoundError: The suffix is ``.safetensors``, and that package is not installed.
         """
         accelerator = self._accelerator
         is_writer = accelerator.is_local_main_process if save_per_node else accelerator.is_main_process
@@ -409,39 +417,56 @@ class Trainer(TrainingLoop):
         companions = self._loop_companions()
         extras = {**companions.trained_state(), **(checkpoint_kwargs or {})}
         modules = None if self._loop_run.is_sharded else {"": self.get_model(), **companions.modules}
-        checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, extras, modules)
+        frozen = frozen_parameters(self.get_model()) if trainable_only else ()
+        checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, extras, modules, frozen)
         portable.save_checkpoint(checkpoint, save_path, is_writer, accelerator.num_processes)
 
     def load_checkpoint(
-        self, checkpoint_path: str | os.PathLike[str], load_optimizer: bool = True, load_scheduler: bool = True
-    ) -> StateDict:
-        """Load what `save_checkpoint` wrote, before, during or after training.
+        self,
+        checkpoint_path: str | os.PathLike[str],
+        load_optimizer: bool = True,
+        load_scheduler: bool = True,
+        *,
+        strict: bool = True,
+    ) -> LoadedCheckpoint:
+        """Load what `save_checkpoint` wrote, or weights from elsewhere, before, during or after training.
+
+        The file is one of `torch.save` or of safetensors. Other programs may have written it: a state dict, or a
+        dictionary that contains one, as ``state_dict`` or ``model``. Prefixes of wrappers, such as ``module.``, are
+        removed from the names.
 
         Args:
             checkpoint_path: The file.
             load_optimizer: Whether to load the state of the optimizer, if the file has one.
             load_scheduler: Same for the scheduler. Before training, its state is kept until the scheduler is created.
+            strict: Whether everything has to fit. With ``False``, what does not is left out and printed: missing and
+                unexpected parameters, those of another shape, and the state of an optimizer for other parameters.
 
         Returns:
             All entries of the file, which are ``model_state_dict``, ``optimizer_state_dict`` and
-            ``scheduler_state_dict`` if they were saved, and the additional ones.
+            ``scheduler_state_dict`` if they were saved, and the additional ones. Its attributes list what was not
+            loaded.
 
         Raises:
             FileNotFoundError: There is no such file.
             CheckpointError: It is damaged, or belongs to another model, optimizer or scheduler; nothing has
-                been changed.
+                been changed. With ``strict=False``, it is damaged, or none of its weights fits.
+            ModuleNotFoundError: The file is one of safetensors, and that package is not installed.
             ValueError: It is not a local file.
         """
-        optimizer = self.optimizer if load_optimizer else None
-        return portable.load_checkpoint(
+        loaded = portable.load_checkpoint(
             checkpoint_path,
             self.get_model(),
-            optimizer,
+            self.optimizer if load_optimizer else None,
             self.scheduler,
             self._loop_load_scheduler_state if load_scheduler else None,
             self._loop_companions(),
             holder=self.optimizer,
+            strict=strict,
         )
+        if loaded.describe_rest():
+            self.print(f"{os.fspath(checkpoint_path)}: {loaded.describe_rest()}")
+        return loaded
 
     def save_training_state(
         self,

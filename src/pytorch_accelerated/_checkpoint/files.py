@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from pytorch_accelerated._checkpoint.checksum import ZIP_SIGNATURE, seal
 from pytorch_accelerated._data.workers import is_worker_failure
 from pytorch_accelerated._nested import like_mapping
 from pytorch_accelerated._types import Nested, StateDict
@@ -29,7 +30,6 @@ T = TypeVar("T")
 
 _STORABLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _BLOCK_SIZE = 1 << 20  # bytes
-_ZIP_SIGNATURE = b"PK\x03\x04"
 _NOT_PICKLABLE = (pickle.PicklingError, AttributeError, TypeError)  # what `pickle` raises
 _FSYNC_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # not of one letter, as the drives of Windows
@@ -109,8 +109,8 @@ def _hidden_name(path: Path, suffix: str) -> str:
 def save_file(contents: Mapping[str, object], path: str | os.PathLike[str]) -> list[str]:
     """Write a dictionary to one file atomically; if that fails, an older file survives.
 
-    Missing parent folders are created. NumPy scalars and arrays are stored as numbers and tensors, so that the file can
-    be read without running code from it.
+    Missing parent folders are created, and the file carries a checksum. NumPy scalars and arrays are stored as numbers
+    and tensors, so that the file can be read without running code from it.
 
     Returns:
         Why `load_file` will refuse the file: a sentence for each entry that cannot be stored in such a way. These are
@@ -124,6 +124,7 @@ def save_file(contents: Mapping[str, object], path: str | os.PathLike[str]) -> l
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:  # by name, older versions of PyTorch do not notice a full disk
             torch.save(entries, file)
+        seal(temporary)
 
     write_atomically(path, write)
     return refused
@@ -236,7 +237,7 @@ def check_zip_is_complete(path: Path) -> None:
 def starts_like_zip(path: Path) -> bool:
     """Tell whether a file starts like those that `torch.save` writes by default: as a zip archive."""
     with path.open("rb") as file:
-        return file.read(len(_ZIP_SIGNATURE)) == _ZIP_SIGNATURE
+        return file.read(len(ZIP_SIGNATURE)) == ZIP_SIGNATURE
 
 
 def crc32_of(path: Path) -> str:

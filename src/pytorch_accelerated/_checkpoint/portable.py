@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from pytorch_accelerated._checkpoint.companions import Companions
-from pytorch_accelerated._checkpoint.files import check_can_write, load_file, save_file
-from pytorch_accelerated._checkpoint.model_state import (
-    check_model_state,
-    load_checked_model_state,
-    portable_state_dict,
-)
+from pytorch_accelerated._checkpoint.checksum import check_undamaged, is_safetensors_file
+from pytorch_accelerated._checkpoint.companions import TRAINED, Companions
+from pytorch_accelerated._checkpoint.files import check_can_write, load_file, local_path, save_file
+from pytorch_accelerated._checkpoint.model_state import load_checked_model_state, portable_state_dict
 from pytorch_accelerated._checkpoint.optimizer_state import (
     Named,
     entries_of,
     fit_optimizer_state,
+    load_optimizer_state,
     optimizer_state_of,
     parameters_of,
+)
+from pytorch_accelerated._checkpoint.safetensors_file import (
+    SUFFIX,
+    check_has_safetensors,
+    is_safetensors_path,
+    load_safetensors,
+    save_safetensors,
 )
 from pytorch_accelerated._checkpoint.scheduler_state import (
     check_scheduler_state,
@@ -29,10 +35,20 @@ from pytorch_accelerated._checkpoint.scheduler_state import (
     scheduler_state_of,
 )
 from pytorch_accelerated._checkpoint.undo import undone_on_error
+from pytorch_accelerated._checkpoint.weights import (
+    FROZEN,
+    MODEL,
+    OPTIMIZER,
+    SCHEDULER,
+    Fit,
+    LoadedCheckpoint,
+    find_weights,
+    fit_weights,
+    frozen_in,
+)
 from pytorch_accelerated._distributed.accelerator import is_sharded
 from pytorch_accelerated._distributed.collectives import run_on_all
 from pytorch_accelerated._nested import rebuild
-from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,6 +56,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from pytorch_accelerated._types import Nested, StateDict, Stateful, StateMapping
+
+    Load: TypeAlias = Callable[[], object]
 
 # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -121,9 +139,9 @@ def save_checkpoint(
         left_out = run_on_all(lambda: save_safetensors(checkpoint, path) if is_writer else [], num_processes)
         if left_out:
             warnings.warn(
-                f"{os.fspath(path)!r} contains the weights of the model, but not {_joined(left_out)}: a file of "
-                "safetensors holds tensors only. Choose another suffix, such as '.pt', or leave them out, for example "
-                "with `save_optimizer=False`.",
+                f"{os.fspath(path)!r} contains the weights of the model, but not these entries: {', '.join(left_out)}. "
+                f"A file with the suffix {SUFFIX!r} holds weights and plain values only. Choose another suffix, such "
+                "as '.pt', or leave them out with `save_optimizer=False` and `save_scheduler=False`.",
                 stacklevel=3,
             )
         return
@@ -162,6 +180,21 @@ def with_full_tensors(state: Nested) -> Nested:
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
+def load_entries(path: str | os.PathLike[str]) -> StateDict:
+    """Read a file of weights, as `torch.save` or safetensors writes it, into host memory.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: It is damaged, or contains objects other than tensors and plain values.
+        ModuleNotFoundError: It is one of safetensors, which is not installed.
+    """
+    file = local_path(path)
+    if not file.is_file():
+        return load_file(path)  # which says so
+    check_undamaged(file)
+    return load_safetensors(path) if is_safetensors_file(file) else load_file(path)
+
+
 def load_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -193,12 +226,49 @@ def load_checkpoint(
     """
     entries, companions = load_entries(path), companions or Companions()
     source = f"The checkpoint {os.fspath(path)!r}"
-    loaded = LoadedCheckpoint(entries)
-    fit = fit_weights(model, find_weights(entries, source), source, strict, entries.get(FROZEN, ()))
-    if not strict:
-        loaded.note_fit(fit)
-    choose = partial(_choose, entries, loaded, strict)
-    trained = choose(TRAINED, lambda _: companions.check_trained_state(entries, source))
-    optimizer_state = choose(OPTIMIZER, lambda state: _fit_optimizer(optimizer, state, model, fit, companions, entries, source)
+    fit = fit_weights(model, find_weights(entries, source), source, strict, frozen_in(entries))
+    loaded = LoadedCheckpoint(entries, fit)
+    fits: dict[str, Callable[[], Load]] = {TRAINED: partial(_fit_companions, companions, entries, source)}
+    if optimizer is not None:
+        fits[OPTIMIZER] = partial(_fit_optimizer, optimizer, model, companions, entries, fit, source)
+    if load_scheduler is not None:
+        fits[SCHEDULER] = partial(_fit_scheduler, scheduler, load_scheduler, entries, source)
+    loads: dict[str, Load] = {}
+    for name in filter(entries.__contains__, fits):
+        with loaded.leaves_out(name, strict):
+            loads[name] = fits[name]()
+    if OPTIMIZER in loaded.left_out and loads.pop(SCHEDULER, None) is not None:
+        loaded.left_out[SCHEDULER] = "It continues the learning rates of that optimizer."
+    undone = partial(undone_on_error, model, (optimizer,), (scheduler, companions.modules, companions.parameters))
+    with undone():
+        for name, load in loads.items():
+            with loaded.leaves_out(name, strict), undone():
+                load()
+        load_checked_model_state(model, fit.state, holder)
+    return loaded
+
+
+def _fit_companions(companions: Companions, entries: StateMapping, source: str) -> Load:
+    """Return what loads the companions from a checkpoint, or raise if they do not fit."""
+    companions.check_trained_state(entries, source)
+    return lambda: companions.load_trained_state(entries)
+
+
+def _fit_optimizer(
+    optimizer: Optimizer, model: nn.Module, companions: Companions, entries: StateMapping, fit: Fit, source: str
+) -> Load:
+    """Return what loads the optimizer's state in a checkpoint, or raise if it does not fit."""
+    named = Named(
+        parameters_of({"": model, **companions.modules}),
+        parameters_of({"": fit.loaded, **companions.modules}),
+        entries_of({"": fit.state, **companions.trained_modules_in(entries)}),
     )
-    ...
+    state = fit_optimizer_state(optimizer, entries[OPTIMIZER], named, source)
+    return lambda: load_optimizer_state(optimizer, state, source)
+
+
+def _fit_scheduler(scheduler: object, load: Callable[[StateDict], None], entries: StateMapping, source: str) -> Load:
+    """Return what loads the scheduler's state in a checkpoint, or raise if it does not fit."""
+    if scheduler is not None:
+        check_scheduler_state(scheduler, entries[SCHEDULER], source)
+    return lambda: load_scheduler_state(entries[SCHEDULER], load, source)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pytorch_accelerated._checkpoint.checksum import EMPTY_CHECKSUM, seal
 from pytorch_accelerated._checkpoint.files import as_plain, local_path, write_atomically
 from pytorch_accelerated._checkpoint.model_state import METADATA
 from pytorch_accelerated._types import StateDict, StateMapping
@@ -18,7 +19,6 @@ from pytorch_accelerated.exceptions import CheckpointError
 SUFFIX = ".safetensors"
 _MODEL = "model_state_dict"
 _ENTRIES, _VERSIONS = "pytorch_accelerated.entries", "pytorch_accelerated.versions"  # texts in the file's metadata
-_LENGTH_SIZE = 8  # bytes; a file begins with the length of its header, which is JSON
 
 
 def is_safetensors_path(path: str | os.PathLike[str]) -> bool:
@@ -26,16 +26,8 @@ def is_safetensors_path(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() == SUFFIX
 
 
-def is_safetensors_file(path: Path) -> bool:
-    """Tell by its contents whether a file is in this format. Its name may have any suffix, and other files this one."""
-    with path.open("rb") as file:
-        start = file.read(_LENGTH_SIZE + 1)
-    length = int.from_bytes(start[:_LENGTH_SIZE], "little")
-    return start[_LENGTH_SIZE:] == b"{" and _LENGTH_SIZE + length <= path.stat().st_size
-
-
 def check_has_safetensors() -> None:
-    """Raise unless the package is installed, as it is with every version of Accelerate that this library supports.
+    """Raise unless the package is installed.
 
     Raises:
         ModuleNotFoundError: It is not.
@@ -44,8 +36,8 @@ def check_has_safetensors() -> None:
         import safetensors.torch  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"Files with the suffix {SUFFIX!r} need the package `safetensors`. Install it with `pip install "
-            "safetensors`, or choose another suffix, such as '.pt'.",
+            "Files in the format of safetensors need the package `safetensors`. Install it with `pip install "
+            f"'pytorch-accelerated[safetensors]'`, or save with another suffix than {SUFFIX!r}, such as '.pt'.",
             name=error.name,
         ) from error
 
@@ -53,7 +45,8 @@ def check_has_safetensors() -> None:
 def save_safetensors(checkpoint: StateMapping, path: str | os.PathLike[str]) -> list[str]:
     """Write the model of a checkpoint to one file atomically, and those of its other entries that are JSON.
 
-    Tensors that are the same object, or share memory, are written once, or as copies of each other.
+    Tensors that are the same are written once, and those that share memory as copies of each other. The file carries a
+    checksum.
 
     Returns:
         The names of the entries that such a file cannot contain. They are left out.
@@ -70,16 +63,19 @@ def save_safetensors(checkpoint: StateMapping, path: str | os.PathLike[str]) -> 
     others = {name: _as_json(value) for name, value in checkpoint.items() if name != _MODEL}
     stored = {name: text for name, text in others.items() if text is not None}
     versions = _as_json(getattr(checkpoint[_MODEL], METADATA, {}))
-    metadata = {"format": "pt", **tied, _ENTRIES: json.dumps(stored), **({_VERSIONS: versions} if versions else {})}
+    metadata = {"format": "pt", "checksum": EMPTY_CHECKSUM, **tied, _ENTRIES: json.dumps(stored)}
+    if versions:
+        metadata[_VERSIONS] = versions
 
     def write(temporary: Path) -> None:
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
             save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
+        except (SafetensorError, ValueError, KeyError) as error:  # a tensor is sparse, or of a type that is unknown
             raise RuntimeError(str(error)) from error
         temporary.chmod(mode)  # safetensors makes its files readable by their owner only
+        seal(temporary)
 
     write_atomically(path, write)
     return [name for name, text in others.items() if text is None]
@@ -109,7 +105,8 @@ def load_safetensors(path: str | os.PathLike[str]) -> StateDict:
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-            tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            names = list(file.keys())
+            tensors: dict[str, Any] = {name: file.get_tensor(name).clone() for name in names}  # they are memory-mapped
         entries = {name: json.loads(text) for name, text in json.loads(metadata.get(_ENTRIES, "{}")).items()}
         versions = json.loads(metadata.get(_VERSIONS, "{}"))
     except (SafetensorError, ValueError, AttributeError) as error:
@@ -123,9 +120,7 @@ def load_safetensors(path: str | os.PathLike[str]) -> StateDict:
     return {_MODEL: state, **entries}
 
 
-def _separate(
-    state: StateMapping, path: str | os.PathLike[str]
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _separate(state: StateMapping, path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return tensors that share no memory, and for each that is left out as the same as another, the name of that."""
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
@@ -148,5 +143,3 @@ def _separate(
         tensors[name] = tensor.clone().contiguous() if storage in storages else tensor.contiguous()
         storages.add(storage)
     return tensors, tied
-
-

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,23 +22,31 @@ from pytorch_accelerated._checkpoint.model_state import (
 from pytorch_accelerated._types import StateDict, StateMapping
 from pytorch_accelerated.exceptions import CheckpointError
 
-MODEL, FROZEN = "model_state_dict", "frozen_parameters"
-"""The entries of a checkpoint for the model, and for the names of the parameters that were left out as frozen."""
+MODEL, OPTIMIZER, SCHEDULER = "model_state_dict", "optimizer_state_dict", "scheduler_state_dict"
+"""The entries of a checkpoint for the states of the model, the optimizer and the scheduler."""
 
-_ENTRIES_OF_OTHERS = ("state_dict", "model", "module", "network", "net", "weights")
+FROZEN = "frozen_parameters"
+"""The entry for the names of the parameters that were left out, because they are not trained."""
+
+_ENTRIES_OF_OTHERS = ("state_dict", "model", "model_state", "module", "network", "net", "weights", "params")
 """Under which names other programs save the state of a model: Lightning, torchvision, DeepSpeed, and many more."""
 
 _WRAPPERS = ("module", "model")
 """The attributes in which DataParallel and DDP, and by custom a LightningModule, hold the model that they wrap."""
 
 _EXTRA_STATE = "_extra_state"  # how PyTorch calls the state of a module that is not a tensor
+_MAX_NESTING = 2  # dictionaries around the state
 _MAX_NAMES = 10
 
 
 class LoadedCheckpoint(dict[str, Any]):
     """The entries of a checkpoint that was loaded, and what of it was not.
 
-    With ``strict=True``, everything was loaded, and the lists are empty.
+    With ``strict=True`` everything was loaded, and nothing is listed.
+
+    Args:
+        entries: The entries.
+        fit: What of the weights is loaded.
     """
 
     missing_keys: list[str]
@@ -52,20 +61,32 @@ class LoadedCheckpoint(dict[str, Any]):
     left_out: dict[str, str]
     """The other entries of the file that do not fit, such as ``optimizer_state_dict``, each with the reason."""
 
-    def __init__(self, entries: Mapping[str, Any]) -> None:
+    def __init__(self, entries: Mapping[str, Any], fit: Fit) -> None:
         super().__init__(entries)
-        self.missing_keys, self.unexpected_keys, self.mismatched_keys = [], [], []
+        self.missing_keys, self.unexpected_keys = list(fit.missing_keys), list(fit.unexpected_keys)
+        self.mismatched_keys = list(fit.mismatched_keys)
         self.left_out = {}
 
+    @contextmanager
+    def leaves_out(self, name: str, strict: bool) -> Iterator[None]:
+        """Unless ``strict``, note an entry as left out if the body finds that it does not fit."""
+        try:
+            yield
+        except CheckpointError as error:
+            if strict:
+                raise
+            self.left_out[name] = str(error).partition(" Nothing was loaded.")[0]
+
     def describe_rest(self) -> str:
-        """Say in sentences what was not loaded; empty if there is nothing to say."""
+        """Say in sentences what was not loaded; empty if everything was."""
         lists = (
-            ("Not in the file, and left as they were:", self.missing_keys),
-            ("Not in the model:", self.unexpected_keys),
-            ("Of another shape, and left as they were:", self.mismatched_keys),
+            ("not in the file", self.missing_keys),
+            ("of another shape in the file", self.mismatched_keys),
+            ("not in the model", self.unexpected_keys),
         )
-        sentences = [f"{text} {_listed(names)}." for text, names in lists if names]
-        return " ".join([*sentences, *(f"`{name}` was left out: {why}" for name, why in self.left_out.items())])
+        sentences = [f"{len(names)} {text}: {_listed(names)}." for text, names in lists if names]
+        sentences += [f"`{name}` was left out: {reason}" for name, reason in self.left_out.items()]
+        return f"Not everything was loaded. {' '.join(sentences)}" if sentences else ""
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -89,9 +110,7 @@ def find_weights(entries: StateMapping, source: str) -> StateMapping:
     if isinstance(entries.get(MODEL), Mapping):
         state: StateMapping = entries[MODEL]
         return state
-    candidates = {str(name): value for name, value in entries.items() if _is_state_of_model(value)}
-    if _is_state_of_model(entries):
-        candidates = {MODEL: entries}
+    candidates = _states_in(entries)
     for name in _ENTRIES_OF_OTHERS if len(candidates) > 1 else candidates:
         if name in candidates:
             return candidates[name]
@@ -104,6 +123,18 @@ def find_weights(entries: StateMapping, source: str) -> StateMapping:
         f"{source} has no `{MODEL}`, only the entries {sorted(map(str, entries))}. Expected a file written by "
         "`save_checkpoint`, a state dict, or a dictionary that contains one, as `state_dict` or `model`."
     )
+
+
+def _states_in(entries: StateMapping, nesting: int = _MAX_NESTING) -> dict[str, StateMapping]:
+    """Return what looks like the state of a model: a mapping itself, else items of it, else items of those."""
+    if _is_state_of_model(entries):
+        return {MODEL: entries}
+    inner = {str(name): value for name, value in entries.items() if isinstance(value, Mapping)}
+    states = {name: value for name, value in inner.items() if _is_state_of_model(value)}
+    if states or nesting == 1:
+        return states
+    deeper = [_states_in(value, nesting - 1) for value in inner.values()]
+    return {name: state for states in deeper for name, state in states.items()}
 
 
 def _is_state_of_model(value: object) -> bool:
@@ -121,6 +152,12 @@ def frozen_parameters(model: nn.Module) -> list[str]:
     """Return the names of the parameters that are not trained, as they are in the state of the model."""
     named = portable_state_dict(dict(model.named_parameters(remove_duplicate=False)))
     return [name for name, parameter in named.items() if not parameter.requires_grad]
+
+
+def frozen_in(entries: StateMapping) -> list[str]:
+    """Return the names that `frozen_parameters` returned when a checkpoint was saved without them; often none."""
+    names = entries.get(FROZEN)
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 # --- which of them fit -------------------------------------------------------------------------------------------
@@ -201,7 +238,7 @@ def _completed(model: nn.Module, current: StateMapping, state: StateDict, frozen
         saved = next((name for name in names if name in state), None)
         if saved is not None and len(names) > 1:
             state.update({name: state[saved] for name in names if name not in state})
-    state.update({name: current.get(name, torch.empty(0)) for name in frozen if name not in state})
+    state.update({name: current[name] for name in frozen if name in current and name not in state})
     return state
 
 
