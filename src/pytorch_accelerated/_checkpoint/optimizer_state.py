@@ -267,8 +267,9 @@ class _Row:
 
     @property
     def is_resized(self) -> bool:
-        """Whether the parameter has another shape now, and its state has the former one."""
-        return self.shape_then not in (None, self.shape) and self.shape_then in self.shapes.values()
+        """Whether the parameter has another shape now, and its state does not have this one."""
+        has_other_shape = any(shape != self.shape for shape in self.shapes.values())
+        return self.shape_then not in (None, self.shape) and has_other_shape
 
 
 def _rows(

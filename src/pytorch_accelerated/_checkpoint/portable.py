@@ -42,9 +42,7 @@ from pytorch_accelerated._checkpoint.weights import (
     SCHEDULER,
     Fit,
     LoadedCheckpoint,
-    find_weights,
     fit_weights,
-    frozen_in,
 )
 from pytorch_accelerated._distributed.accelerator import is_sharded
 from pytorch_accelerated._distributed.collectives import run_on_all
@@ -226,7 +224,7 @@ def load_checkpoint(
     """
     entries, companions = load_entries(path), companions or Companions()
     source = f"The checkpoint {os.fspath(path)!r}"
-    fit = fit_weights(model, find_weights(entries, source), source, strict, frozen_in(entries))
+    fit = fit_weights(model, entries, source, strict)
     loaded = LoadedCheckpoint(entries, fit)
     fits: dict[str, Callable[[], Load]] = {TRAINED: partial(_fit_companions, companions, entries, source)}
     if optimizer is not None:
@@ -261,7 +259,7 @@ def _fit_optimizer(
     named = Named(
         parameters_of({"": model, **companions.modules}),
         parameters_of({"": fit.loaded, **companions.modules}),
-        entries_of({"": fit.state, **companions.trained_modules_in(entries)}),
+        entries_of({"": fit.saved, **companions.trained_modules_in(entries)}),
     )
     state = fit_optimizer_state(optimizer, entries[OPTIMIZER], named, source)
     return lambda: load_optimizer_state(optimizer, state, source)

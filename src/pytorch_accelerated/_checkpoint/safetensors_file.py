@@ -62,7 +62,7 @@ def save_safetensors(checkpoint: StateMapping, path: str | os.PathLike[str]) -> 
     tensors, tied = _separate(checkpoint[_MODEL], path)
     others = {name: _as_json(value) for name, value in checkpoint.items() if name != _MODEL}
     stored = {name: text for name, text in others.items() if text is not None}
-    versions = _as_json(getattr(checkpoint[_MODEL], METADATA, {}))
+    versions = _as_json(dict(getattr(checkpoint[_MODEL], METADATA, {})))
     metadata = {"format": "pt", "checksum": EMPTY_CHECKSUM, **tied, _ENTRIES: json.dumps(stored)}
     if versions:
         metadata[_VERSIONS] = versions
@@ -127,11 +127,11 @@ def _separate(state: StateMapping, path: str | os.PathLike[str]) -> tuple[dict[s
     names: dict[object, str] = {}
     storages: set[int] = set()
     for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            kind = f"{value.layout} tensor" if isinstance(value, torch.Tensor) else type(value).__name__
             raise CheckpointError(
-                f"The checkpoint {os.fspath(path)!r} could not be written: {name!r} of the model is a "
-                f"{type(value).__name__}, and files with the suffix {SUFFIX!r} contain tensors only. Choose another "
-                "suffix, such as '.pt'."
+                f"The checkpoint {os.fspath(path)!r} could not be written: {name!r} of the model is a {kind}, and "
+                f"files with the suffix {SUFFIX!r} contain dense tensors only. Choose another suffix, such as '.pt'."
             )
         tensor = value.detach()
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())

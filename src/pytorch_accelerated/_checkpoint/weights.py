@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -97,23 +97,27 @@ def _listed(names: Sequence[str]) -> str:
 # --- where they are ----------------------------------------------------------------------------------------------
 
 
-def find_weights(entries: StateMapping, source: str) -> StateMapping:
+def find_weights(entries: StateMapping, source: str, names: Collection[str] = ()) -> StateMapping:
     """Return the state of the model in a file: under the name that this library uses, or another program, or bare.
 
     Args:
         entries: The entries of the file.
         source: How error messages refer to the file.
+        names: The names in the state of the model, which tell it from those of others in the file.
 
     Raises:
-        CheckpointError: There is none, or there are several and none has a usual name.
+        CheckpointError: There is none, or there are several and nothing tells which one is meant.
     """
     if isinstance(entries.get(MODEL), Mapping):
         state: StateMapping = entries[MODEL]
         return state
     candidates = _states_in(entries)
-    for name in _ENTRIES_OF_OTHERS if len(candidates) > 1 else candidates:
+    for name in _ENTRIES_OF_OTHERS:
         if name in candidates:
             return candidates[name]
+    fitting = [state for state in candidates.values() if any(name in names for name in portable_state_dict(state))]
+    if len(candidates) == 1 or len(fitting) == 1:
+        return (fitting or list(candidates.values()))[0]
     if candidates:
         raise CheckpointError(
             f"{source} has the states of several models, {sorted(candidates)}, and no `{MODEL}`. Load the one that you "
@@ -174,32 +178,33 @@ class Fit:
     loaded: nn.Module
     """A model like the one that has loaded the state."""
 
+    saved: StateMapping
+    """What the file has, with the names that the model uses."""
+
     missing_keys: Sequence[str] = ()
     unexpected_keys: Sequence[str] = ()
     mismatched_keys: Sequence[str] = ()
 
 
-def fit_weights(
-    model: nn.Module, weights: StateMapping, source: str, strict: bool = True, frozen: Iterable[str] = ()
-) -> Fit:
+def fit_weights(model: nn.Module, entries: StateMapping, source: str, strict: bool = True) -> Fit:
     """Return the state that a model loads, without the prefixes of wrappers such as ``module.``.
 
     Args:
         model: The model.
-        weights: What `find_weights` returned.
+        entries: The entries of a file of any origin. Parameters that were left out of it as frozen keep their values.
         source: How error messages refer to the file.
         strict: Whether all of it has to fit, as it does with ``load_state_dict``.
-        frozen: The names of the parameters that were left out of the file. They keep their values.
 
     Raises:
         CheckpointError: It does not fit, or with ``strict=False``, nothing of it does.
     """
     current = portable_state_dict(model.state_dict())
+    weights = find_weights(entries, source, current.keys())
     first_error: CheckpointError | None = None
-    states = [_completed(model, current, state, frozen) for state in _without_wrappers(weights, current)]
+    states = [_completed(model, current, state, frozen_in(entries)) for state in _without_wrappers(weights, current)]
     for state in states if adapts_states(model) else states[:1]:
         try:
-            return Fit(state, check_model_state(model, state, source))
+            return Fit(state, check_model_state(model, state, source), state)
         except CheckpointError as error:
             first_error = first_error or error
     if not strict:
@@ -247,7 +252,7 @@ def _fit_in_part(model: nn.Module, current: StateMapping, state: StateDict, sour
 
     What a module adapts in loading is kept: what is missing or unexpected, the model says itself.
     """
-    mismatched: list[str] = []
+    saved, mismatched = state, list[str]()
     keys = try_to_load(model, state)
     if keys is None:
         mismatched = [name for name in names_of_other_shape(current, state) if shape_of(current[name]) is not None]
@@ -263,4 +268,4 @@ def _fit_in_part(model: nn.Module, current: StateMapping, state: StateDict, sour
             f"{_listed(list(current)[:3])}. Nothing was loaded."
         )
     fitting.update({name: current[name] for name in (*missing, *mismatched) if name in current})
-    return Fit(fitting, check_model_state(model, fitting, source), missing, unexpected, mismatched)
+    return Fit(fitting, check_model_state(model, fitting, source), saved, missing, unexpected, mismatched)
