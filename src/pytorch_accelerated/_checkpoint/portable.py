@@ -225,7 +225,7 @@ def load_checkpoint(
     entries, companions = load_entries(path), companions or Companions()
     source = f"The checkpoint {os.fspath(path)!r}"
     fit = fit_weights(model, entries, source, strict)
-    loaded = LoadedCheckpoint(entries, fit)
+    loaded = LoadedCheckpoint(entries, fit.missing_keys, fit.unexpected_keys, fit.mismatched_keys)
     fits: dict[str, Callable[[], Load]] = {TRAINED: partial(_fit_companions, companions, entries, source)}
     if optimizer is not None:
         fits[OPTIMIZER] = partial(_fit_optimizer, optimizer, model, companions, entries, fit, source)

@@ -46,7 +46,9 @@ class LoadedCheckpoint(dict[str, Any]):
 
     Args:
         entries: The entries.
-        fit: What of the weights is loaded.
+        missing_keys: See the attribute.
+        unexpected_keys: See the attribute.
+        mismatched_keys: See the attribute.
     """
 
     missing_keys: list[str]
@@ -61,10 +63,16 @@ class LoadedCheckpoint(dict[str, Any]):
     left_out: dict[str, str]
     """The other entries of the file that do not fit, such as ``optimizer_state_dict``, each with the reason."""
 
-    def __init__(self, entries: Mapping[str, Any], fit: Fit) -> None:
+    def __init__(
+        self,
+        entries: Mapping[str, Any],
+        missing_keys: Iterable[str] = (),
+        unexpected_keys: Iterable[str] = (),
+        mismatched_keys: Iterable[str] = (),
+    ) -> None:
         super().__init__(entries)
-        self.missing_keys, self.unexpected_keys = list(fit.missing_keys), list(fit.unexpected_keys)
-        self.mismatched_keys = list(fit.mismatched_keys)
+        self.missing_keys, self.unexpected_keys = list(missing_keys), list(unexpected_keys)
+        self.mismatched_keys = list(mismatched_keys)
         self.left_out = {}
 
     @contextmanager
