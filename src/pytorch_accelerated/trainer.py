@@ -53,17 +53,16 @@ from pytorch_accelerated._distributed.accelerator import (
     PreparedModel,
     check_clipping,
     choose_seed,
-    copy_accelerator,
     create_accelerator,
     disable_loss_scaling,
     is_sharded,
     placement_of,
     prepare,
-    rejoin_process,
     release,
 )
 from pytorch_accelerated._distributed.collectives import broadcast_values, num_local_processes
 from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any
+from pytorch_accelerated._distributed.copies import attributes_of_copy, state_to_copy
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._distributed.precision import precision_of
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
@@ -533,17 +532,13 @@ class Trainer(TrainingLoop):
 
     # --- the start and the end of a run --------------------------------------------------------------------------
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Trainer:
-        """Return a trainer of copies of the model, the optimizer and all else. Nothing may be running."""
-        memo[id(self)] = copied = type(self).__new__(type(self))
-        memo[id(self._accelerator)] = copy_accelerator(self._accelerator, memo)
-        copied.__setstate__(copy.deepcopy(self.__reduce_ex__(4)[2], memo))  # type: ignore[arg-type]
-        return copied
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made from. Outside a run, `pickle` and `copy.deepcopy` work at any time."""
+        return state_to_copy(vars(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a copy of another trainer, or the one that was pickled; outside a run, both work at any time."""
-        vars(self).update(state)
-        rejoin_process(self._accelerator, self.optimizer)
+        """Become a copy of another trainer, or the one that was pickled."""
+        vars(self).update(attributes_of_copy(state))
 
     def _create_accelerator(self) -> Accelerator:
         """Create the accelerator that serves all runs of this trainer."""

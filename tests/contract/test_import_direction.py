@@ -13,7 +13,17 @@ from _support import SOURCE, run_python
 
 PACKAGE = "pytorch_accelerated"
 FILES = sorted(SOURCE.rglob("*.py"))
-OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "torchmetrics", "timm", "transformers", "wandb", "torchvision"}
+OPTIONAL = {
+    "matplotlib",
+    "sklearn",
+    "tensorboard",
+    "torchmetrics",
+    "timm",
+    "transformers",
+    "wandb",
+    "torchvision",
+    "safetensors",
+}
 
 FLOORS = [
     {"exceptions", "_types"},
@@ -37,6 +47,7 @@ MAY_IMPORT_ACCELERATE = {
     "trainer.py",
     "_distributed/accelerator.py",
     "_distributed/collectives.py",
+    "_distributed/copies.py",
     "_distributed/decorators.py",
     "_distributed/fast_path.py",
     "_distributed/precision.py",

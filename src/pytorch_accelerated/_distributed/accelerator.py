@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import copy
 import os
 from collections import deque
 from collections.abc import Mapping
@@ -14,7 +13,6 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import GradientState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 from torch.optim import Optimizer
@@ -33,7 +31,6 @@ from pytorch_accelerated._distributed.precision import (
     SHARDED_TYPES,
     accelerator_in_precision,
     precision_of,
-    take_state,
     warn_about_precision,
 )
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
@@ -326,28 +323,3 @@ def _restore_step(optimizer: object) -> None:
     # original; PyTorch's own optimizers leave it out of copies.
     if isinstance(optimizer, AcceleratedOptimizer) and hasattr(vars(optimizer).get("step"), "__wrapped__"):
         del vars(optimizer)["step"]
-
-
-def copy_accelerator(accelerator: Accelerator, memo: dict[int, Any]) -> Accelerator:
-    """Return an accelerator for a copy of the trainer; ``memo`` has the copies made so far, as in `copy.deepcopy`."""
-    if isinstance(accelerator, Accelerator):
-        return AcceleratorRegistry(accelerator).copy(memo)
-    return copy.deepcopy(accelerator, memo)  # a test double
-
-
-def rejoin_process(accelerator: Accelerator, optimizer: Optimizer | None) -> None:
-    """Let a copied accelerator, and the optimizer it has prepared, know the ranks and the device of this process.
-
-    The copied state would not follow the process, and would name those of another one after unpickling.
-
-    Raises:
-        ValueError: This process cannot use the precision of the accelerator.
-    """
-    if not isinstance(accelerator, Accelerator):
-        return
-    if not AcceleratorRegistry(accelerator).shares_state_of_process():
-        is_on_cpu = accelerator.device.type == "cpu"
-        take_state(accelerator, create_accelerator({"cpu": is_on_cpu}, precision_of(accelerator)))
-    accelerator.gradient_state = GradientState()
-    if isinstance(optimizer, AcceleratedOptimizer):
-        optimizer.accelerator_state, optimizer.gradient_state = accelerator.state, accelerator.gradient_state
