@@ -66,7 +66,7 @@ from pytorch_accelerated._distributed.collectives import broadcast_values, num_l
 from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any
 from pytorch_accelerated._distributed.copies import attributes_of_copy, state_to_copy
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
-from pytorch_accelerated._distributed.precision import precision_of
+from pytorch_accelerated._distributed.precision import precision_of, warn_about_unused_precision
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._loop import TrainingLoop, preserve_modes
 from pytorch_accelerated._run import Run, do_nothing
@@ -174,6 +174,7 @@ class Trainer(TrainingLoop):
         self._loop_state_writer = StateWriter()
         self._loop_pending_scheduler_state: StateDict | None = None
         self._accelerator = self._create_accelerator()
+        warn_about_unused_precision(self._accelerator)
         rank = int(self._accelerator.process_index)
         self._loop_run = Run(0, rank, is_sharded(self._accelerator))
         if seed is not None:

@@ -178,6 +178,7 @@ NOT_ON_CPU = """
 import os, sys, warnings
 from accelerate import Accelerator
 from _support import make_trainer, make_dataset
+from pytorch_accelerated import Trainer
 
 second = sys.argv[1]
 
@@ -203,8 +204,10 @@ if second == "environment":
     assert precision == "no", precision
     assert "Accelerate is configured with mixed_precision='fp16', but it uses a CPU" in said, said
     assert run(mixed_precision="no") == ("no", [])
-elif second == "accelerator":
+elif second in ("accelerator", "method"):
     accelerator = Accelerator(mixed_precision="fp16")
+    if second == "method":
+        Trainer._create_accelerator = lambda trainer: accelerator
     for kwargs in ({"accelerator": accelerator}, {}):
         precision, (said,) = run(**kwargs)
         assert precision == "no", precision
@@ -214,7 +217,7 @@ else:
 """
 
 
-@pytest.mark.parametrize("second", ["no", "bf16", "environment", "accelerator"])
+@pytest.mark.parametrize("second", ["no", "bf16", "environment", "accelerator", "method"])
 def test_a_precision_that_a_cpu_does_not_have_is_refused_or_not_used_and_never_claimed(second):
     """A refused one leaves nothing behind: the next trainer of the process gets the precision that it asks for."""
     run_python(NOT_ON_CPU, second, CUDA_VISIBLE_DEVICES="")

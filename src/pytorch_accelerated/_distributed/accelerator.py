@@ -30,8 +30,6 @@ from pytorch_accelerated._distributed.lockstep import LocalBatches, LocalLoader
 from pytorch_accelerated._distributed.precision import (
     SHARDED_TYPES,
     accelerator_in_precision,
-    precision_of,
-    warn_about_precision,
 )
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._types import Loader, MaybeNone
@@ -81,8 +79,6 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
             "The two must agree: set the precision in one of these places only."
         )
     if isinstance(source, Accelerator):
-        if precision_of(source) != source.mixed_precision:
-            warn_about_precision(source.mixed_precision)
         return source
     if mixed_precision is not None:
         settings["mixed_precision"] = mixed_precision

@@ -120,7 +120,7 @@ def _check_device_has_precision(settings: dict[str, Any]) -> None:
             'precision. Pass "bf16", or "no" for float32, or run on a GPU.'
         )
     if requested is None and configured in _NOT_ON_CPU and _will_use_cpu(settings):
-        warn_about_precision(configured)
+        _warn_about_precision(configured, stacklevel=7)
         settings["mixed_precision"] = "no"
 
 
@@ -139,10 +139,15 @@ def precision_of(accelerator: Accelerator) -> str:
     return "no" if is_unused else precision
 
 
-def warn_about_precision(precision: str) -> None:
-    """Warn that a precision is configured which a CPU does not have."""
+def warn_about_unused_precision(accelerator: Accelerator) -> None:
+    """Warn if the program has created an accelerator in a precision that the device does not have."""
+    if isinstance(accelerator, Accelerator) and precision_of(accelerator) != accelerator.mixed_precision:
+        _warn_about_precision(accelerator.mixed_precision, stacklevel=4)
+
+
+def _warn_about_precision(precision: str, stacklevel: int) -> None:
     warnings.warn(
         f"Accelerate is configured with mixed_precision={precision!r}, but it uses a CPU, where it computes nothing in "
         "that precision: runs use float32.",
-        stacklevel=7,
+        stacklevel=stacklevel,
     )
