@@ -399,3 +399,32 @@ def test_an_entry_of_the_users_that_has_the_name_of_ours_does_no_harm(tmp_path):
     for entry in (3, ["head.weight", 4], None):
         trainer.save_checkpoint(tmp_path / "model.pt", {"frozen_parameters": entry})
         assert trainer.load_checkpoint(tmp_path / "model.pt")["frozen_parameters"] == entry
+
+
+# --- what else is in a checkpoint --------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    """A loss function with parameters."""
+
+    def __init__(self, num_scales):
+        super().__init__()
+        self.scales = nn.Parameter(torch.ones(num_scales))
+
+    def forward(self, outputs, targets):
+        return (outputs.square() * self.scales.sum()).mean()
+
+
+def test_without_strict_parameters_outside_the_model_that_differ_are_left_out(tmp_path):
+    def make(num_scales):
+        model, loss_func = make_network(num_scales), Scaled(num_scales)
+        return Trainer(model, loss_func, torch.optim.SGD([*model.parameters(), *loss_func.parameters()], lr=0.1), ())
+
+    trainer, other = make(2), make(3)
+    train(trainer, make_dataset(8)).save_checkpoint(tmp_path / "model.pt", save_optimizer=False)
+    with pytest.raises(CheckpointError, match="loss_func"):
+        other.load_checkpoint(tmp_path / "model.pt")
+    loaded = other.load_checkpoint(tmp_path / "model.pt", strict=False)
+    assert "scales (2,) instead of (3,)" in loaded.left_out["companions_state_dict"]
+    assert torch.equal(other.loss_func.scales, torch.ones(3))
+    assert_same_weights(weights_of(other.model), weights_of(trainer.model))
