@@ -83,6 +83,17 @@ def test_all_entries_of_a_foreign_file_are_returned(tmp_path):
     assert not loaded.describe_rest()
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_entries_that_are_none_are_passed_over(tmp_path, strict):
+    saved = make_network()
+    none = dict.fromkeys(("optimizer_state_dict", "scheduler_state_dict", "companions_state_dict"))
+    torch.save({"model_state_dict": saved.state_dict(), **none}, tmp_path / "model.pt")
+    trainer = with_adam(make_network(2))
+    assert not trainer.load_checkpoint(tmp_path / "model.pt", strict=strict).describe_rest()
+    assert_same_weights(weights_of(trainer.model), weights_of(saved))
+    train(trainer, make_dataset(8))
+
+
 @pytest.mark.parametrize(
     ("contents", "message"),
     [

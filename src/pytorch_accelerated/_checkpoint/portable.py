@@ -232,14 +232,16 @@ def load_checkpoint(
     if load_scheduler is not None:
         fits[SCHEDULER] = partial(_fit_scheduler, scheduler, load_scheduler, entries, source)
     loads: dict[str, Load] = {}
-    for name in filter(entries.__contains__, fits):
-        with loaded.leaves_out(name, strict):
-            loads[name] = fits[name]()
-    if OPTIMIZER in loaded.left_out and loads.pop(SCHEDULER, None) is not None:
-        loaded.left_out[SCHEDULER] = "It continues the learning rates of that optimizer."
+    for name, find in fits.items():
+        if entries.get(name) is not None:
+            with loaded.leaves_out(name, strict):
+                loads[name] = find()
     undone = partial(undone_on_error, model, (optimizer,), (scheduler, companions.modules, companions.parameters))
     with undone():
         for name, load in loads.items():
+            if name == SCHEDULER and OPTIMIZER in loaded.left_out:
+                loaded.left_out[SCHEDULER] = "It continues the learning rates of that optimizer."
+                continue
             with loaded.leaves_out(name, strict), undone():
                 load()
         load_checked_model_state(model, fit.state, holder)
