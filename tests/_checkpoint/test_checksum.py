@@ -110,6 +110,21 @@ def test_damage_to_a_file_of_another_program_is_refused_with_the_name_of_the_rec
         make_trainer(2).load_checkpoint(path)
 
 
+def test_damage_to_the_list_of_records_is_refused_or_harmless(trained, tmp_path):
+    path = tmp_path / "model.pt"
+    save(trained, path, is_foreign=True)
+    data, other = path.read_bytes(), make_trainer(2)
+    start = data.index(b"PK\x01\x02")
+    attributes = [8 * (start + 38) + bit for bit in range(32)]  # of the first record
+    for bit in (*attributes, *range(8 * start, 8 * len(data), 29)):
+        path.write_bytes(flipped(data, bit))
+        try:
+            other.load_checkpoint(path)
+        except CheckpointError:
+            continue
+        assert_same_weights(weights_of(other.model), weights_of(trained.model))
+
+
 @pytest.mark.parametrize("is_zip", [True, False], ids=["without checksums", "not a zip archive"])
 def test_a_file_without_any_checksums_is_read(trained, tmp_path, is_zip, monkeypatch):
     path = tmp_path / "model.pt"

@@ -24,6 +24,7 @@ ZIP_SIGNATURE = b"PK\x03\x04"
 
 _END_OF_ZIP = b"PK\x05\x06"
 _END_SIZE = 22  # bytes
+_IS_FOLDER = 0x10  # in the attributes of a record
 _BLOCK_SIZE = 1 << 20  # bytes
 
 
@@ -116,9 +117,13 @@ def _first_damaged_record(file: BinaryIO) -> str | None:
         return None
     try:
         with zipfile.ZipFile(file) as archive:
-            if not any(record.CRC for record in archive.infolist()):  # `torch.serialization.set_crc32_options(False)`
+            records = archive.infolist()
+            if not any(record.CRC for record in records):  # `torch.serialization.set_crc32_options(False)`
                 return None
+            for record in records:  # PyTorch reads nothing from a folder, into memory that contains anything
+                if record.external_attr & _IS_FOLDER:
+                    return f"its record {record.filename!r} is marked as a folder"
             name = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, OSError, ValueError) as error:
-        return f"its records cannot be listed ({error})"
+    except Exception as error:  # of many kinds: any number in the list of records may be wrong
+        return f"its records cannot be read ({error!r})"
     return None if name is None else f"its record {name!r} does not match the checksum of it"
