@@ -13,17 +13,7 @@ from _support import SOURCE, run_python
 
 PACKAGE = "pytorch_accelerated"
 FILES = sorted(SOURCE.rglob("*.py"))
-OPTIONAL = {
-    "matplotlib",
-    "sklearn",
-    "tensorboard",
-    "torchmetrics",
-    "timm",
-    "transformers",
-    "wandb",
-    "torchvision",
-    "safetensors",
-}
+OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "torchmetrics", "timm", "transformers", "wandb", "torchvision"}
 
 FLOORS = [
     {"exceptions", "_types"},
