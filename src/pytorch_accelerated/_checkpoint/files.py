@@ -146,6 +146,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     temporary = path.with_name(_hidden_name(path, f".tmp-{node}"))
     try:
         create_folder(path.parent)
+        temporary.unlink(missing_ok=True)
+        temporary.touch(exist_ok=False)  # a new file: a link of this name would be written through
         write(temporary)
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())

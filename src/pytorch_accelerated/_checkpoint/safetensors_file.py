@@ -68,7 +68,6 @@ def save_safetensors(checkpoint: StateMapping, path: str | os.PathLike[str]) -> 
         metadata[_VERSIONS] = versions
 
     def write(temporary: Path) -> None:
-        temporary.touch()
         mode = temporary.stat().st_mode
         try:
             save_file(tensors, temporary, metadata)
