@@ -1,4 +1,4 @@
-"""Mixed precision on the CPU, in separate processes: Accelerate keeps the precision of a process."""
+"""Mixed precision on the CPU, in processes whose first accelerator has it."""
 
 from __future__ import annotations
 
@@ -53,18 +53,12 @@ forward = model.forward = lambda inputs: inputs.sum(dim=1, keepdim=True) * model
 make_trainer(model).train(dataset, num_epochs=1)
 assert model.forward is forward
 
-try:
-    make_trainer(mixed_precision="no")
-except ValueError as error:
-    print(error)
+print("done")
 """
 
 
 def test_a_bf16_run_restores_the_forward_method_and_can_be_repeated():
-    message = run_python(BF16)
-    assert "`mixed_precision` is 'no'" in message
-    assert "already uses 'bf16'" in message
-    assert "Restart the process" in message
+    assert run_python(BF16) == "done\n"
 
 
 SCALED = """

@@ -217,6 +217,63 @@ def test_a_trainer_that_a_callback_holds_is_copied_with_it(duplicate):
     assert other.callback_handler.callbacks[0].owner is other
 
 
+# --- with any optimizer ------------------------------------------------------------------------------------------
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Wraps an optimizer, whose groups and state are its own, and keeps slow weights in attributes."""
+
+    def __init__(self, inner, every=2):
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner, self.every, self.num_steps = inner, every, 0
+        self.inner.param_groups = self.param_groups
+        self.slow = [(value, value.detach().clone()) for group in self.param_groups for value in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.inner.step()
+        self.num_steps += 1
+        if self.num_steps % self.every == 0:
+            for value, slow in self.slow:
+                slow.lerp_(value, 0.5)
+                value.copy_(slow)
+
+
+@duplicates
+@pytest.mark.parametrize("use", [lambda trainer: trainer, trained])
+@pytest.mark.parametrize("accelerator_class", [Accelerator, OtherAccelerator])
+def test_attributes_of_an_optimizers_own_class_are_copied(use, accelerator_class, duplicate):
+    """PyTorch copies an optimizer without them."""
+    trainer = make_trainer(accelerator=accelerator_class())
+    trainer.optimizer = Lookahead(trainer.optimizer)
+    use(trainer)
+    other = duplicate(trainer)
+    inner = getattr(other.optimizer, "optimizer", other.optimizer)
+    assert [value for value, _ in inner.slow] == list(other.model.parameters())
+    assert_copy_is_independent(trainer, duplicate)
+
+
+@duplicates
+def test_optimizers_of_a_subclass_are_copied_with_their_attributes(duplicate):
+    trainer = make_trainer()
+    trainer.critic = nn.Linear(2, 1)
+    trainer.optimizers = {"critic": [torch.optim.LBFGS(trainer.critic.parameters())]}
+    other = duplicate(trainer)
+    (optimizer,) = other.optimizers["critic"]
+    loss = lambda: other.critic(torch.ones(1, 2)).square().sum()  # noqa: E731
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    before = weights_of(trainer.critic)
+    optimizer.step(closure)
+    assert loss() < 1e-6
+    assert_same_weights(trainer.critic.state_dict(), before)
+
+
 # --- the process -------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -310,6 +310,25 @@ class TrainingLoop:
     def device(self) -> torch.device:
         """The device of this process, where the model runs and batches are moved to."""
         return self._accelerator.device  # type: ignore[no-any-return]
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return a context for what a step computes beside the model's forward pass, in the precision of the runs.
+
+        The forward pass is computed in it anyway; what it returns is converted to float32, and the loss function is
+        called outside. Use this context for other calls: another method of the model, a second network. In it, PyTorch
+        chooses a data type for each operation, as in ``torch.autocast``, and results stay in that type. Without mixed
+        precision it changes nothing, and with DeepSpeed neither, which converts the model itself.
+
+        Example:
+            >>> from pytorch_accelerated import Trainer
+            >>> class Contrastive(Trainer):
+            ...     def calculate_train_batch_loss(self, batch):
+            ...         with self.autocast():
+            ...             codes = self.get_model().encode(batch[0])
+            ...         return {"loss": self.loss_func(codes.float(), batch[1]), "batch_size": len(batch[1])}
+        """
+        context: AbstractContextManager[None] = self._accelerator.autocast()
+        return context
 
     def print(self, *args: object, **kwargs: object) -> None:
         """Print on the main process of each node only, on lines of their own next to open progress bars."""

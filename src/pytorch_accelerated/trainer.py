@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -43,6 +42,8 @@ from pytorch_accelerated._checkpoint.state import (
     restore_state,
     undone_if_refused,
 )
+from pytorch_accelerated._checkpoint.weights import LoadedCheckpoint as LoadedCheckpoint
+from pytorch_accelerated._checkpoint.weights import frozen_parameters
 from pytorch_accelerated._checkpoint.writer import StateWriter
 from pytorch_accelerated._data.build import rebuild_loader
 from pytorch_accelerated._data.defaults import EvaluationSettings, default_dl_kwargs, merge_dl_kwargs
@@ -54,23 +55,23 @@ from pytorch_accelerated._data.workers import defer_worker_errors
 from pytorch_accelerated._data.workers import worker_init_fn as worker_init_fn  # as in 0.1.61
 from pytorch_accelerated._distributed.accelerator import (
     PreparedModel,
+    check_clipping,
     choose_seed,
-    copy_accelerator,
     create_accelerator,
     disable_loss_scaling,
     has_comm_hook,
     is_sharded,
     placement_of,
-    precision_of,
     prepare,
-    rejoin_process,
     release,
 )
 from pytorch_accelerated._distributed.buckets import fix_bucket_order
 from pytorch_accelerated._distributed.collectives import broadcast_values, num_local_processes
 from pytorch_accelerated._distributed.collectives import remove_padding as remove_padding  # as in 0.1.61
 from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any, replaces_any
+from pytorch_accelerated._distributed.copies import attributes_of_copy, state_to_copy
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path, unwrap_optimizer
+from pytorch_accelerated._distributed.precision import precision_of, warn_about_unused_precision
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_modes, report_exception
 from pytorch_accelerated._optimizers import checks as optimizer_checks
@@ -144,6 +145,7 @@ class Trainer(TrainingLoop):
         callbacks: Callbacks, as instances or classes, called in this order. One alone needs no list; ``None`` is none.
         run_history: Where metrics are recorded; in memory by default.
         mixed_precision: ``"no"``, ``"fp16"``, ``"bf16"`` or ``"fp8"``; ``None`` for the one configured in Accelerate.
+            Each trainer of a process has its own, except with FSDP and DeepSpeed.
         seed: Seeds all random number generators now, and the data order of each run. With ``None`` nothing is seeded,
             and the data order derives from the seed that the program passed to ``torch.manual_seed``.
         accelerator: An `accelerate.Accelerator`, or keyword arguments to create one with.
@@ -185,6 +187,7 @@ class Trainer(TrainingLoop):
         self._loop_state_writer = StateWriter()
         self._loop_pending_scheduler_state: StateDict | None = None
         self._accelerator = self._create_accelerator()
+        warn_about_unused_precision(self._accelerator)
         rank = int(self._accelerator.process_index)
         self._loop_run = Run(0, rank, is_sharded(self._accelerator))
         if seed is not None:
@@ -412,20 +415,26 @@ class Trainer(TrainingLoop):
         save_optimizer: bool = True,
         save_scheduler: bool = True,
         save_per_node: bool = True,
+        *,
+        trainable_only: bool = False,
     ) -> None:
         """Write the model, and what belongs to it, to one file. Must be called on every process.
 
         Args:
-            save_path: The file. Folders are created, and an existing file is replaced only by a complete one.
+            save_path: The file. Folders are created, and an existing file is replaced only by a complete one. With the
+                suffix ``.safetensors`` it has that format, which holds weights and entries that are plain values.
             checkpoint_kwargs: Additional entries: tensors, numbers, strings and containers of these. A file with other
                 objects is written too, with a warning that `load_checkpoint` will refuse it.
             save_optimizer: Whether to include the state of the optimizer, as ``optimizer_state_dict``.
             save_scheduler: Whether to include the state of the scheduler, as ``scheduler_state_dict``; with a warning,
                 it is left out if the scheduler has no ``state_dict``.
             save_per_node: Whether the main process of every node writes the file, or only the main process.
+            trainable_only: Whether to leave out the parameters of the model that are frozen. When it is loaded, these
+                keep their values, so the model must have them from elsewhere, such as a pretrained network.
 
         Raises:
             CheckpointError: The file cannot be written.
+            ModuleNotFoundError: The suffix is ``.safetensors``, and that package is not installed.
         """
         accelerator = self._accelerator
         is_writer = accelerator.is_local_main_process if save_per_node else accelerator.is_main_process
@@ -433,43 +442,60 @@ class Trainer(TrainingLoop):
         scheduler = portable.with_state(self.scheduler, is_writer) if save_scheduler else None
         companions = self._loop_companions()
         modules = None if self._loop_run.is_sharded else {"": self.get_model(), **companions.modules}
+        frozen = frozen_parameters(self.get_model()) if trainable_only else ()
         with self._loop_run.training.optimizer_mode.evaluating(self.optimizer):
             model_state = portable.model_state_of(self.model, accelerator)
             extras = {**companions.trained_state(), **(checkpoint_kwargs or {})}
-            checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, extras, modules)
+            checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, extras, modules, frozen)
             portable.save_checkpoint(checkpoint, save_path, is_writer, accelerator.num_processes)
 
     def load_checkpoint(
-        self, checkpoint_path: str | os.PathLike[str], load_optimizer: bool = True, load_scheduler: bool = True
-    ) -> StateDict:
-        """Load what `save_checkpoint` wrote, before, during or after training.
+        self,
+        checkpoint_path: str | os.PathLike[str],
+        load_optimizer: bool = True,
+        load_scheduler: bool = True,
+        *,
+        strict: bool = True,
+    ) -> LoadedCheckpoint:
+        """Load what `save_checkpoint` wrote, or weights from elsewhere, before, during or after training.
+
+        The file is one of `torch.save` or of safetensors. Other programs may have written it: a state dict, or a
+        dictionary that contains one, as ``state_dict`` or ``model``. Prefixes of wrappers, such as ``module.``, are
+        removed from the names.
 
         Args:
             checkpoint_path: The file.
             load_optimizer: Whether to load the state of the optimizer, if the file has one.
             load_scheduler: Same for the scheduler. Before training, its state is kept until the scheduler is created.
+            strict: Whether everything has to fit. With ``False``, what does not is left out and printed: missing and
+                unexpected parameters, those of another shape, and the state of an optimizer for other parameters.
 
         Returns:
             All entries of the file, which are ``model_state_dict``, ``optimizer_state_dict`` and
-            ``scheduler_state_dict`` if they were saved, and the additional ones.
+            ``scheduler_state_dict`` if they were saved, and the additional ones. Its attributes list what was not
+            loaded.
 
         Raises:
             FileNotFoundError: There is no such file.
             CheckpointError: It is damaged, or belongs to another model, optimizer or scheduler; nothing has
-                been changed.
+                been changed. With ``strict=False``, it is damaged, or none of its weights fits.
+            ModuleNotFoundError: The file is one of safetensors, and that package is not installed.
             ValueError: It is not a local file.
         """
-        optimizer = self.optimizer if load_optimizer else None
         with self._loop_run.training.optimizer_mode.evaluating(self.optimizer, loads_weights=True):
-            return portable.load_checkpoint(
+            loaded = portable.load_checkpoint(
                 checkpoint_path,
                 self.get_model(),
-                optimizer,
+                self.optimizer if load_optimizer else None,
                 self.scheduler,
                 self._loop_load_scheduler_state if load_scheduler else None,
                 self._loop_companions(),
                 holder=self.optimizer,
+                strict=strict,
             )
+        if loaded.describe_rest():
+            self.print(f"{os.fspath(checkpoint_path)}: {loaded.describe_rest()}")
+        return loaded
 
     def save_training_state(
         self,
@@ -537,17 +563,13 @@ class Trainer(TrainingLoop):
 
     # --- the start and the end of a run --------------------------------------------------------------------------
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Trainer:
-        """Return a trainer of copies of the model, the optimizer and all else. Nothing may be running."""
-        memo[id(self)] = copied = type(self).__new__(type(self))
-        memo[id(self._accelerator)] = copy_accelerator(self._accelerator, memo)
-        copied.__setstate__(copy.deepcopy(self.__reduce_ex__(4)[2], memo))  # type: ignore[arg-type]
-        return copied
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made from. Outside a run, `pickle` and `copy.deepcopy` work at any time."""
+        return state_to_copy(vars(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a copy of another trainer, or the one that was pickled; outside a run, both work at any time."""
-        vars(self).update(state)
-        rejoin_process(self._accelerator, self.optimizer)
+        """Become a copy of another trainer, or the one that was pickled."""
+        vars(self).update(attributes_of_copy(state))
 
     def _create_accelerator(self) -> Accelerator:
         """Create the accelerator that serves all runs of this trainer."""
@@ -600,7 +622,7 @@ class Trainer(TrainingLoop):
                 gradient_clip_value=None,
             )
             self._check_eval_batch_size()
-            run.consensus = self._loop_create_consensus()
+            run.consensus = _create_consensus(self)
             yield
 
     def _loop_find_state(
@@ -660,6 +682,8 @@ class Trainer(TrainingLoop):
         self._prepare_model_optimizer_and_dataloaders()
         run.show_users_arguments()
         run.config = self.run_config = self._create_run_config(**numbers)
+        if not overrides_any(self, ("_clip_gradients",)):
+            check_clipping(self._accelerator, run.config.gradient_clip_value, run.config.gradient_clip_norm)
 
     def _prepare_model_optimizer_and_dataloaders(self) -> None:
         run = self._loop_run
@@ -703,11 +727,6 @@ class Trainer(TrainingLoop):
             return config
         return replace(config, num_update_steps_per_epoch=0, num_local_update_steps_per_epoch=0)
 
-    def _loop_create_consensus(self) -> StopConsensus:
-        """Create what lets all processes end the run together. Must be called on every process."""
-        run = self._loop_run
-        return StopConsensus(run.config.num_processes, run.find_non_finite_loss, self._loop_can_skip_exchange)
-
     def _loop_set_up_training(
         self, num_epochs: int, state: SavedState | Callable[[], StateDict] | None, reset_run_history: bool
     ) -> None:
@@ -718,7 +737,7 @@ class Trainer(TrainingLoop):
         """
         run, config = self._loop_run, self._loop_run.config
         self._check_eval_batch_size()
-        run.consensus = self._loop_create_consensus()
+        run.consensus = _create_consensus(self)
         disable_loss_scaling(self._accelerator, config.gradient_accumulation_steps)
         with ExitStack() as undo:
             if state is not None or self._loop_pending_scheduler_state is not None:
@@ -877,6 +896,13 @@ class Trainer(TrainingLoop):
         finally:
             if outer.is_active:
                 self._loop_run = outer
+
+
+def _create_consensus(trainer: Trainer) -> StopConsensus:
+    """Create what lets all processes end the run together. Must be called on every process."""
+    run = trainer._loop_run  # noqa: SLF001 - same module
+    can_skip = trainer._loop_can_skip_exchange  # noqa: SLF001 - same module
+    return StopConsensus(run.config.num_processes, run.find_non_finite_loss, can_skip)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pytorch_accelerated._checkpoint import portable
+from pytorch_accelerated._checkpoint.weights import find_weights
 from pytorch_accelerated.exceptions import CheckpointError
 
 
@@ -55,4 +56,4 @@ def test_a_checkpoint_of_another_optimizer_is_rejected_before_the_model_is_loade
 
 def test_a_file_without_a_model_is_rejected():
     with pytest.raises(CheckpointError, match=r"The file has no `model_state_dict`, only the entries \['3', 'a'\]"):
-        portable.model_state_in({"a": 1, 3: 2}, "The file")
+        find_weights({"a": 1, 3: 2}, "The file")

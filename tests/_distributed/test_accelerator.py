@@ -15,8 +15,10 @@ from _support import Batches, Samples, SizedBatches, make_dataset, make_model, r
 from pytorch_accelerated._data.build import Placement, rebuild_loader
 from pytorch_accelerated._data.loaders import PlacedBatches
 from pytorch_accelerated._distributed import accelerator as accelerator_module
+from pytorch_accelerated._distributed import precision
 from pytorch_accelerated._distributed.accelerator import (
     PreparedModel,
+    check_clipping,
     choose_seed,
     create_accelerator,
     disable_loss_scaling,
@@ -85,61 +87,6 @@ def test_two_different_precisions_are_refused():
             create_accelerator(source, "fp16")
 
 
-def test_a_precision_that_differs_from_that_of_the_process_is_refused(accelerator):
-    with pytest.raises(ValueError, match=r"`mixed_precision` is 'bf16', but this process already uses 'no'.*kernel"):
-        create_accelerator(None, "bf16")
-    with pytest.raises(ValueError, match=r"'bf16', but this process"):
-        create_accelerator({"mixed_precision": "bf16"}, None)
-    with pytest.raises(ValueError, match=r"bfloat16.*'fp16', 'bf16'"):
-        create_accelerator(None, "bfloat16")
-
-
-NOT_ON_CPU = """
-import os, sys, warnings
-from accelerate import Accelerator
-from _support import make_trainer, make_dataset
-
-second = sys.argv[1]
-
-def run(*args, **kwargs):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer = make_trainer(*args, **kwargs)
-    trainer.train(make_dataset(4), num_epochs=1)
-    trainer.evaluate(make_dataset(4))
-    return trainer.run_config.mixed_precision, [str(warning.message) for warning in caught]
-
-for precision in ("fp16", "fp8"):
-    for kwargs in ({"mixed_precision": precision}, {"accelerator": {"mixed_precision": precision, "cpu": True}}):
-        try:
-            make_trainer(**kwargs)
-        except ValueError as error:
-            assert f"`mixed_precision` is '{precision}', but this run uses a CPU" in str(error), error
-        else:
-            raise AssertionError(f"{kwargs} was not refused")
-if second == "environment":
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "fp16"
-    precision, (said,) = run()
-    assert precision == "no", precision
-    assert "Accelerate is configured with mixed_precision='fp16', but it uses a CPU" in said, said
-    assert run(mixed_precision="no") == ("no", [])
-elif second == "accelerator":
-    accelerator = Accelerator(mixed_precision="fp16")
-    for kwargs in ({"accelerator": accelerator}, {}):
-        precision, (said,) = run(**kwargs)
-        assert precision == "no", precision
-        assert "Accelerate is configured with mixed_precision='fp16', but it uses a CPU" in said, said
-else:
-    assert run(mixed_precision=second) == (second, [])
-"""
-
-
-@pytest.mark.parametrize("second", ["no", "bf16", "environment", "accelerator"])
-def test_a_precision_that_a_cpu_does_not_have_is_refused_or_not_used_and_never_claimed(second):
-    """A refused one leaves nothing behind: the next trainer of the process gets the precision that it asks for."""
-    run_python(NOT_ON_CPU, second, CUDA_VISIBLE_DEVICES="")
-
-
 REFUSED = """
 from accelerate import Accelerator
 from pytorch_accelerated._distributed.accelerator import create_accelerator
@@ -206,7 +153,7 @@ def test_several_processes_without_a_device_train_together_on_the_cpu(
     """Started by torchrun without `cpu=True`, Accelerate would let each process train separately."""
     monkeypatch.setenv("WORLD_SIZE", world_size)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_device)
-    monkeypatch.setattr(accelerator_module, "Accelerator", type("Recording", (dict,), {}))
+    monkeypatch.setattr(precision, "Accelerator", type("Recording", (dict,), {}))
     settings = create_accelerator(given, None)
     assert {name: settings[name] for name in settings if name == "cpu"} == expected
 
@@ -236,6 +183,27 @@ def test_deepspeed_keeps_its_accumulation_steps():
     accelerator = make_accumulating(3, DistributedType.DEEPSPEED)
     disable_loss_scaling(accelerator, 2)
     assert accelerator.gradient_accumulation_steps == 3
+
+
+def make_clipping(distributed_type, configured=None):
+    plugin = SimpleNamespace(deepspeed_config={} if configured is None else {"gradient_clipping": configured})
+    return SimpleNamespace(distributed_type=distributed_type, deepspeed_plugin=plugin)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_clipping_by_value_is_refused_where_it_is_not_done(kind):
+    with pytest.raises(ValueError, match=r"`gradient_clip_value` is 0.5, but FSDP and DeepSpeed cannot"):
+        check_clipping(make_clipping(kind), 0.5, None)
+    check_clipping(make_clipping(kind), None, None)
+
+
+def test_clipping_by_norm_is_refused_where_deepspeed_does_something_else():
+    for configured in (None, 2.0, "auto"):
+        with pytest.raises(ValueError, match=r"`gradient_clip_norm` is 1.0, but DeepSpeed.*`gradient_clipping` is"):
+            check_clipping(make_clipping(DistributedType.DEEPSPEED, configured), None, 1.0)
+    check_clipping(make_clipping(DistributedType.DEEPSPEED, 1.0), None, 1.0)
+    check_clipping(make_clipping(DistributedType.FSDP), None, 1.0)
+    check_clipping(make_clipping(DistributedType.MULTI_GPU), 0.5, 1.0)
 
 
 @pytest.mark.parametrize(

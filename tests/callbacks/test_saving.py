@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -258,6 +259,70 @@ def test_the_best_model_is_loaded_although_the_scheduler_is_another_one_since(sc
     assert_same_weights(weights_of(trainer.model), remember.epochs[0])
     assert isinstance(trainer.scheduler, torch.optim.lr_scheduler.ExponentialLR)
     assert trainer.scheduler.gamma == 0.9
+
+
+def replace_optimizer(trainer):
+    trainer.optimizer = torch.optim.Adam(trainer.get_model().parameters())
+
+
+def remove_group(trainer):
+    del trainer.optimizer.param_groups[0]
+
+
+def move_to_another_group(trainer):
+    first, second = trainer.optimizer.param_groups
+    second["params"].append(first["params"].pop())
+
+
+def refuse_states(trainer):
+    def fail(state):
+        raise KeyError("mine")
+
+    trainer.optimizer.load_state_dict = fail
+
+
+def freeze_and_drop(trainer):
+    trainer.get_model()[0].requires_grad_(False)
+    remove_group(trainer)
+
+
+@pytest.mark.parametrize(
+    "change", [replace_optimizer, remove_group, move_to_another_group, refuse_states, freeze_and_drop]
+)
+def test_the_best_model_is_loaded_whatever_has_become_of_the_optimizer(path, change, capsys):
+    torch.manual_seed(1)
+    states = RememberWeights()
+    score = Probe(on_train_epoch_end=lambda trainer, **_: trainer.run_history.update_metric("score", 1))
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 1))
+    optimizer = torch.optim.SGD([{"params": list(layer.parameters())} for layer in model], lr=0.1, momentum=0.9)
+    callbacks = [score, SaveBestModelCallback(path, watch_metric="score"), states]
+    callbacks.insert(0, Probe(on_train_epoch_start=lambda t, **_: t.run_history.current_epoch == 2 and change(t)))
+    Trainer(model, torch.nn.functional.mse_loss, optimizer, callbacks=callbacks, seed=0).train(make_dataset(8), 3)
+    assert_same_weights(weights_of(model), states.epochs[0])
+    assert "Only the model is loaded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_unfrozen", [False, True])
+def test_the_best_model_without_its_frozen_parameters_is_loaded_or_what_is_lacking_is_told(path, is_unfrozen):
+    """A parameter that was unfrozen after the best epoch is not in the file."""
+    torch.manual_seed(1)
+    states = RememberWeights()
+    score = Probe(on_train_epoch_end=lambda trainer, **_: trainer.run_history.update_metric("score", 1))
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3).requires_grad_(False), torch.nn.Linear(3, 1))
+    best = SaveBestModelCallback(path, watch_metric="score", trainable_only=True)
+
+    def unfreeze(trainer, **_):
+        if is_unfrozen and trainer.run_history.current_epoch == 2:
+            trainer.get_model()[0].requires_grad_(True)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    callbacks = [Probe(on_train_epoch_start=unfreeze), score, best, states]
+    trainer = Trainer(model, torch.nn.functional.mse_loss, optimizer, callbacks=callbacks, seed=0)
+    with pytest.warns(UserWarning, match=r"unfrozen since") if is_unfrozen else nullcontext():
+        trainer.train(make_dataset(8), 3)
+    assert list(torch.load(path, weights_only=True)["model_state_dict"]) == ["1.weight", "1.bias"]
+    assert torch.equal(model[1].weight, states.epochs[0]["1.weight"])
+    assert torch.equal(model[0].weight, states.epochs[0]["0.weight"]) != is_unfrozen
 
 
 # --- paths -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import _support
-from _saved import names_in, rewrite_manifest
+from _saved import falsify_manifest, names_in, rewrite_manifest
 from _support import Probe, assert_same_weights, make_dataset, make_model, make_trainer, raiser, run_python, weights_of
 from pytorch_accelerated import Trainer
 from pytorch_accelerated._checkpoint import lock as lock_module
@@ -110,9 +110,10 @@ def test_latest_skips_damaged_states_and_prints_why(tmp_path, capsys, uninterrup
     resumed = make(tmp_path)
     train(resumed, resume_from="latest")
     lines = capsys.readouterr().out.splitlines()
-    assert "step_5' is damaged: model.pt is missing or altered" in lines[0]
-    assert lines[0].startswith("Skipped: ")
-    assert lines[1] == "Resuming from 'step_4' in epoch 2."
+    assert "step_3' is not a complete training state" in lines[0]
+    assert "step_5' is damaged: model.pt is missing or altered" in lines[1]
+    assert all(line.startswith("Skipped: ") for line in lines[:2])
+    assert lines[2] == "Resuming from 'step_4' in epoch 2."
     assert_same_weights(weights_of(resumed.model), weights_of(uninterrupted_run.model))
 
 
@@ -199,8 +200,7 @@ def test_two_saving_callbacks_can_share_a_folder(tmp_path, capsys):
 
 def test_a_state_of_a_newer_format_version_is_an_error_not_skipped(tmp_path):
     crash(tmp_path, 3)
-    manifest = tmp_path / "step_2" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 3'))
+    falsify_manifest(tmp_path / "step_2", lambda manifest: manifest.update(format_version=3))
     with pytest.raises(CheckpointError, match="newer version"):
         train(make(tmp_path), resume_from="latest")
 

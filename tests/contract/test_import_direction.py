@@ -38,8 +38,10 @@ MAY_IMPORT_ACCELERATE = {
     "trainer.py",
     "_distributed/accelerator.py",
     "_distributed/collectives.py",
+    "_distributed/copies.py",
     "_distributed/decorators.py",
     "_distributed/fast_path.py",
+    "_distributed/precision.py",
     "_distributed/registry.py",
 }
 MAY_NAME_ACCELERATE_IN_TYPES = {

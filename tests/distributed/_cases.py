@@ -42,6 +42,7 @@ from pytorch_accelerated.callbacks import (
     StepBasedEvaluationCallback,
     WSDCheckpointCallback,
 )
+from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
 from pytorch_accelerated.utils import local_process_zero_first, local_process_zero_only, world_process_zero_only
 
@@ -408,6 +409,33 @@ def case_only_the_main_process_writes_checkpoints(rank: int, directory: Path) ->
         "names": names,
         "weights": weights_of(trainer.model),
         "loaded": weights_of(other.model),
+    }
+
+
+def case_weights_in_other_forms_are_saved_and_loaded_on_all(rank: int, directory: Path) -> Any:
+    trainer, path = make_trainer(), directory / "adapter.safetensors"
+    trainer.model.bias.requires_grad_(False)
+    save = lambda trainer, **_: trainer.save_checkpoint(path, {}, save_optimizer=False, trainable_only=True)  # noqa: E731
+    trainer.callback_handler.add_callback(Probe(on_training_run_epoch_end=save))
+    train(trainer, make_dataset(16))
+    other = make_trainer(make_model(seed=9))
+    other.model.bias.data.copy_(trainer.model.bias)
+    other.load_checkpoint(path)
+    head = make_trainer(nn.Linear(3, 1, bias=False))
+    loaded = head.load_checkpoint(path, strict=False)
+    trainer._accelerator.wait_for_everyone()
+    if rank == 0:
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    trainer._accelerator.wait_for_everyone()
+    try:
+        head.load_checkpoint(path)
+    except CheckpointError as error:
+        refusal = str(error)
+    return {
+        "weights": weights_of(trainer.model),
+        "loaded": weights_of(other.model),
+        "rest": loaded.describe_rest(),
+        "refusal": refusal,
     }
 
 

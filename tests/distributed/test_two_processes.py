@@ -224,6 +224,14 @@ def test_only_the_main_process_writes_checkpoints(results):
         assert_equal(result["weights"], result["loaded"])
 
 
+def test_weights_in_other_forms_are_saved_and_loaded_on_all(results):
+    """From a wrapped model without its frozen parameters, as safetensors. Damage is noticed on both processes."""
+    for result in results:
+        assert_equal(result["weights"], result["loaded"])
+        assert result["rest"] == ""
+        assert "do not match the checksum" in result["refusal"]
+
+
 def test_a_resumed_run_ends_with_the_same_weights_and_history(results):
     """From a state in the middle of an epoch and one at its end, with dropout; bit-identical on both processes."""
     for result in results:

@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from pytorch_accelerated._checkpoint.checksum import ZIP_SIGNATURE, seal
 from pytorch_accelerated._checkpoint.plausible import check_archive, check_contents
 from pytorch_accelerated._data.workers import is_worker_failure
 from pytorch_accelerated._nested import like_mapping
@@ -30,7 +31,6 @@ T = TypeVar("T")
 
 _STORABLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _BLOCK_SIZE = 1 << 20  # bytes
-_ZIP_SIGNATURE = b"PK\x03\x04"
 _NOT_PICKLABLE = (pickle.PicklingError, AttributeError, TypeError)  # what `pickle` raises
 _FSYNC_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # not of one letter, as the drives of Windows
@@ -133,8 +133,8 @@ def _hidden_name(path: Path, suffix: str) -> str:
 def save_file(contents: Mapping[str, object], path: str | os.PathLike[str]) -> list[str]:
     """Write a dictionary to one file atomically; if that fails, an older file survives.
 
-    Missing parent folders are created. NumPy scalars and arrays are stored as numbers and tensors, so that the file can
-    be read without running code from it.
+    Missing parent folders are created, and the file carries a checksum. NumPy scalars and arrays are stored as numbers
+    and tensors, so that the file can be read without running code from it.
 
     Returns:
         Why `load_file` will refuse the file: a sentence for each entry that cannot be stored in such a way. These are
@@ -143,17 +143,37 @@ def save_file(contents: Mapping[str, object], path: str | os.PathLike[str]) -> l
     Raises:
         CheckpointError: The file cannot be written, or contains something that cannot be pickled.
     """
-    path = local_path(path)
     entries, refused = _as_plain_entries(contents)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # by name, older versions of PyTorch do not notice a full disk
+            torch.save(entries, file)
+        seal(temporary)
+
+    write_atomically(path, write)
+    return refused
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Write one file, and its missing parent folders, completely or not at all: an older file survives a failure.
+
+    Args:
+        path: The file.
+        write: Writes the contents to the path that it is called with.
+
+    Raises:
+        CheckpointError: The file cannot be written, or contains something that cannot be pickled.
+    """
+    path = local_path(path)
     # Several nodes may write the same file. A node overwrites what it left behind itself.
     node = os.environ.get("GROUP_RANK", "0")
     temporary = path.with_name(_hidden_name(path, f".tmp-{node}"))
     try:
         create_folder(path.parent)
         temporary.unlink(missing_ok=True)
-        with temporary.open("xb") as file:  # a new file: a link of this name would be written through
-            torch.save(entries, file)
-            file.flush()
+        temporary.touch(exist_ok=False)  # a new file: a link of this name would be written through
+        write(temporary)
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
         flush_to_disk(path.parent)
@@ -171,7 +191,6 @@ def save_file(contents: Mapping[str, object], path: str | os.PathLike[str]) -> l
             f"The checkpoint {str(path)!r} could not be written: {error}. An earlier file of this name is unchanged. "
             f"{advice}"
         ) from error
-    return refused
 
 
 def check_can_write(path: str | os.PathLike[str]) -> None:
@@ -246,7 +265,7 @@ def check_zip_is_complete(path: Path) -> None:
 def starts_like_zip(path: Path) -> bool:
     """Tell whether a file starts like those that `torch.save` writes by default: as a zip archive."""
     with path.open("rb") as file:
-        return file.read(len(_ZIP_SIGNATURE)) == _ZIP_SIGNATURE
+        return file.read(len(ZIP_SIGNATURE)) == ZIP_SIGNATURE
 
 
 def crc32_of(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,9 +27,18 @@ METADATA = "_metadata"
 _OF_PYTORCH = "torch."
 
 
-def portable_state_dict(state_dict: StateMapping) -> StateDict:
-    """Return a model's state with the parameter names that it has without `torch.compile`."""
-    return _renamed(state_dict, lambda name: name.replace(_COMPILED_PREFIX, ""))
+def portable_state_dict(state_dict: StateMapping, remove_prefix: str = "", without: Collection[str] = ()) -> StateDict:
+    """Return a copy of a model's state with the parameter names that it has without `torch.compile`.
+
+    Args:
+        state_dict: The state.
+        remove_prefix: Removed from the names that start with it.
+        without: Names that are left out.
+    """
+    state = _renamed(state_dict, lambda name: name.replace(_COMPILED_PREFIX, "").removeprefix(remove_prefix))
+    for name in without:
+        state.pop(name, None)
+    return state
 
 
 def load_model_state(model: nn.Module, state_dict: StateMapping, source: str) -> None:
@@ -91,7 +100,7 @@ def check_model_state(model: nn.Module, state_dict: StateMapping, source: str) -
     """
     state_dict = portable_state_dict(state_dict)
     differences = _differences(portable_state_dict(model.state_dict()), state_dict)
-    if not differences and not _adapts_states(model):
+    if not differences and not adapts_states(model):
         return model
     tried = _copy_of(model)
     if tried is None and not differences:
@@ -109,6 +118,27 @@ def check_model_state(model: nn.Module, state_dict: StateMapping, source: str) -
     return tried
 
 
+def try_to_load(model: nn.Module, state_dict: StateMapping) -> tuple[list[str], list[str]] | None:
+    """Load into a copy of a model what it accepts of a state, with ``strict=False``.
+
+    Returns:
+        The names that are missing from the state, and those that the model does not expect; ``None`` if it refuses the
+        state as a whole. A model that cannot be copied is compared by its names and shapes.
+    """
+    tried = _copy_of(model)
+    if tried is None:
+        current = portable_state_dict(model.state_dict())
+        missing = [name for name in current if name not in state_dict]
+        unexpected = [name for name in state_dict if name not in current]
+        return None if names_of_other_shape(current, state_dict) else (missing, unexpected)
+    try:
+        keys = tried.load_state_dict(_for_model(tried, state_dict), strict=False)
+    except Exception:  # a shape differs, or the user's own code refuses it
+        return None
+    missing, unexpected = ([name.replace(_COMPILED_PREFIX, "") for name in part] for part in (keys or ((), ())))
+    return missing, unexpected
+
+
 def _copy_of(model: nn.Module) -> nn.Module | None:
     try:
         return copy.deepcopy(model)
@@ -123,14 +153,18 @@ def _differences(current: StateMapping, saved: StateMapping) -> str:
         "unexpected in it": sorted(saved.keys() - current.keys()),
         "with a different shape": [
             f"{name} {shape_of(saved[name])} instead of {shape_of(current[name])}"
-            for name in sorted(current.keys() & saved.keys())
-            if shape_of(current[name]) != shape_of(saved[name])
+            for name in names_of_other_shape(current, saved)
         ],
     }
     return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in differences.items() if names)
 
 
-def _adapts_states(model: nn.Module) -> bool:
+def names_of_other_shape(current: StateMapping, saved: StateMapping) -> list[str]:
+    """Return the names in both of two states whose tensors have different shapes, or no shape yet in one of them."""
+    return sorted(name for name in current.keys() & saved.keys() if shape_of(current[name]) != shape_of(saved[name]))
+
+
+def adapts_states(model: nn.Module) -> bool:
     """Tell whether a part of a model has code of its own for loading a state, which might refuse it."""
     return any(
         module._load_state_dict_pre_hooks  # noqa: SLF001 - PyTorch's own, but there is no other way to ask

@@ -170,11 +170,27 @@ def fit_optimizer_state(
             state_dict = _in_order(state_dict, order)
             difference = _other_shapes(optimizer, state_dict, named, order)
     if difference is not None:
-        raise DifferentPartError(
-            f"{source} belongs to a different optimizer: {difference}. Nothing was loaded. Create the optimizer as it "
-            "was, or load a checkpoint with `load_optimizer=False`."
-        )
+        raise _different_optimizer(source, difference)
     return state_dict
+
+
+def load_optimizer_state(optimizer: Optimizer, state_dict: StateDict, source: str) -> None:
+    """Load what `fit_optimizer_state` returned.
+
+    Raises:
+        DifferentPartError: The optimizer does not accept it.
+    """
+    try:
+        optimizer.load_state_dict(state_dict)
+    except Exception as error:  # the class may be the user's
+        raise _different_optimizer(source, f"it says {error!r}") from error
+
+
+def _different_optimizer(source: str, difference: str) -> DifferentPartError:
+    return DifferentPartError(
+        f"{source} belongs to a different optimizer: {difference}. Nothing was loaded. Create the optimizer as it was, "
+        "or load a checkpoint with `load_optimizer=False`."
+    )
 
 
 def _other_optimizers(members: Mapping[Any, object] | None, state_dict: StateMapping) -> str | None:
@@ -296,8 +312,9 @@ class _Row:
 
     @property
     def is_resized(self) -> bool:
-        """Whether the parameter has another shape now, and its state has the former one."""
-        return self.shape_then not in (None, self.shape) and self.shape_then in self.shapes.values()
+        """Whether the parameter has another shape now, and its state does not have this one."""
+        has_other_shape = any(shape != self.shape for shape in self.shapes.values())
+        return self.shape_then not in (None, self.shape) and has_other_shape
 
 
 def _rows(

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from pytorch_accelerated._checkpoint.companions import Companions
-from pytorch_accelerated._checkpoint.files import check_can_write, load_file, save_file
-from pytorch_accelerated._checkpoint.model_state import (
-    check_model_state,
-    load_checked_model_state,
-    portable_state_dict,
-)
+from pytorch_accelerated._checkpoint.checksum import check_undamaged, is_safetensors_file
+from pytorch_accelerated._checkpoint.companions import TRAINED, Companions
+from pytorch_accelerated._checkpoint.files import check_can_write, load_file, local_path, save_file
+from pytorch_accelerated._checkpoint.model_state import load_checked_model_state, portable_state_dict
 from pytorch_accelerated._checkpoint.optimizer_state import (
     Named,
     entries_of,
     fit_optimizer_state,
+    load_optimizer_state,
     optimizer_state_of,
     parameters_of,
+)
+from pytorch_accelerated._checkpoint.safetensors_file import (
+    SUFFIX,
+    check_has_safetensors,
+    is_safetensors_path,
+    load_safetensors,
+    save_safetensors,
 )
 from pytorch_accelerated._checkpoint.scheduler_state import (
     check_scheduler_state,
@@ -29,10 +35,18 @@ from pytorch_accelerated._checkpoint.scheduler_state import (
     scheduler_state_of,
 )
 from pytorch_accelerated._checkpoint.undo import undone_on_error
+from pytorch_accelerated._checkpoint.weights import (
+    FROZEN,
+    MODEL,
+    OPTIMIZER,
+    SCHEDULER,
+    Fit,
+    LoadedCheckpoint,
+    fit_weights,
+)
 from pytorch_accelerated._distributed.accelerator import is_sharded
 from pytorch_accelerated._distributed.collectives import run_on_all
 from pytorch_accelerated._nested import rebuild
-from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -40,6 +54,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from pytorch_accelerated._types import Nested, StateDict, Stateful, StateMapping
+
+    Load: TypeAlias = Callable[[], object]
 
 # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -64,6 +80,7 @@ def build_checkpoint(
     scheduler: Stateful | None,
     extras: StateMapping | None,
     modules: Mapping[str, nn.Module] | None = None,
+    frozen: Collection[str] = (),
 ) -> StateDict:
     """Build a checkpoint: one flat dictionary with our entries and the user's.
 
@@ -73,12 +90,15 @@ def build_checkpoint(
         scheduler: The scheduler, or ``None``.
         extras: The user's entries.
         modules: The modules with the parameters of the optimizer, whose state then knows their names.
+        frozen: Names of parameters of the model that are left out, and listed instead.
     """
-    checkpoint: StateDict = {"model_state_dict": portable_state_dict(model_state)}
+    checkpoint: StateDict = {MODEL: portable_state_dict(model_state, without=frozen)}
+    if frozen:
+        checkpoint[FROZEN] = list(frozen)
     if optimizer is not None:
-        checkpoint["optimizer_state_dict"] = with_full_tensors(optimizer_state_of(optimizer, modules))
+        checkpoint[OPTIMIZER] = with_full_tensors(optimizer_state_of(optimizer, modules))
     if scheduler is not None:
-        checkpoint["scheduler_state_dict"] = with_full_tensors(scheduler_state_of(scheduler))
+        checkpoint[SCHEDULER] = with_full_tensors(scheduler_state_of(scheduler))
     return {**checkpoint, **(extras or {})}
 
 
@@ -100,6 +120,9 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint to a file. Must be called on every process.
 
+    With the suffix ``.safetensors``, the file is one of that format. It contains the weights of the model, and of the
+    other entries those that are plain values; a warning names the rest.
+
     Args:
         checkpoint: What `build_checkpoint` returned.
         path: The file.
@@ -108,7 +131,18 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: The file could not be written, on this process or another.
+        ModuleNotFoundError: safetensors is not installed.
     """
+    if is_safetensors_path(path):
+        left_out = run_on_all(lambda: save_safetensors(checkpoint, path) if is_writer else [], num_processes)
+        if left_out:
+            warnings.warn(
+                f"{os.fspath(path)!r} contains the weights of the model, but not these entries: {', '.join(left_out)}. "
+                f"A file with the suffix {SUFFIX!r} holds weights and plain values only. Choose another suffix, such "
+                "as '.pt', or leave them out with `save_optimizer=False` and `save_scheduler=False`.",
+                stacklevel=3,
+            )
+        return
     refused = run_on_all(lambda: save_file(checkpoint, path) if is_writer else [], num_processes)
     if refused:
         warnings.warn(
@@ -129,6 +163,8 @@ def check_save_path(path: str | os.PathLike[str], is_writer: bool, num_processes
     Raises:
         CheckpointError: The file could not be written, on this process or another.
     """
+    if is_safetensors_path(path):
+        check_has_safetensors()
     run_on_all(lambda: check_can_write(path) if is_writer else None, num_processes)
 
 
@@ -142,6 +178,21 @@ def with_full_tensors(state: Nested) -> Nested:
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
+def load_entries(path: str | os.PathLike[str]) -> StateDict:
+    """Read a file of weights, as `torch.save` or safetensors writes it, into host memory.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: It is damaged, or contains objects other than tensors and plain values.
+        ModuleNotFoundError: It is one of safetensors, which is not installed.
+    """
+    file = local_path(path)
+    if not file.is_file():
+        return load_file(path)  # which says so
+    check_undamaged(file)
+    return load_safetensors(path) if is_safetensors_file(file) else load_file(path)
+
+
 def load_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -150,7 +201,8 @@ def load_checkpoint(
     load_scheduler: Callable[[StateDict], None] | None = None,
     companions: Companions | None = None,
     holder: Optimizer | None = None,
-) -> StateDict:
+    strict: bool = True,
+) -> LoadedCheckpoint:
     """Load a checkpoint's model, and its optimizer and scheduler if there are any, or reject it with nothing changed.
 
     Args:
@@ -161,54 +213,62 @@ def load_checkpoint(
         load_scheduler: Loads the state of the scheduler; ``None`` to skip it.
         companions: What else the optimizer trains.
         holder: The optimizer that holds the parameters of the model, whether or not its state is loaded.
+        strict: Whether everything has to fit. Otherwise what does not is left out.
 
     Returns:
-        All entries of the file.
+        All entries of the file, with what of it was not loaded.
 
     Raises:
         FileNotFoundError: There is no such file.
         CheckpointError: It is damaged, or belongs to a different model, optimizer or scheduler.
     """
-    checkpoint, companions = load_file(path), companions or Companions()
+    entries, companions = load_entries(path), companions or Companions()
     source = f"The checkpoint {os.fspath(path)!r}"
-    companions.check_trained_state(checkpoint, source)
-    model_state = model_state_in(checkpoint, source)
-    loaded = check_model_state(model, model_state, source)
-    optimizer_state = checkpoint.get("optimizer_state_dict")
-    if optimizer is not None and optimizer_state is not None:
-        named = Named(
-            parameters_of({"": model, **companions.modules}),
-            parameters_of({"": loaded, **companions.modules}),
-            entries_of({"": portable_state_dict(model_state), **companions.trained_modules_in(checkpoint)}),
-        )
-        optimizer_state = fit_optimizer_state(optimizer, optimizer_state, named, source)
-    scheduler_state = checkpoint.get("scheduler_state_dict")
-    if scheduler is not None and load_scheduler is not None and scheduler_state is not None:
-        check_scheduler_state(scheduler, scheduler_state, source)
-    with undone_on_error(model, (optimizer,), (scheduler, companions.modules, companions.parameters)):
-        if optimizer is not None and optimizer_state is not None:
-            optimizer.load_state_dict(optimizer_state)
-        if load_scheduler is not None and scheduler_state is not None:
-            load_scheduler_state(scheduler_state, load_scheduler, source)
-        companions.load_trained_state(checkpoint)
-        load_checked_model_state(model, model_state, holder)
-    return checkpoint
+    fit = fit_weights(model, entries, source, strict)
+    loaded = LoadedCheckpoint(entries, fit.missing_keys, fit.unexpected_keys, fit.mismatched_keys)
+    fits: dict[str, Callable[[], Load]] = {TRAINED: partial(_fit_companions, companions, entries, source)}
+    if optimizer is not None:
+        fits[OPTIMIZER] = partial(_fit_optimizer, optimizer, model, companions, entries, fit, source)
+    if load_scheduler is not None:
+        fits[SCHEDULER] = partial(_fit_scheduler, scheduler, load_scheduler, entries, source)
+    loads: dict[str, Load] = {}
+    for name, find in fits.items():
+        if entries.get(name) is not None:
+            with loaded.leaves_out(name, strict):
+                loads[name] = find()
+    undone = partial(undone_on_error, model, (optimizer,), (scheduler, companions.modules, companions.parameters))
+    with undone():
+        for name, load in loads.items():
+            if name == SCHEDULER and OPTIMIZER in loaded.left_out:
+                loaded.left_out[SCHEDULER] = "It continues the learning rates of that optimizer."
+                continue
+            with loaded.leaves_out(name, strict), undone():
+                load()
+        load_checked_model_state(model, fit.state, holder)
+    return loaded
 
 
-def model_state_in(checkpoint: StateMapping, source: str) -> StateMapping:
-    """Return the model's state in a checkpoint.
+def _fit_companions(companions: Companions, entries: StateMapping, source: str) -> Load:
+    """Return what loads the companions from a checkpoint, or raise if they do not fit."""
+    companions.check_trained_state(entries, source)
+    return lambda: companions.load_trained_state(entries)
 
-    Args:
-        checkpoint: The entries of the file.
-        source: How error messages refer to the file.
 
-    Raises:
-        CheckpointError: There is none.
-    """
-    if "model_state_dict" not in checkpoint:
-        raise CheckpointError(
-            f"{source} has no `model_state_dict`, only the entries {sorted(map(str, checkpoint))}. Expected a file "
-            "written by `save_checkpoint`. A bare state dict can be loaded with `model.load_state_dict`."
-        )
-    state: StateMapping = checkpoint["model_state_dict"]
-    return state
+def _fit_optimizer(
+    optimizer: Optimizer, model: nn.Module, companions: Companions, entries: StateMapping, fit: Fit, source: str
+) -> Load:
+    """Return what loads the optimizer's state in a checkpoint, or raise if it does not fit."""
+    named = Named(
+        parameters_of({"": model, **companions.modules}),
+        parameters_of({"": fit.loaded, **companions.modules}),
+        entries_of({"": fit.saved, **companions.trained_modules_in(entries)}),
+    )
+    state = fit_optimizer_state(optimizer, entries[OPTIMIZER], named, source)
+    return lambda: load_optimizer_state(optimizer, state, source)
+
+
+def _fit_scheduler(scheduler: object, load: Callable[[StateDict], None], entries: StateMapping, source: str) -> Load:
+    """Return what loads the scheduler's state in a checkpoint, or raise if it does not fit."""
+    if scheduler is not None:
+        check_scheduler_state(scheduler, entries[SCHEDULER], source)
+    return lambda: load_scheduler_state(entries[SCHEDULER], load, source)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import copy
 import os
-import warnings
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
@@ -15,8 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DDPCommunicationHookType, InitProcessGroupKwargs, PrecisionType
+from accelerate.utils import DDPCommunicationHookType, InitProcessGroupKwargs
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -30,13 +27,12 @@ from pytorch_accelerated._distributed.collectives import PROCESS_TIMEOUT, all_ga
 from pytorch_accelerated._distributed.dispatch import DispatchedLoader
 from pytorch_accelerated._distributed.fast_path import FastPathLoader, can_use_fast_path, wrap_optimizer
 from pytorch_accelerated._distributed.lockstep import LocalBatches, LocalLoader
+from pytorch_accelerated._distributed.precision import (
+    SHARDED_TYPES,
+    accelerator_in_precision,
+)
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._types import Loader, MaybeNone
-
-_NOT_ON_CPU = ("fp16", "fp8")
-_PRECISION_ENV_VAR, _CPU_ENV_VAR = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"
-
-_SHARDED_TYPES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def choose_seed(seed: int | None, process_index: int, num_processes: int) -> int:
@@ -68,8 +64,8 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
 
     Raises:
         TypeError: ``source`` is something else.
-        ValueError: The precision contradicts ``source`` or the device, or the precision or the compiler contradicts an
-            accelerator created earlier in this process.
+        ValueError: The precision contradicts ``source`` or the device, or the compiler contradicts an accelerator
+            created earlier in this process.
     """
     if source is not None and not isinstance(source, (Accelerator, Mapping)):
         raise TypeError(
@@ -83,73 +79,14 @@ def create_accelerator(source: Accelerator | Mapping[str, Any] | None, mixed_pre
             "The two must agree: set the precision in one of these places only."
         )
     if isinstance(source, Accelerator):
-        if precision_of(source) != source.mixed_precision:
-            _warn_about_precision(source.mixed_precision)
         return source
     if mixed_precision is not None:
         settings["mixed_precision"] = mixed_precision
     _complete_settings(settings)
-    _check_precision(settings)
-    accelerator = _create(settings)
+    accelerator = accelerator_in_precision(settings)
     _check_compiler(settings, accelerator)
     _leave_group_at_exit()
     return accelerator
-
-
-def _create(settings: Mapping[str, Any]) -> Accelerator:
-    try:
-        with AcceleratorRegistry.process_state_kept_on_error():
-            return Accelerator(**settings)
-    except ValueError as error:
-        current, requested = AcceleratorRegistry.process_precision(), settings.get("mixed_precision")
-        if current in (None, requested) or requested not in PrecisionType.list():
-            raise
-        raise ValueError(
-            f"`mixed_precision` is {requested!r}, but this process already uses {current!r}. Accelerate has one "
-            "setting for all accelerators of a process. Restart the process (in a notebook, the kernel), or omit "
-            "`mixed_precision` to keep the current setting."
-        ) from error
-
-
-def _check_precision(settings: dict[str, Any]) -> None:
-    """Refuse a precision that the device does not have, before Accelerate records it for the whole process.
-
-    One that comes from the environment was perhaps meant for another machine: it is not used, with a warning.
-    """
-    requested, current = settings.get("mixed_precision"), AcceleratorRegistry.process_precision()
-    if requested in _NOT_ON_CPU and _will_use_cpu(settings):
-        raise ValueError(
-            f"`mixed_precision` is {requested!r}, but this run uses a CPU, where Accelerate computes nothing in that "
-            'precision. Pass "bf16", or "no" for float32, or run on a GPU.'
-        )
-    configured = current or os.environ.get(_PRECISION_ENV_VAR, "").lower()
-    if requested is None and configured in _NOT_ON_CPU and _will_use_cpu(settings):
-        _warn_about_precision(configured)
-        if current is None:
-            settings["mixed_precision"] = "no"
-
-
-def _will_use_cpu(settings: Mapping[str, Any]) -> bool:
-    device = AcceleratorRegistry.process_device()
-    if device is not None:
-        return device.type == "cpu"
-    is_requested = settings.get("cpu") or os.environ.get(_CPU_ENV_VAR, "").lower() in ("1", "true", "yes", "on")
-    return bool(is_requested) or not torch.accelerator.is_available()
-
-
-def precision_of(accelerator: Accelerator) -> str:
-    """Return the precision that is really used, whatever the accelerator was created with."""
-    precision: str = accelerator.mixed_precision
-    is_unused = precision in _NOT_ON_CPU and accelerator.device.type == "cpu" and not accelerator.native_amp
-    return "no" if is_unused else precision
-
-
-def _warn_about_precision(precision: str) -> None:
-    warnings.warn(
-        f"Accelerate is configured with mixed_precision={precision!r}, but it uses a CPU, where it computes nothing in "
-        "that precision: runs use float32.",
-        stacklevel=6,
-    )
 
 
 def _check_compiler(settings: Mapping[str, Any], accelerator: Accelerator) -> None:
@@ -211,9 +148,36 @@ def disable_loss_scaling(accelerator: Accelerator, gradient_accumulation_steps: 
     accelerator.gradient_accumulation_steps = 1
 
 
+def check_clipping(accelerator: Accelerator, clip_value: float | None, clip_norm: float | None) -> None:
+    """Refuse clipping that Accelerate leaves to others, which would not be done.
+
+    Args:
+        accelerator: The accelerator.
+        clip_value: Bound on the absolute value of each gradient entry, or ``None``.
+        clip_norm: Bound on the total norm of all gradients, or ``None``.
+
+    Raises:
+        ValueError: Gradients cannot be clipped in this way.
+    """
+    if clip_value is not None and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"`gradient_clip_value` is {clip_value!r}, but FSDP and DeepSpeed cannot clip gradients by value. Clip by "
+            "norm: with FSDP, pass `gradient_clip_norm`; with DeepSpeed, set `gradient_clipping` in its configuration."
+        )
+    if clip_norm is None or accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    configured = accelerator.deepspeed_plugin.deepspeed_config.get("gradient_clipping")
+    if configured != clip_norm:
+        raise ValueError(
+            f"`gradient_clip_norm` is {clip_norm!r}, but DeepSpeed clips gradients itself, and its `gradient_clipping` "
+            f"is {configured!r}. Set `gradient_clipping` in the configuration of DeepSpeed, and omit "
+            "`gradient_clip_norm`."
+        )
+
+
 def is_sharded(accelerator: Accelerator) -> bool:
     """Tell whether the model's parameters are sharded over the processes, as with FSDP and DeepSpeed."""
-    return accelerator.distributed_type in _SHARDED_TYPES
+    return accelerator.distributed_type in SHARDED_TYPES
 
 
 class PreparedModel:
@@ -360,27 +324,3 @@ def _restore_step(optimizer: object) -> None:
     # original; PyTorch's own optimizers leave it out of copies.
     if isinstance(optimizer, AcceleratedOptimizer) and hasattr(vars(optimizer).get("step"), "__wrapped__"):
         del vars(optimizer)["step"]
-
-
-def copy_accelerator(accelerator: Accelerator, memo: dict[int, Any]) -> Accelerator:
-    """Return an accelerator for a copy of the trainer; ``memo`` has the copies made so far, as in `copy.deepcopy`."""
-    if isinstance(accelerator, Accelerator):
-        return AcceleratorRegistry(accelerator).copy(memo)
-    return copy.deepcopy(accelerator, memo)  # a test double
-
-
-def rejoin_process(accelerator: Accelerator, optimizer: Optimizer | None) -> None:
-    """Let a copied accelerator, and the optimizer it has prepared, share the state of all accelerators of this process.
-
-    The copied state would not follow the process, and would name ranks and device of another one after unpickling.
-
-    Raises:
-        ValueError: This process already uses another precision.
-    """
-    if not isinstance(accelerator, Accelerator):
-        return
-    if AcceleratorRegistry.process_precision() != accelerator.mixed_precision:
-        create_accelerator({"cpu": accelerator.device.type == "cpu"}, accelerator.mixed_precision)
-    accelerator.state, accelerator.gradient_state = AcceleratorState(), GradientState()
-    if isinstance(optimizer, AcceleratedOptimizer):
-        optimizer.accelerator_state, optimizer.gradient_state = accelerator.state, accelerator.gradient_state

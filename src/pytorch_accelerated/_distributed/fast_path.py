@@ -24,6 +24,7 @@ from pytorch_accelerated._data.in_memory import whole_batches_of
 from pytorch_accelerated._data.loaders import loader_settings, mark_last
 from pytorch_accelerated._data.sharding import ShardedBatches, ShardedBatchSampler, Sharding
 from pytorch_accelerated._data.workers import iterate
+from pytorch_accelerated._distributed.precision import IndependentAccelerator
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._nested import move_to_device, tensors_in
 from pytorch_accelerated._optimizers.group import ByName, OptimizerGroup, optimizers_in
@@ -37,7 +38,7 @@ _LOMO_PACKAGE = "lomo_optim"  # its optimizers update the parameters in the back
 def can_use_fast_path(accelerator: Accelerator) -> bool:
     """Tell whether `Accelerator.backward` is just ``loss.backward()``: one process or DDP, without gradient scaler."""
     return (
-        type(accelerator) is Accelerator
+        type(accelerator) in (Accelerator, IndependentAccelerator)
         and "backward" not in vars(accelerator)
         and accelerator.distributed_type in _SUPPORTED_TYPES
         and accelerator.mixed_precision in _SUPPORTED_PRECISIONS

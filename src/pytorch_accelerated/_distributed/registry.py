@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, PartialState
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _PREPARED_OBJECTS = ("_models", "_optimizers", "_dataloaders", "_schedulers")
 _SAVED_OBJECTS = (*_PREPARED_OBJECTS, "_custom_objects")
 _PREPARED_MARK = "_is_accelerate_prepared"
+_CHOSEN_BY_TRAINER = "_precision_chosen_by_trainer"  # our own, next to what Accelerate keeps there
 _FORWARD_ATTRIBUTES = ("forward", "_original_forward", _PREPARED_MARK)
 
 
@@ -106,12 +107,62 @@ class AcceleratorRegistry:
             del vars(model)[name]
         getattr(model, "__dict__", {}).update(attributes)
 
+    # --- the state that all accelerators of a process share ------------------------------------------------------
+
+    def shares_state_of_process(self) -> bool:
+        """Tell whether the accelerator has the state of the process, not a copy or one of another process."""
+        return vars(self._accelerator.state) is AcceleratorState._shared_state  # noqa: SLF001 - see the class
+
+    def detach_state(self) -> None:
+        """Give the accelerator a state of its own, with what the state of the process contains now."""
+        own_state = object.__new__(AcceleratorState)  # whose `__init__` would share it
+        vars(own_state).update(vars(self._accelerator.state))
+        self._accelerator.state = own_state
+
+    @contextmanager
+    def state_used_for_process(self) -> Iterator[None]:
+        """Let the process have the state of the accelerator in the body: Accelerate looks up the precision there."""
+        if self.shares_state_of_process():
+            yield
+            return
+        with self.process_state_put_aside():
+            AcceleratorState._shared_state.update(vars(self._accelerator.state))  # noqa: SLF001 - see the class
+            yield
+
+    @staticmethod
+    @contextmanager
+    def process_state_put_aside() -> Iterator[None]:
+        """Let the process have no state in the body, as before its first accelerator."""
+        state = AcceleratorState._shared_state  # noqa: SLF001 - see the class
+        before = dict(state)
+        state.clear()
+        try:
+            yield
+        finally:
+            state.clear()
+            state.update(before)
+
     @staticmethod
     def process_precision() -> str | None:
         """Return the mixed precision that all accelerators of this process share; ``None`` before the first one."""
         # `AcceleratorState()` would initialize the state where it does not exist yet.
-        precision: str | None = AcceleratorState._shared_state.get("_mixed_precision")  # noqa: SLF001 - see the class
-        return precision
+        has_state = bool(AcceleratorState._shared_state)  # noqa: SLF001 - see the class
+        return AcceleratorState().mixed_precision if has_state else None
+
+    @staticmethod
+    def note_precision_of_trainer() -> None:
+        """Remember that a trainer has chosen the precision of the process, not the user's configuration."""
+        AcceleratorState._shared_state[_CHOSEN_BY_TRAINER] = True  # noqa: SLF001 - see the class
+
+    @staticmethod
+    def has_precision_of_trainer() -> bool:
+        """Tell whether `note_precision_of_trainer` was called in this process."""
+        return _CHOSEN_BY_TRAINER in AcceleratorState._shared_state  # noqa: SLF001 - see the class
+
+    @staticmethod
+    def process_type() -> DistributedType | None:
+        """Return how this process trains with others; ``None`` before Accelerate knows it."""
+        return PartialState._shared_state.get("distributed_type")  # noqa: SLF001 - see the class
 
     @staticmethod
     def process_device() -> torch.device | None:

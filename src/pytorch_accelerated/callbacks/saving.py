@@ -15,6 +15,7 @@ from pytorch_accelerated._checkpoint.folder import Retention, claim_folder, rota
 from pytorch_accelerated._checkpoint.lock import unlock
 from pytorch_accelerated._checkpoint.optimizer_state import DifferentPartError
 from pytorch_accelerated._checkpoint.portable import check_save_path
+from pytorch_accelerated._checkpoint.weights import frozen_in, frozen_parameters
 from pytorch_accelerated._distributed.collectives import run_on_main
 from pytorch_accelerated._metrics import BestMetric, ComparisonOfMetric, NewValues
 from pytorch_accelerated._proxy import WritableForwarded
@@ -33,6 +34,8 @@ from pytorch_accelerated.exceptions import CheckpointError
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping
+
+    from torch import nn
 
     from pytorch_accelerated._types import Batch, BatchOutput, MaybeNone, StateDict, StateMapping
     from pytorch_accelerated.progress import TrainingProgress
@@ -53,6 +56,7 @@ class SaveBestModelCallback(TrainerCallback):
         save_scheduler: Whether the checkpoint includes the scheduler state, and whether it is loaded at the end.
         load_saved_checkpoint: Whether to load the best model at the end of the run. Otherwise the trainer keeps the
             model of the last epoch.
+        trainable_only: Whether to leave out the parameters of the model that are frozen, which have to stay so.
     """
 
     save_path = PathAttribute()
@@ -75,6 +79,8 @@ class SaveBestModelCallback(TrainerCallback):
         save_optimizer: bool = True,
         save_scheduler: bool = True,
         load_saved_checkpoint: bool = True,
+        *,
+        trainable_only: bool = False,
     ) -> None:
         self.save_path = save_path
         self.watch_metric = watch_metric
@@ -83,6 +89,7 @@ class SaveBestModelCallback(TrainerCallback):
         self.save_optimizer = save_optimizer
         self.save_scheduler = save_scheduler
         self.load_saved_checkpoint = load_saved_checkpoint
+        self.trainable_only = trainable_only
         self._best = BestMetric()
         self._new_values = NewValues()
         self._has_saved = False
@@ -140,6 +147,8 @@ class SaveBestModelCallback(TrainerCallback):
     def _write(self, trainer: Trainer, entries: Mapping[str, float]) -> None:
         # An override of the method may take these keywords only, as in 0.1.61.
         options = {} if self.save_scheduler else {"save_scheduler": False}
+        if self.trainable_only:
+            options["trainable_only"] = True
         trainer.save_checkpoint(
             save_path=self.save_path, checkpoint_kwargs=entries, save_optimizer=self.save_optimizer, **options
         )
@@ -160,10 +169,12 @@ class SaveBestModelCallback(TrainerCallback):
         is_saved = {"load_optimizer": self.save_optimizer, "load_scheduler": self.save_scheduler}
         options = {name: False for name, value in is_saved.items() if not value}
         try:
-            trainer.load_checkpoint(self.save_path, **options)
+            entries = trainer.load_checkpoint(self.save_path, **options)
         except DifferentPartError as error:  # the program has changed the optimizer since, for example added a group
             trainer.print(f"Only the model is loaded, because optimizer or scheduler have changed since: {error}")
-            trainer.load_checkpoint(self.save_path, load_optimizer=False, load_scheduler=False)
+            entries = trainer.load_checkpoint(self.save_path, load_optimizer=False, load_scheduler=False)
+        if self.trainable_only:
+            _warn_about_unfrozen(trainer.get_model(), entries)
 
     def state_dict(self) -> StateDict:
         """Return the best value, its epoch, whether a checkpoint was saved, and how many values were compared."""
@@ -174,6 +185,17 @@ class SaveBestModelCallback(TrainerCallback):
         self._best.load_state_dict(state_dict)
         self._has_saved = state_dict["has_saved"]
         self._new_values.load_state_dict(state_dict)
+
+
+def _warn_about_unfrozen(model: nn.Module, checkpoint: StateMapping) -> None:
+    names = sorted(set(frozen_in(checkpoint)) - set(frozen_parameters(model)))
+    if names:
+        warnings.warn(
+            f"The best model was saved with `trainable_only=True`, when these parameters were frozen: "
+            f"{', '.join(names)}. They have been unfrozen since, so the file does not have them, and they keep the "
+            "values that they have now. Save with `trainable_only=False` in runs that unfreeze parameters.",
+            stacklevel=2,
+        )
 
 
 class SaveTrainingStateCallback(TrainerCallback):
