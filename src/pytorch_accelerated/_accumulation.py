@@ -137,6 +137,22 @@ def scale_gradients(parameters: Iterable[torch.Tensor], factor: float | torch.Te
         torch._foreach_mul_(gradients, factor)
 
 
+def with_dense_gradients(parameters: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield parameters; for one with a sparse gradient, a tensor whose gradient is the values of that one.
+
+    What changes the gradients in place then changes the sparse ones too, and their norm is the same. The functions of
+    PyTorch for clipping do not take sparse gradients.
+    """
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None and gradient.is_sparse:
+            parameter.grad = gradient = gradient.coalesce()  # an index that occurs twice has one gradient
+            values = gradient.values()
+            parameter = torch.empty_like(values)
+            parameter.grad = values
+        yield parameter
+
+
 # --- the parameters ----------------------------------------------------------------------------------------------
 
 

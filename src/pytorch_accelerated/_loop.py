@@ -12,12 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from pytorch_accelerated._accumulation import scale_gradients
+from pytorch_accelerated._accumulation import scale_gradients, with_dense_gradients
 from pytorch_accelerated._data.limits import LimitBatches
 from pytorch_accelerated._data.loaders import (
     EXACT,
     RestOfEpoch,
     enumerate_batches,
+    num_batches_of,
 )
 from pytorch_accelerated._data.rng import preserve_rng_state
 from pytorch_accelerated._data.sharding import sharding_of, start_at, without_samples
@@ -31,7 +32,7 @@ from pytorch_accelerated._distributed.collectives import (
 )
 from pytorch_accelerated._distributed.consensus import can_skip_exchange, overrides_any
 from pytorch_accelerated._distributed.fast_path import choose_no_sync
-from pytorch_accelerated._nested import concatenate, count_rows, first_rows, on_host
+from pytorch_accelerated._predictions import Predictions, PredictionSettings, caches_of, full_batch_size_of
 from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute
 from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated._step import batch_loss, mean_loss, predictions, raise_bad_loss, read_batch_output
@@ -50,6 +51,7 @@ from pytorch_accelerated._types import (
 from pytorch_accelerated._validation import check_positive_integer, check_run
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.evaluation import LimitBatchesCallback
+from pytorch_accelerated.callbacks.progress_bar import prediction_bar
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError, add_note
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.run_config import TrainerRunConfig
@@ -611,11 +613,11 @@ class TrainingLoop:
         config, outside = self._loop_run.config, self._loop_run.outside_parameters
         # The gradients are unscaled already. With a scaler, Accelerate's functions would unscale them a second time.
         clip_functions: Any = self._accelerator if self._accelerator.scaler is None else nn.utils
+        parameters = list(with_dense_gradients(outside.together_with(self.model)))
         if config.gradient_clip_value is not None:
-            clip_functions.clip_grad_value_(outside.together_with(self.model), config.gradient_clip_value)
+            clip_functions.clip_grad_value_(parameters, config.gradient_clip_value)
         if config.gradient_clip_norm is not None:
-            norm = clip_functions.clip_grad_norm_(outside.together_with(self.model), config.gradient_clip_norm)
-            self._loop_run.gradient_norm = norm
+            self._loop_run.gradient_norm = clip_functions.clip_grad_norm_(parameters, config.gradient_clip_norm)
 
     def _loop_end_train_step(self, step: int) -> None:
         run = self._loop_run
@@ -706,25 +708,38 @@ class TrainingLoop:
                 self.run_history.update_metric("update", training.progress.num_updates)
             yield
 
-    def _loop_predict(self, on_every_process: bool, move_to_host: bool) -> ModelOutput:
-        run = self._loop_run
-        is_kept = on_every_process or run.config.is_world_process_zero
-        outputs = []
+    def _loop_predict(self, settings: PredictionSettings) -> dict[str, ModelOutput]:
+        """Return the outputs for each of the datasets of the run, by name."""
         for callback in self.callback_handler.callbacks:  # predictions have no events
             if isinstance(callback, LimitBatchesCallback):
                 self.limit_batches(callback.num_batches)
+        results = {}
         with preserve_rng_state(), torch.no_grad():
+            for name, loader in self._loop_run.eval_dataloaders.items():
+                results[name] = self._loop_predict_dataset(loader, settings)
+        return results
+
+    def _loop_predict_dataset(self, loader: Loader, settings: PredictionSettings) -> ModelOutput:
+        run, config = self._loop_run, self._loop_run.config
+        predictions = Predictions(
+            settings,
+            loader,
+            full_batch_size_of(loader, config.eval_per_device_batch_size),
+            config.num_processes,
+            config.is_world_process_zero,
+            self.device,
+            caches_of(self.get_model()),
+        )
+        has_bar = settings.shows_progress and config.is_local_process_zero
+        with prediction_bar(self.callback_handler, num_batches_of(loader), has_bar) as bar:
+            run.set_data_epoch(run.seeded_eval_loaders, loader, 0, run.seed)
             self.eval_epoch_start()
-            loader = run.eval_dataloaders[""]
             sharding = sharding_of(loader)
-            for step, batch, _ in enumerate_batches(loader):
-                local = self.calculate_predictions(batch)
-                if sharding is not None and sharding.is_dummy(step):
-                    local = first_rows(local, count_rows(local), 0)
-                gathered = self.gather(local)
-                if is_kept:
-                    outputs.append(on_host(gathered) if move_to_host else gathered)
-        return concatenate(outputs) if is_kept else None
+            for step, batch, is_last in enumerate_batches(loader):
+                is_dummy = sharding is not None and sharding.is_dummy(step)
+                predictions.add(self.calculate_predictions(batch), batch, is_dummy=is_dummy, is_last=is_last)
+                bar.update()
+        return predictions.result()
 
     # --- what a run records --------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from pytorch_accelerated._nested import rebuild
 from pytorch_accelerated._types import Batch, BatchOutput, LossFunction, ModelOutput, Nested
 from pytorch_accelerated._validation import check_loss_func
 from pytorch_accelerated.exceptions import add_note
+from pytorch_accelerated.tracking import one_number
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -147,7 +148,7 @@ def read_batch_output(
         number of samples.
 
     Raises:
-        TypeError: It is not a mapping, or the loss is ``None``.
+        TypeError: It is not a mapping, the loss is ``None``, or the weight or the size is not a single number.
         ValueError: ``loss`` or ``batch_size`` is missing, or the loss is not a single number.
     """
     if isinstance(batch_output, torch.Tensor):  # which PyTorch would warn about before it refuses the index
@@ -158,7 +159,20 @@ def read_batch_output(
         _raise_bad_batch_output(batch_output, hook)
     if loss is None or (isinstance(loss, torch.Tensor) and loss.numel() != 1):
         _check_losses(loss, may_have_several_losses)
-    return batch_output.get("num_items_in_batch", batch_size), int(batch_size)
+    weight = batch_output.get("num_items_in_batch")
+    if weight is None:
+        weight = batch_size
+    if weight.__class__ is not int or batch_size.__class__ is not int:
+        _check_number("num_items_in_batch", weight)
+        _check_number("batch_size", batch_size)
+    return weight, int(batch_size)
+
+
+def _check_number(name: str, value: object) -> None:
+    if one_number(value) is None:
+        raise TypeError(
+            f"A step returned `{name}` as {value!r}, of type {type(value).__name__}. Expected a single number."
+        )
 
 
 def _check_losses(loss: torch.Tensor | None, may_be_several: bool) -> None:
