@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import copy
 import itertools
 import math
@@ -326,7 +328,7 @@ def test_a_metric_of_a_step_with_the_name_of_the_loss_is_refused(name):
         EpochMeans().update_metrics({"metrics": {name: 1.0}}, 4)
 
 
-@pytest.mark.parametrize("value", [None, "high", [0.1, 0.2], {"a": 1}, np.ones(2)])
+@pytest.mark.parametrize("value", [None, "high", "0.5", b"1", 1j, torch.tensor(1j), [0.1, 0.2], {"a": 1}, np.ones(2)])
 def test_a_metric_of_a_step_that_is_no_number_is_refused_by_its_name(value):
     with pytest.raises(TypeError, match=r"The metric 'f1' of a step is .*Expected a number"):
         EpochMeans().update_metrics({"metrics": {"f1": value}}, 4)
@@ -338,7 +340,8 @@ def test_a_metric_of_a_step_without_a_name_is_refused():
 
 
 @pytest.mark.parametrize(
-    "value", [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5), torch.full((1, 1), 0.5), True, "0.5"]
+    "value",
+    [0.5, Fraction(1, 2), np.float32(0.5), np.array(0.5), np.full((1, 1), 0.5), torch.tensor(0.5), torch.full((1, 1), 0.5), True],
 )
 def test_a_metric_of_a_step_may_be_any_single_number(value):
     means = EpochMeans()

@@ -18,7 +18,6 @@ from pytorch_accelerated._data.loaders import (
     EXACT,
     RestOfEpoch,
     enumerate_batches,
-    num_batches_of,
 )
 from pytorch_accelerated._data.rng import preserve_rng_state
 from pytorch_accelerated._data.sharding import sharding_of, start_at, without_samples
@@ -32,7 +31,7 @@ from pytorch_accelerated._distributed.collectives import (
 )
 from pytorch_accelerated._distributed.consensus import can_skip_exchange, overrides_any
 from pytorch_accelerated._distributed.fast_path import choose_no_sync
-from pytorch_accelerated._predictions import Predictions, PredictionSettings, caches_of, full_batch_size_of
+from pytorch_accelerated._predictions import Predictions, PredictionSettings, caches_of
 from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute
 from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated._step import batch_loss, mean_loss, predictions, raise_bad_loss, read_batch_output
@@ -51,7 +50,6 @@ from pytorch_accelerated._types import (
 from pytorch_accelerated._validation import check_positive_integer, check_run
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.evaluation import LimitBatchesCallback
-from pytorch_accelerated.callbacks.progress_bar import prediction_bar
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError, add_note
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.run_config import TrainerRunConfig
@@ -713,33 +711,15 @@ class TrainingLoop:
         for callback in self.callback_handler.callbacks:  # predictions have no events
             if isinstance(callback, LimitBatchesCallback):
                 self.limit_batches(callback.num_batches)
+        run, config = self._loop_run, self._loop_run.config
         results = {}
         with preserve_rng_state(), torch.no_grad():
-            for name, loader in self._loop_run.eval_dataloaders.items():
-                results[name] = self._loop_predict_dataset(loader, settings)
+            for name, loader in run.eval_dataloaders.items():
+                run.set_data_epoch(run.seeded_eval_loaders, loader, 0, run.seed)
+                self.eval_epoch_start()
+                predictions = Predictions(settings, config, loader, self.device, caches_of(self.get_model()))
+                results[name] = predictions.of_all_batches(self.calculate_predictions)
         return results
-
-    def _loop_predict_dataset(self, loader: Loader, settings: PredictionSettings) -> ModelOutput:
-        run, config = self._loop_run, self._loop_run.config
-        predictions = Predictions(
-            settings,
-            loader,
-            full_batch_size_of(loader, config.eval_per_device_batch_size),
-            config.num_processes,
-            config.is_world_process_zero,
-            self.device,
-            caches_of(self.get_model()),
-        )
-        has_bar = settings.shows_progress and config.is_local_process_zero
-        with prediction_bar(self.callback_handler, num_batches_of(loader), has_bar) as bar:
-            run.set_data_epoch(run.seeded_eval_loaders, loader, 0, run.seed)
-            self.eval_epoch_start()
-            sharding = sharding_of(loader)
-            for step, batch, is_last in enumerate_batches(loader):
-                is_dummy = sharding is not None and sharding.is_dummy(step)
-                predictions.add(self.calculate_predictions(batch), batch, is_dummy=is_dummy, is_last=is_last)
-                bar.update()
-        return predictions.result()
 
     # --- what a run records --------------------------------------------------------------------------------------
 

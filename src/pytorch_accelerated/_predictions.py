@@ -9,13 +9,16 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from pytorch_accelerated._batch_size import LABEL_NAMES, size_of_predictions
-from pytorch_accelerated._data.loaders import is_map_style, num_batches_of
+from pytorch_accelerated._data.loaders import enumerate_batches, is_map_style, num_batches_of
+from pytorch_accelerated._data.sharding import sharding_of
 from pytorch_accelerated._distributed.collectives import all_gather_nested
 from pytorch_accelerated._joining import OutputJoiner, as_parts, dresser_of
 from pytorch_accelerated._nested import named_items
 from pytorch_accelerated._types import Batch, Loader, ModelOutput, Nested
+from pytorch_accelerated.run_config import TrainerRunConfig
 
 OutputChoice: TypeAlias = str | int | Collection[str | int] | Callable[[ModelOutput], ModelOutput] | None
 """Which outputs of a model are kept: those of a name or an index, of several, or what a function makes of them."""
@@ -50,10 +53,8 @@ class Predictions:
 
     Args:
         settings: What is returned.
+        config: Of the run.
         loader: Yields the batches.
-        batch_size: Samples in a full batch, if the loader takes single samples.
-        num_processes: The world size.
-        is_main: Whether this is the main process.
         device: The device of this process.
         caches: Names of outputs that are left out unless they are asked for.
     """
@@ -61,40 +62,47 @@ class Predictions:
     def __init__(
         self,
         settings: PredictionSettings,
+        config: TrainerRunConfig,
         loader: Loader,
-        batch_size: int | None,
-        num_processes: int,
-        is_main: bool,
         device: torch.device,
         caches: Collection[str] = CACHES,
     ) -> None:
         self._settings = settings
+        self._config = config
         self._loader = loader
-        self._batch_size = batch_size
-        self._num_processes = num_processes
-        self._is_main = is_main
         self._device = device
-        self.is_kept = settings.on_every_process or is_main
-        """Whether this process has a result."""
-
-        self._joiner = OutputJoiner(settings.padding_value, settings.move_to_host, self.is_kept)
+        is_made_of_samples = is_map_style(getattr(loader, "dl", loader))
+        self._batch_size = config.eval_per_device_batch_size if is_made_of_samples else None
+        self._is_kept = settings.on_every_process or config.is_world_process_zero
+        self._joiner = OutputJoiner(settings.padding_value, settings.move_to_host, self._is_kept)
         if settings.outputs is None:
             self._joiner.left_out.update(("outputs", name) for name in caches)
         self._dress: Callable[[Nested], Nested] | None = None
 
-    def add(self, outputs: ModelOutput, batch: Batch, *, is_dummy: bool = False, is_last: bool = True) -> None:
-        """Add the outputs of the next batch. Must be called on every process.
+    def of_all_batches(self, calculate: Callable[[Batch], ModelOutput]) -> ModelOutput:
+        """Return the outputs for all samples, with the targets if these are wanted; ``None`` on a process without.
+
+        Must be called on every process.
 
         Args:
-            outputs: What the model returned.
-            batch: The batch.
-            is_dummy: Whether the batch counts for nothing, because this process has no samples left.
-            is_last: Whether the batch is the last one of this process.
+            calculate: Returns the outputs of the model for a batch.
 
         Raises:
-            ValueError: The outputs do not fit to those before, or have no part for each sample, or lack a name that was
-                asked for. Raised on every process.
+            ValueError: The outputs of a batch do not fit to those before, or have no part for each sample, or lack a
+                name that was asked for. Raised on every process.
         """
+        sharding = sharding_of(self._loader)
+        has_bar = self._settings.shows_progress and self._config.is_local_process_zero
+        with tqdm(
+            total=num_batches_of(self._loader), desc="Predicting", disable=not has_bar, dynamic_ncols=True
+        ) as bar:
+            for step, batch, is_last in enumerate_batches(self._loader):
+                is_dummy = sharding is not None and sharding.is_dummy(step)
+                self._add(calculate(batch), batch, is_dummy, is_last)
+                bar.update()
+        return self._result()
+
+    def _add(self, outputs: ModelOutput, batch: Batch, is_dummy: bool, is_last: bool) -> None:
         whole: dict[Hashable, Nested] = {"outputs": self._choose(outputs)}
         if self._settings.return_targets:
             whole["targets"] = targets_of(batch)
@@ -104,22 +112,19 @@ class Predictions:
         size = size_of_predictions(batch, told, self._batch_size, is_last)
         local = {name: as_parts(value, size, (name,), self._joiner.left_out) for name, value in whole.items()}
         # Rows travel from device to device. They are joined in the order of the ranks, which is that of the dataset.
-        of_ranks = all_gather_nested(None if is_dummy else (local, size), self._num_processes, self._device)
+        of_ranks = all_gather_nested(None if is_dummy else (local, size), self._config.num_processes, self._device)
         present = [of_rank for of_rank in of_ranks if of_rank is not None]
         if self._joiner.num_batches == 0:
             self._joiner.num_expected = self._num_samples(sum(size for _, size in present))
         for parts, num_samples in present:
             self._joiner.add(parts, num_samples)
 
-    def result(self) -> ModelOutput:
-        """Return the outputs of all samples, with the targets if these are wanted; ``None`` on a process without."""
-        if self._dress is None:
-            raise ValueError("There is nothing to predict: the dataset yielded no batch. Check how it was built.")
-        if not self.is_kept:
+    def _result(self) -> ModelOutput:
+        if self._dress is None or not self._is_kept:
             return None
         result = self._dress(self._joiner.result())
         left_out = self._joiner.describe_left_out()
-        if left_out is not None and self._is_main:
+        if left_out is not None and self._config.is_world_process_zero:
             warnings.warn(left_out, stacklevel=5)
         return (result["outputs"], result["targets"]) if self._settings.return_targets else result["outputs"]
 
@@ -190,8 +195,3 @@ def caches_of(model: nn.Module) -> set[str]:
     """
     named = getattr(getattr(model, "config", None), "keys_to_ignore_at_inference", ())
     return {*CACHES, *(named if isinstance(named, (list, tuple, set)) else ())}
-
-
-def full_batch_size_of(loader: Loader, batch_size: int | None) -> int | None:
-    """Return the number of samples in a full batch, if a loader makes the batches from samples."""
-    return batch_size if is_map_style(getattr(loader, "dl", loader)) else None

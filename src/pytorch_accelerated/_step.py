@@ -12,11 +12,11 @@ import torch
 
 from pytorch_accelerated._batch_size import size_of_batch, size_of_pair
 from pytorch_accelerated._data.workers import is_worker_failure
+from pytorch_accelerated._metrics import one_number
 from pytorch_accelerated._nested import rebuild
 from pytorch_accelerated._types import Batch, BatchOutput, LossFunction, ModelOutput, Nested
 from pytorch_accelerated._validation import check_loss_func
 from pytorch_accelerated.exceptions import add_note
-from pytorch_accelerated.tracking import one_number
 
 P = ParamSpec("P")
 Result = TypeVar("Result")

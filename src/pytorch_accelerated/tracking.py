@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
+from pytorch_accelerated._metrics import one_number
 from pytorch_accelerated.exceptions import UnknownMetricError
 
 if TYPE_CHECKING:
@@ -579,25 +579,6 @@ def _as_metric(name: str, value: MetricValue) -> float | torch.Tensor:
             "over the batch. Leave out the entry where there is none."
         )
     return number
-
-
-def one_number(value: object) -> float | torch.Tensor | None:
-    """Return what is a single real number, of any type, as a number or a tensor with one element; otherwise ``None``.
-
-    Example:
-        >>> one_number(np.array([0.5])), one_number(True), one_number("0.5"), one_number([0.5, 1.0])
-        (0.5, 1.0, None, None)
-    """
-    if isinstance(value, torch.Tensor):
-        return value if value.numel() == 1 and not value.is_complex() else None
-    if isinstance(value, (np.ndarray, np.generic)):
-        return float(value.item()) if value.size == 1 and value.dtype.kind in "biuf" else None
-    if isinstance(value, (str, bytes, bytearray)):
-        return None
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
 
 
 def weighted_mean(total: float | torch.Tensor, weight: float | torch.Tensor) -> float:

@@ -353,8 +353,10 @@ class Trainer(TrainingLoop):
         Raises:
             ValueError: The outputs of a batch cannot be joined to those before, or have no part for each sample.
         """
+        has_bar = any(isinstance(callback, ProgressBarCallback) for callback in self.callback_handler.callbacks)
+        shows_progress = has_bar and not self._loop_run.is_active  # the bar of the run stays
         settings = PredictionSettings(
-            outputs, return_targets, padding_value, on_every_process, move_to_host, not self._loop_run.is_active
+            outputs, return_targets, padding_value, on_every_process, move_to_host, shows_progress
         )
         with _without_trace_in_a_run(self), _preserve_attributes(self, "eval_dataset", "_loop_last_evaluation"):
             self.eval_dataset = dataset

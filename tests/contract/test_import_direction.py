@@ -17,7 +17,18 @@ OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "torchmetrics", "timm", "tra
 
 FLOORS = [
     {"exceptions", "_types"},
-    {"progress", "tracking", "run_config", "_proxy", "_nested", "_joining", "_metrics", "_signals", "_ema", "finetuning"},
+    {
+        "progress",
+        "tracking",
+        "run_config",
+        "_proxy",
+        "_nested",
+        "_joining",
+        "_metrics",
+        "_signals",
+        "_ema",
+        "finetuning",
+    },
     {"_accumulation", "_batch_size", "_loss_monitor", "_data"},
     {"_distributed"},
     {"_checkpoint"},

@@ -13,7 +13,6 @@ from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:
     from pytorch_accelerated._run import DataPass
-    from pytorch_accelerated.callbacks.handler import CallbackHandler
     from pytorch_accelerated.trainer import Trainer
 
 _SHORT_EPOCH = 0.5  # seconds; after such an epoch, the next bar is drawn once there is something to show
@@ -112,15 +111,3 @@ class ProgressBarCallback(TrainerCallback):
             self._is_epoch_short = time.perf_counter() - self._opened_at < _SHORT_EPOCH
             self._bar.close()
             self._bar = self._pass = None
-
-
-def prediction_bar(handler: CallbackHandler, num_batches: int | None, is_shown: bool) -> tqdm:
-    """Return a progress bar over the batches of `Trainer.predict`, in which callbacks have no events.
-
-    Args:
-        handler: Has the callbacks of the trainer. There is a bar if a `ProgressBarCallback` is among them.
-        num_batches: The number of batches; ``None`` if it is not known.
-        is_shown: Whether this process shows bars now.
-    """
-    has_bars = any(isinstance(callback, ProgressBarCallback) for callback in handler.callbacks)
-    return tqdm(total=num_batches, desc="Predicting", disable=not (is_shown and has_bars), dynamic_ncols=True)
