@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import importlib.util
+import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, unpack_sequence
 
 from pytorch_accelerated import Trainer
 
-VOCABULARY = 11
 PAD = -1.0
 """Fills predictions; no model returns it."""
 
 Scores = namedtuple("Scores", ["values", "notes"])
+
+
+class Predicting(nn.Module):
+    """Returns what a function makes of its inputs."""
+
+    def __init__(self, function: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        return self.function(inputs)
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ def language(x: torch.Tensor) -> Any:
 
 
 def pairs(x: torch.Tensor) -> Any:
-    return x * 2, [x, {"third": x.flatten() * 3}]
+    return x * 2, (x, {"third": x.flatten() * 3})
 
 
 def named_pairs(x: torch.Tensor) -> Any:
@@ -116,36 +126,89 @@ def sparse_rows(x: torch.Tensor) -> Any:
 
 def hooks(x: torch.Tensor) -> Any:
     """Return rows with what has no part for each sample: a number, a count, weights, and a cache."""
-    return {"rows": x, "loss": x.mean(), "weights": torch.ones(7, 2), "past_key_values": (Cache(len(x)),), "mode": "eval"}
+    return {
+        "rows": x,
+        "loss": x.mean(),
+        "weights": torch.ones(7, 2),
+        "past_key_values": (Cache(len(x)),),
+        "mode": "eval",
+    }
+
+
+def objects(x: torch.Tensor) -> Any:
+    return {"found": np.fromiter(([int(value)] for value in x), object, len(x)), "rows": x}
 
 
 def ragged(x: torch.Tensor) -> Any:
-    """Return rows as wide as the largest value of the batch."""
-    width = int(x.max())
-    return {"rows": x.expand(-1, width).clone()}
+    """Return rows as wide as the largest value of the batch, each filled as far as its own value."""
+    columns = torch.arange(int(x.max()))
+    return {"rows": torch.where(columns < x, x, PAD)}
+
+
+FORMS = {
+    function.__name__: function
+    for function in (
+        tensors,
+        detections,
+        records,
+        language,
+        pairs,
+        named_pairs,
+        arrays,
+        packed,
+        nested_tensors,
+        sparse_rows,
+        hooks,
+        objects,
+        ragged,
+    )
+}
+
+SIZES = ((7, 3), (2, 2), (1, 1), (4, 2), (3, 1))
+"""Numbers of samples, and of those in a batch of one process."""
+
+
+def predict_form(name: str, num_samples: int, batch_size: int, **settings: Any) -> Any:
+    """Return the predictions of the form of this name."""
+    trainer = Trainer(Predicting(FORMS[name]), None, None, callbacks=())
+    padding = {"padding_value": PAD} if name == "ragged" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of nested tensors, and of what is left out
+        return trainer.predict(indices_of(num_samples), batch_size, **padding, **settings)
 
 
 # --- what each sample's part is ----------------------------------------------------------------------------------
 
+WITHOUT_PARTS = ("loss", "weights", "past_key_values", "mode")
 
-def part_of(outputs: Any, index: int) -> Any:
-    """Return the part of a sample in joined outputs, or in those of a single sample, as plain values."""
-    if isinstance(outputs, (torch.Tensor, np.ndarray)):
-        return outputs[index].tolist()
+
+def parts_of(outputs: Any) -> list[Any]:
+    """Return the parts of all samples in joined outputs, or in those of a batch, as plain values."""
     if isinstance(outputs, PackedSequence):
-        return part_of(torch.nn.utils.rnn.unpack_sequence(outputs), index)
+        outputs = unpack_sequence(outputs)
+    if isinstance(outputs, torch.Tensor):
+        outputs = outputs.unbind() if outputs.is_nested else outputs.to_dense()
+    if is_dataclass(outputs):
+        outputs = {each.name: getattr(outputs, each.name) for each in fields(outputs)}
     if isinstance(outputs, dict):
-        return {name: part_of(item, index) for name, item in outputs.items()}
-    if isinstance(outputs, Prediction):
-        return {each.name: part_of(getattr(outputs, each.name), index) for each in fields(outputs)}
-    if isinstance(outputs, tuple):
-        return [part_of(item, index) for item in outputs]
-    if isinstance(outputs, list):
-        return plain(outputs[index])
-    return outputs
+        named = {name: parts_of(item) for name, item in outputs.items() if name not in WITHOUT_PARTS}
+        names = [name for name, parts in named.items() if isinstance(parts, list)]
+        return [dict(zip(names, parts, strict=True)) for parts in zip(*(named[name] for name in names), strict=True)]
+    if isinstance(outputs, tuple) and not all(isinstance(part, torch.Tensor) and part.ndim < 2 for part in outputs):
+        return list(zip(*map(parts_of, outputs), strict=True))
+    return (
+        [plain(part) for part in outputs] if hasattr(outputs, "__len__") and not isinstance(outputs, str) else outputs
+    )
+
+
+def expected_parts(name: str, num_samples: int) -> list[Any]:
+    """Return what the model makes of each sample alone."""
+    return [part for sample in indices_of(num_samples) for part in parts_of(FORMS[name](sample[None]))]
 
 
 def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
-    return value.tolist() if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor) and value.ndim and PAD in value:
+        value = value[value != PAD]
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import copy
 import itertools
 import math
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -341,7 +340,16 @@ def test_a_metric_of_a_step_without_a_name_is_refused():
 
 @pytest.mark.parametrize(
     "value",
-    [0.5, Fraction(1, 2), np.float32(0.5), np.array(0.5), np.full((1, 1), 0.5), torch.tensor(0.5), torch.full((1, 1), 0.5), True],
+    [
+        0.5,
+        Fraction(1, 2),
+        np.float32(0.5),
+        np.array(0.5),
+        np.full((1, 1), 0.5),
+        torch.tensor(0.5),
+        torch.full((1, 1), 0.5),
+        True,
+    ],
 )
 def test_a_metric_of_a_step_may_be_any_single_number(value):
     means = EpochMeans()

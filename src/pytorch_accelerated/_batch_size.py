@@ -73,29 +73,28 @@ def size_of_batch(batch: Batch) -> int:
     return sizes[0]
 
 
-def size_of_predictions(batch: Batch, outputs: Nested, batch_size: int | None = None, is_last: bool = True) -> int:
+def size_of_predictions(batch: Batch, outputs: Nested, expected: int | None = None) -> int:
     """Return the number of samples in a batch, from which a model made its outputs.
 
-    A length that both have counts. In a full batch, that is the one that the loader was asked for.
+    That is the expected number, if anything in the outputs or the batch has this length. Otherwise a length that both
+    have counts.
 
     Args:
         batch: What the model got, in any form.
         outputs: What it returned, in any form: tensors with a row for each sample, or lists with an entry for each.
-        batch_size: The number of samples in a full batch; ``None`` if that is not known.
-        is_last: Whether the batch may hold fewer samples.
+        expected: The number of samples that the loader puts into the batch; ``None`` if that is not known.
 
     Example:
-        >>> size_of_predictions(torch.zeros(5, 3, 2), torch.zeros(3, 1), batch_size=3, is_last=False)
+        >>> size_of_predictions(torch.zeros(5, 3, 2), torch.zeros(3, 1), expected=3)
         3
         >>> size_of_predictions(["a", "b"], {"logits": torch.zeros(2, 7), "weights": torch.zeros(7, 4)})
         2
     """
     of_batch, of_outputs = _all_lengths(batch, is_batch=True), _all_lengths(outputs)
-    is_sure = batch_size in of_batch or (batch_size in of_outputs and not is_last)
-    expected = [] if batch_size is None else [batch_size]
-    candidates = [*expected, *of_batch] if is_sure else [*of_batch, *expected]
-    shared = [size for size in candidates if size in of_outputs]
-    return (shared or (expected if is_sure else []) or of_outputs or of_batch or [1])[0]
+    if expected is not None and expected in (*of_outputs, *of_batch):
+        return expected
+    shared = [size for size in of_batch if size in of_outputs]
+    return (shared or of_outputs or of_batch or [1])[0]
 
 
 def _all_lengths(value: Nested, is_batch: bool = False) -> list[int]:

@@ -542,7 +542,8 @@ def dresser_of(output: ModelOutput) -> Callable[[Any], Any]:
     What is left out is missing in a mapping, and ``None`` elsewhere.
     """
     if isinstance(output, np.ndarray):
-        return lambda joined: joined.cpu().numpy() if isinstance(joined, torch.Tensor) else joined
+        dtype = output.dtype
+        return lambda joined: _as_array(joined, dtype)
     if isinstance(output, PackedSequence):
         return lambda joined: joined
     named = named_items(output)
@@ -552,6 +553,12 @@ def dresser_of(output: ModelOutput) -> Callable[[Any], Any]:
         create, dressers = type(output), [dresser_of(item) for item in output]
         return lambda joined: _dressed_sequence(joined, create, dressers)
     return lambda joined: joined
+
+
+def _as_array(joined: Any, dtype: np.dtype[Any]) -> Any:
+    if isinstance(joined, torch.Tensor):
+        return joined.cpu().numpy()
+    return np.fromiter(joined, object, len(joined)) if dtype.hasobject else np.array(joined)
 
 
 def _dressed_sequence(joined: Any, create: Callable[..., Any], dressers: Sequence[Callable[[Any], Any]]) -> Any:

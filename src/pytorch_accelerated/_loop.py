@@ -717,7 +717,8 @@ class TrainingLoop:
             for name, loader in run.eval_dataloaders.items():
                 run.set_data_epoch(run.seeded_eval_loaders, loader, 0, run.seed)
                 self.eval_epoch_start()
-                predictions = Predictions(settings, config, loader, self.device, caches_of(self.get_model()))
+                rank, caches = self._accelerator.process_index, caches_of(self.get_model())
+                predictions = Predictions(settings, config, loader, self.device, rank, caches)
                 results[name] = predictions.of_all_batches(self.calculate_predictions)
         return results
 

@@ -12,8 +12,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from pytorch_accelerated._batch_size import LABEL_NAMES, size_of_predictions
-from pytorch_accelerated._data.loaders import enumerate_batches, is_map_style, num_batches_of
-from pytorch_accelerated._data.sharding import sharding_of
+from pytorch_accelerated._data.loaders import (
+    batch_size_of,
+    enumerate_batches,
+    is_map_style,
+    num_batches_of,
+    num_samples_of,
+)
+from pytorch_accelerated._data.sharding import part_of_rest, sharding_of
 from pytorch_accelerated._distributed.collectives import all_gather_nested
 from pytorch_accelerated._joining import OutputJoiner, as_parts, dresser_of
 from pytorch_accelerated._nested import named_items
@@ -56,6 +62,7 @@ class Predictions:
         config: Of the run.
         loader: Yields the batches.
         device: The device of this process.
+        process_index: Its rank.
         caches: Names of outputs that are left out unless they are asked for.
     """
 
@@ -65,14 +72,14 @@ class Predictions:
         config: TrainerRunConfig,
         loader: Loader,
         device: torch.device,
+        process_index: int = 0,
         caches: Collection[str] = CACHES,
     ) -> None:
         self._settings = settings
         self._config = config
         self._loader = loader
         self._device = device
-        is_made_of_samples = is_map_style(getattr(loader, "dl", loader))
-        self._batch_size = config.eval_per_device_batch_size if is_made_of_samples else None
+        self._num_samples = _NumSamples(loader, config.num_processes, process_index)
         self._is_kept = settings.on_every_process or config.is_world_process_zero
         self._joiner = OutputJoiner(settings.padding_value, settings.move_to_host, self._is_kept)
         if settings.outputs is None:
@@ -96,26 +103,26 @@ class Predictions:
         with tqdm(
             total=num_batches_of(self._loader), desc="Predicting", disable=not has_bar, dynamic_ncols=True
         ) as bar:
-            for step, batch, is_last in enumerate_batches(self._loader):
+            for step, batch, _ in enumerate_batches(self._loader):
                 is_dummy = sharding is not None and sharding.is_dummy(step)
-                self._add(calculate(batch), batch, is_dummy, is_last)
+                self._add(calculate(batch), batch, is_dummy)
                 bar.update()
         return self._result()
 
-    def _add(self, outputs: ModelOutput, batch: Batch, is_dummy: bool, is_last: bool) -> None:
+    def _add(self, outputs: ModelOutput, batch: Batch, is_dummy: bool) -> None:
         whole: dict[Hashable, Nested] = {"outputs": self._choose(outputs)}
         if self._settings.return_targets:
             whole["targets"] = targets_of(batch)
         if self._dress is None:
             self._dress = dresser_of(whole)
         told = whole["outputs"] if callable(self._settings.outputs) else outputs
-        size = size_of_predictions(batch, told, self._batch_size, is_last)
+        size = size_of_predictions(batch, told, self._num_samples.in_next_batch())
         local = {name: as_parts(value, size, (name,), self._joiner.left_out) for name, value in whole.items()}
         # Rows travel from device to device. They are joined in the order of the ranks, which is that of the dataset.
         of_ranks = all_gather_nested(None if is_dummy else (local, size), self._config.num_processes, self._device)
         present = [of_rank for of_rank in of_ranks if of_rank is not None]
-        if self._joiner.num_batches == 0:
-            self._joiner.num_expected = self._num_samples(sum(size for _, size in present))
+        self._num_samples.add(sum(num_samples for _, num_samples in present))
+        self._joiner.num_expected = self._num_samples.total
         for parts, num_samples in present:
             self._joiner.add(parts, num_samples)
 
@@ -152,13 +159,48 @@ class Predictions:
         self._joiner.left_out.update(("outputs", name) for name in named if name not in names)
         return outputs
 
-    def _num_samples(self, num_in_step: int) -> int:
-        """Return the number of samples in the whole dataset; 0 if it is not known."""
-        num_batches = num_batches_of(self._loader)
-        if self._batch_size is None or num_batches is None:
-            return 0
-        dataset: Any = getattr(self._loader, "dataset", None)
-        return min(num_batches * num_in_step, len(dataset))
+
+class _NumSamples:
+    """How many samples there are, in all batches and in the next one, as far as the loader tells.
+
+    Args:
+        loader: Yields the batches.
+        num_processes: The world size.
+        process_index: The rank of this process.
+    """
+
+    total = 0
+    """The samples in all batches; 0 if it is not known."""
+
+    def __init__(self, loader: Loader, num_processes: int, process_index: int) -> None:
+        self._num_processes = num_processes
+        self._process_index = process_index
+        self._num_done = 0
+        self._batch_size: int | None = None
+        source: Any = getattr(loader, "dl", loader)
+        num_steps = num_batches_of(loader)
+        if not is_map_style(source) or num_steps is None:
+            return
+        self._batch_size = batch_size_of(source, None, 0) or None
+        num_samples = num_samples_of(source)
+        if self._batch_size is not None and num_samples is not None:
+            num_in_step = self._batch_size * num_processes
+            is_plausible = num_samples > (num_steps - 1) * num_in_step
+            self.total = min(num_samples, num_steps * num_in_step) if is_plausible else 0
+
+    def in_next_batch(self) -> int | None:
+        """Return the number of samples in the next batch of this process; ``None`` if it is not known."""
+        num_left = self.total - self._num_done
+        if self._batch_size is None or num_left <= 0:
+            return self._batch_size
+        if num_left >= self._batch_size * self._num_processes:
+            return self._batch_size
+        part = part_of_rest(num_left, self._batch_size, self._num_processes, self._process_index)
+        return part.stop - part.start or self._batch_size
+
+    def add(self, num_samples: int) -> None:
+        """Count the samples in a step of all processes."""
+        self._num_done += num_samples
 
 
 def _items_of(outputs: ModelOutput) -> Mapping[Any, ModelOutput]:
