@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, unpack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_sequence, unpack_sequence
 
 from pytorch_accelerated import Trainer
 
@@ -62,8 +63,8 @@ class LanguageOutput(Record):
     past_key_values: Any = None
 
 
-class Cache:
-    """An output that is of no use after the batch."""
+class Memory:
+    """An output without a part for each sample."""
 
     def __init__(self, batch_size: int) -> None:
         self.keys = torch.zeros(batch_size, 1000)
@@ -96,7 +97,7 @@ def records(x: torch.Tensor) -> Any:
 
 
 def language(x: torch.Tensor) -> Any:
-    return LanguageOutput(x.mean(), x[:, None].expand(-1, 3, 5) * 1.0, Cache(len(x)))
+    return LanguageOutput(x.mean(), x[:, None].expand(-1, 3, 5) * 1.0, Memory(len(x)))
 
 
 def pairs(x: torch.Tensor) -> Any:
@@ -117,7 +118,9 @@ def packed(x: torch.Tensor) -> Any:
 
 
 def nested_tensors(x: torch.Tensor) -> Any:
-    return torch.nested.nested_tensor([value.expand(int(value) % 3 + 1) for value in x])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch, that they may change
+        return torch.nested.nested_tensor([value.expand(int(value) % 3 + 1) for value in x])
 
 
 def sparse_rows(x: torch.Tensor) -> Any:
@@ -130,7 +133,7 @@ def hooks(x: torch.Tensor) -> Any:
         "rows": x,
         "loss": x.mean(),
         "weights": torch.ones(7, 2),
-        "past_key_values": (Cache(len(x)),),
+        "past_key_values": (Memory(len(x)),),
         "mode": "eval",
     }
 
@@ -173,7 +176,7 @@ def predict_form(name: str, num_samples: int, batch_size: int, **settings: Any) 
     trainer = Trainer(Predicting(FORMS[name]), None, None, callbacks=())
     padding = {"padding_value": PAD} if name == "ragged" else {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of nested tensors, and of what is left out
+        warnings.simplefilter("ignore")  # of what is left out
         return trainer.predict(indices_of(num_samples), batch_size, **padding, **settings)
 
 
@@ -212,3 +215,49 @@ def plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.ndim and PAD in value:
         value = value[value != PAD]
     return value.tolist() if hasattr(value, "tolist") else value
+
+
+# --- a language model of transformers ----------------------------------------------------------------------------
+
+NO_LABEL = -100
+
+
+def make_texts(lengths: Sequence[int] = (5, 2, 7, 3, 1, 6, 4)) -> list[torch.Tensor]:
+    """Return tokens, of other lengths in each text."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(1, 20, (length,), generator=generator) for length in lengths]
+
+
+def collate_texts(texts: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a batch that is as wide as its longest text."""
+    mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    labels = pad_sequence(list(texts), batch_first=True, padding_value=NO_LABEL)
+    return {"input_ids": labels.clamp(min=0), "attention_mask": mask, "labels": labels}
+
+
+def language_model_predictions() -> dict[str, Any]:
+    """Predict with a tiny causal language model of transformers, and compare with its outputs for each text alone."""
+    transformers = importlib.import_module("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(5)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, **sizes)).eval()
+    texts = make_texts()
+    outputs, labels = Trainer(model, None, None, callbacks=()).predict(
+        texts, 2, collate_fn=collate_texts, padding_value=NO_LABEL, return_targets=True
+    )
+    differences = []
+    for text, logits, targets in zip(texts, outputs.logits, labels, strict=True):
+        alone = model(text[None]).logits[0].detach()
+        differences.append((logits[: len(text)] - alone).abs().max().item())
+        assert targets.tolist() == [*text.tolist(), *[NO_LABEL] * (7 - len(text))]
+    return {
+        "outputs": list(outputs),
+        "shapes": [list(outputs.logits.shape), list(labels.shape)],
+        "largest difference": max(differences),
+    }
+
+
+EXPECTED_OF_LANGUAGE_MODEL = {
+    "outputs": ["loss", "logits"],
+    "shapes": [[7, 7, 20], [7, 7]],
+}

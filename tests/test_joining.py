@@ -12,8 +12,8 @@ from _predicting import (
     FORMS,
     PAD,
     SIZES,
-    Cache,
     LanguageOutput,
+    Memory,
     Predicting,
     Prediction,
     Scores,
@@ -23,6 +23,10 @@ from _predicting import (
     predict_form,
 )
 from pytorch_accelerated import Trainer
+
+
+class DynamicCache:
+    """Named like the caches of transformers."""
 
 
 def predict(function, data, *arguments, **settings):
@@ -62,10 +66,11 @@ def test_caches_are_left_out_and_other_outputs_without_parts_are_named():
     assert "past_key_values" not in str(warned[0].message)
     assert list(predicted) == ["rows", "loss", "mode"]
     assert predict_form("language", 5, 2).past_key_values is None
+    assert list(predict(lambda x: {"rows": x, "state": DynamicCache()}, indices_of(3))) == ["rows"]
 
 
 def test_models_tell_in_their_configuration_which_outputs_are_of_no_use_afterwards(recwarn):
-    model = Predicting(lambda x: {"rows": x, "memory": Cache(len(x))})
+    model = Predicting(lambda x: {"rows": x, "memory": Memory(len(x))})
     model.config = type("Config", (), {"keys_to_ignore_at_inference": ["memory"]})()
     assert list(Trainer(model, None, None, callbacks=()).predict(indices_of(3))) == ["rows"]
     assert not recwarn
@@ -123,7 +128,7 @@ def test_outputs_that_differ_are_refused_at_the_first_batch_that_does(form, mess
             lambda x: torch.ones(7),
             r"do not have a part for each of its 2 samples: `outputs` is a tensor of the shape \(7,\)",
         ),
-        (lambda x: {"memory": Cache(2)}, "`outputs.memory` is an object of type Cache"),
+        (lambda x: {"memory": Memory(2)}, "`outputs.memory` is an object of type Memory"),
         (lambda x: object(), "`outputs` is an object of type object"),
     ],
 )
@@ -158,7 +163,7 @@ LARGE_OUTPUTS = {
     "rows of two parts": (lambda x: (x.expand(-1, WIDTH) * 2, x.expand(-1, WIDTH) * 3), {}, 1.1),
     "an entry for each sample": (lambda x: [value.expand(WIDTH) * 2 for value in x], {}, 1.1),
     "views of larger tensors": (lambda x: [{"a": row} for row in (x.expand(-1, 3 * WIDTH) * 2)[:, :WIDTH]], {}, 1.25),
-    "rows beside caches": (lambda x: {"a": x.expand(-1, WIDTH) * 2, "past_key_values": Cache(9 * len(x))}, {}, 1.3),
+    "rows beside caches": (lambda x: {"a": x.expand(-1, WIDTH) * 2, "past_key_values": Memory(9 * len(x))}, {}, 1.3),
     "one of several outputs": (
         lambda x: {"a": x.expand(-1, WIDTH) * 2, "b": x.expand(-1, 3 * WIDTH) * 2},
         {"outputs": "a"},

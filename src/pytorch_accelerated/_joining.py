@@ -76,7 +76,7 @@ def as_parts(output: ModelOutput, size: int, path: Path, left_out: Collection[Pa
     if isinstance(output, (tuple, list)):
         return output if _may_be_samples(output, size) else _fixed_parts(output, size, path, left_out)
     is_kept = output is None or isinstance(output, (str, bytes)) or _is_number(output)
-    return output if is_kept else LeftOut(f"an object of type {type(output).__name__}")
+    return output if is_kept else LeftOut(None if _is_cache(output) else f"an object of type {type(output).__name__}")
 
 
 def _unpacked(output: ModelOutput) -> ModelOutput:
@@ -89,6 +89,11 @@ def _unpacked(output: ModelOutput) -> ModelOutput:
         is_number = output.dtype.kind in "biufc"
         return torch.from_numpy(np.array(output, order="C")) if is_number else _Samples(output)
     return output
+
+
+def _is_cache(output: object) -> bool:
+    """Tell whether an output only serves the next call of a model; transformers calls such classes ``...Cache``."""
+    return any("Cache" in base.__name__ for base in type(output).__mro__)
 
 
 class _Samples(list[Any]):

@@ -29,7 +29,7 @@ from pytorch_accelerated.run_config import TrainerRunConfig
 OutputChoice: TypeAlias = str | int | Collection[str | int] | Callable[[ModelOutput], ModelOutput] | None
 """Which outputs of a model are kept: those of a name or an index, of several, or what a function makes of them."""
 
-CACHES = ("past_key_values",)
+CACHES = ("past_key_values", "cache")
 """Outputs that only serve the next call of a model."""
 
 
