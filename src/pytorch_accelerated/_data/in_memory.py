@@ -76,7 +76,7 @@ class WholeBatchDataset(Proxy, Dataset[list[torch.Tensor]], wraps="dataset"):
         """Return the batch of the samples at ``indices``, as default collation would."""
         dataset: Any = self.dataset
         while isinstance(dataset, Subset):
-            indices = [dataset.indices[index] for index in indices]
+            indices = [int(dataset.indices[index]) for index in indices]
             dataset = dataset.dataset
         rows = torch.as_tensor(indices).long()
         return [tensor[rows] for tensor in self.tensors]

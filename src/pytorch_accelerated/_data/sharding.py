@@ -101,7 +101,7 @@ class ShardedBatchSampler(Sharding, Proxy, wraps="batch_sampler"):
         part = rest[part_of_rest(len(rest), max(map(len, group)), self.num_processes, self.process_index)]
         if not part:
             self.dummy_step = step
-            return last_local or group[0]
+            return last_local if len(last_local) else group[0]
         return part if number is None else Draw(number + self.process_index, part)
 
     def __len__(self) -> int:
