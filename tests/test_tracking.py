@@ -357,3 +357,11 @@ def test_a_metric_of_a_step_may_be_any_single_number(value):
     total, weight = means.sums("train_loss_epoch")["train_f1"]
     assert float(total) == (4 if value is True else 2)
     assert weight == 4
+
+
+@pytest.mark.parametrize("metrics", [[0.5], "high", 0.5, torch.tensor([0.5, 1.0])])
+def test_metrics_that_have_no_names_are_for_callbacks_only(metrics):
+    means = EpochMeans()
+    with pytest.warns(UserWarning, match=r"A step returned `metrics` of type .*Only callbacks will see it"):
+        means.update_metrics({"metrics": metrics}, 4)
+    assert list(means.sums("train_loss_epoch")) == ["train_loss_epoch"]

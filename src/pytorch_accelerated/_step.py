@@ -163,16 +163,18 @@ def read_batch_output(
     if weight is None:
         weight = batch_size
     if weight.__class__ is not int or batch_size.__class__ is not int:
-        _check_number("num_items_in_batch", weight)
-        _check_number("batch_size", batch_size)
+        batch_size = _as_number("batch_size", batch_size)
+        weight = _as_number("num_items_in_batch", weight)
     return weight, int(batch_size)
 
 
-def _check_number(name: str, value: object) -> None:
-    if one_number(value) is None:
+def _as_number(name: str, value: object) -> float | torch.Tensor:
+    number = value if isinstance(value, int) else one_number(value)
+    if number is None:
         raise TypeError(
             f"A step returned `{name}` as {value!r}, of type {type(value).__name__}. Expected a single number."
         )
+    return number
 
 
 def _check_losses(loss: torch.Tensor | None, may_be_several: bool) -> None:
