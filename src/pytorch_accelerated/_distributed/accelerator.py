@@ -16,7 +16,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import InitProcessGroupKwargs, PrecisionType
+from accelerate.utils import DDPCommunicationHookType, InitProcessGroupKwargs, PrecisionType
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -283,6 +283,12 @@ def _is_refused_by_ddp(accelerator: Accelerator, model: nn.Module) -> bool:
     """Tell whether DDP would raise, because the model has nothing to train. That is no obstacle to evaluating it."""
     is_ddp = accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     return is_ddp and not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def has_comm_hook(accelerator: Accelerator) -> bool:
+    """Tell whether DDP calls a communication hook instead of adding up the gradients."""
+    handler = accelerator.ddp_handler
+    return handler is not None and handler.comm_hook != DDPCommunicationHookType.NO
 
 
 def placement_of(accelerator: Accelerator) -> Placement:
