@@ -349,8 +349,8 @@ class Trainer(TrainingLoop):
                 ``None`` they must agree.
 
         Returns:
-            What the model returns for a batch, with the parts of all samples. Tensors have the shape ``(samples, ...)``.
-            With ``return_targets``, a pair of these outputs and the targets. For a dictionary of datasets, a dictionary.
+            What the model returns for a batch, with the parts of all samples; tensors of shape ``(samples, ...)``.
+            With ``return_targets``, a pair of this and the targets. For a dictionary of datasets, a dictionary.
 
         Raises:
             ValueError: The outputs of a batch cannot be joined to those before, or have no part for each sample.
