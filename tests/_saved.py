@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,14 @@ def rewrite_manifest(path: Path, **changes: Any) -> None:
     (path / MANIFEST).unlink()
     kept = ("num_processes", "position", "metrics", "settings", "generation", "number", "versions")
     manifest_module.write_manifest(path, {**{name: manifest[name] for name in kept}, **changes})
+
+
+def falsify_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest of a state, together with its checksum, as somebody with bad intentions would."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest.pop("checksum", None)
+    change(manifest)
+    (path / MANIFEST).write_text(manifest_module._serialize(manifest))
 
 
 def names_in(folder: Path) -> list[str]:

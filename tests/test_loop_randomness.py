@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from _support import Probe, Samples, assert_same_weights, losses, make_dataset, make_trainer, mse, train, weights_of
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.callbacks import StepBasedEvaluationCallback
+from pytorch_accelerated.callbacks import SaveTrainingStateCallback, StepBasedEvaluationCallback
 
 
 def test_the_same_seed_gives_a_bit_identical_run():
@@ -119,3 +120,20 @@ def test_an_evaluation_that_draws_random_numbers_does_not_change_training():
     shuffled = {"eval_dataloader_kwargs": {"shuffle": True, "num_workers": 0}}
     assert_same_weights(plain, train_with_dropout(eval_dataset, **shuffled))
     assert_same_weights(plain, train_with_dropout(eval_dataset, [StepBasedEvaluationCallback(1)], **shuffled))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_normal_numbers_of_a_step_depend_neither_on_workers_nor_on_where_a_run_was_resumed(num_workers, tmp_path):
+    """NumPy draws them in pairs, and keeps the second."""
+
+    def draws(**kwargs):
+        drawn = []
+        probe = Probe(on_train_step_start=lambda *_, **__: drawn.append(np.random.normal()))
+        trainer = make_trainer(callbacks=[probe, SaveTrainingStateCallback(tmp_path, save_every_n_steps=3)], seed=2)
+        train(trainer, Samples(make_dataset(16)), num_epochs=1, **kwargs)
+        return drawn
+
+    alone = draws(train_dataloader_kwargs={"num_workers": 0})
+    drawn = draws(train_dataloader_kwargs={"num_workers": num_workers})
+    assert drawn == alone
+    assert draws(resume_from=tmp_path / "step_3", train_dataloader_kwargs={"num_workers": num_workers}) == drawn[3:]

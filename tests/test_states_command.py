@@ -75,7 +75,7 @@ def test_list_prints_the_states_oldest_first_with_their_problems(folder, capsys)
     header, *rows = (line.split() for line in printed.splitlines())
     assert header == ["name", "epochs", "batches", "updates", "size", "metrics", "files"]
     assert rows[0][:4] == ["epoch_9", "?", "?", "?"]
-    assert " ".join(rows[0]).endswith("it has no readable manifest.json. Use an older state.")
+    assert " ".join(rows[0]).endswith("it has no readable manifest.json (it is missing). Use an older state.")
     assert rows[1] == ["epoch_1", "1", "0", "0", "69", "B", "eval_loss_epoch=0.5", "complete"]
     assert rows[2][:4] == ["step_7", "1", "3", "0"]
     assert " ".join(rows[2][6:]) == "eval_loss_epoch=0.123457 text=nan NOT VALID: process_0.pt is missing or altered"

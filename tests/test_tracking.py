@@ -7,11 +7,15 @@ import itertools
 import math
 import pickle
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from _support import make_dataset, make_trainer, train
+from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import StepBasedEvaluationCallback
 from pytorch_accelerated.tracking import (
     EpochMeans,
     InMemoryRunHistory,
@@ -365,3 +369,26 @@ def test_metrics_that_have_no_names_are_for_callbacks_only(metrics):
     with pytest.warns(UserWarning, match=r"A step returned `metrics` of type .*Only callbacks will see it"):
         means.update_metrics({"metrics": metrics}, 4)
     assert list(means.sums("train_loss_epoch")) == ["train_loss_epoch"]
+
+
+@pytest.mark.parametrize("name", ["loss", "loss_epoch"])
+@pytest.mark.parametrize("call", ["train", "evaluation in a run", "intermediate evaluation", "evaluate"])
+@pytest.mark.parametrize("dataset_name", [None, "test"])
+def test_a_name_of_the_library_is_refused_in_every_pass(call, name, dataset_name):
+    class Measuring(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            return self.measured(super().calculate_train_batch_loss(batch), call == "train")
+
+        def calculate_eval_batch_loss(self, batch):
+            return self.measured(super().calculate_eval_batch_loss(batch), call != "train")
+
+        def measured(self, output, is_named):
+            return {**output, "metrics": {name if is_named else "accuracy": 0.5}}
+
+    callbacks = [StepBasedEvaluationCallback(1)] if call == "intermediate evaluation" else []
+    trainer = make_trainer(callbacks=callbacks, cls=Measuring)
+    eval_dataset = make_dataset(4) if dataset_name is None else {dataset_name: make_dataset(4)}
+    train_and_evaluate = partial(train, trainer, 8, eval_dataset=eval_dataset)
+    start = partial(trainer.evaluate, eval_dataset) if call == "evaluate" else train_and_evaluate
+    with pytest.raises(ValueError, match=f"a metric with the name '{name}'"):
+        start()

@@ -19,7 +19,7 @@ from pytorch_accelerated._data.loaders import (
     RestOfEpoch,
     enumerate_batches,
 )
-from pytorch_accelerated._data.rng import preserve_rng_state
+from pytorch_accelerated._data.rng import forget_spare_gaussian, preserve_rng_state
 from pytorch_accelerated._data.sharding import sharding_of, start_at, without_samples
 from pytorch_accelerated._distributed.accelerator import skip_batches
 from pytorch_accelerated._distributed.collectives import (
@@ -445,7 +445,8 @@ class TrainingLoop:
                 self.training_run_start()
                 self._loop_fire(TrainerCallback.on_training_run_start)
                 run.consensus.sync()
-                run.complete_resume()
+                if run.restart is not None:
+                    run.restart.complete_run()
                 self._loop_epochs()
             except StopTrainingError as stop:
                 self._loop_stop(stop)
@@ -494,8 +495,8 @@ class TrainingLoop:
 
     def _loop_cut_epoch_short(self) -> None:
         """End the training part of an epoch before its last batch: record the means of what was trained."""
-        progress = self._loop_run.training.progress
-        if progress.num_batches_in_epoch > 0:
+        run, progress = self._loop_run, self._loop_run.training.progress
+        if progress.num_batches_in_epoch > 0 or run.step_results:  # the latter of a step that has not ended
             self._add_epoch_loss_to_run_history("train_loss_epoch")
         progress.phase = "evaluation"
 
@@ -510,8 +511,9 @@ class TrainingLoop:
         """Train on the batches of one epoch, and return whether the limit of updates was reached."""
         run, config = self._loop_run, self._loop_run.config
         num_done = run.start_train_epoch(train_dl)
-        self.train_epoch_start()
-        self._loop_fire(TrainerCallback.on_train_epoch_start)
+        with run.epoch_start(num_done, self.optimizer, (self.run_history, *self.callback_handler.nested_last())):
+            self.train_epoch_start()
+            self._loop_fire(TrainerCallback.on_train_epoch_start)
         run.count_batches(train_dl)
 
         epoch, sharding = run.training.epoch, sharding_of(train_dl)
@@ -551,7 +553,9 @@ class TrainingLoop:
             run.resume_streams(position, num_done)
             start_at(train_dl, num_done)
             rest = RestOfEpoch(train_dl, 0) if num_done else train_dl
-        return enumerate_batches(rest, num_done)
+        steps = enumerate_batches(rest, num_done)
+        replaces_generators = any(loader.replaces_generators for loader in run.seeded_train_loaders)
+        return map(forget_spare_gaussian, steps) if replaces_generators else steps
 
     def _perform_forward_and_backward_passes(self, batch: Batch, step: int) -> None:
         """Process one batch: weigh it, scale its loss, compute the gradients, and record the loss.

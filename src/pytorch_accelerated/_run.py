@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pytorch_accelerated._accumulation import AccumulationWindow, GradientCheck, OutsideParameters, are_finite
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from pytorch_accelerated._checkpoint.restart import Restart
     from pytorch_accelerated._data.determinism import SeededLoader
     from pytorch_accelerated._distributed.accelerator import PreparedModel
     from pytorch_accelerated._loop import TrainingLoop
@@ -233,8 +234,8 @@ class Run:
         self.num_batches_per_epoch: int | None = None
         """Training batches per epoch; ``None`` unless that is certain."""
 
-        self.complete_resume: Callable[[], None] = do_nothing
-        """Restores what the program creates only when the run starts; called after ``on_training_run_start``."""
+        self.restart: Restart | None = None
+        """What a resumed run restores again after the events at its start, and at that of its first epoch."""
 
         self.is_epoch_cut_short = False
         """Whether the limit of updates ended the last epoch before its last batch."""
@@ -277,11 +278,14 @@ class Run:
         self.interruption: RunInterruptedError | None = None
         """The signal that ends the run; ``None`` if there was none."""
 
+        self.is_nested = previous is not None and previous.is_active
+        """Whether a callback of another run has started this one."""
+
         if previous is not None:
             self.config = previous.config
             self.train_dl_kwargs = previous.train_dl_kwargs
             self.gradient_norm = previous.gradient_norm
-            if previous.is_active:  # this run is nested in a callback of the other, which signals end
+            if self.is_nested:  # a signal ends the other run
                 self.interrupt = previous.interrupt
 
     def __getstate__(self) -> dict[str, object]:
@@ -427,6 +431,11 @@ class Run:
         self.set_data_epoch(self.seeded_train_loaders, loader, epoch, training.seed, training.run_number)
         return num_done
 
+    def epoch_start(self, num_done: int, optimizer: Any, stateful: Iterable[object]) -> AbstractContextManager[None]:
+        """Return the context of the events at the start of an epoch; they change no state if it was started before."""
+        restart, self.restart = self.restart, None
+        return nullcontext() if restart is None or num_done == 0 else restart.of_epoch(optimizer, stateful)
+
     def start_epoch_of_subclass(self) -> None:
         """Start an epoch of which a subclass makes the updates, unless its method calls that of the library."""
         self.start_train_epoch(self.train_dataloader, makes_updates=False)
@@ -552,10 +561,6 @@ class Run:
                 self.consensus.sync()
             except RunInterruptedError as interruption:
                 self.interruption = interruption
-
-
-def do_nothing() -> None:
-    """Do nothing."""
 
 
 def run_of(trainer: TrainingLoop) -> Run:

@@ -11,15 +11,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from pathlib import Path
+from typing import TextIO
 
 from pytorch_accelerated._checkpoint import manifest
+from pytorch_accelerated._checkpoint.files import printable
 from pytorch_accelerated._checkpoint.folder import find_newest_state, list_states
 from pytorch_accelerated._checkpoint.manifest import MANIFEST, SavedState
 from pytorch_accelerated.exceptions import CheckpointError
+
+_GAP = "  "
+_MIN_WIDTH = 20  # of a column that is wrapped
 
 __all__ = ["SavedState", "find_latest_state", "list_states", "main", "verify_state"]
 
@@ -71,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         is_valid: bool = given.function(given.path)
-    except (OSError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, ValueError, CheckpointError) as error:  # `ValueError` of a path that no file can have
+        print(_printable(f"error: {error}", sys.stderr), file=sys.stderr)
         return 1
     return 0 if is_valid else 1
 
@@ -99,7 +107,7 @@ def _verify(path: Path) -> bool:
         )
     problems = {state: _find_problem(state) for state in paths}
     for state, problem in problems.items():
-        print(f"{state}: {problem or 'valid'}")
+        print(_printable(f"{state}: {problem or 'valid'}"))
     return not any(problems.values())
 
 
@@ -163,9 +171,22 @@ def _format_size(size: float) -> str:
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    """Print rows, aligned. In a terminal that is too narrow, the widest columns are wrapped."""
+    printable = [[_printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*printable, strict=True)]
+    available = shutil.get_terminal_size().columns - len(_GAP) * (len(widths) - 1)
+    while sys.stdout.isatty() and sum(widths) > available and max(widths) > _MIN_WIDTH:
+        widths[widths.index(max(widths))] -= 1
+    for row in printable:
+        cells = [textwrap.wrap(cell, width, drop_whitespace=False) for cell, width in zip(row, widths, strict=True)]
+        for lines in zip_longest(*cells, fillvalue=""):
+            print(_GAP.join(line.ljust(width) for line, width in zip(lines, widths, strict=True)).rstrip())
+
+
+def _printable(text: str, stream: TextIO | None = None) -> str:
+    """Return a text without what would control a terminal, or what the stream cannot print: it comes from files."""
+    encoding = (sys.stdout if stream is None else stream).encoding or "utf-8"
+    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ from pytorch_accelerated._checkpoint import portable, resume
 from pytorch_accelerated._checkpoint.companions import (
     Companions,
     attributes_without_state,
-    complete_restore,
     find_companions,
 )
 from pytorch_accelerated._checkpoint.folder import Lineage
-from pytorch_accelerated._checkpoint.manifest import SavedState, name_state
+from pytorch_accelerated._checkpoint.manifest import SavedState
+from pytorch_accelerated._checkpoint.restart import Restart
 from pytorch_accelerated._checkpoint.scheduler_state import check_scheduler_state, load_scheduler_state
 from pytorch_accelerated._checkpoint.state import (
     Parts,
@@ -68,7 +68,7 @@ from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._loop import TrainingLoop, preserve_modes
 from pytorch_accelerated._predictions import OutputChoice, PredictionSettings
-from pytorch_accelerated._run import Run, do_nothing
+from pytorch_accelerated._run import Run
 from pytorch_accelerated._types import (
     CollateFunction,
     Data,
@@ -609,6 +609,7 @@ class Trainer(TrainingLoop):
         saved = resume.find_state_to_resume(
             resume_from,
             _folders_of_states(self.callback_handler),
+            self,
             is_main=self._accelerator.is_main_process,
             num_processes=int(self._accelerator.num_processes),
             allow_other_num_processes=allow_other_num_processes,
@@ -806,6 +807,7 @@ class Trainer(TrainingLoop):
         """Find what else has a state among the attributes of the trainer and its callbacks, and at Accelerate."""
         callbacks, model = self.callback_handler.nested_last(), portable.unwrap_model(self.model, self._accelerator)
         saved = (model, self.model, self.optimizer, self.scheduler, self.run_history, self.callback_handler, *callbacks)
+        data = (self.train_dataset, self.eval_dataset)
         left_out = {"_callbacks", *_names_in(self.left_out_of_states)}
         owners = {
             "": {name: value for name, value in vars(self).items() if name not in left_out},
@@ -813,17 +815,15 @@ class Trainer(TrainingLoop):
             "accelerator.": {"registered": AcceleratorRegistry(self._accelerator).registered_objects()},
         }
         outside = [] if self._loop_run.is_sharded else parameters_outside(self.model, self.optimizer)
-        return find_companions(owners, outside, saved)
+        return find_companions(owners, outside, (self, *saved, *data))
 
     def _loop_restore(self, contents: StateContents) -> StateDict:
         """Restore what was read, and return the user's entries."""
         run, training = self._loop_run, self._loop_run.training
         parts = self._loop_state_parts()
         restore_state(contents, self._accelerator, parts, self._loop_load_scheduler_state, self.print)
-        source = name_state(contents.saved.path)
-        run.complete_resume = partial(
-            complete_restore, parts.companions, self._loop_companions, *contents.companions, source
-        )
+        rank = int(self._accelerator.process_index)
+        run.restart = Restart(contents, parts.companions, self._loop_companions, rank)
         run.seed, training.seed, training.run_number = contents.run_seed, contents.seed, contents.run_number
         if contents.has_former_draws and any(loader.draws_while_loading for loader in run.seeded_train_loaders):
             self.print(
@@ -859,7 +859,7 @@ class Trainer(TrainingLoop):
                 self.model = model.restore(self._accelerator, self.model)
             if not outer.is_active:
                 run.training.epoch.loader = None  # and with it the data
-            run.outside_parameters, run.complete_resume = OutsideParameters(), do_nothing
+            run.outside_parameters, run.restart = OutsideParameters(), None
             run.consensus = StopConsensus(num_processes=1)  # that of the run would keep the trainer alive
             run.step_results = []
         finally:

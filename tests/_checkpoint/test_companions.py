@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import random
+import types
 import warnings
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch
 from torch import nn
 from torchmetrics import CatMetric, MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.wrappers import MinMaxMetric, Running
 
 from _saved import assert_equal
 from _support import Samples, make_dataset, train, weights_of
@@ -156,6 +160,7 @@ class Measures(Base):
         super().__init__(callbacks=[MeasuringCallback(), *callbacks], **kwargs)
         self.sum = Sum()
         self.metrics = MetricCollection({"mean": MeanMetric(), "all": CatMetric()})
+        self.wrappers = Running(MeanMetric(), window=3), MinMaxMetric(MeanMetric())  # keep plain numbers besides
         self.model.error = MeanMetric()
 
     def train_epoch_start(self):
@@ -168,6 +173,8 @@ class Measures(Base):
         output = super().calculate_train_batch_loss(batch)
         self.sum.update(batch[1])
         self.metrics.update(output["loss"].detach())
+        recent, extremes = (wrapper(output["loss"].detach()) for wrapper in self.wrappers)
+        self.run_history.update_metric("wrappers", {"recent": recent, **extremes})
         self.model.error(output["loss"].detach())
         return output
 
@@ -216,6 +223,55 @@ class CreatesItWhenTheRunStarts(Base):
         return *super().remembered(), *(item.state_dict() for item in states)
 
 
+class DrawsWhenTheRunStarts(Base):
+    """Draws from the global generators in `training_run_start`, and again in each step."""
+
+    def training_run_start(self):
+        self.draw()
+
+    def calculate_train_batch_loss(self, batch):
+        return super().calculate_train_batch_loss((batch[0] + 0.1 * self.draw(), batch[1]))
+
+    def draw(self):
+        return torch.randn(()).item() + np.random.normal() + random.random()
+
+
+@dataclasses.dataclass(slots=True)
+class Record:
+    item: object
+
+
+class HoldsThemInObjects(Base):
+    """Has modules, an optimizer and a generator in objects without a state: records, partials, methods, functions."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        record, partial, method, function, plain = (nn.BatchNorm1d(1) for _ in range(5))
+        critic = nn.Linear(1, 1)
+        self.by_record = {"list": [Record(Record(record))]}
+        self.by_partial = functools.partial(nn.Module.__call__, partial)
+        self.by_method = types.SimpleNamespace(call=method.forward)
+        self.by_function = lambda outputs: function(outputs)
+        self.helper = types.SimpleNamespace(norm=plain, critic=critic, generator=torch.Generator().manual_seed(5))
+        self.helper.optimizer = torch.optim.Adam(critic.parameters(), lr=0.05)
+
+    def calculate_train_batch_loss(self, batch):
+        outputs, helper = self.model(batch[0]), self.helper
+        norms = (self.by_record["list"][0].item.item, self.by_method.call, self.by_function, helper.norm)
+        normalized = sum(norm(outputs) for norm in norms) + self.by_partial(outputs)
+        helper.optimizer.zero_grad()
+        nn.functional.mse_loss(helper.critic(outputs.detach()), batch[1]).backward()
+        helper.optimizer.step()
+        helper.critic.zero_grad()
+        noise = torch.randn(1, generator=helper.generator)
+        loss = nn.functional.mse_loss(outputs + noise, batch[1]) + helper.critic(outputs).mean() * normalized.std()
+        return {"loss": loss, "batch_size": len(outputs)}
+
+    def remembered(self):
+        states = (item.state_dict() for item in self._loop_companions().modules.values())
+        return *super().remembered(), *states
+
+
 class Registers(Base):
     """Registers an object with Accelerate, which saves such objects in its own states."""
 
@@ -241,6 +297,8 @@ KINDS = [
     DrawsItsOwnNumbers,
     Measures,
     CreatesItWhenTheRunStarts,
+    DrawsWhenTheRunStarts,
+    HoldsThemInObjects,
     Registers,
 ]
 
@@ -264,6 +322,43 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(kind, accumulation, step, t
         resume_from=tmp_path / f"step_{step}",
         **settings,
     )
+    assert_equal(resumed.remembered(), complete.remembered())
+
+
+def test_what_objects_hold_is_found_once_and_by_where_it_is():
+    trainer = HoldsThemInObjects()
+    trainer.itself, trainer.many = trainer, [nn.Linear(1, 1)] * 2000
+    companions = trainer._loop_companions()
+    assert sorted(companions.modules) == [
+        "by_function.function",
+        "by_method.call.__self__",
+        "by_partial.args[0]",
+        "by_record['list'][0].item.item",
+        "helper.critic",
+        "helper.norm",
+    ]
+    assert list(companions.optimizers) == ["helper.optimizer"]
+    assert list(companions.others) == ["helper.generator"]
+
+
+class TrainsItsBiasFromTheSecondEpochOn(Base):
+    """Adds it to the optimizer then. In the first epoch, its gradients add up, as nobody zeroes them."""
+
+    def train_epoch_start(self):
+        super().train_epoch_start()
+        if self.run_history.current_epoch == 2:
+            self.optimizer.add_param_group({"params": [self.model.bias], "lr": 0.1})
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.optimizer = torch.optim.SGD([self.model.weight], lr=0.01)
+
+
+@pytest.mark.parametrize("step", [2, 6])
+def test_gradients_that_the_optimizer_does_not_hold_yet_are_restored(step, tmp_path):
+    saving = [SaveTrainingStateCallback(tmp_path, save_every_n_steps=1)]
+    complete = run(TrainsItsBiasFromTheSecondEpochOn(callbacks=saving))
+    resumed = run(TrainsItsBiasFromTheSecondEpochOn(), resume_from=tmp_path / f"step_{step}")
     assert_equal(resumed.remembered(), complete.remembered())
 
 

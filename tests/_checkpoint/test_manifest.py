@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from _saved import make_up_state, rewrite_manifest
+from _saved import falsify_manifest, make_up_state, rewrite_manifest
 from pytorch_accelerated._checkpoint import manifest as manifest_module
 from pytorch_accelerated._checkpoint.manifest import SavedState
 from pytorch_accelerated.exceptions import CheckpointError
@@ -184,8 +184,7 @@ def test_a_change_of_any_byte_of_a_manifest_is_detected(path):
 
 
 def test_a_state_of_a_newer_version_is_rejected_with_the_advice_to_upgrade(path):
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 3}))
+    falsify_manifest(path, lambda manifest: manifest.update(format_version=3))
     with pytest.raises(CheckpointError, match=r"written by a newer version .* format 3, .* up to 2. Upgrade"):
         manifest_module.verify_state(path)
 

@@ -14,6 +14,7 @@ from _saved import assert_equal, everything_in
 from _support import make_dataset, mse, train
 from pytorch_accelerated import Trainer
 from pytorch_accelerated._checkpoint import portable
+from pytorch_accelerated.callbacks import SaveTrainingStateCallback
 from pytorch_accelerated.exceptions import CheckpointError
 
 OPTIMIZERS = {
@@ -187,6 +188,44 @@ def test_a_state_of_another_form_is_left_to_the_optimizer(tmp_path, has_groups):
     wrapper.num_steps = 0
     portable.load_checkpoint(tmp_path / "model.pt", model, wrapper)
     assert wrapper.num_steps == 3
+
+
+class Averaging(torch.optim.Optimizer):
+    """One of PyTorch by its class, around another: every second step goes halfway back to slow weights."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner, self.num_steps, self.param_groups = inner, 0, inner.param_groups
+        self.slow = [parameter.detach().clone() for parameter in self.param_groups[0]["params"]]
+
+    def step(self, closure=None):
+        self.inner.step(closure)
+        self.num_steps += 1
+        if self.num_steps % 2 == 0:
+            for slow, parameter in zip(self.slow, self.param_groups[0]["params"], strict=True):
+                slow += 0.5 * (parameter.detach() - slow)
+                parameter.data.copy_(slow)
+
+    def state_dict(self):
+        return {"inner": self.inner.state_dict(), "slow": self.slow, "num_steps": self.num_steps}
+
+    def load_state_dict(self, state_dict):
+        self.inner.load_state_dict(state_dict["inner"])
+        self.param_groups = self.inner.param_groups
+        self.slow, self.num_steps = state_dict["slow"], state_dict["num_steps"]
+
+
+@pytest.mark.parametrize("schedule", [None, lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2)])
+def test_an_optimizer_around_another_is_resumed_exactly(schedule, tmp_path):
+    def run(*callbacks, **kwargs):
+        trainer = make_trainer(lambda parameters: Averaging(torch.optim.Adam(parameters, lr=0.01)))
+        trainer.callback_handler.add_callbacks(callbacks)
+        return train(trainer, make_dataset(16), num_epochs=2, create_scheduler_fn=schedule, **kwargs)
+
+    complete = run(SaveTrainingStateCallback(tmp_path, save_every_n_steps=3))
+    resumed = run(resume_from=tmp_path / "step_3")
+    assert_equal(resumed.model.state_dict(), complete.model.state_dict())
+    assert_equal(resumed.optimizer.state_dict(), complete.optimizer.state_dict())
 
 
 # --- the order of the parameters ---------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -35,8 +37,8 @@ def gate(monkeypatch):
     return gate
 
 
-def train_six_steps(trainer):
-    train(trainer, make_dataset(12), per_device_batch_size=2)
+def train_six_steps(trainer, **kwargs):
+    train(trainer, make_dataset(12), per_device_batch_size=2, **kwargs)
 
 
 # --- the background thread ---------------------------------------------------------------------------------------
@@ -88,6 +90,35 @@ def test_the_run_continues_while_the_state_of_an_earlier_step_is_written(gate, t
     other.load_training_state(tmp_path / "state")
     assert torch.equal(other.model.state_dict()["weight"], seen[0])
     assert not torch.equal(trainer.model.state_dict()["weight"], seen[0])
+
+
+def test_the_state_of_an_epoch_is_written_while_its_evaluation_runs(gate, tmp_path):
+    existed = []
+
+    def look(trainer, **_):
+        existed.append((tmp_path / "epoch_1").exists())
+        gate.set()
+
+    saves = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1, in_background=True)
+    train_six_steps(make_trainer(callbacks=[saves, Probe(on_eval_step_end=look)]), eval_dataset=make_dataset(2))
+    assert existed == [False]
+    assert (tmp_path / "epoch_1").is_dir()
+
+
+@pytest.mark.parametrize("end", ["completed", "signal"])
+def test_the_last_state_of_a_run_is_written_at_once(end, tmp_path):
+    """Nothing is left to wait for when the run is over, nor when a signal gives it little time."""
+    threads = []
+    saves = SaveTrainingStateCallback(tmp_path, in_background=True)
+    start = BackgroundWriter.start
+    with (
+        mock.patch.object(BackgroundWriter, "start", lambda *args: (threads.append(1), start(*args))),
+        pytest.raises(SystemExit) if end == "signal" else nullcontext(),
+    ):
+        stop = Probe(on_train_step_end=lambda *_, **__: end == "signal" and signal.raise_signal(signal.SIGTERM))
+        train_six_steps(make_trainer(callbacks=[saves, stop]))
+    assert [state.path.name for state in list_states(tmp_path)] == ["step_1" if end == "signal" else "final"]
+    assert threads == []
 
 
 def test_one_state_is_written_at_a_time_and_the_run_waits_for_the_last(tmp_path):

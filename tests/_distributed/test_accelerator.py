@@ -318,7 +318,7 @@ def make_placed(**changes):
         {"dispatch_batches": True},
         {"use_stateful_dataloader": True},
     ],
-    ids=str,
+    ids=lambda changes: "-".join(str(part) for part in next(iter(changes.items())) if type(part) is not object),
 )
 def test_sharding_is_left_to_accelerate_if_its_settings_demand_another_one(changes):
     assert placement_of(make_placed()).create_loader is not None
@@ -407,3 +407,16 @@ def test_a_model_set_by_a_callback_is_kept(accelerator):
 
 def test_a_missing_model_stays_missing(accelerator):
     assert PreparedModel(None).restore(accelerator, None) is None
+
+
+@pytest.mark.parametrize(("backend", "leaves"), [("gloo", True), ("nccl", False)])
+def test_a_process_leaves_a_gloo_group_when_it_exits(backend, leaves, monkeypatch):
+    at_exit, left = [], []
+    monkeypatch.setattr(accelerator_module.atexit, "register", at_exit.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+    accelerator_module._leave_group_at_exit()
+    for function in at_exit:
+        function()
+    assert left == [True] * leaves

@@ -43,3 +43,15 @@ def test_a_decorated_function_keeps_its_name_arguments_and_result(decorate, acce
 
     assert function(1, b=4) == 5
     assert (function.__name__, function.__doc__) == ("function", "Add.")
+
+
+@pytest.mark.parametrize("decorate", [*DECORATORS.values(), local_process_zero_first])
+def test_a_method_can_be_decorated(decorate, accelerator):
+    class Callback:
+        name = "report"
+
+        @decorate
+        def on_training_run_end(self, trainer, **kwargs):
+            return self.name, trainer, kwargs
+
+    assert Callback().on_training_run_end("trainer", a=1) == ("report", "trainer", {"a": 1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -168,6 +169,33 @@ def test_bars_are_closed_when_an_evaluation_fails(bars):
     with pytest.raises(ValueError, match="mine"):
         trainer.evaluate(make_dataset(4))
     assert [bar.is_closed for bar in bars] == [True]
+
+
+@pytest.mark.parametrize("call", ["train", "evaluation in a run", "evaluate"])
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), StopTrainingError("mine")])
+def test_the_bar_of_a_pass_that_ends_early_shows_how_far_it_came(bars, call, error):
+    batches = []
+
+    class FailsAtTheThirdBatch(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            return self.fail_or(super().calculate_train_batch_loss, batch, call == "train")
+
+        def calculate_eval_batch_loss(self, batch):
+            return self.fail_or(super().calculate_eval_batch_loss, batch, call != "train")
+
+        def fail_or(self, calculate_loss, batch, fails):
+            batches.extend([batch] * fails)
+            if len(batches) == 3:
+                raise error
+            return calculate_loss(batch)
+
+    trainer = make_trainer(callbacks=[ProgressBarCallback], cls=FailsAtTheThirdBatch)
+    with nullcontext() if isinstance(error, StopTrainingError) else pytest.raises(type(error)):
+        if call == "evaluate":
+            trainer.evaluate(make_dataset(16), per_device_batch_size=4)
+        else:
+            train(trainer, 16, eval_dataset=make_dataset(16))
+    assert (bars[-1].total, bars[-1].count, bars[-1].is_closed) == (4, 2, True)
 
 
 def test_bars_are_closed_when_another_callback_fails_during_clean_up(bars):

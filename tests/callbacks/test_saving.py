@@ -875,6 +875,14 @@ def test_resuming_a_run_that_stopped_early_trains_no_further(scripted, tmp_path)
     assert resumed.run_history.current_epoch - 1 == 3
 
 
+def test_a_run_that_stopped_early_continues_from_an_earlier_state(scripted, tmp_path):
+    save = SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
+    scripted([1, 2, 3, 4, 5], [EarlyStoppingCallback(early_stopping_patience=2), save]).run()
+    resumed = scripted([1, 2, 3, 4, 5], [])
+    resumed.run(resume_from=tmp_path / "epoch_2")
+    assert resumed.run_history.current_epoch - 1 == 5
+
+
 def test_resuming_without_the_saved_best_model_is_an_error(scripted, path, tmp_path):
     save_state = SaveTrainingStateCallback(tmp_path / "states", save_every_n_epochs=1)
     scripted([1, 2, 3], [SaveBestModelCallback(path), save_state]).run()

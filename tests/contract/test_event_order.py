@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -9,7 +10,7 @@ import threading
 import pytest
 from torch.optim.lr_scheduler import ConstantLR
 
-from _support import EventRecorder, HookRecorder, make_dataset, make_model, make_trainer, raiser, train
+from _support import EventRecorder, HookRecorder, Probe, make_dataset, make_model, make_trainer, raiser, train
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import StepBasedEvaluationCallback
 from pytorch_accelerated.exceptions import StopTrainingError
@@ -222,6 +223,41 @@ def test_an_epoch_is_counted_before_on_stop_training_error():
     train(trainer, TWO_BATCHES)
     assert epochs == [2]
     assert trainer.stop_reason == "a callback asked to stop"
+
+
+BEFORE_TRAINING = ("on_train_epoch_start", "on_train_step_start", "on_backward_start")
+
+
+@pytest.mark.parametrize("occurrence", [1, 2])
+@pytest.mark.parametrize(
+    "event",
+    [
+        *(*BEFORE_TRAINING, "on_optimizer_step_start", "on_optimizer_step_end"),
+        *("on_train_step_end", "on_train_epoch_end", "on_eval_step_start", "on_eval_epoch_end"),
+    ],
+)
+def test_what_was_trained_before_a_stop_is_recorded_and_its_epoch_counted(event, occurrence):
+    trained = []
+
+    class Recording(Trainer):
+        def backward_step(self, loss):
+            super().backward_step(loss)
+            trained.append(loss.item())
+
+    def stop(trainer, **kwargs):
+        nonlocal occurrence
+        occurrence -= 1
+        if occurrence == 0:
+            raise StopTrainingError("enough")
+
+    trainer = make_trainer(callbacks=[Probe(**{event: stop})], cls=Recording)
+    train(trainer, TWO_BATCHES, num_epochs=3, eval_dataset=TWO_BATCHES)
+    epochs = [trained[start : start + 2] for start in range(0, len(trained), 2)]
+    means = [sum(epoch) / len(epoch) for epoch in epochs]
+    recorded = [value for value in trainer.run_history.get_metric_values("train_loss_epoch") if not math.isnan(value)]
+    assert recorded == pytest.approx(means)
+    is_before_training = len(trained) % 2 == 0 and event in BEFORE_TRAINING
+    assert trainer.run_history.current_epoch == 1 + len(epochs) + is_before_training
 
 
 def test_a_stop_in_an_intermediate_evaluation_ends_the_training_run():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
+import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,8 +34,11 @@ from pytorch_accelerated.exceptions import CheckpointError
 TRAINED = "companions_state_dict"
 """The entry of a checkpoint for what is trained outside the model."""
 
-_MAX_NESTING = 3  # containers in containers
+_MAX_NESTING = 4  # objects and containers in objects and containers
+_MAX_ITEMS = 1000  # in a container; one with more is data
 _DATA = (DataLoader, Dataset, Sampler)  # their position is part of the position in the data
+_PLAIN = (str, bytes, int, float, complex, type(None), torch.Tensor, np.ndarray)
+_OURS = ("pytorch_accelerated", "accelerate")  # what their objects hold is saved elsewhere
 
 
 @dataclass
@@ -195,27 +200,6 @@ class Companions:
             warnings.warn(f"{source} does not fit exactly. {' '.join(described)}", stacklevel=2)
 
 
-def complete_restore(
-    before: Companions,
-    find: Callable[[], Companions],
-    shared_state: StateMapping,
-    local_state: StateMapping,
-    source: str,
-) -> None:
-    """Restore what the program has created since a state was restored, or has reset when the run started.
-
-    Args:
-        before: The companions that were restored.
-        find: Returns those that there are now.
-        shared_state: What was restored of them.
-        local_state: What was restored on this rank.
-        source: How messages refer to where it comes from.
-    """
-    companions = find()
-    companions.since(before).load(shared_state, local_state, source)
-    companions.warn_about_mismatch(shared_state, local_state, source)
-
-
 def _copy_into(parameters: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:
     with torch.no_grad():
         for parameter, value in zip(parameters, values, strict=False):
@@ -324,16 +308,45 @@ def _parts_of(item: object) -> Iterator[object]:
 
 
 def _walk(name: str, value: object, seen: set[int], depth: int = 0) -> Iterator[tuple[str, object]]:
-    """Yield a value, or the items of a container, unless they were seen before."""
-    if id(value) in seen:
+    """Yield a value, or what is in a container or in an object without a state, unless it was seen before."""
+    if isinstance(value, _PLAIN) or id(value) in seen:
         return
-    if isinstance(value, (list, tuple, dict)) and depth < _MAX_NESTING:
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
-            yield from _walk(f"{name}[{key!r}]", item, seen, depth + 1)
-    else:
-        seen.add(id(value))
+    seen.add(id(value))
+    if isinstance(value, (nn.Module, Optimizer, *_DATA)) or _as_stateful(value) is not None:
         yield name, value
+        return
+    if depth < _MAX_NESTING and not (isinstance(value, (list, tuple, dict)) and len(value) > _MAX_ITEMS):
+        for item_name, item in _items_of(name, value):
+            yield from _walk(item_name, item, seen, depth + 1)
+
+
+def _items_of(name: str, value: object) -> list[tuple[str, object]]:
+    """Return what is in a container or an object, with names."""
+    if isinstance(value, (list, tuple)):
+        return [(f"{name}[{number}]", item) for number, item in enumerate(value)]
+    if isinstance(value, dict):
+        return [(f"{name}[{key!r}]", item) for key, item in value.items()]
+    return [(f"{name}.{attribute}", item) for attribute, item in _attributes_of(value).items()]
+
+
+def _attributes_of(value: object) -> dict[str, object]:
+    """Return what an object, a bound method, a partial or a function that was defined in another one holds."""
+    if isinstance(value, functools.partial):
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, types.MethodType):
+        return {"__self__": value.__self__, "__func__": value.__func__}
+    if isinstance(value, types.FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        return {variable: cell.cell_contents for variable, cell in cells if cell != types.CellType()}
+    if isinstance(value, (type, types.ModuleType)) or type(value).__module__.partition(".")[0] in _OURS:
+        return {}
+    slots = (name for cls in type(value).__mro__ for name in _slots_of(cls))
+    return {**{name: getattr(value, name, None) for name in slots}, **getattr(value, "__dict__", {})}
+
+
+def _slots_of(cls: type) -> tuple[str, ...]:
+    slots = cls.__dict__.get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def _add(companions: Companions, name: str, item: object) -> None:
@@ -385,14 +398,20 @@ class _Metric:
         self._metric = metric
 
     def state_dict(self) -> StateDict:
-        """Return the sums, and the number of updates that they are from."""
-        return {"sums": dict(self._metric.metric_state), "num_updates": self._metric.update_count}
+        """Return the sums, and the numbers that it keeps besides, such as that of its updates."""
+        numbers = {name: value for name, value in vars(self._metric).items() if _is_number(value)}
+        return {"sums": dict(self._metric.metric_state), "numbers": numbers}
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
         self._metric.reset()
         self._metric.load_state_dict(state_dict["sums"], strict=False)
-        self._metric._update_count = state_dict["num_updates"]  # noqa: SLF001 - torchmetrics does not save it
+        for name, number in state_dict["numbers"].items():
+            setattr(self._metric, name, number)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
 
 
 class _Generator:

@@ -12,14 +12,15 @@ import tempfile
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from pytorch_accelerated._checkpoint.plausible import check_archive, check_contents
 from pytorch_accelerated._data.workers import is_worker_failure
 from pytorch_accelerated._nested import like_mapping
 from pytorch_accelerated._types import Nested, StateDict
@@ -95,6 +96,29 @@ def _current_folder() -> Path | None:
         return None
 
 
+def printable(text: object) -> str:
+    """Return a text with the characters escaped that would control a terminal, or that have no encoding.
+
+    Names of files may contain both. Those that are not UTF-8 could not be printed.
+    """
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
+
+
+@contextmanager
+def name_for_pytorch(path: Path, flags: int = os.O_RDONLY) -> Iterator[str]:
+    """Open a file under a name that PyTorch can take: one that is UTF-8, which names on Linux need not be."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            yield f"/proc/self/fd/{descriptor}"
+        finally:
+            os.close(descriptor)
+    else:
+        yield str(path)
+
+
 def _hidden_name(path: Path, suffix: str) -> str:
     """Return a name for what stands next to a file or folder; one that is short enough for every file system."""
     name = f".{path.name}{suffix}"
@@ -126,7 +150,8 @@ def save_file(contents: Mapping[str, object], path: str | os.PathLike[str]) -> l
     temporary = path.with_name(_hidden_name(path, f".tmp-{node}"))
     try:
         create_folder(path.parent)
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # a new file: a link of this name would be written through
             torch.save(entries, file)
             file.flush()
             os.fsync(file.fileno())
@@ -187,8 +212,10 @@ def load_file(path: str | os.PathLike[str], *, is_mapped: bool = False) -> State
             f"There is no checkpoint file {str(path)!r}. Expected a file written by `save_checkpoint`. Check the path."
         )
     try:
-        with torch.serialization.safe_globals(_numpy_scalar_globals()):
-            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+        check_archive(path)
+        with torch.serialization.safe_globals(_numpy_scalar_globals()), name_for_pytorch(path) as name:
+            contents = torch.load(name, map_location="cpu", weights_only=True, mmap=is_mapped)
+        check_contents(contents, path.stat().st_size)
         return contents if isinstance(contents, dict) else dict(contents)  # with its attributes
     except Exception as error:
         raise CheckpointError(

@@ -7,15 +7,17 @@ import json
 import math
 import platform
 import re
+import reprlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, TypedDict
 
 from pytorch_accelerated._checkpoint.files import crc32_of, flush_to_disk, load_file, sha256_of
+from pytorch_accelerated._checkpoint.plausible import is_hollow
 from pytorch_accelerated._types import JsonObject, MetricValue, RunSettings, StateMapping
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.progress import TrainingProgress
@@ -27,6 +29,8 @@ TRAINER_STATE = "trainer_state.pt"
 
 _METADATA_OF_0_1_61 = "trainer_metadata.pt"
 _MAX_TEXT_LENGTH = 80
+_MAX_SIZE = 1 << 24  # bytes of a manifest
+_MAX_COUNT = 2**63 - 1
 _PHASES = ("training", "evaluation", "end")
 
 _READ_BY_ACCELERATE = re.compile(
@@ -157,8 +161,10 @@ def write_manifest(
         "size": sum(file["size"] for file in files.values()),
         "files": files,
     }
-    path = directory / MANIFEST
-    path.write_text(_serialize(manifest), encoding="utf-8")
+    path, text = directory / MANIFEST, _serialize(manifest)
+    if len(text) > _MAX_SIZE:
+        raise ValueError(f"The {MANIFEST} of a state would have {len(text)} bytes, and may have {_MAX_SIZE}")
+    path.write_text(text, encoding="utf-8")
     mode = path.stat().st_mode
     for other in paths.values():
         if other.stat().st_mode != mode:  # safetensors makes its files readable by their owner only
@@ -191,16 +197,19 @@ def read_manifest(directory: Path) -> SavedState:
             "Check the path."
         )
     try:
-        text = (directory / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        format_version = int(manifest["format_version"])
+        text = _read_text(directory / MANIFEST)
+        manifest = _parse_json(text)
+        format_version = _count(manifest["format_version"])
         if format_version <= FORMAT_VERSION:
             return _READERS[format_version](directory, manifest, text)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _check_unaltered(manifest, text)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if (directory / _METADATA_OF_0_1_61).exists() and not (directory / MANIFEST).exists():
             raise CheckpointError(_advice_for_0_1_61(directory)) from error
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
-            f"{str(directory)!r} is not a complete training state: it has no readable {MANIFEST}. Use an older state."
+            f"{str(directory)!r} is not a complete training state: it has no readable {MANIFEST} ({reason}). Use an "
+            "older state."
         ) from error
     raise NewerFormatError(
         f"{name_state(directory)} was written by a newer version of this library: it has format {format_version}, and "
@@ -222,20 +231,40 @@ def _advice_for_0_1_61(directory: Path) -> str:
     return message
 
 
-def _read_format_2(directory: Path, manifest: JsonObject, text: str) -> SavedState:
-    del manifest["checksum"]
-    if _serialize(manifest) != text:
+def _read_text(path: Path) -> str:
+    """Return the text of a manifest; not that of a pipe, which would never end, or of a file that is none."""
+    if not path.is_file():
+        raise ValueError("it is no file" if path.exists() else "it is missing")
+    if path.stat().st_size > _MAX_SIZE:
+        raise ValueError(f"it has more than {_MAX_SIZE} bytes")
+    return path.read_text(encoding="utf-8")
+
+
+def _parse_json(text: str) -> JsonObject:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it contains {constant}")
+
+    return _mapping(json.loads(text, parse_constant=refuse))
+
+
+def _check_unaltered(manifest: JsonObject, text: str) -> None:
+    """Compare a manifest with the checksum that every format since the second has in it, and will have."""
+    entries = {name: value for name, value in manifest.items() if name != "checksum"}
+    if _serialize(entries) != text:
         raise ValueError("it was altered")
+
+
+def _read_format_2(directory: Path, manifest: JsonObject, text: str) -> SavedState:
+    _check_unaltered(manifest, text)
     return SavedState(
         path=directory,
-        position=_parse_position(manifest["position"]),
-        metrics=dict(manifest["metrics"]),
-        settings=dict(manifest["settings"]),
-        versions=dict(manifest["versions"]),
-        num_processes=int(manifest["num_processes"]),
-        generation=int(manifest["generation"]),
-        number=int(manifest["number"]),
-        files=_parse_files(manifest, "crc32"),
+        position=_parse_position(_mapping(manifest["position"])),
+        metrics={_text(name): _metric(value) for name, value in _mapping(manifest["metrics"]).items()},
+        settings=_mapping(manifest["settings"]),
+        versions=_parse_versions(manifest),
+        generation=_count(manifest["generation"]),
+        number=_count(manifest["number"]),
+        **_parse_files(manifest, "crc32"),
     )
 
 
@@ -253,34 +282,80 @@ def _read_format_1(directory: Path, manifest: JsonObject, _: str) -> SavedState:
         path=directory,
         position=position,
         metrics=metrics,
-        versions=dict(manifest["versions"]),
-        num_processes=int(manifest["num_processes"]),
-        files=_parse_files(manifest, "sha256"),
+        versions=_parse_versions(manifest),
         format_version=1,
         problem=problem,
+        **_parse_files(manifest, "sha256"),
     )
 
 
 _READERS = {1: _read_format_1, 2: _read_format_2}
 
 
+class _Files(TypedDict):
+    files: dict[str, FileMetadata]
+    num_processes: int
+
+
+def _parse_files(manifest: JsonObject, checksum: Literal["crc32", "sha256"]) -> _Files:
+    """Return the files of a state, and the number of its processes, each of which has written one."""
+    files: dict[str, FileMetadata] = {}
+    for name, entries in _mapping(manifest["files"]).items():
+        metadata: FileMetadata = {"size": _count(entries["size"])}
+        metadata[checksum] = _text(entries[checksum])
+        files[_name_of_file(name)] = metadata
+    num_processes = _count(manifest["num_processes"])
+    if not 1 <= num_processes <= max(1, len(files)):
+        raise ValueError(f"there are no {num_processes} processes that have written {len(files)} files")
+    return {"files": files, "num_processes": num_processes}
+
+
 def _parse_position(entries: StateMapping) -> TrainingProgress:
-    position = TrainingProgress(**entries)
+    counts = {name: _count(value) for name, value in entries.items() if name != "phase"}
+    position = TrainingProgress(**counts, phase=entries["phase"])
     if position.phase not in _PHASES:
         raise ValueError(f"there is no phase {position.phase!r}")
     return position
 
 
-def _parse_files(manifest: JsonObject, checksum: Literal["crc32", "sha256"]) -> dict[str, FileMetadata]:
-    files: dict[str, FileMetadata] = {}
-    for name, file in manifest["files"].items():
-        metadata: FileMetadata = {"size": int(file["size"])}
-        metadata[checksum] = str(file[checksum])
-        files[str(name)] = metadata
-    outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
-    if outside:
-        raise ValueError(f"{outside} are not in the directory")
-    return files
+def _parse_versions(manifest: JsonObject) -> dict[str, str | None]:
+    return {
+        _text(name): None if version is None else _text(version)
+        for name, version in _mapping(manifest["versions"]).items()
+    }
+
+
+def _name_of_file(name: str) -> str:
+    path = PurePosixPath(name)
+    if not name or "\0" in name or path.is_absolute() or ".." in path.parts or Path(name).is_absolute():
+        raise ValueError(f"{name!r} is not in the directory")
+    return name
+
+
+def _metric(value: object) -> float | str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not the value of a metric")
+    return value
+
+
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_COUNT:
+        raise ValueError(f"{reprlib.repr(value)} is not a count")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{reprlib.repr(value)} is not a text")  # noqa: TRY004 - the file is wrong, not the program
+    return value
+
+
+def _mapping(value: object) -> JsonObject:
+    if not isinstance(value, dict):
+        raise ValueError(f"{reprlib.repr(value)} is not a mapping")  # noqa: TRY004
+    return value
 
 
 # --- verifying ---------------------------------------------------------------------------------------------------
@@ -327,7 +402,8 @@ def find_damage(saved: SavedState, compare_checksums: bool = True) -> str | None
 def _has_size(saved: SavedState, name: str) -> bool:
     path = saved.path / name
     try:
-        return name in saved.files and path.is_file() and path.stat().st_size == saved.files[name]["size"]
+        is_right = name in saved.files and path.is_file() and path.stat().st_size == saved.files[name]["size"]
+        return is_right and not is_hollow(path)
     except OSError:  # not readable
         return False
 

@@ -143,9 +143,10 @@ def fit_optimizer_state(
     return state_dict
 
 
-def _has_groups(optimizer: object, state_dict: StateMapping) -> bool:
-    """Tell whether a state has to have groups; an optimizer that is not one of PyTorch may have a state of its own."""
-    return "param_groups" in state_dict or isinstance(optimizer, torch.optim.Optimizer)
+def _has_groups(optimizer: Optimizer, state_dict: StateMapping) -> bool:
+    """Tell whether a state has to have groups; with a `state_dict` of its own, an optimizer may have another form."""
+    state_method = getattr(type(unwrap_optimizer(optimizer)), "state_dict", None)
+    return "param_groups" in state_dict or state_method is torch.optim.Optimizer.state_dict
 
 
 def _other_class(optimizer: Optimizer, state_dict: StateMapping, then: str | None) -> str | None:

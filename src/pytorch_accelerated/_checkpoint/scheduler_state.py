@@ -123,7 +123,7 @@ def describe_new_length(saved: RunSettings, current: RunSettings) -> str | None:
 
 def return_to_initial_rates(optimizer: Optimizer, optimizer_state: StateMapping) -> None:
     """Give an optimizer the rates that the saved run started with, so that a new schedule starts there, too."""
-    for group, saved in zip(optimizer.param_groups, optimizer_state["param_groups"], strict=True):
+    for group, saved in zip(optimizer.param_groups, optimizer_state.get("param_groups", ()), strict=False):
         if "initial_lr" in saved:
             group.pop("initial_lr", None)
             _set(group, "lr", _value(saved["initial_lr"]))

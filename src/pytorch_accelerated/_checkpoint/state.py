@@ -149,7 +149,7 @@ def _collect_state(parts: Parts, accelerator: Accelerator, extras: StateMapping 
     model = unwrap_model(parts.model, accelerator)
     local_state = {
         **state_dicts_of(parts.local),
-        "gradients": gradients_of(model) if parts.window.total else {},
+        "gradients": _pending_gradients(parts, model, accelerator),
         "rng": get_rng_state(),
         "stream": stream,
         "order": _order_state(parts.order, position),
@@ -167,6 +167,18 @@ def _collect_state(parts: Parts, accelerator: Accelerator, extras: StateMapping 
         },
         save_shards=_shard_saver(parts, accelerator) if is_sharded(accelerator) else None,
     )
+
+
+def _pending_gradients(parts: Parts, model: nn.Module, accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """Return the gradients of an open window; after an update, only those of parameters that no optimizer holds yet."""
+    gradients = gradients_of(model)
+    if parts.window.total:
+        return gradients
+    if parts.optimizer is None or is_sharded(accelerator):
+        return {}
+    held = {id(parameter) for group in parts.optimizer.param_groups for parameter in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) not in held}
+    return {name: gradient for name, gradient in gradients.items() if name in names}
 
 
 def _shared_state(
@@ -480,7 +492,7 @@ def restore_state(
         if contents.weights is not None:  # which have been checked, and now nothing else can fail on any process
             load_checked_model_state(model, contents.weights, parts.optimizer)
         load_gradients(model, contents.process_state["gradients"])
-    _restore_rng(contents, int(accelerator.process_index))
+    restore_rng(contents, int(accelerator.process_index))
     if contents.saved.num_processes != accelerator.num_processes:
         print_fn(
             f"{str(contents.saved.path)!r} was saved by {contents.saved.num_processes} processes and is resumed by "
@@ -601,11 +613,11 @@ def _load_companions(contents: StateContents, parts: Parts, source: str) -> None
         ) from error
 
 
-def _restore_rng(contents: StateContents, process_index: int) -> None:
+def restore_rng(contents: StateContents, process_index: int) -> None:
+    """Restore the global generators, or seed them if the run that saved the state had no process of this rank."""
     rng = contents.process_state["rng"]
     if rng is not None:
         set_rng_state(rng)
         return
-    # The run that saved the state had no process of this rank.
     update = contents.trainer_state["trainer"]["progress"]["num_updates"]
     seed_generators(derive_seed(contents.seed, "rank", process_index, "update", update))

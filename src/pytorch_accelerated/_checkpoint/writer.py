@@ -20,6 +20,7 @@ from pytorch_accelerated._checkpoint.files import (
     create_folder,
     flush_to_disk,
     local_path,
+    name_for_pytorch,
     repair_folder,
     replace_folder,
     starts_like_zip,
@@ -290,8 +291,8 @@ def _write_files(directory: Path, files: Mapping[str, StateDict]) -> dict[str, F
 
 def _write_file(path: Path, contents: StateDict) -> None:
     try:
-        with _without_checksums_of_pytorch():
-            torch.save(contents, str(path))  # with a file object, it would block the other threads
+        with _without_checksums_of_pytorch(), name_for_pytorch(path, os.O_RDWR | os.O_CREAT) as name:
+            torch.save(contents, name)  # with a file object, it would block the other threads
         check_zip_is_complete(path)
     except RuntimeError:
         # PyTorch does not say why the operating system refused to write. Python does.

@@ -74,6 +74,11 @@ class SeededLoader:
         """Whether samples may be drawn at random while they are loaded, or changed."""
         return any(isinstance(source, _SeededLoading) for source in self._sources)
 
+    @property
+    def replaces_generators(self) -> bool:
+        """Whether the global generators are replaced while it loads, in this process or for the user's samplers."""
+        return any(not isinstance(source, SeededGenerator) for source in self._sources)
+
     def show_users_arguments(self, prepared: Any) -> None:
         """Let ``dataset`` and functions of the prepared loader be the user's, whatever it reads from inside.
 

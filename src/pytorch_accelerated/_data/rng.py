@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import random
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+T = TypeVar("T")
 
 
 def derive_seed(seed: int, *keys: int | str) -> int:
@@ -137,6 +139,18 @@ def _restore(depth: int) -> None:
         torch.default_generator.set_state(torch_state)
         random.setstate(python_state)
         del _saved[depth:]  # last, so that an interrupted call can be repeated
+
+
+def forget_spare_gaussian(item: T) -> T:
+    """Return an item, after NumPy has forgotten a Gaussian that it has in reserve.
+
+    NumPy's legacy generator draws Gaussians in pairs and keeps the second, which is lost whenever the generator is
+    replaced. A run that is resumed when the last batch of an epoch has been loaded loads it again, so it would lose a
+    number that the uninterrupted run still has. Forgotten before every step, it is the same in both, with any number of
+    workers.
+    """
+    np.random.set_bit_generator(np.random.get_bit_generator())  # type: ignore[attr-defined]
+    return item
 
 
 def get_rng_state() -> dict[str, Any]:
