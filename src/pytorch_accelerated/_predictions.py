@@ -193,8 +193,8 @@ class _NumSamples:
         num_left = self.total - self._num_done
         if self._batch_size is None or num_left <= 0:
             return self._batch_size
-        if num_left >= self._batch_size * self._num_processes:
-            return self._batch_size
+        if num_left > self._batch_size * (self._num_processes - 1):  # there is a batch for each rank
+            return min(self._batch_size, num_left - self._batch_size * self._process_index)
         part = part_of_rest(num_left, self._batch_size, self._num_processes, self._process_index)
         return part.stop - part.start or self._batch_size
 
