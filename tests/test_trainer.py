@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 from _support import Batches, Samples, make_dataset, make_model, make_trainer, mse, recorder_of, run_python, train
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
@@ -137,6 +137,7 @@ def test_eval_dataloader_len_is_the_sum_over_all_evaluation_loaders():
 
     def create(optimizer, num_batches):
         values.append(num_batches)
+        return StepLR(optimizer, 1)
 
     function = partial(create, num_batches=TrainerPlaceholderValues.EVAL_DATALOADER_LEN)
     datasets = {"a": make_dataset(10), "b": make_dataset(6)}

@@ -388,7 +388,7 @@ def test_something_else_in_the_place_of_the_optimizer_is_refused(make_optimizer,
     ("create_scheduler_fn", "words"),
     [
         (lambda optimizer: StepLR, "the class `StepLR`"),
-        (lambda optimizer: [StepLR(optimizer, 1)], "an object of type list"),
+        (lambda optimizer: [], "an object of type list"),
         (lambda optimizer: optimizer, "an object of type FastPathOptimizer"),
         (lambda optimizer: 0.1, "an object of type float"),
     ],
@@ -402,19 +402,20 @@ def test_a_scheduler_function_that_returns_something_else_is_refused_before_the_
         train(trainer, create_scheduler_fn=create_scheduler_fn)
     assert_same_weights(before, trainer.model.state_dict())
     assert trainer.scheduler is None
-    train(trainer, create_scheduler_fn=lambda optimizer: None)
+    train(trainer, create_scheduler_fn=lambda optimizer: StepLR(optimizer, 1))
 
 
-def test_a_subclass_may_call_the_scheduler_function_and_the_scheduler_in_its_own_way():
+@pytest.mark.parametrize("first", [[], [-1]])
+def test_a_subclass_may_call_the_scheduler_function_and_the_scheduler_in_its_own_way(first):
     class OwnScheduler(Trainer):
         def create_scheduler(self):
-            return self.create_scheduler_fn(self.optimizer, [])
+            return self.create_scheduler_fn(self.optimizer, list(first))
 
         def scheduler_step(self):
             self.scheduler.append(len(self.scheduler))
 
     trainer = train(make_trainer(cls=OwnScheduler), create_scheduler_fn=lambda optimizer, updates: updates)
-    assert trainer.scheduler == [0, 1, 2, 3]
+    assert trainer.scheduler == first + [len(first) + n for n in range(4)]
 
 
 # --- items of a batch that the default step does not use ---------------------------------------------------------

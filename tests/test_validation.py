@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial, wraps
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LinearLR, StepLR
 from torch.utils.data import DataLoader
 
 from _support import Batches, Samples, Stream, make_dataset, make_trainer, train
@@ -33,42 +31,6 @@ def test_zero_negative_numbers_and_other_types_are_no_positive_integers(value, e
     with pytest.raises(error, match=r"`num_epochs` is .*Expected a whole number of epochs, at least 1") as caught:
         _validation.check_positive_integer("num_epochs", value, "epochs")
     assert repr(value) in str(caught.value)
-
-
-@pytest.mark.parametrize("function", [None, LinearLR, partial(StepLR, step_size=1), lambda optimizer: None, print])
-def test_a_function_or_class_that_creates_a_scheduler_is_accepted(function):
-    _validation.check_create_scheduler_fn(function)
-
-
-@pytest.mark.parametrize("value", [StepLR(OPTIMIZER, 1), 3, "cosine"])
-def test_a_scheduler_instance_or_an_uncallable_object_is_refused(value):
-    with pytest.raises(TypeError, match=rf"`create_scheduler_fn` is .*{type(value).__name__}.*functools.partial"):
-        _validation.check_create_scheduler_fn(value)
-
-
-@pytest.mark.parametrize(
-    ("function", "words"),
-    [
-        (lambda: None, "`<lambda>\\(\\)`.*too many positional arguments"),
-        (StepLR, "`StepLR\\(optimizer.*missing a required argument: 'step_size'"),
-        (partial(StepLR, gamma=0.5), "`StepLR\\(optimizer.*missing a required argument: 'step_size'"),
-        (lambda optimizer, num_epochs: None, ".*missing a required argument: 'num_epochs'"),
-    ],
-)
-def test_a_function_that_cannot_be_called_with_the_optimizer_alone_is_refused(function, words):
-    with pytest.raises(TypeError, match=f"`create_scheduler_fn` is {words}.*Expected a function.*`functools.partial`"):
-        _validation.check_create_scheduler_fn(function)
-
-
-def test_a_decorator_may_add_the_arguments_of_a_scheduler_function():
-    def with_step_size(function):
-        @wraps(function)
-        def create_scheduler(optimizer):
-            return function(optimizer, 1)
-
-        return create_scheduler
-
-    _validation.check_create_scheduler_fn(with_step_size(StepLR))
 
 
 def test_objects_that_are_no_pytorch_model_or_optimizer_are_not_checked():

@@ -178,7 +178,7 @@ class TrainingLoop:
     left_out_of_states: Collection[str] = ()
     """Names of attributes that training states should not contain, such as a large teacher model that never changes."""
 
-    _loss_tracker = WritableRunAttribute[LossTracker]("training.current_pass.means.loss")
+    _loss_tracker = WritableRunAttribute[LossTracker]("training.shown_pass.means.loss")
 
     def __init__(
         self,
@@ -241,9 +241,13 @@ class TrainingLoop:
         self.optimizer.step()
 
     def scheduler_step(self) -> None:
-        """Step the scheduler; called after each update that was not skipped because of infinite fp16 gradients."""
+        """Step the scheduler, if there is one; called after each update that infinite fp16 gradients did not skip.
+
+        Also called once after the evaluation of each epoch: here, to step what is stepped once per epoch; and instead,
+        if a subclass overrides this method and ``step_scheduler="epoch"``.
+        """
         if self.scheduler is not None:
-            self.scheduler.step()
+            self._loop_run.stepping.step(self.scheduler, self._loop_run.training)
 
     def optimizer_zero_grad(self) -> None:
         """Discard the gradients; called after each update."""
@@ -407,7 +411,7 @@ class TrainingLoop:
         self.model, self.callback_handler = model, callback_handler
         try:
             with _metric_prefix(self.run_history, metric_name_prefix):
-                self._run_eval_epoch(evaluation.loader, is_training=evaluation.loss_name == "eval_loss_epoch")
+                self._run_eval_epoch(evaluation.loader)
         finally:
             self.model, self.callback_handler = trained_model, handler
 
@@ -445,8 +449,7 @@ class TrainingLoop:
                 self.training_run_start()
                 self._loop_fire(TrainerCallback.on_training_run_start)
                 run.consensus.sync()
-                if run.restart is not None:
-                    run.restart.complete_run()
+                run.complete_start()
                 self._loop_epochs()
             except StopTrainingError as stop:
                 self._loop_stop(stop)
@@ -477,6 +480,9 @@ class TrainingLoop:
                 run.was_last_epoch = self._run_train_epoch(run.train_dataloader)
                 run.num_batches_to_skip, progress.phase = 0, "evaluation"
             self._loop_evaluate()
+            if run.stepping.is_due_after_epoch and self.scheduler is not None:
+                with run.stepping.at_epoch_end(self.run_history, run.config):
+                    self.scheduler_step()
             progress.phase = "end"
             self.training_run_epoch_end()
             self._loop_fire(TrainerCallback.on_training_run_epoch_end)
@@ -589,7 +595,8 @@ class TrainingLoop:
         self.optimizer_step()
         run.training.progress.num_updates += 1
         run.training.progress.num_samples += num_samples
-        if run.uses_fast_path or self._accelerator.optimizer_step_was_skipped is not True:
+        was_made = run.uses_fast_path or self._accelerator.optimizer_step_was_skipped is not True
+        if was_made and run.stepping.is_due_after_update and self.scheduler is not None:
             self.scheduler_step()
         self._loop_fire(TrainerCallback.on_optimizer_step_end)
         self.optimizer_zero_grad()
@@ -658,11 +665,14 @@ class TrainingLoop:
         """Evaluate on each evaluation dataset; the name of a dataset goes in front of the names of its metrics."""
         run, progress = self._loop_run, self._loop_run.training.progress
         ends_epoch = is_training and not is_intermediate
+        kind = {} if is_training else {"is_training": False}  # an override may take fewer arguments, as in 0.1.61
+        if is_intermediate:
+            kind["is_intermediate"] = True
         num_done = progress.num_evaluations_in_epoch if ends_epoch else 0  # before the run was resumed
         for name, loader in islice(run.eval_dataloaders.items(), num_done, None):
             run.is_evaluation_repeatable = ends_epoch
             with _metric_prefix(self.run_history, f"{name}_" if name else ""):
-                self._run_eval_epoch(loader, is_training, is_intermediate)
+                self._run_eval_epoch(loader, **kind)
             if ends_epoch:
                 progress.num_evaluations_in_epoch += 1
             if not is_intermediate:  # otherwise a stop waits for the end of the training step
@@ -701,9 +711,10 @@ class TrainingLoop:
     def _loop_suspend_training(self, evaluation: DataPass) -> Iterator[None]:
         """Make an evaluation the current pass; after an intermediate one, restore the mode of each module."""
         training, is_intermediate = self._loop_run.training, evaluation.is_intermediate
+        is_nested = is_intermediate or self._loop_run.is_nested or self._loop_run.is_evaluating
         with (
             preserve_modes(vars(self).values() if is_intermediate else ()),
-            training.suspended_by(evaluation),
+            training.suspended_by(evaluation, is_nested),
             _metric_prefix(self.run_history, "intermediate_" if is_intermediate else ""),
         ):
             if is_intermediate:

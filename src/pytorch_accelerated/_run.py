@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -18,6 +18,7 @@ from pytorch_accelerated._loss_monitor import (
     describe_non_finite_parameters,
 )
 from pytorch_accelerated._proxy import Forwarded, Value, WritableForwarded
+from pytorch_accelerated._scheduling.stepping import SchedulerStepping
 from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError
 from pytorch_accelerated.progress import TrainingProgress
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         Loader,
         MaybeNone,
         RunSettings,
+        Scheduler,
         StateMapping,
     )
     from pytorch_accelerated.run_config import TrainerRunConfig
@@ -112,6 +114,9 @@ class TrainingPosition:
         self.current_pass = self.epoch
         """The pass under way: the training epoch, or an evaluation that suspends it."""
 
+        self.shown_pass = self.epoch
+        """The pass under way or, between passes, the last one of the run: the one whose loss `_loss_tracker` shows."""
+
         self.suspended_passes: list[DataPass] = []
         """The passes that the current one suspends, the outermost first."""
 
@@ -129,6 +134,9 @@ class TrainingPosition:
         self.settings: RunSettings = {}
         """What a run that is resumed from here ought to have in common with this one."""
 
+        self.num_metric_values_seen = 0
+        """How many values of its metric the scheduler has been stepped with, or has been passed over for."""
+
         self.early_stop_reason: str | None = None
         """Why a callback stopped the training for good; ``None`` if none did."""
 
@@ -141,7 +149,7 @@ class TrainingPosition:
         else:
             self.window.reset()
         epoch.means.first_step = num_done
-        self.epoch = self.current_pass = epoch
+        self.epoch = self.current_pass = self.shown_pass = epoch
 
     def move_to_epoch(self, epoch: int) -> None:
         """Move to the start of an epoch, counted from 1, unless it is the current one."""
@@ -163,14 +171,22 @@ class TrainingPosition:
         self.num_scheduler_updates = self._num_updates_counted = self.progress.num_updates
 
     @contextmanager
-    def suspended_by(self, evaluation: DataPass) -> Iterator[None]:
-        """Make an evaluation the current pass while the body runs."""
+    def suspended_by(self, evaluation: DataPass, is_nested: bool = False) -> Iterator[None]:
+        """Make an evaluation the current pass while the body runs.
+
+        Args:
+            evaluation: The pass.
+            is_nested: Whether a callback has called for it, so that another pass is shown again afterwards.
+        """
+        shown = self.shown_pass
         self.suspended_passes.append(self.current_pass)
-        self.current_pass = evaluation
+        self.current_pass = self.shown_pass = evaluation
         try:
             yield
         finally:
             self.current_pass = self.suspended_passes.pop()
+            if is_nested:
+                self.shown_pass = shown
 
 
 class Run:
@@ -220,6 +236,8 @@ class Run:
         """What a resumed run says if it may differ in the last bit from an uninterrupted one."""
 
         self.uses_fast_path = False
+        self.created_scheduler: Scheduler | None = None
+        """The scheduler that `create_scheduler` returned; any other was set by the program, and outlives the run."""
 
         # The epochs of training.
         self.total_num_epochs = 0
@@ -236,6 +254,9 @@ class Run:
 
         self.restart: Restart | None = None
         """What a resumed run restores again after the events at its start, and at that of its first epoch."""
+
+        self.complete_start: Callable[[], None] = do_nothing
+        """Takes over what the program creates only when the run starts; called after ``on_training_run_start``."""
 
         self.is_epoch_cut_short = False
         """Whether the limit of updates ended the last epoch before its last batch."""
@@ -261,6 +282,8 @@ class Run:
         """The batch of the step and what came of it, for ``on_train_step_end``; several if a subclass makes it so."""
 
         self.gradient_norm: torch.Tensor | None = None
+        self.stepping = SchedulerStepping()
+        """When and how the scheduler is stepped."""
 
         self.can_guard_updates = False
         """Whether gradients can be checked before each update: on a CPU, where the host waits for nothing."""
@@ -282,7 +305,7 @@ class Run:
         """Whether a callback of another run has started this one."""
 
         if previous is not None:
-            self.config = previous.config
+            self.config, self.created_scheduler = previous.config, previous.created_scheduler
             self.train_dl_kwargs = previous.train_dl_kwargs
             self.gradient_norm = previous.gradient_norm
             if self.is_nested:  # a signal ends the other run
@@ -393,6 +416,7 @@ class Run:
         seed = derive_seed(self.seed, "run", run_number) if run_number else self.seed
         self.training = TrainingPosition(seed, num_epochs_completed, window, run_number)
         self.training.settings = settings
+        self.training.num_metric_values_seen = self.stepping.num_values_before
         self.total_num_epochs = num_epochs_completed + num_epochs
         self.training.restart_scheduler_updates()
 
@@ -402,6 +426,7 @@ class Run:
         self.num_batches_to_skip = progress.num_batches_in_epoch if progress.phase == "training" else 0
         self.stream_position = training.stream_position
         self.total_num_epochs = num_epochs
+        self.is_epoch_cut_short = self._was_epoch_cut_short()
         self.is_resumed = True
         training.restart_scheduler_updates()
 
@@ -528,6 +553,12 @@ class Run:
         limit = self.update_limit
         return limit is not None and self.training.progress.num_updates >= limit
 
+    def _was_epoch_cut_short(self) -> bool:
+        """Return whether the limit of updates had ended the epoch before the run was saved in its evaluation."""
+        progress, num_batches = self.training.progress, reliable_num_batches_of(self.train_dataloader)
+        is_within_epoch = num_batches is None or progress.num_batches_in_epoch < num_batches
+        return progress.phase == "evaluation" and self.is_update_limit_reached and is_within_epoch
+
     def should_continue(self) -> bool:
         """Return whether there is an epoch left to run, or the rest of one."""
         progress = self.training.progress
@@ -561,6 +592,10 @@ class Run:
                 self.consensus.sync()
             except RunInterruptedError as interruption:
                 self.interruption = interruption
+
+
+def do_nothing() -> None:
+    """Do nothing."""
 
 
 def run_of(trainer: TrainingLoop) -> Run:

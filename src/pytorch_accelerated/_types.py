@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from torch.optim import Optimizer
@@ -97,7 +97,7 @@ class Scheduler(Stateful, Protocol):
 
     @property
     def step(self) -> Callable[..., object]:
-        """Called without arguments after each update, unless a subclass of the trainer passes some."""
+        """Called after each update, or once per epoch; with a metric or the number of epochs if it takes these."""
 
 
 class TimmScheduler(Scheduler, Protocol):
@@ -110,8 +110,11 @@ class TimmScheduler(Scheduler, Protocol):
 ParameterGroup: TypeAlias = dict[str, Any]
 """An entry of ``optimizer.param_groups``: parameters and their settings. Open: each optimizer has its own settings."""
 
-SchedulerFactory: TypeAlias = Callable[[Optimizer], Scheduler]
-"""Creates the scheduler of an optimizer."""
+Schedulers: TypeAlias = Scheduler | Sequence[Scheduler] | Mapping[str, Scheduler]
+"""One scheduler, or several, which the trainer steps one after the other."""
+
+SchedulerFactory: TypeAlias = Callable[[Optimizer], Schedulers]
+"""Creates the scheduler of an optimizer, or several."""
 
 MaybeNone: TypeAlias = Any
 """In ``X | MaybeNone``: an X whenever it is used, and ``None`` in runs that do not use it."""

@@ -6,7 +6,7 @@ import functools
 import inspect
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, SupportsIndex, TypeVar
 
@@ -126,62 +126,6 @@ def warn_about_long_accumulation(gradient_accumulation_steps: int, num_batches_p
         )
 
 
-def check_create_scheduler_fn(create_scheduler_fn: object) -> None:
-    """Raise unless ``create_scheduler_fn`` is ``None`` or a function that could create a scheduler.
-
-    Raises:
-        TypeError: It is a scheduler, not callable, or does not take the optimizer alone.
-    """
-    if create_scheduler_fn is None:
-        return
-    is_scheduler = not inspect.isclass(create_scheduler_fn) and hasattr(create_scheduler_fn, "optimizer")
-    if callable(create_scheduler_fn) and not is_scheduler:
-        _check_takes_optimizer(create_scheduler_fn)
-        return
-    name = type(create_scheduler_fn).__name__
-    raise TypeError(
-        f"`create_scheduler_fn` is {'a scheduler' if is_scheduler else 'an object'} of type {name}. Expected a "
-        "function that takes the optimizer and returns a scheduler, because the trainer prepares the optimizer first. "
-        f"Pass `lambda optimizer: {name}(optimizer, ...)` or `functools.partial({name}, ...)`, for example."
-    )
-
-
-def _check_takes_optimizer(create_scheduler_fn: Callable[..., object]) -> None:
-    try:
-        signature = inspect.signature(create_scheduler_fn, follow_wrapped=False)
-    except (TypeError, ValueError):  # it has none, as some functions written in C
-        return
-    try:
-        signature.bind(None)
-    except TypeError as error:
-        function = getattr(create_scheduler_fn, "func", create_scheduler_fn)  # of a `functools.partial`
-        name = getattr(function, "__name__", type(function).__name__)
-        raise TypeError(
-            f"`create_scheduler_fn` is `{name}{signature}`, which cannot be called with the optimizer alone ({error}). "
-            "Expected a function that takes the optimizer and returns a scheduler. Pass `lambda optimizer: ...`, or "
-            "bind the other arguments with `functools.partial`."
-        ) from error
-
-
-def check_scheduler(scheduler: object, is_stepped_by_trainer: bool) -> None:
-    """Raise unless ``scheduler`` can be a scheduler, or is ``None``.
-
-    Args:
-        scheduler: What `create_scheduler`, or the function given to `train`, returned.
-        is_stepped_by_trainer: Whether `scheduler_step` is not overridden.
-
-    Raises:
-        TypeError: It is a class, an optimizer, or has no `step`.
-    """
-    has_step = not is_stepped_by_trainer or callable(getattr(scheduler, "step", None))
-    if scheduler is None or (has_step and not inspect.isclass(scheduler) and not isinstance(scheduler, Optimizer)):
-        return
-    raise TypeError(
-        f"`create_scheduler_fn`, or `create_scheduler`, returned {_describe(scheduler)}. Expected a scheduler for the "
-        "optimizer that it is called with. Return, for example, `StepLR(optimizer, step_size=10)`."
-    )
-
-
 def check_model(model: object) -> None:
     """Raise unless ``model`` can be put into training and evaluation mode, as an instance of a module can.
 
@@ -191,7 +135,7 @@ def check_model(model: object) -> None:
     if all(callable(getattr(model, mode, None)) for mode in ("train", "eval")) and not inspect.isclass(model):
         return
     raise TypeError(
-        f"`model` is {_describe(model)}. Expected an instance of `torch.nn.Module`. Pass {_remedy(model, 'model')} to "
+        f"`model` is {describe(model)}. Expected an instance of `torch.nn.Module`. Pass {_remedy(model, 'model')} to "
         "the Trainer."
     )
 
@@ -207,7 +151,7 @@ def check_loss_func(loss_func: object) -> None:
     if loss_func is None or (callable(loss_func) and not is_class):
         return
     raise TypeError(
-        f"`loss_func` is {_describe(loss_func)}. Expected a function of outputs and targets, or an instance of a loss "
+        f"`loss_func` is {describe(loss_func)}. Expected a function of outputs and targets, or an instance of a loss "
         f"class. Pass {_remedy(loss_func, 'loss function')} to the Trainer."
     )
 
@@ -222,13 +166,14 @@ def check_optimizer(optimizer: object) -> None:
     if optimizer is None or (all(map(callable, methods)) and not inspect.isclass(optimizer)):
         return
     raise TypeError(
-        f"`optimizer` is {_describe(optimizer)}. Expected an instance of `torch.optim.Optimizer`. Pass "
+        f"`optimizer` is {describe(optimizer)}. Expected an instance of `torch.optim.Optimizer`. Pass "
         f"{_remedy(optimizer, 'optimizer')} to the Trainer. To use several optimizers, keep the others as attributes "
         "of a subclass, and override `optimizer_step` and `optimizer_zero_grad`."
     )
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
+    """Return what a value is, for a message: ``"the class `StepLR`"``, ``"None"``."""
     if inspect.isclass(value):
         return f"the class `{value.__name__}`"
     if isinstance(value, functools.partial):

@@ -28,7 +28,12 @@ from pytorch_accelerated._checkpoint.companions import (
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._checkpoint.manifest import SavedState
 from pytorch_accelerated._checkpoint.restart import Restart
-from pytorch_accelerated._checkpoint.scheduler_state import check_scheduler_state, load_scheduler_state
+from pytorch_accelerated._checkpoint.scheduler_state import (
+    check_scheduler_state,
+    load_scheduler_state,
+    restore_settings_of_groups,
+    settings_of_groups,
+)
 from pytorch_accelerated._checkpoint.state import (
     Parts,
     StateContents,
@@ -63,12 +68,17 @@ from pytorch_accelerated._distributed.accelerator import (
 )
 from pytorch_accelerated._distributed.buckets import fix_bucket_order
 from pytorch_accelerated._distributed.collectives import broadcast_values, num_local_processes
-from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any
+from pytorch_accelerated._distributed.collectives import remove_padding as remove_padding  # as in 0.1.61
+from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any, replaces_any
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._loop import TrainingLoop, preserve_modes
 from pytorch_accelerated._predictions import OutputChoice, PredictionSettings
-from pytorch_accelerated._run import Run
+from pytorch_accelerated._run import Run, do_nothing
+from pytorch_accelerated._scheduling.checks import check_create_scheduler_fn
+from pytorch_accelerated._scheduling.group import load_state_of, start_counting
+from pytorch_accelerated._scheduling.start import choose_stepping, create_checked_scheduler, start_stepping
+from pytorch_accelerated._scheduling.stepping import Interval
 from pytorch_accelerated._types import (
     CollateFunction,
     Data,
@@ -77,8 +87,8 @@ from pytorch_accelerated._types import (
     Loader,
     LossFunction,
     ModelOutput,
-    Scheduler,
     SchedulerFactory,
+    Schedulers,
     StateDict,
     StateMapping,
     TimmScheduler,
@@ -98,7 +108,6 @@ from pytorch_accelerated.callbacks import TerminateOnNaNCallback as TerminateOnN
 from pytorch_accelerated.callbacks.handler import Callbacks
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
-from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
 from pytorch_accelerated.tracking import InMemoryRunHistory as InMemoryRunHistory  # as in 0.1.61
 from pytorch_accelerated.tracking import LossTracker as LossTracker  # as in 0.1.61
 from pytorch_accelerated.tracking import RunHistory
@@ -198,6 +207,8 @@ class Trainer(TrainingLoop):
         *,
         gradient_clip_norm: float | None = None,
         allow_other_num_processes: bool = False,
+        step_scheduler: Interval | None = None,
+        scheduler_metric: str | None = None,
     ) -> None:
         """Train the model.
 
@@ -215,6 +226,8 @@ class Trainer(TrainingLoop):
                 train_epoch_end()
                 for batch in eval_dataloader:
                     calculate_eval_batch_loss(batch)
+                if the scheduler is stepped once per epoch:
+                    scheduler_step()
 
         Args:
             train_dataset: A dataset of samples, or an iterable of batches.
@@ -225,9 +238,8 @@ class Trainer(TrainingLoop):
             max_num_train_steps: Updates after which the run ends, unless ``num_epochs`` ends it before.
             gradient_accumulation_steps: Batches per process that make one update.
             gradient_clip_value: Bound for the absolute value of each entry of the gradient, applied before each update.
-            create_scheduler_fn: Creates the learning-rate scheduler from the optimizer. The arguments of a
-                `functools.partial` may be :class:`TrainerPlaceholderValues`. The scheduler is stepped after each
-                update.
+            create_scheduler_fn: Creates the learning-rate scheduler from the optimizer, or several in a list or
+                dictionary. The arguments of a `functools.partial` may be :class:`TrainerPlaceholderValues`.
             train_dataloader_kwargs: Keyword arguments for the training `DataLoader`; they override the defaults.
             eval_dataloader_kwargs: Keyword arguments for the evaluation `DataLoader`.
             reset_run_history: Whether to forget the metrics and the epoch count of earlier runs.
@@ -239,6 +251,13 @@ class Trainer(TrainingLoop):
                 before clipping is in ``trainer.gradient_norm``, from ``on_optimizer_step_end`` on.
             allow_other_num_processes: Whether to resume a state that a different number of processes saved: at the same
                 place in the data, but not exactly.
+            step_scheduler: ``"update"`` to step the scheduler after each update, ``"epoch"`` to step it at the end of
+                each epoch. With ``None``, it is stepped after each update, and a warning tells of a schedule that
+                evidently counts epochs. A scheduler that takes a metric, such as ``ReduceLROnPlateau``, is stepped
+                after the evaluation of each epoch in any case, and one of timm decides itself.
+            scheduler_metric: The metric in the run history that such a scheduler is stepped with, once per epoch in
+                which it was recorded. ``None`` for the evaluation loss, or the training loss if there is no
+                ``eval_dataset``.
 
         Raises:
             ValueError: An argument has an invalid value, or model and optimizer do not belong together.
@@ -259,15 +278,13 @@ class Trainer(TrainingLoop):
         _validation.check_numbers_of_run(**numbers)
         for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             _validation.check_reiterable(name, data, num_epochs, max_num_train_steps)
-        if not overrides_any(self, ["create_scheduler"]):
-            _validation.check_create_scheduler_fn(create_scheduler_fn)
-        _check_parts_of_training(self)
+        stepping = choose_stepping(step_scheduler, scheduler_metric)
+        _check_parts_of_training(self, create_scheduler_fn)
 
-        self.train_dataset = train_dataset
-        self.eval_dataset = eval_dataset
-        self.collate_fn = collate_fn
-        self.create_scheduler_fn = create_scheduler_fn
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.collate_fn, self.create_scheduler_fn = collate_fn, create_scheduler_fn
         with self._loop_run_context() as run:
+            run.stepping = stepping
             state = self._loop_find_state(resume_from, allow_other_num_processes)
             self._loop_make_train_loader(per_device_batch_size, train_dataloader_kwargs)
             if eval_dataset is not None:
@@ -392,8 +409,11 @@ class Trainer(TrainingLoop):
         self._eval_dl_kwargs = dl_kwargs = merge_dl_kwargs(defaults, eval_dl_kwargs, self.eval_dataset)
         return DataLoader(dataset=self.eval_dataset, **{"collate_fn": self.collate_fn, **dl_kwargs})
 
-    def create_scheduler(self) -> Scheduler | None:
-        """Create the learning-rate scheduler of a run; ``None`` for none."""
+    def create_scheduler(self) -> Schedulers | None:
+        """Create the learning-rate scheduler of a run, or several in a list or dictionary.
+
+        If it returns ``None``, the run uses the scheduler that the program has set as ``self.scheduler``, if any.
+        """
         if self.create_scheduler_fn is None:
             return None
         return replace_trainer_placeholder_values(self, self.create_scheduler_fn)(self.optimizer)
@@ -731,25 +751,28 @@ class Trainer(TrainingLoop):
             self._loop_set_up_scheduler(is_resumed=state is not None)
             nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
             window = AccumulationWindow(config.gradient_accumulation_steps, nominal_weight)
-            if overrides_any(self, ("_create_run_config",)):
-                num_epochs = config.num_epochs
+            num_epochs = config.num_epochs if overrides_any(self, ("_create_run_config",)) else num_epochs
             run.start_training(self.run_history.current_epoch - 1, num_epochs, window)
             saves_states = bool(_folders_of_states(self.callback_handler))
             self._loop_companions().check_before_run(saves_states, config.is_distributed)
             if state is not None:
                 self._loop_resume(state, num_epochs)
+            run.complete_start = _what_completes_start(self)
 
     def _loop_set_up_scheduler(self, is_resumed: bool) -> None:
-        scheduler = self.create_scheduler()
-        _validation.check_scheduler(scheduler, not overrides_any(self, ["scheduler_step"]))
-        self.scheduler = scheduler
-        _start_counting(self.scheduler)
-        state = self._loop_pending_scheduler_state
-        if self.scheduler is not None and state is not None and not is_resumed:
-            self._loop_pending_scheduler_state = None
-            source = "The scheduler state that was loaded before the run"
-            check_scheduler_state(self.scheduler, state, source)
-            load_scheduler_state(state, self._loop_load_scheduler_state, source)
+        """Create the scheduler of the run, or else keep one that the program has set; not one of an earlier run."""
+        run, is_set_by_program = self._loop_run, False
+
+        def create_or_keep() -> Schedulers | None:
+            nonlocal is_set_by_program
+            created = self.create_scheduler()
+            is_set_by_program = created is None and self.scheduler is not run.created_scheduler
+            return self.scheduler if is_set_by_program else created
+
+        _take_over_scheduler(self, create_or_keep)
+        run.created_scheduler = None if is_set_by_program else self.scheduler
+        if not is_resumed:
+            _load_pending_scheduler_state(self)
 
     def _loop_resume(self, restore: Callable[[], StateDict], num_epochs: int) -> None:
         """Continue where a training state left off.
@@ -761,10 +784,9 @@ class Trainer(TrainingLoop):
         run = self._loop_run
         run.is_resuming = True
         try:
-            current_epoch = restore().get("current_epoch")
+            current_epoch = resume.entries_of(restore(), "load_training_state").get("current_epoch")
         finally:
             run.is_resuming = False
-        self._loop_pending_scheduler_state = None  # of a run without a scheduler
         if current_epoch is not None:
             self.run_history._set_epoch(current_epoch)  # noqa: SLF001 - a seam of 0.1.61
             run.training.move_to_epoch(int(current_epoch))
@@ -774,8 +796,6 @@ class Trainer(TrainingLoop):
             self.print(f"Resuming from {saved.path.name!r} in epoch {self.run_history.current_epoch}.")
         if run.limit_of_exactness is not None:
             self.print(run.limit_of_exactness)
-        if saved is not None and run.config.is_world_process_zero:
-            resume.warn_about_mismatch(saved, self._loop_state_parts().settings)
 
     def _check_eval_batch_size(self) -> None:
         """Refuse evaluation data that yields no batch; a subclass may demand more."""
@@ -799,7 +819,8 @@ class Trainer(TrainingLoop):
             seed=training.seed,
             run_number=training.run_number,
             stop_reason=self._loop_early_stop_reason(),
-            settings={**training.settings, "scheduler": resume.name_of(self.scheduler)},
+            settings={**training.settings, "scheduler": resume.name_of(self.scheduler), **run.stepping.settings},
+            num_metric_values_seen=training.num_metric_values_seen,
             companions=self._loop_companions(),
         )
 
@@ -830,6 +851,7 @@ class Trainer(TrainingLoop):
                 "An earlier version saved this state: what is drawn while samples are loaded differs from here on."
             )
         training.early_stop_reason = contents.stop_reason
+        training.num_metric_values_seen = contents.num_metric_values_seen
         training.stream_position = contents.stream_position
         training.lineage = Lineage(contents.saved)
         return contents.user_entries
@@ -839,11 +861,8 @@ class Trainer(TrainingLoop):
         if self.scheduler is None:
             self._loop_pending_scheduler_state = state
             return
-        if self._loop_run.is_resuming and isinstance(self.scheduler, StatefulSchedulerBase):
-            self.scheduler.resume_from(copy.deepcopy(dict(state)))
-        else:
-            self.scheduler.load_state_dict(copy.deepcopy(dict(state)))
-        _start_counting(self.scheduler)
+        load_state_of(self.scheduler, state, self._loop_run.is_resuming)
+        start_counting(self.scheduler)
 
     def _loop_teardown(self, run: Run, outer: Run) -> None:
         run.is_active = False  # first, because a signal may interrupt the rest
@@ -858,8 +877,8 @@ class Trainer(TrainingLoop):
                     release(self._accelerator, self.optimizer, model.prepared, model.plain)
                 self.model = model.restore(self._accelerator, self.model)
             if not outer.is_active:
-                run.training.epoch.loader = None  # and with it the data
-            run.outside_parameters, run.restart = OutsideParameters(), None
+                run.training.epoch.loader = run.training.shown_pass.loader = None  # and with them the data
+            run.outside_parameters, run.restart, run.complete_start = OutsideParameters(), None, do_nothing
             run.consensus = StopConsensus(num_processes=1)  # that of the run would keep the trainer alive
             run.step_results = []
         finally:
@@ -888,8 +907,13 @@ def _preserve_attributes(owner: object, *names: str) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _check_parts_of_training(trainer: Trainer) -> None:
-    """Refuse a model, a loss function or an optimizer that is none. A step of one's own may use any loss function."""
+def _check_parts_of_training(trainer: Trainer, create_scheduler_fn: object) -> None:
+    """Refuse a model, a loss function, an optimizer or a function for a scheduler that is none.
+
+    A step of one's own may use any loss function, and `create_scheduler` any object for a scheduler.
+    """
+    if not overrides_any(trainer, ["create_scheduler"]):
+        check_create_scheduler_fn(create_scheduler_fn)
     _validation.check_model(trainer.model)
     if not overrides_any(trainer, ["calculate_train_batch_loss"]):
         _validation.check_loss_func(trainer.loss_func)
@@ -919,15 +943,60 @@ def _names_in(left_out_of_states: object) -> Collection[str]:
     return left_out_of_states if isinstance(left_out_of_states, (list, tuple, set, frozenset)) else ()
 
 
-def _start_counting(scheduler: Scheduler | None) -> None:
-    if isinstance(scheduler, StatefulSchedulerBase) and scheduler.num_updates < 0:
-        scheduler.step()  # so that update k trains at curve(k)
+def _take_over_scheduler(trainer: Trainer, create: Callable[[], Schedulers | None]) -> None:
+    """Check the scheduler of a run, and find out how it is stepped. Must be called on every process."""
+    run, is_overridden = trainer._loop_run, overrides_any(trainer, ["scheduler_step"])  # noqa: SLF001 - same module
+    scheduler = create_checked_scheduler(
+        create,
+        trainer.optimizer,
+        is_of_function=trainer.create_scheduler_fn is not None and not overrides_any(trainer, ["create_scheduler"]),
+        is_stepped_by_trainer=not is_overridden,
+    )
+    is_timm = isinstance(trainer, TrainerWithTimmScheduler)
+    run.stepping.plan(scheduler, is_timm=is_timm)
+    run.stepping.plan_hook(is_overridden=is_overridden, is_replaced=replaces_any(trainer, ["scheduler_step"]))
+    if not replaces_any(trainer, ["scheduler_step", *(["training_run_epoch_end"] if is_timm else [])]):
+        start_stepping(run.stepping, run.config, trainer.run_history, run.eval_dataloaders)
+    trainer.scheduler = scheduler
+
+
+def _load_pending_scheduler_state(trainer: Trainer) -> None:
+    """Load the state that was kept until there is a scheduler."""
+    state = trainer._loop_pending_scheduler_state  # noqa: SLF001 - same module
+    if trainer.scheduler is not None and state is not None:
+        trainer._loop_pending_scheduler_state = None  # noqa: SLF001 - same module
+        source = "The scheduler state that was loaded before the run"
+        check_scheduler_state(trainer.scheduler, state, source)
+        load_scheduler_state(state, trainer._loop_load_scheduler_state, source)  # noqa: SLF001 - same module
+
+
+def _what_completes_start(trainer: Trainer) -> Callable[[], None]:
+    """Return what takes over what the program creates in the events at the start of the run, which are to come."""
+    run, scheduler = trainer._loop_run, trainer.scheduler  # noqa: SLF001 - same module
+    settings = settings_of_groups(trainer.optimizer) if run.is_resumed else []
+
+    def complete_start() -> None:
+        if run.restart is not None:
+            run.restart.complete_run()
+        if trainer.scheduler is not scheduler:
+            _take_over_scheduler(trainer, lambda: trainer.scheduler)
+            if not run.is_resumed:
+                run.training.num_metric_values_seen = run.stepping.num_values_before
+            _load_pending_scheduler_state(trainer)
+            restore_settings_of_groups(trainer.optimizer, settings)  # a new scheduler starts with its first rate
+        if run.is_resumed:
+            trainer._loop_pending_scheduler_state = None  # noqa: SLF001 - that of a run without a scheduler
+        saved = run.training.lineage.origin
+        if run.is_resumed and saved is not None and run.config.is_world_process_zero:
+            resume.warn_about_mismatch(saved, trainer._loop_state_parts().settings)  # noqa: SLF001 - same module
+
+    return complete_start
 
 
 def _attributes_of_training(trainer: Trainer, run: Run) -> list[tuple[object, str]]:
     """Return what is set when a run starts to train, and set back if the state to resume is refused."""
     of_trainer = [(trainer, "scheduler"), (trainer, "_loop_pending_scheduler_state")]
-    return [*of_trainer, (run, "training"), (run.training, "settings")]
+    return [*of_trainer, (run, "training"), (run, "created_scheduler"), (run.training, "settings")]
 
 
 def _set_up_parameters(run: Run, model: nn.Module, optimizer: Optimizer, has_comm_hook: bool) -> None:
@@ -969,10 +1038,12 @@ class TrainerWithTimmScheduler(Trainer):
     def scheduler_step(self) -> None:
         """Pass the number of updates to the scheduler: 1, 2, 3, ..."""
         self._loop_run.training.count_scheduler_update()
-        if self.scheduler is not None:
-            self.scheduler.step_update(num_updates=self.num_updates)
+        super().scheduler_step()
 
     def training_run_epoch_end(self) -> None:
-        """Pass the number of epochs to the scheduler: 1, 2, 3, ..."""
-        if self.scheduler is not None:
-            self.scheduler.step(self.run_history.current_epoch)
+        """Pass the number of epochs to the scheduler: 1, 2, 3, ..., and the metric of the epoch if it takes one."""
+        if self.scheduler is None:
+            self._loop_run.training.count_scheduler_update()  # `scheduler_step` was not called
+        else:
+            with self._loop_run.stepping.at_epoch_end(self.run_history, self._loop_run.config):
+                super().scheduler_step()

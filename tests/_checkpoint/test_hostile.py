@@ -28,7 +28,7 @@ from pytorch_accelerated._checkpoint.folder import find_newest_state
 from pytorch_accelerated._checkpoint.manifest import NewerFormatError
 from pytorch_accelerated.exceptions import CheckpointError
 
-SECONDS = 5
+SECONDS = 60
 NUM_FUZZED = int(os.environ.get("NUM_FUZZED", "400"))
 """How many random manifests, and random files, are tried: ``NUM_FUZZED=2000 pytest -k random ...``."""
 

@@ -50,7 +50,9 @@ def record(reactions=None, callbacks=(), model=None):
     """Create a trainer whose hooks and events are recorded in one list, and return both."""
     log = []
     recorder = EventRecorder(log, reactions)
-    return make_trainer(model, cls=HookRecorder, callbacks=[recorder, *callbacks], log=log), log
+    trainer = make_trainer(model, cls=HookRecorder, callbacks=[recorder, *callbacks], log=log)
+    trainer.scheduler = ConstantLR(trainer.optimizer, 1.0)
+    return trainer, log
 
 
 # --- runs without incident ---------------------------------------------------------------------------------------
@@ -67,6 +69,14 @@ def test_the_events_of_training_with_evaluation():
     )
     epoch = [*EPOCH_START, *TRAIN_STEP, *TRAIN_STEP, *EPOCH_TRAINED, *EVAL_EPOCH, *EPOCH_END]
     assert log == [*RUN_START, *epoch, *epoch, *RUN_END]
+
+
+def test_the_events_of_training_without_a_scheduler():
+    trainer, log = record()
+    trainer.scheduler = None
+    train(trainer, TWO_BATCHES)
+    step = [each for each in TRAIN_STEP if each != "scheduler_step"]
+    assert log == [*RUN_START, *EPOCH_START, *step, *step, *EPOCH_TRAINED, *EPOCH_END, *RUN_END]
 
 
 def test_the_events_of_training_without_evaluation():

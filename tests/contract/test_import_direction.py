@@ -34,6 +34,7 @@ FLOORS = [
     {"_checkpoint"},
     {"_step", "_predictions", "_validation", "states", "utils"},
     {"schedulers"},
+    {"_scheduling"},
     {"_run"},
     {"callbacks"},
     {"_loop"},
@@ -134,7 +135,7 @@ def test_every_exception_for_accelerate_is_needed():
     assert importing == MAY_NAME_ACCELERATE_IN_TYPES
 
 
-@pytest.mark.parametrize("room", ["_data", "_distributed", "_checkpoint"])
+@pytest.mark.parametrize("room", ["_data", "_distributed", "_checkpoint", "_scheduling"])
 def test_a_room_has_an_empty_init_and_a_readme_with_a_line_for_each_file(room):
     folder = SOURCE / room
     assert (folder / "__init__.py").read_text() == ""

@@ -10,6 +10,7 @@ import inspect
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.optim.lr_scheduler import ConstantLR
 from torch.utils.data import DataLoader
 
 from _support import Batches, EventRecorder, Probe, make_dataset, make_model, make_trainer
@@ -478,7 +479,7 @@ def test_optimizer_step_may_read_gradients_and_comes_before_the_scheduler_and_be
         log.append(("scheduler", self.model.weight.grad is not None))
 
     trainer = make_trainer(cls=subclass(optimizer_step=optimizer_step, scheduler_step=scheduler_step))
-    train(trainer, num_samples=4)
+    train(trainer, num_samples=4, create_scheduler_fn=lambda optimizer: ConstantLR(optimizer, 1.0))
     assert log == [("optimizer", True), ("scheduler", True)]
 
 

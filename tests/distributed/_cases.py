@@ -37,6 +37,7 @@ from pytorch_accelerated._checkpoint import portable
 from pytorch_accelerated._distributed import collectives
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
+    ModelEmaCallback,
     SaveTrainingStateCallback,
     StepBasedEvaluationCallback,
     WSDCheckpointCallback,
@@ -51,6 +52,19 @@ def metrics_of(trainer: Any) -> dict[str, list[float]]:
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------
+
+
+def case_the_file_of_an_average_holds_the_batch_statistics_of_the_main_process(rank: int, directory: Path) -> Any:
+    found = {}
+    for is_evaluated in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+        path = directory / f"average_{is_evaluated}.pt"
+        ema = ModelEmaCallback(0.5, is_evaluated, path)
+        trainer = make_trainer(model, callbacks=[ema], seed=3)
+        train(trainer, num_epochs=2, eval_dataset=make_dataset(8))
+        found[is_evaluated] = weights_of(ema.ema_model.module), torch.load(path)["model_state_dict"]
+    return found
 
 
 class ByRank(Trainer):

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 
 import _runs
+import _schedules
 from _processes import run_cases
 from _saved import assert_equal, bytes_in, everything_in, make_state_trainer, names_in, rewrite_manifest
 from _support import Probe, make_indexed_dataset, make_model, make_trainer, weights_of
@@ -62,6 +63,11 @@ def case_run_on_main_and_run_on_all_have_the_same_outcome_everywhere(rank: int, 
         "one cannot save": message_of(lambda: collectives.run_on_all(lambda: fail_on_one(CheckpointError("full")), 2)),
         "one fails": message_of(lambda: collectives.run_on_all(lambda: fail_on_one(LookupError("mine")), 2)),
     }
+
+
+def case_every_scheduler_has_the_rates_of_a_loop_by_hand(rank: int, directory: Path) -> Any:
+    found = _schedules.compare_all(directory / "schedulers")
+    return {name: problems for name, problems in found.items() if problems}
 
 
 # --- another number of processes ---------------------------------------------------------------------------------

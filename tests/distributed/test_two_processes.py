@@ -48,6 +48,14 @@ def test_losses_and_metrics_are_weighted_means_over_processes(results):
         assert metrics == {name: [value] for name, value in expected.items()}
 
 
+def test_the_file_of_an_average_holds_the_batch_statistics_of_the_main_process(results):
+    """On every process, so that the files of all nodes are equal, whether the average is evaluated or not."""
+    for is_evaluated in (True, False):
+        assert_equal(results[0][is_evaluated], results[1][is_evaluated])
+        average, file = results[0][is_evaluated]
+        assert_equal(average, file)
+
+
 def test_training_matches_the_combined_batch_of_one_process(results):
     """The gradient is the mean over both processes. Afterwards the model is unwrapped and can train again."""
     for result in results:

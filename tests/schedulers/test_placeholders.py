@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from _support import make_dataset, make_optimizer, make_trainer, recorder_of
+from _support import Stream, make_dataset, make_optimizer, make_trainer, recorder_of
+from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
 from pytorch_accelerated.schedulers._placeholders import (
     PlaceholderExpression,
     TrainerPlaceholderValues,
@@ -185,6 +186,13 @@ def test_a_division_by_zero_is_an_error_that_shows_the_operands():
         (P.NUM_EPOCHS * P.TRAIN_DATALOADER_LEN, 8),
         (P.NUM_EPOCHS * P.NUM_UPDATE_STEPS_PER_EPOCH // 2, 2),
         (0.25 * (P.NUM_EPOCHS * P.NUM_UPDATE_STEPS_PER_EPOCH), 1),
+        (0.25 * P.NUM_EPOCHS * P.NUM_UPDATE_STEPS_PER_EPOCH, 1),
+        (P.NUM_UPDATE_STEPS_PER_EPOCH * 3 * P.NUM_EPOCHS, 12),
+        (P.NUM_EPOCHS / 4 * P.NUM_UPDATE_STEPS_PER_EPOCH, 1),
+        ((P.NUM_EPOCHS - 1) * P.NUM_UPDATE_STEPS_PER_EPOCH, 1),  # what is left after a warm-up of one epoch
+        (P.NUM_UPDATE_STEPS_PER_EPOCH * (P.NUM_EPOCHS + 1 - 0.5), 5.5),
+        (P.NUM_EPOCHS * (P.NUM_UPDATE_STEPS_PER_EPOCH // 2), 1),
+        (P.NUM_EPOCHS // 2 * P.NUM_UPDATE_STEPS_PER_EPOCH, 3),  # a whole number of epochs
         (P.NUM_UPDATE_STEPS_PER_EPOCH, 3),
         (P.NUM_EPOCHS * P.NUM_EPOCHS, None),
         (P.NUM_EPOCHS + P.NUM_UPDATE_STEPS_PER_EPOCH, None),
@@ -209,26 +217,72 @@ def test_the_product_of_epochs_and_updates_is_the_number_of_updates_of_the_run(e
         **kwargs,
     )
     num_epochs = trainer.run_config.num_epochs
-    assert resolved["n"] == {None: num_epochs**2 if "*" in str(expression) else num_epochs + 3}.get(expected, expected)
+    assert type(resolved["n"]) in (int, float)
+    number = {None: num_epochs**2 if "*" in str(expression) else num_epochs + 3}.get(expected, expected)
+    assert resolved["n"] == pytest.approx(number, rel=1e-12)
     trainer.train(make_dataset(12), 2, create_scheduler_fn=functools.partial(create, n=expression), **kwargs)
     numbers = {P.NUM_EPOCHS: 2, P.TRAIN_DATALOADER_LEN: 6}
     numbers |= {P.NUM_UPDATE_STEPS_PER_EPOCH: 3, P.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH: 3}
     assert resolved["n"] == resolve_placeholders(expression, numbers)
 
 
-@pytest.mark.parametrize("limit", [4, 6, 7])
-def test_a_schedule_of_the_length_of_the_run_ends_with_it(limit):
-    create = functools.partial(
-        torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=P.NUM_EPOCHS * P.NUM_UPDATE_STEPS_PER_EPOCH
-    )
+def test_a_stream_has_the_number_of_updates_only():
+    resolved = []
+
+    def create(optimizer, numbers):
+        resolved.extend(numbers)
+        return torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+    total = P.NUM_EPOCHS * P.NUM_UPDATE_STEPS_PER_EPOCH
+    numbers = [total, 0.5 * P.NUM_EPOCHS * P.NUM_UPDATE_STEPS_PER_EPOCH, P.TRAIN_DATALOADER_LEN * P.NUM_EPOCHS]
+    stream, kwargs = Stream(make_dataset(40)), {"max_num_train_steps": 4, "gradient_accumulation_steps": 2}
+    make_trainer().train(stream, 9, create_scheduler_fn=functools.partial(create, numbers=numbers), **kwargs)
+    assert resolved == [4, 2, 8]
+    unknown = functools.partial(create, numbers=[(P.NUM_EPOCHS - 1) * P.NUM_UPDATE_STEPS_PER_EPOCH])
+    with pytest.raises(ValueError, match=r"`TrainerPlaceholderValues\.NUM_UPDATE_STEPS_PER_EPOCH` has no value"):
+        make_trainer().train(stream, 9, create_scheduler_fn=unknown, **kwargs)
+
+
+ONE_CYCLES = {
+    "total_steps": {"total_steps": P.NUM_EPOCHS * P.NUM_UPDATE_STEPS_PER_EPOCH},
+    "factors": {"epochs": P.NUM_EPOCHS, "steps_per_epoch": P.NUM_UPDATE_STEPS_PER_EPOCH},
+    "batches": {"epochs": P.NUM_EPOCHS, "steps_per_epoch": P.TRAIN_DATALOADER_LEN, "total_steps": None},
+}
+
+
+@pytest.mark.parametrize("length", ONE_CYCLES)
+@pytest.mark.parametrize("limit", [4, 6, 7, None])
+def test_a_schedule_of_the_length_of_the_run_ends_with_it(limit, length):
+    create = functools.partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, **ONE_CYCLES[length])
     recorder, rates = recorder_of(lambda trainer: trainer.optimizer.param_groups[0]["lr"], "on_optimizer_step_start")
     make_trainer(callbacks=[recorder]).train(
-        make_dataset(12), 100, per_device_batch_size=4, max_num_train_steps=limit, create_scheduler_fn=create
+        make_dataset(12), 4, per_device_batch_size=4, max_num_train_steps=limit, create_scheduler_fn=create
     )
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(make_optimizer(0.1), max_lr=0.1, total_steps=limit)
+    num_updates = limit or 12
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(make_optimizer(0.1), max_lr=0.1, total_steps=num_updates)
     expected = [scheduler.get_last_lr()[0]]
-    for _ in range(limit - 1):
+    for _ in range(num_updates - 1):
         scheduler.optimizer.step()
         scheduler.step()
         expected.append(scheduler.get_last_lr()[0])
     assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "create",
+    [
+        CosineLrScheduler.create_scheduler_fn(),
+        CosineLrScheduler.create_scheduler_fn(P.NUM_EPOCHS, P.NUM_UPDATE_STEPS_PER_EPOCH, num_warmup_epochs=1),
+        WSDLrScheduler.create_scheduler_fn(decay_phase_ratio=0.5),
+        functools.partial(WSDLrScheduler, total_steps=P.NUM_EPOCHS * P.NUM_UPDATE_STEPS_PER_EPOCH),
+    ],
+    ids=["cosine", "cosine with warm-up", "WSD", "WSD by steps"],
+)
+@pytest.mark.parametrize("limit", [6, 7, 8])
+def test_a_schedule_of_the_library_ends_with_the_run_within_an_epoch_too(create, limit):
+    recorder, rates = recorder_of(lambda trainer: trainer.optimizer.param_groups[0]["lr"], "on_optimizer_step_end")
+    trainer = make_trainer(callbacks=[recorder])
+    trainer.train(make_dataset(12), 9, per_device_batch_size=4, max_num_train_steps=limit, create_scheduler_fn=create)
+    assert trainer.run_config.num_epochs == -(-limit // 3)
+    assert len(rates) == limit
+    assert rates[-1] <= 1e-6 < 1e-4 < rates[-2]

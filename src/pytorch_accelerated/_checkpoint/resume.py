@@ -27,7 +27,7 @@ from pytorch_accelerated._distributed.collectives import run_on_main
 from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
-    from pytorch_accelerated._types import RunSettings
+    from pytorch_accelerated._types import RunSettings, StateMapping
     from pytorch_accelerated.run_config import TrainerRunConfig
 
 
@@ -120,6 +120,26 @@ def open_state(
     return saved
 
 
+def entries_of(returned: StateMapping | None, method: str) -> StateMapping:
+    """Return the entries that a method which loads something has returned; none if it returned nothing.
+
+    Args:
+        returned: What it returned.
+        method: Its name, which a subclass may override.
+
+    Raises:
+        TypeError: It returned something else than a dictionary.
+    """
+    if returned is None:
+        return {}
+    if not isinstance(returned, Mapping):
+        raise TypeError(
+            f"`{method}` returned {returned!r}. Expected a dictionary of the entries that were loaded, or `None`. "
+            f"Return what `super().{method}(...)` returns."
+        )
+    return returned
+
+
 def _repair_and_verify(path: Path) -> SavedState:
     restore_backup(path)
     try:
@@ -155,6 +175,7 @@ _MAX_NESTING = 5
 _OPTIMIZER_SETTING = "optimizer."
 
 _DIFFERENT_ORDER = "the samples come in a different order, so this epoch may repeat some samples and miss others"
+_OTHER_RATES = "the learning rates differ from here on"
 _CONSEQUENCES = {
     "per_device_batch_size": (
         "the batches differ; the epoch continues at the same sample, rounded down to the start of an update"
@@ -162,7 +183,9 @@ _CONSEQUENCES = {
     "dataset_length": _DIFFERENT_ORDER,
     "sampler": _DIFFERENT_ORDER,
     "dataset": "the samples may differ",
-    "scheduler": "the learning rates differ from here on",
+    "scheduler": _OTHER_RATES,
+    "step_scheduler": _OTHER_RATES,
+    "scheduler_metric": _OTHER_RATES,
     "seed": "the run continues with the saved seed",
 }
 _OF_UPDATES = "the updates differ from here on"

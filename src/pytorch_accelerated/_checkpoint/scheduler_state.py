@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from pytorch_accelerated._checkpoint.files import as_plain
 from pytorch_accelerated._checkpoint.optimizer_state import (
     CLASS,
     DifferentPartError,
@@ -17,6 +19,7 @@ from pytorch_accelerated._checkpoint.optimizer_state import (
     origin_of,
     with_origin,
 )
+from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -28,9 +31,31 @@ LENGTHS = ("num_epochs", "num_update_steps_per_epoch", "max_num_train_steps")
 """The settings of a run that schedules are made for."""
 
 
+_INNER = "inner"
+_OWN_MODULES = ("torch.", f"{__name__.partition('.')[0]}._scheduling.")
+
+
 def scheduler_state_of(scheduler: Any) -> StateDict:
     """Return the state of a scheduler, which knows its class and those of the schedulers in it."""
-    return with_origin(scheduler.state_dict(), {CLASS: describe_scheduler(scheduler)})
+    state = scheduler.state_dict()
+    return with_origin(state, {CLASS: describe_scheduler(scheduler), _INNER: _states_left_out(scheduler, state)})
+
+
+def _states_left_out(scheduler: object, state: StateMapping) -> StateDict:
+    """Return the states of schedulers in a scheduler that its own state lacks, as that of timm's plateau does."""
+    parts = getattr(scheduler, "__dict__", {}).items()
+    states = {name: part.state_dict() for name, part in parts if _is_scheduler(part) and name not in state}
+    try:
+        as_plain(states)
+    except CheckpointError:  # nor is it known how to store them
+        return {}
+    return states
+
+
+def load_states_left_out(scheduler: object, state: StateMapping) -> None:
+    """Load the states of schedulers in a scheduler that its own state lacks, after that one."""
+    for name, inner in origin_of(state).get(_INNER, {}).items():
+        getattr(scheduler, name).load_state_dict(copy.deepcopy(dict(inner)))
 
 
 def describe_scheduler(scheduler: object, max_nesting: int = 4) -> str:
@@ -108,6 +133,19 @@ def _different_scheduler(source: str, difference: str) -> DifferentPartError:
     )
 
 
+def settings_of_groups(optimizer: Optimizer | None) -> list[ParameterGroup]:
+    """Return the settings of each parameter group of an optimizer, such as its learning rate."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    return [{name: _value(value) for name, value in group.items() if name != "params"} for group in groups]
+
+
+def restore_settings_of_groups(optimizer: Optimizer, settings: Iterable[ParameterGroup]) -> None:
+    """Set what `settings_of_groups` returned. Groups that have been added since keep theirs."""
+    for group, values in zip(optimizer.param_groups, settings, strict=False):
+        for name, value in values.items():
+            _set(group, name, value)
+
+
 # --- another length ----------------------------------------------------------------------------------------------
 
 
@@ -141,7 +179,7 @@ class Replay:
         num_steps: How often to step it.
     """
 
-    def __init__(self, scheduler: LRScheduler, optimizer: Optimizer, num_steps: int) -> None:
+    def __init__(self, scheduler: Any, optimizer: Optimizer, num_steps: int) -> None:
         before = [dict(group) for group in optimizer.param_groups]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the optimizer makes no steps meanwhile
@@ -183,14 +221,14 @@ def replay(
     num_steps = _num_steps(state)
     if optimizer is None or not num_steps or not _can_replay(scheduler):
         return None
-    assert isinstance(scheduler, LRScheduler)
-    if _num_steps(scheduler.state_dict()) != 0:
+    new: Any = scheduler
+    if _num_steps(new.state_dict()) != 0:
         return None  # it is not a new one
-    if num_steps == position.num_updates:  # otherwise it is not stepped once for each update
+    if num_steps == position.num_updates and current.get("step_scheduler") != "epoch":
         num_steps = _num_updates_of_new_length(position, saved, current)
     with suppress(ValueError):  # the schedule ends before that, so no update is left
-        result = Replay(scheduler, optimizer, num_steps)
-        return None if _are_equal(scheduler.state_dict(), state) else result
+        result = Replay(new, optimizer, num_steps)
+        return None if _are_equal(new.state_dict(), state) else result
     return None
 
 
@@ -213,16 +251,15 @@ def _are_equal(left: StateMapping, right: StateMapping) -> bool:
 
 def _can_replay(scheduler: object) -> bool:
     """Tell whether a scheduler, and those in it, depend on the number of steps only; a user's class may not."""
-    is_function = isinstance(scheduler, LRScheduler) and not isinstance(scheduler, ReduceLROnPlateau)
-    is_of_pytorch = type(scheduler).__module__.startswith("torch.")
-    return is_function and is_of_pytorch and all(map(_can_replay, schedulers_in(scheduler)))
+    is_known = type(scheduler).__module__.startswith(_OWN_MODULES) and not isinstance(scheduler, ReduceLROnPlateau)
+    return is_known and all(map(_can_replay, schedulers_in(scheduler)))
 
 
 def _num_steps(state: StateMapping) -> int | None:
     """Return how often a scheduler of PyTorch has been stepped."""
     if "last_epoch" in state:
         return int(state["last_epoch"])
-    inner = state.get("_schedulers") or [{}]
+    inner = state.get("_schedulers") or state.get("schedulers") or [{}]
     return _num_steps(inner[0]) if inner[0] else None
 
 

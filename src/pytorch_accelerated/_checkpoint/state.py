@@ -88,6 +88,7 @@ class Parts:
         stop_reason: Why the run was stopped for good; ``None`` if it was not.
         settings: The settings of the run; see `run_settings`.
         companions: What else has a state.
+        num_metric_values_seen: How many values of its metric the scheduler has been stepped with.
     """
 
     model: nn.Module
@@ -106,6 +107,7 @@ class Parts:
     stop_reason: str | None
     settings: RunSettings
     companions: Companions = field(default_factory=Companions)
+    num_metric_values_seen: int = 0
 
     @property
     def shared(self) -> dict[str, object]:
@@ -195,6 +197,7 @@ def _shared_state(
             "seed": parts.seed,
             "run_number": parts.run_number,
             "stopped": parts.stop_reason,
+            "num_metric_values_seen": parts.num_metric_values_seen,
             "knows_stream": stream is not None and stream["state"] is not None,
             "companions": parts.companions.shared_state(),
         },
@@ -311,6 +314,11 @@ class StateContents:
     def run_number(self) -> int:
         """Which training run of its trainer saved the state, from 0."""
         return int(self.trainer_state["trainer"].get("run_number", 0))
+
+    @property
+    def num_metric_values_seen(self) -> int:
+        """How many values of its metric the scheduler has been stepped with; earlier versions had none."""
+        return int(self.trainer_state["trainer"].get("num_metric_values_seen", 0))
 
     @property
     def stop_reason(self) -> str | None:

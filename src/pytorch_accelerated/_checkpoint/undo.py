@@ -103,7 +103,7 @@ def _remember(value: Any, undo: Undo, seen: set[int], nesting: int) -> None:
         return
     if isinstance(value, torch.Tensor):
         undo.append(partial(_copy_into, value, value.detach().clone()))
-    elif type(value) in _CONTAINERS:
+    elif type(value) in _CONTAINERS or isinstance(value, list):  # such as one that tells of its changes
         seen.add(id(value))
         undo.append(partial(_put_back, value, value.copy()))
         items = value.values() if isinstance(value, dict) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Set
@@ -215,6 +216,16 @@ def can_skip_exchange(
 def overrides_any(instance: object, methods: Iterable[str]) -> bool:
     """Tell whether any of these methods is not the library's own: overridden in a subclass, or set on the instance."""
     return any(name in vars(instance) or not _is_own(getattr(type(instance), name)) for name in methods)
+
+
+def replaces_any(instance: object, methods: Iterable[str]) -> bool:
+    """Tell whether any of these methods is overridden by one that does not call the library's, as far as code shows."""
+    return any(overrides_any(instance, [name]) and not _mentions(getattr(instance, name), name) for name in methods)
+
+
+def _mentions(method: Callable[..., object], name: str) -> bool:
+    code = getattr(inspect.unwrap(method), "__code__", None)
+    return code is not None and name in code.co_names
 
 
 def _is_own(method: Callable[..., object]) -> bool:

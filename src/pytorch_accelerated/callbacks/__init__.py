@@ -6,6 +6,8 @@ a subclass of the trainer may use the names of the public attributes. If it keep
 ``state_dict`` and ``load_state_dict``, so that a resumed run continues with that state.
 """
 
+from tqdm import tqdm as tqdm  # as in 0.1.61
+
 from pytorch_accelerated._data.limits import DataLoaderSlice as DataLoaderSlice  # as in 0.1.61
 from pytorch_accelerated._ema import ModelEma as ModelEma  # as in 0.1.61
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback

@@ -29,8 +29,8 @@ class ModelEmaCallback(SaveBestModelCallback):
     """Keeps an exponential moving average (EMA) of the model, evaluates it after each epoch, and saves the best.
 
     The average is created when a run starts and updated after each update of the model. After the model has been
-    evaluated at the end of an epoch, the average temporarily replaces it and is evaluated on the same data. The metrics
-    of the average are recorded with the prefix ``ema_model_``, before any callback receives
+    evaluated at the end of an epoch, or by `Trainer.evaluate`, the average temporarily replaces it and is evaluated on
+    the same data. The metrics of the average are recorded with the prefix ``ema_model_``, before any callback receives
     ``on_training_run_epoch_end``. The best value counts for all runs of the trainer: a later run replaces the file only
     with a better average. If there was no evaluation, the callback saves the average at the end of the run.
 
@@ -82,7 +82,6 @@ class ModelEmaCallback(SaveBestModelCallback):
             greater_is_better,
             reset_on_train=False,
             save_optimizer=False,
-            save_scheduler=False,
             load_saved_checkpoint=False,
         )
         self.decay = decay
@@ -134,14 +133,14 @@ class ModelEmaCallback(SaveBestModelCallback):
             self._average().update(self._plain_model(trainer))
 
     def on_eval_epoch_end(self, trainer: Trainer, is_intermediate: bool = False, **kwargs: Any) -> None:
-        """Evaluate the average on the data that the model has just been evaluated on."""
-        if not (self.evaluate_during_training and run_of(trainer).is_training_run) or is_intermediate:
+        """Evaluate the average on the data that the model has just been evaluated on, in `Trainer.evaluate` too."""
+        if not self.evaluate_during_training or is_intermediate or self.ema_model is None:
             return
-        if trainer.run_config.is_distributed:
-            _broadcast_buffers(self._average())
+        self._share_buffers(trainer)
         trainer.print("Evaluating the moving average of the weights")
         library_of(trainer).evaluate_another(self._average().module, self.callback_handler, self._track_prefix)
-        self._save_if_best(trainer)
+        if run_of(trainer).is_training_run:
+            self._save_if_best(trainer)
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the average if it is not evaluated; otherwise check that the watched metric exists.
@@ -216,12 +215,17 @@ class ModelEmaCallback(SaveBestModelCallback):
             self._best.record(value, epoch)
             self._has_saved = True
 
+    def _share_buffers(self, trainer: Trainer) -> None:
+        # Batch norms see different data on each process. As in a distributed model, those of rank 0 are used.
+        if trainer.run_config.is_distributed:
+            for buffer in self._average().module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
     def _save(self, trainer: Trainer, entries: Mapping[str, float]) -> None:
+        self._share_buffers(trainer)
         model, trainer.model = trainer.model, self._average().module
         try:
-            trainer.save_checkpoint(
-                self.save_path, entries, save_optimizer=self.save_optimizer, save_scheduler=self.save_scheduler
-            )
+            self._write(trainer, entries)
         finally:
             trainer.model = model
         self._num_updates_saved = run_of(trainer).progress.num_updates
@@ -230,9 +234,3 @@ class ModelEmaCallback(SaveBestModelCallback):
 def _numbers(average: ModelEma) -> dict[str, float]:
     # The decay, which may change at each update, and the counters of a subclass.
     return {name: value for name, value in vars(average).items() if type(value) in (int, float)}
-
-
-def _broadcast_buffers(average: ModelEma) -> None:
-    # Batch norms see different data on each process. As in a distributed model, those of rank 0 are used everywhere.
-    for buffer in average.module.buffers():
-        torch.distributed.broadcast(buffer, src=0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, TypeAlias
 
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
 from pytorch_accelerated.exceptions import StopTrainingError, add_note
@@ -54,12 +55,27 @@ class CallbackHandler:
     """The request of a callback to stop, while the later callbacks get the event in which it was made."""
 
     def __init__(self, callbacks: Callbacks) -> None:
-        self.callbacks: list[object] = []
+        self._callbacks = _ObservedList([], self._forget_listeners)
         self.events_without_listeners: set[str] = set()
         """Names of events known to have no listener: the loop may skip `call_event` for them."""
 
         self._listeners: dict[str, tuple[_Listener, ...]] = {}
         self.add_callbacks(callbacks)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy of another handler, or the one that was pickled."""
+        vars(self).update(state)
+        self._callbacks = _ObservedList(self._callbacks, self._forget_listeners)
+
+    @property
+    def callbacks(self) -> list[object]:
+        """The callbacks, in order. The list may be changed at any time, in an event too, or replaced."""
+        return self._callbacks
+
+    @callbacks.setter
+    def callbacks(self, callbacks: Iterable[object]) -> None:
+        self._callbacks = _ObservedList(callbacks, self._forget_listeners)
+        self._forget_listeners()
 
     @property
     def callback_list(self) -> list[str]:
@@ -92,24 +108,25 @@ class CallbackHandler:
             )
         _warn_about_misspelled_events(instance)
         self.callbacks.append(instance)
-        self.refresh()
 
     def clear_callbacks(self) -> None:
         """Remove all callbacks."""
         self.callbacks = []
-        self.refresh()
 
     def refresh(self) -> None:
-        """Clear the cache of who implements what. Call this after changing the list ``callbacks`` directly."""
+        """Clear the cache of who implements what. Call this after a callback got another method."""
         self.requested_stop = None  # that of an event which failed otherwise
-        self._listeners = {}
-        self.events_without_listeners.clear()
+        self._forget_listeners()
+
+    def _forget_listeners(self) -> None:
+        self._listeners, self.events_without_listeners = {}, set()
 
     def call_event(self, event: str, *args: object, **kwargs: object) -> None:
         """Call the method named ``event`` of every callback that implements it.
 
         Any name is allowed, so subclasses of the trainer can define their own events. Callbacks without such a method
-        are skipped.
+        are skipped. If a callback changes the list, those that it removes do not get the event any more, and those that
+        it adds get it last.
 
         Args:
             event: Name of the event, usually a method of `TrainerCallback`.
@@ -123,17 +140,24 @@ class CallbackHandler:
         """
         stop_request: StopTrainingError | None = None
         listeners = self._listeners.get(event)
-        for method, accepted, callback in self._find_listeners(event) if listeners is None else listeners:
-            try:
-                if accepted is None:
-                    method(*args, **kwargs)
-                else:
-                    method(*args, **_only(accepted, kwargs))
-            except StopTrainingError as error:
-                stop_request = self.requested_stop = stop_request or error
-            except Exception as error:
-                add_note(error, _describe_origin(callback, event, args, kwargs))
-                raise
+        due = told = self._find_listeners(event) if listeners is None else listeners
+        while due:
+            known = self._listeners  # another one as soon as the list has changed
+            for method, accepted, callback in due:
+                if self._listeners is not known and not self._holds(callback):
+                    continue
+                try:
+                    if accepted is None:
+                        method(*args, **kwargs)
+                    else:
+                        method(*args, **_only(accepted, kwargs))
+                except StopTrainingError as error:
+                    stop_request = self.requested_stop = stop_request or error
+                except Exception as error:
+                    add_note(error, _describe_origin(callback, event, args, kwargs))
+                    raise
+            due = () if self._listeners is known else _without(told, self._find_listeners(event))
+            told += due
         if stop_request is not None:
             self.requested_stop = None
             raise stop_request
@@ -176,6 +200,9 @@ class CallbackHandler:
         """Return the callbacks, then those that are nested in one, which leaves the position of the others as it is."""
         return [*self.callbacks, *(each for each in self.with_nested_callbacks() if each not in self.callbacks)]
 
+    def _holds(self, callback: object) -> bool:
+        return any(callback is each for each in self.with_nested_callbacks())
+
     def _named_callbacks(self) -> Iterator[tuple[str, Any]]:
         num_seen: Counter[str] = Counter()
         for callback in self.callbacks:
@@ -197,6 +224,44 @@ class CallbackHandler:
         return self._listeners[event]
 
 
+def _and_tell(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def change(self: _ObservedList, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        self.on_change()
+        return result
+
+    return change
+
+
+class _ObservedList(list[object]):
+    """A list that tells of each change. A copy is a plain list.
+
+    Args:
+        items: What it contains.
+        on_change: Called after each change.
+    """
+
+    def __init__(self, items: Iterable[object], on_change: Callable[[], None]) -> None:
+        super().__init__(items)
+        self.on_change = on_change
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return list, (), None, iter(self)
+
+    append = _and_tell(list.append)
+    extend = _and_tell(list.extend)
+    insert = _and_tell(list.insert)
+    remove = _and_tell(list.remove)
+    pop = _and_tell(list.pop)
+    clear = _and_tell(list.clear)
+    sort = _and_tell(list.sort)
+    reverse = _and_tell(list.reverse)
+    __setitem__ = _and_tell(list.__setitem__)
+    __delitem__ = _and_tell(list.__delitem__)
+    __iadd__ = _and_tell(list.__iadd__)
+
+
 class _Listener(NamedTuple):
     method: Callable[..., object]
     accepted: frozenset[str] | None
@@ -210,6 +275,12 @@ def _implements(callback: object, event: str) -> bool:
     if not callable(method):
         return False
     return getattr(method, "__func__", method) is not getattr(TrainerCallback, event, None)
+
+
+def _without(known: Iterable[_Listener], listeners: Iterable[_Listener]) -> tuple[_Listener, ...]:
+    """Return the listeners whose callbacks are not among the known ones."""
+    known_callbacks = [listener.callback for listener in known]
+    return tuple(new for new in listeners if not any(new.callback is each for each in known_callbacks))
 
 
 def _only(accepted: frozenset[str], kwargs: dict[str, object]) -> dict[str, object]:

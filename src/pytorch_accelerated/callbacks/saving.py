@@ -22,12 +22,17 @@ from pytorch_accelerated._run import Run, library_of, run_of
 from pytorch_accelerated._signals import PREEMPTION_SIGNALS
 from pytorch_accelerated._validation import check_positive_integer, check_positive_number
 from pytorch_accelerated.callbacks.base import TrainerCallback
-from pytorch_accelerated.callbacks.stopping import check_watched_metric, num_values_of, warn_about_direction
+from pytorch_accelerated.callbacks.stopping import (
+    check_watched_metric,
+    measured_metric,
+    num_values_of,
+    warn_about_direction,
+)
 from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from pytorch_accelerated._types import Batch, BatchOutput, MaybeNone, StateDict, StateMapping
     from pytorch_accelerated.progress import TrainingProgress
@@ -121,30 +126,41 @@ class SaveBestModelCallback(TrainerCallback):
         self._save_if_best(trainer)
 
     def _save_if_best(self, trainer: Trainer) -> None:
-        value = library_of(trainer).get_agreed_metric(self.watch_metric)
+        value = measured_metric(trainer, self.watch_metric)
+        if value is None:
+            return
         is_new = self._new_values.look(num_values_of(trainer, self.watch_metric))
         if not is_new or not self._best.is_improved_by(value, self.greater_is_better):
             return
         epoch = trainer.run_history.current_epoch
-        trainer.save_checkpoint(
-            self.save_path,
-            checkpoint_kwargs={self.watch_metric: value, "epoch": epoch},
-            save_optimizer=self.save_optimizer,
-            save_scheduler=self.save_scheduler,
-        )
+        self._write(trainer, {self.watch_metric: value, "epoch": epoch})
         self._best.record(value, epoch)
         self._has_saved = True
 
+    def _write(self, trainer: Trainer, entries: Mapping[str, float]) -> None:
+        # An override of the method may take these keywords only, as in 0.1.61.
+        options = {} if self.save_scheduler else {"save_scheduler": False}
+        trainer.save_checkpoint(
+            save_path=self.save_path, checkpoint_kwargs=entries, save_optimizer=self.save_optimizer, **options
+        )
+
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Load the best model, if this run saved one."""
+        if "intermediate_" in self.watch_metric and not num_values_of(trainer, self.watch_metric):
+            warnings.warn(
+                f"`{type(self).__name__}` watches {self.watch_metric!r}, which the run has not recorded, so no model "
+                "was saved. Pass a smaller interval to `StepBasedEvaluationCallback`.",
+                stacklevel=2,
+            )
         if not (self.load_saved_checkpoint and self._has_saved):
             return
         trainer.print(
             f"Loading the best model: {self.watch_metric} {self.best_metric} in epoch {self.best_metric_epoch}"
         )
-        loaded = {"load_optimizer": self.save_optimizer, "load_scheduler": self.save_scheduler}
+        is_saved = {"load_optimizer": self.save_optimizer, "load_scheduler": self.save_scheduler}
+        options = {name: False for name, value in is_saved.items() if not value}
         try:
-            trainer.load_checkpoint(self.save_path, **loaded)
+            trainer.load_checkpoint(self.save_path, **options)
         except DifferentPartError as error:  # the program has changed the optimizer since, for example added a group
             trainer.print(f"Only the model is loaded, because optimizer or scheduler have changed since: {error}")
             trainer.load_checkpoint(self.save_path, load_optimizer=False, load_scheduler=False)

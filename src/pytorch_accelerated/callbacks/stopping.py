@@ -153,8 +153,8 @@ class EarlyStoppingCallback(TrainerCallback):
         Raises:
             StopTrainingError: The patience is used up.
         """
-        value = library_of(trainer).get_agreed_metric(self.watch_metric)
-        if not self._new_values.look(num_values_of(trainer, self.watch_metric)):
+        value = measured_metric(trainer, self.watch_metric)
+        if value is None or not self._new_values.look(num_values_of(trainer, self.watch_metric)):
             return
         previous = self.best_metric
         if self._counter.update(value):
@@ -203,6 +203,23 @@ def num_values_of(trainer: Trainer, metric_name: str) -> int:
         return len(list(history.get_metric_values(metric_name))) if metric_name in history.get_metric_names() else 0
 
     return run_on_main(count, config.is_world_process_zero, config.num_processes)
+
+
+def measured_metric(trainer: Trainer, metric_name: str) -> float | None:
+    """Return the latest value of a metric on the main process. Must be called on every process.
+
+    Returns:
+        The value; ``None`` if it is one of intermediate evaluations, the first of which is still to come.
+
+    Raises:
+        ValueError: Nothing was recorded under this name, or the value is not a single number.
+    """
+    dataset_name, is_intermediate, _ = metric_name.partition("intermediate_")
+    if is_intermediate:
+        names = (metric_name, f"{dataset_name}intermediate_update")
+        if not any(num_values_of(trainer, name) for name in names):
+            return None
+    return library_of(trainer).get_agreed_metric(metric_name)
 
 
 _GREATER_IS_BETTER = frozenset(

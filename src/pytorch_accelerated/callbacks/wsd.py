@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated._checkpoint.files import PathAttribute, local_path
 from pytorch_accelerated._checkpoint.manifest import read_manifest
+from pytorch_accelerated._checkpoint.resume import entries_of
 from pytorch_accelerated._run import Run, run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.handler import CallbackHandler
@@ -143,7 +144,10 @@ class WSDCheckpointCallback(TrainerCallback):
     def _start_from(self, checkpoint: Path, trainer: Trainer) -> None:
         is_state = checkpoint.is_dir()
         trainer.print(f"Starting from the {_kind(is_state)} {str(checkpoint)!r}.")
-        contents = _load_without_position(trainer, checkpoint) if is_state else trainer.load_checkpoint(checkpoint)
+        if is_state:
+            contents = entries_of(_load_without_position(trainer, checkpoint), "load_training_state")
+        else:
+            contents = entries_of(trainer.load_checkpoint(checkpoint), "load_checkpoint")
         if isinstance(trainer.scheduler, StatefulSchedulerBase):
             trainer.scheduler.num_updates = -1  # the loaded position belongs to the earlier run
             trainer.scheduler.step()

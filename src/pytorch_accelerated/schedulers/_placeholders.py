@@ -12,11 +12,14 @@ from __future__ import annotations
 import copy
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from itertools import permutations
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
+
+from torch.optim.lr_scheduler import OneCycleLR
 
 from pytorch_accelerated._data.loaders import num_batches_of, total_num_batches_of
 
@@ -31,8 +34,11 @@ Number: TypeAlias = "int | float"
 NumberOrPlaceholder: TypeAlias = "Number | TrainerPlaceholderValues | PlaceholderExpression"
 
 
-KnownValues: TypeAlias = "Mapping[TrainerPlaceholderValues | frozenset[TrainerPlaceholderValues], Number | None]"
-"""The number for each placeholder, and for products of two of them that are not the product of their numbers."""
+KnownValues: TypeAlias = "Mapping[TrainerPlaceholderValues | frozenset[TrainerPlaceholderValues], Any]"
+"""The number for each placeholder, ``None`` if it is not known.
+
+In a run that a number of updates ends, also the number for products of epochs with what each epoch has.
+"""
 
 
 _Operation: TypeAlias = "Callable[[_Arithmetic, NumberOrPlaceholder], PlaceholderExpression]"
@@ -84,13 +90,23 @@ class _Arithmetic:
     def __neg__(self) -> PlaceholderExpression:
         return PlaceholderExpression("*", -1, self)
 
+    def _refuse(self, *_: object) -> NoReturn:
+        raise TypeError(
+            f"`{self!r}` stands for a number that is known only in a run, and cannot be used as a number before. Pass "
+            "it as an argument of a `functools.partial`, in which the trainer replaces it."
+        )
+
+    __float__ = __int__ = __index__ = __round__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
 
 class TrainerPlaceholderValues(_Arithmetic, Enum):
     """A number that the trainer knows once a run starts. Use it wherever a schedule needs that number.
 
     Placeholders can be combined with numbers and with each other using ``+ - * / // ** %`` and the unary minus. If
-    ``max_num_train_steps`` ends the run, ``NUM_EPOCHS`` times ``NUM_UPDATE_STEPS_PER_EPOCH`` is that number of updates,
-    so that a schedule of that length ends with the run.
+    ``max_num_train_steps`` ends the run within an epoch, ``NUM_EPOCHS`` counts that epoch, but ``NUM_EPOCHS`` times
+    ``NUM_UPDATE_STEPS_PER_EPOCH`` is the number of updates that the run makes, so that a schedule of that length ends
+    with the run; likewise ``0.1 * NUM_EPOCHS * NUM_UPDATE_STEPS_PER_EPOCH`` is a tenth of that number.
 
     Example:
         >>> TrainerPlaceholderValues.NUM_EPOCHS * TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH // 2
@@ -166,9 +182,7 @@ def resolve_placeholders(value: Any, values: KnownValues) -> Any:
     if isinstance(value, PlaceholderExpression):
         return _evaluate(value, values)
     if isinstance(value, functools.partial):
-        args, keywords = resolve_placeholders((value.args, value.keywords), values)
-        is_same = args is value.args and keywords is value.keywords
-        return value if is_same else functools.partial(value.func, *args, **keywords)
+        return _resolve_partial(value, values)
     if isinstance(value, dict):
         items = {key: resolve_placeholders(item, values) for key, item in value.items()}
         if _are_same(items.values(), value.values()):
@@ -186,8 +200,44 @@ def resolve_placeholders(value: Any, values: KnownValues) -> Any:
     return value
 
 
+def find_placeholder(value: object) -> object:
+    """Return the first placeholder, or expression of placeholders, in a value; ``None`` if there is none.
+
+    Looks into dictionaries, lists and tuples.
+    """
+    if isinstance(value, _Arithmetic):
+        return value
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return next((found for found in map(find_placeholder, items) if found is not None), None)
+
+
+def _resolve_partial(function: functools.partial[Any], values: KnownValues) -> functools.partial[Any]:
+    if getattr(function.func, "_takes_partial_epochs", False):
+        values = {**values, **_partial_epochs(values)}
+    args, keywords = resolve_placeholders((function.args, _with_length(function)), values)
+    is_same = args is function.args and keywords is function.keywords
+    return function if is_same else functools.partial(function.func, *args, **keywords)
+
+
+def _partial_epochs(values: KnownValues) -> KnownValues:
+    """Return the number of epochs as a fraction, in a run that ends within an epoch."""
+    epochs = TrainerPlaceholderValues.NUM_EPOCHS
+    known = _partial_epochs_in(epochs * TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH, values)
+    return {epochs: known[epochs]} if known.get(epochs, 1) % 1 else {}
+
+
+def _with_length(function: functools.partial[Any]) -> dict[str, Any]:
+    """Return the keyword arguments; PyTorch's scheduler that multiplies two of them gets their product instead."""
+    keywords: dict[str, Any] = function.keywords
+    if function.func is not OneCycleLR or keywords.get("total_steps") is not None:
+        return keywords
+    epochs, per_epoch = (keywords.get(name) for name in ("epochs", "steps_per_epoch"))
+    are_placeholders = isinstance(epochs, _Arithmetic) and isinstance(per_epoch, _Arithmetic)
+    return {**keywords, "total_steps": epochs * per_epoch} if are_placeholders else keywords  # type: ignore[operator]
+
+
 def _lookup(placeholder: TrainerPlaceholderValues, values: KnownValues) -> Number:
-    number = values.get(placeholder)
+    number: Number | None = values.get(placeholder)
     if number is None:
         raise ValueError(
             f"`{placeholder}` has no value in this run. It needs what it counts: a number of epochs, or a training or "
@@ -197,25 +247,65 @@ def _lookup(placeholder: TrainerPlaceholderValues, values: KnownValues) -> Numbe
 
 
 def _evaluate(expression: PlaceholderExpression, values: KnownValues) -> Number:
-    limit = values.get(_factors_of(expression))
-    if limit is not None:
-        return limit
-    left = resolve_placeholders(expression.left, values)
-    right = resolve_placeholders(expression.right, values)
+    partial_epochs = _partial_epochs_in(expression, values)
+    left, right = (
+        resolve_placeholders(side, {**values, **partial_epochs}) for side in (expression.left, expression.right)
+    )
     try:
-        return _FUNCTIONS[expression.symbol](left, right)
+        number = _FUNCTIONS[expression.symbol](left, right)
     except ZeroDivisionError as error:
         raise ValueError(
             f"`{expression!r}` is {left!r} {expression.symbol} {right!r} in this run, a division by zero. Expected a "
             "divisor other than 0. Replace the placeholder that is 0 with a number."
         ) from error
+    return int(number + 1e-6) if partial_epochs and _is_whole(expression) else number
 
 
-def _factors_of(expression: PlaceholderExpression) -> frozenset[TrainerPlaceholderValues]:
-    """Return the placeholders whose product an expression is; empty if it is something else."""
-    factors = (expression.left, expression.right) if expression.symbol == "*" else ()
-    placeholders = [factor for factor in factors if isinstance(factor, TrainerPlaceholderValues)]
-    return frozenset(placeholders) if len(placeholders) == len(factors) else frozenset()
+def _partial_epochs_in(expression: PlaceholderExpression, values: KnownValues) -> KnownValues:
+    """Return the number of epochs as a fraction, where it is multiplied by what each epoch has.
+
+    A number of epochs that is rounded, as by ``NUM_EPOCHS // 3``, stays whole.
+    """
+    num_epochs = TrainerPlaceholderValues.NUM_EPOCHS
+    for epochs, other in permutations((expression.left, expression.right)) if expression.symbol == "*" else ():
+        parts = set(_parts_of(epochs))
+        if num_epochs not in parts or parts & {"//", "%", "**"}:
+            continue
+        for placeholder in (part for part in _parts_of(other) if part in _PER_EPOCH):
+            total, per_epoch = values.get(_run_of(placeholder)), values.get(placeholder)
+            if total is not None and per_epoch:
+                return {num_epochs: total / per_epoch}
+            if total is not None and resolve_placeholders(epochs, {**values, num_epochs: 0}) == 0:
+                return {num_epochs: 1, placeholder: total}  # a stream, taken for a single epoch
+    return {}
+
+
+def _is_whole(expression: PlaceholderExpression) -> bool:
+    """Tell whether an expression of whole numbers is a whole number."""
+    parts = list(_parts_of(expression))
+    return "/" not in parts and all(isinstance(part, (str, TrainerPlaceholderValues, Integral)) for part in parts)
+
+
+def _parts_of(value: object) -> Iterator[object]:
+    """Yield the operators, placeholders and numbers of an expression."""
+    if isinstance(value, PlaceholderExpression):
+        yield value.symbol
+        yield from _parts_of(value.left)
+        yield from _parts_of(value.right)
+    else:
+        yield value
+
+
+def _run_of(placeholder: TrainerPlaceholderValues) -> frozenset[TrainerPlaceholderValues]:
+    """Return the key for what a run has, of something that is counted per epoch."""
+    return frozenset((TrainerPlaceholderValues.NUM_EPOCHS, placeholder))
+
+
+_PER_EPOCH: tuple[TrainerPlaceholderValues, ...] = (
+    TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH,
+    TrainerPlaceholderValues.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH,
+    TrainerPlaceholderValues.TRAIN_DATALOADER_LEN,
+)
 
 
 def _are_same(new: Iterable[object], old: Iterable[object]) -> bool:
@@ -245,19 +335,18 @@ def replace_trainer_placeholder_values(trainer: Trainer, instance: Template) -> 
         TrainerPlaceholderValues.TRAIN_DATALOADER_LEN: num_batches_of(train_loader),
         TrainerPlaceholderValues.EVAL_DATALOADER_LEN: total_num_batches_of(eval_loader),
     }
-    resolved: Template = resolve_placeholders(instance, {**values, **_lengths_of(run_config)})
+    totals = _lengths_of(run_config, num_batches_of(train_loader))
+    resolved: Template = resolve_placeholders(instance, {**values, **totals})
     return resolved
 
 
-def _lengths_of(run_config: TrainerRunConfig) -> KnownValues:
+def _lengths_of(run_config: TrainerRunConfig, num_batches_per_epoch: int | None) -> KnownValues:
     """Return the updates and batches of a run that a number of updates ends: not as many as its epochs would have."""
-    if getattr(run_config, "is_limited_by_steps", False) is not True:
-        return {}
     num_updates = run_config.max_num_train_steps
-    num_batches = None if num_updates is None else num_updates * run_config.gradient_accumulation_steps
-    epochs = TrainerPlaceholderValues.NUM_EPOCHS
-    return {
-        frozenset((epochs, TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH)): num_updates,
-        frozenset((epochs, TrainerPlaceholderValues.PER_PROCESS_NUM_UPDATE_STEPS_PER_EPOCH)): num_updates,
-        frozenset((epochs, TrainerPlaceholderValues.TRAIN_DATALOADER_LEN)): num_batches,
-    }
+    if getattr(run_config, "is_limited_by_steps", False) is not True or num_updates is None:
+        return {}
+    per_epoch = run_config.num_update_steps_per_epoch
+    num_epochs, num_updates_left = divmod(num_updates, per_epoch) if per_epoch else (0, num_updates)
+    num_batches = num_epochs * (num_batches_per_epoch or 0) + num_updates_left * run_config.gradient_accumulation_steps
+    totals = (num_updates, num_updates, num_batches)
+    return {_run_of(placeholder): total for placeholder, total in zip(_PER_EPOCH, totals, strict=True)}

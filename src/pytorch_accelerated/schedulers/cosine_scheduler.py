@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pytorch_accelerated.schedulers._placeholders import NumberOrPlaceholder, TrainerPlaceholderValues
 from pytorch_accelerated.schedulers.scheduler_base import (
@@ -111,6 +111,8 @@ class CosineLrScheduler(StatefulSchedulerBase):
         >>> round(optimizer.param_groups[0]["lr"], 6)
         0.4
     """
+
+    _takes_partial_epochs: ClassVar[bool] = True  # of a run that ends within an epoch
 
     def __init__(
         self,

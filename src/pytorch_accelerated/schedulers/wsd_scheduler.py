@@ -13,7 +13,7 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 from pytorch_accelerated.exceptions import SchedulerSettingsError
 from pytorch_accelerated.schedulers._placeholders import NumberOrPlaceholder, TrainerPlaceholderValues
@@ -237,6 +237,7 @@ class WSDLrScheduler(StatefulSchedulerBase):
         'decay'
     """
 
+    _takes_partial_epochs: ClassVar[bool] = True  # of a run that ends within an epoch
     checkpoint_steps: list[int]
     checkpoint_decay_info: list[DecayInfo]
 
@@ -360,6 +361,12 @@ class WSDLrScheduler(StatefulSchedulerBase):
             "checkpoint_step": period["period_end"],
             "is_checkpoint": step == period["period_end"],
         }
+
+    def _get_checkpoint_info(self, num_updates: int) -> tuple[int, int]:
+        """Return the length of the period after this number of updates, and how many of them are in it."""
+        later = (info for info in self.checkpoint_decay_info if num_updates < info["period_end"])
+        period = next(later, self.checkpoint_decay_info[-1])
+        return period["period_end"] - period["period_start"], num_updates - period["period_start"]
 
     def get_current_phase_info(self) -> PhaseInfo:
         """Return the current period and phase of the schedule."""

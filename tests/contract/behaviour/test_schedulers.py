@@ -286,13 +286,13 @@ def test_the_schedule_is_as_long_as_the_epochs_that_a_limit_of_updates_leaves(nu
 
 @pytest.mark.parametrize("settings", WSD_SETTINGS, ids=str)
 @pytest.mark.parametrize("limit", [20, 25])
-def test_rates_under_a_limit_of_updates_follow_the_schedule_of_the_epochs_of_the_run(limit, settings):
-    """Rows 1.7, 4.1."""
+def test_the_schedule_ends_with_the_run_under_a_limit_of_updates(limit, settings):
+    """Rows 1.7, 4.1; within an epoch ours, where 0.1.61 trains the start of a schedule over the whole epoch."""
     configs = []
     recorder, _ = recorder_of(lambda trainer: configs.append(trainer.run_config), "on_training_run_end")
     rates = rates_of_run(create_wsd(settings), recorder, max_num_train_steps=limit)
-    total = configs[0].num_epochs * configs[0].num_update_steps_per_epoch
-    np.testing.assert_allclose(rates, expected_wsd(total, settings, limit + 1), **EXACT)
+    assert configs[0].num_epochs == math.ceil(limit / BATCHES_PER_EPOCH)
+    np.testing.assert_allclose(rates, expected_wsd(limit, settings, limit + 1), **EXACT)
 
 
 def test_the_checkpoints_are_where_they_were_promised():
@@ -606,12 +606,13 @@ def test_cosine_rates_follow_the_formula_under_the_trainer(settings):
 @pytest.mark.parametrize("settings", COSINE_SETTINGS, ids=str)
 @pytest.mark.parametrize("limit", [20, 25])
 @pytest.mark.filterwarnings("ignore:`num_warmup_epochs` is 2 and `num_cooldown_epochs` is 2:UserWarning")
-def test_cosine_rates_under_a_limit_of_updates_follow_the_schedule_of_the_epochs_of_the_run(limit, settings):
-    """Rows 2.1, 4.1."""
+def test_the_cosine_ends_with_the_run_under_a_limit_of_updates(limit, settings):
+    """Rows 2.1, 4.1; within an epoch ours, where 0.1.61 trains the start of a schedule over the whole epoch."""
     configs = []
     recorder, _ = recorder_of(lambda trainer: configs.append(trainer.run_config), "on_training_run_end")
     rates = rates_of_run(CosineLrScheduler.create_scheduler_fn(**settings), recorder, max_num_train_steps=limit)
-    expected = expected_cosine(configs[0].num_epochs, settings, limit + 1)
+    assert configs[0].num_epochs == math.ceil(limit / BATCHES_PER_EPOCH)
+    expected = expected_cosine(limit / BATCHES_PER_EPOCH, settings, limit + 1)
     np.testing.assert_allclose(rates, expected, **EXACT)
 
 

@@ -83,6 +83,7 @@ def subclass(base=Trainer, **members):
         (10, 4, 1, None, 10),
     ],
 )
+@pytest.mark.filterwarnings("ignore:`create_scheduler_fn` returned None:UserWarning")
 def test_the_number_of_epochs_is_that_of_the_run(num_epochs, num_batches, num_accumulated, limit, expected):
     """Row 4.1."""
     trainer = make_trainer()
@@ -527,7 +528,7 @@ def test_an_extended_epoch_loop_keeps_the_order_of_events_and_resumes_exactly(tm
     cls = subclass(HookRecorder, _run_train_epoch=run_train_epoch)
     log = []
     trainer = make_trainer(cls=cls, log=log, callbacks=[EventRecorder(log)])
-    train(trainer, 4)
+    train(trainer, 4, create_scheduler_fn=CosineLrScheduler.create_scheduler_fn())
     start = log.index("on_train_step_start")
     assert log[start : log.index("on_train_step_end")] == [
         *STEP[:-1],
