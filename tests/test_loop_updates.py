@@ -9,8 +9,20 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
+from torch.utils.data import TensorDataset
 
-from _support import EventRecorder, make_dataset, make_model, make_trainer, recorder_of, train
+from _support import (
+    IN_ORDER,
+    EventRecorder,
+    Probe,
+    draw_parameters,
+    make_dataset,
+    make_model,
+    make_trainer,
+    recorder_of,
+    train,
+    weights_of,
+)
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated.callbacks import EarlyStoppingCallback, TerminateOnNaNCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError
@@ -244,3 +256,55 @@ def test_a_timm_trainer_trains_without_a_scheduler():
     trainer = make_trainer(cls=TrainerWithTimmScheduler)
     train(trainer)
     assert trainer.num_updates == 4
+
+
+# --- sparse gradients --------------------------------------------------------------------------------------------
+
+
+class Words(nn.Module):
+    def __init__(self, is_sparse):
+        super().__init__()
+        self.words = nn.Embedding(30, 4, sparse=is_sparse)
+        self.out = nn.Linear(4, 1)
+        draw_parameters(self, seed=4)
+
+    def forward(self, words):
+        return self.out(self.words(words).mean(1))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    "clipping",
+    [
+        {"gradient_clip_norm": 0.1},
+        {"gradient_clip_norm": math.inf},
+        {"gradient_clip_value": 0.01},
+        {"gradient_clip_norm": 0.1, "gradient_clip_value": 0.05},
+    ],
+)
+def test_sparse_gradients_are_clipped_as_dense_ones(clipping, accumulation):
+    """Words occur several times in a batch, and the last window of updates is short."""
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(0, 30, (22, 5), generator=generator)
+    dataset = TensorDataset(words, 5 * torch.randn(22, 1, generator=generator))
+    weights, norms = [], []
+    for is_sparse in (True, False):
+        model = Words(is_sparse)
+        of_updates = []
+        probe = Probe(on_optimizer_step_end=lambda trainer, seen=of_updates: seen.append(trainer.gradient_norm))
+        trainer = Trainer(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.5), callbacks=[probe])
+        trainer.train(
+            dataset,
+            num_epochs=2,
+            per_device_batch_size=5,
+            train_dataloader_kwargs=IN_ORDER,
+            gradient_accumulation_steps=accumulation,
+            **clipping,
+        )
+        weights.append(weights_of(model))
+        norms.append([None if norm is None else float(norm) for norm in of_updates])
+    torch.testing.assert_close(weights[0], weights[1])
+    if "gradient_clip_norm" in clipping:
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    else:
+        assert norms[0] == norms[1] == [None] * len(norms[0])

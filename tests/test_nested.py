@@ -153,29 +153,3 @@ def test_on_host_moves_the_tensors_and_keeps_the_structure():
     assert type(moved["b"][0]) is Pair
     assert torch.equal(moved["a"], outputs["a"])
     assert {moved["a"].device.type, moved["b"][0].left.device.type} == {"cpu"}
-
-
-def test_tensors_are_concatenated_along_the_first_dimension():
-    joined = _nested.concatenate([torch.ones(2, 3), torch.zeros(0, 3), torch.zeros(1, 3)])
-    assert joined.tolist() == [[1.0] * 3, [1.0] * 3, [0.0] * 3]
-
-
-def test_scalars_are_stacked_and_other_values_become_a_list():
-    assert _nested.concatenate([torch.tensor(1.0), torch.tensor(2.0)]).tolist() == [1.0, 2.0]
-    assert _nested.concatenate([["a"], ["b"]]) == [["a", "b"]]
-    assert _nested.concatenate([None]) == [None]
-
-
-def test_nested_structures_are_concatenated_item_by_item():
-    parts = [{"a": [torch.ones(1) * k], "b": (Pair(torch.ones(2) * k, k),)} for k in range(2)]
-    joined = _nested.concatenate(parts)
-    assert joined["a"][0].tolist() == [0.0, 1.0]
-    pair = joined["b"][0]
-    assert (type(joined["a"]), type(joined["b"]), type(pair)) == (list, tuple, Pair)
-    assert pair.left.tolist() == [0.0, 0.0, 1.0, 1.0]
-    assert pair.right == [0, 1]
-
-
-def test_parts_of_different_structure_are_not_concatenated():
-    with pytest.raises(ValueError, match="zip"):
-        _nested.concatenate([[torch.ones(1)], [torch.ones(1), torch.ones(1)]])

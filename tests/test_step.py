@@ -7,6 +7,7 @@ from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -214,3 +215,22 @@ def test_an_error_in_the_backward_pass_of_a_valid_loss_is_raised_unchanged():
     with pytest.raises(RuntimeError) as caught:
         raise_bad_loss(torch.ones(1, requires_grad=True).sum(), error)
     assert caught.value is error
+
+
+@pytest.mark.parametrize("name", ["num_items_in_batch", "batch_size"])
+@pytest.mark.parametrize("value", ["four", "4", [4], (1, 2), 4j, {}, torch.ones(2), np.ones(2)])
+def test_a_weight_or_size_that_is_no_number_is_refused_by_its_name(name, value):
+    with pytest.raises(TypeError, match=rf"A step returned `{name}` as .*Expected a single number"):
+        read_batch_output({"loss": 1, "batch_size": 4, name: value}, "hook")
+
+
+@pytest.mark.parametrize(
+    "value", [4, 4.0, np.int64(4), np.array(4), np.array([4]), torch.tensor(4), torch.tensor([4.0])]
+)
+def test_a_weight_or_size_may_be_any_single_number(value):
+    weight, size = read_batch_output({"loss": 1, "batch_size": value, "num_items_in_batch": value}, "hook")
+    assert float(weight) == size == 4
+
+
+def test_a_weight_of_none_counts_as_not_given():
+    assert read_batch_output({"loss": 1, "batch_size": 4, "num_items_in_batch": None}, "hook") == (4, 4)

@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import pickle
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -330,7 +331,7 @@ def test_a_metric_of_a_step_with_the_name_of_the_loss_is_refused(name):
         EpochMeans().update_metrics({"metrics": {name: 1.0}}, 4)
 
 
-@pytest.mark.parametrize("value", [None, "high", [0.1, 0.2], {"a": 1}, np.ones(2)])
+@pytest.mark.parametrize("value", [None, "high", "0.5", b"1", 1j, torch.tensor(1j), [0.1, 0.2], {"a": 1}, np.ones(2)])
 def test_a_metric_of_a_step_that_is_no_number_is_refused_by_its_name(value):
     with pytest.raises(TypeError, match=r"The metric 'f1' of a step is .*Expected a number"):
         EpochMeans().update_metrics({"metrics": {"f1": value}}, 4)
@@ -342,7 +343,17 @@ def test_a_metric_of_a_step_without_a_name_is_refused():
 
 
 @pytest.mark.parametrize(
-    "value", [0.5, np.float32(0.5), np.array(0.5), torch.tensor(0.5), torch.full((1, 1), 0.5), True, "0.5"]
+    "value",
+    [
+        0.5,
+        Fraction(1, 2),
+        np.float32(0.5),
+        np.array(0.5),
+        np.full((1, 1), 0.5),
+        torch.tensor(0.5),
+        torch.full((1, 1), 0.5),
+        True,
+    ],
 )
 def test_a_metric_of_a_step_may_be_any_single_number(value):
     means = EpochMeans()
@@ -350,6 +361,14 @@ def test_a_metric_of_a_step_may_be_any_single_number(value):
     total, weight = means.sums("train_loss_epoch")["train_f1"]
     assert float(total) == (4 if value is True else 2)
     assert weight == 4
+
+
+@pytest.mark.parametrize("metrics", [[0.5], "high", 0.5, torch.tensor([0.5, 1.0])])
+def test_metrics_that_have_no_names_are_for_callbacks_only(metrics):
+    means = EpochMeans()
+    with pytest.warns(UserWarning, match=r"A step returned `metrics` of type .*Only callbacks will see it"):
+        means.update_metrics({"metrics": metrics}, 4)
+    assert list(means.sums("train_loss_epoch")) == ["train_loss_epoch"]
 
 
 @pytest.mark.parametrize("name", ["loss", "loss_epoch"])

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from _numbers import EVALUATED_LENGTHS, evaluations, expected_evaluations
-from _support import Batches, Samples, make_dataset, make_indexed_dataset, make_model, make_trainer
+from _predicting import (
+    EXPECTED_OF_LANGUAGE_MODEL,
+    LanguageOutput,
+    Predicting,
+    Scores,
+    indices_of,
+    language_model_predictions,
+)
+from _support import Batches, Probe, Samples, make_dataset, make_indexed_dataset, make_model, make_trainer
 from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import LimitBatchesCallback, ProgressBarCallback
 
 
 @pytest.mark.parametrize("is_in_memory", [True, False])
@@ -86,3 +98,157 @@ def test_a_failed_predict_leaves_the_evaluation_dataset_unchanged():
 def test_a_single_process_gets_the_outputs_as_the_main_process(on_every_process):
     outputs = make_trainer().predict(make_dataset(3), on_every_process=on_every_process)
     assert outputs.shape == (3, 1)
+
+
+# --- what is kept ------------------------------------------------------------------------------------------------
+
+
+def predict(form, data, **settings):
+    return Trainer(Predicting(form), None, None, callbacks=()).predict(data, 2, **settings)
+
+
+def several(x):
+    return {"a": x, "b": 2 * x, "count": len(x)}
+
+
+@pytest.mark.parametrize(
+    ("form", "choice", "expected"),
+    [
+        (several, "b", [2, 4, 6]),
+        (several, ["b", "a"], {"b": [2, 4, 6], "a": [1, 2, 3]}),
+        (several, ("a",), {"a": [1, 2, 3]}),
+        (several, lambda outputs: outputs["b"] + 1, [3, 5, 7]),
+        (lambda x: (x, 2 * x, 3 * x), 1, [2, 4, 6]),
+        (lambda x: (x, 2 * x, 3 * x), [2, 0], [[3, 6, 9], [1, 2, 3]]),
+        (lambda x: Scores(x, 2 * x), "notes", [2, 4, 6]),
+        (lambda x: LanguageOutput(x.mean(), 2 * x), "logits", [2, 4, 6]),
+        (lambda x: {"a": x, "past_key_values": 3 * x}, "past_key_values", [3, 6, 9]),
+    ],
+)
+def test_outputs_chooses_what_is_kept(form, choice, expected):
+    assert flat(predict(form, indices_of(3), outputs=choice)) == expected
+
+
+def flat(outputs):
+    if isinstance(outputs, dict):
+        return {name: flat(item) for name, item in outputs.items()}
+    return [flat(item) for item in outputs] if isinstance(outputs, tuple) else outputs.flatten().tolist()
+
+
+def test_a_choice_of_a_dataclass_leaves_the_others_empty_without_a_warning(recwarn):
+    outputs = predict(lambda x: LanguageOutput(x.mean(), 2 * x, x), indices_of(3), outputs=["logits"])
+    assert type(outputs) is LanguageOutput
+    assert (outputs.loss, flat(outputs.logits), outputs.past_key_values) == (None, [2, 4, 6], None)
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("form", "choice", "message"),
+    [
+        (several, "logit", r"asks for \['logit'\], but the model returned a dict with \['a', 'b', 'count'\]"),
+        (lambda x: (x, x), [0, 2], r"asks for \[2\], but the model returned a tuple with \[0, 1\]"),
+        (lambda x: x, "a", r"asks for \['a'\], but the model returned a Tensor with \[\]"),
+    ],
+)
+def test_a_choice_that_the_model_does_not_return_is_refused(form, choice, message):
+    with pytest.raises(ValueError, match=message):
+        predict(form, indices_of(3), outputs=choice)
+
+
+Labelled = namedtuple("Labelled", ["x", "label"])
+PAIRS = [(torch.tensor([float(k)]), torch.tensor(k)) for k in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("data", "collate_fn"),
+    [
+        (PAIRS, None),
+        ([{"inputs": x, "labels": y} for x, y in PAIRS], None),
+        ([{"inputs": x, "y": y} for x, y in PAIRS], None),
+        (PAIRS, lambda samples: Labelled(*map(torch.stack, zip(*samples, strict=True)))),
+    ],
+)
+def test_targets_are_returned_beside_the_outputs(data, collate_fn):
+    class OfInputs(Trainer):
+        def calculate_predictions(self, batch):
+            return next(iter(batch.values() if isinstance(batch, dict) else batch)) * 2
+
+    trainer = OfInputs(nn.Identity(), None, None, callbacks=())
+    outputs, targets = trainer.predict(data, 2, collate_fn=collate_fn, return_targets=True)
+    assert flat(outputs) == [0, 2, 4, 6, 8]
+    assert targets.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_targets_of_other_numbers_in_each_sample_are_returned_as_lists():
+    """As detectors get them: images and targets are tuples."""
+    data = [(torch.ones(1) * k, {"boxes": torch.full((k % 3, 4), k)}) for k in range(5)]
+
+    class Detector(Trainer):
+        def calculate_predictions(self, batch):
+            return [{"boxes": target["boxes"] * 2} for target in batch[1]]
+
+    trainer = Detector(nn.Identity(), None, None, callbacks=())
+    outputs, targets = trainer.predict(
+        data, 2, collate_fn=lambda samples: tuple(zip(*samples, strict=True)), return_targets=True
+    )
+    assert [target["boxes"].tolist() for target in targets] == [target["boxes"].tolist() for _, target in data]
+    assert [output["boxes"].tolist() for output in outputs] == [(2 * target["boxes"]).tolist() for _, target in data]
+
+
+def test_data_without_targets_are_refused_if_these_are_wanted():
+    with pytest.raises(ValueError, match=r"`return_targets` is set, but no targets were found in a batch.*a Tensor"):
+        predict(lambda x: x, indices_of(3), return_targets=True)
+
+
+def test_several_datasets_are_predicted_by_name_with_loaders_of_their_own():
+    data = {"a": indices_of(3), "b": DataLoader(indices_of(7), batch_size=5), "c": TensorDataset(torch.ones(1, 1))}
+    outputs = predict(lambda x: x, data)
+    assert flat(outputs) == {"a": [1, 2, 3], "b": [1, 2, 3, 4, 5, 6, 7], "c": [1]}
+
+
+def test_a_limit_of_batches_holds_for_predictions(monkeypatch):
+    assert len(Trainer(nn.Identity(), None, None, callbacks=[LimitBatchesCallback(2)]).predict(indices_of(9), 3)) == 6
+    monkeypatch.setenv("PT_ACC_LIMIT_BATCHES", "1")
+    assert len(Trainer(nn.Identity(), None, None, callbacks=()).predict(indices_of(9), 3)) == 3
+
+
+def test_predictions_have_no_gradients_whatever_calculates_them():
+    class WithGradients(Trainer):
+        def calculate_predictions(self, batch):
+            with torch.enable_grad():
+                outputs = self.model(batch[0])
+            return {"rows": outputs, "each": [{"row": row} for row in outputs], "mean": outputs.mean()}
+
+    outputs = WithGradients(make_model(), None, None, callbacks=()).predict(make_dataset(5), 2)
+    tensors = [outputs["rows"], outputs["mean"], *(each["row"] for each in outputs["each"])]
+    assert not any(tensor.requires_grad for tensor in tensors)
+
+
+# --- the progress bar --------------------------------------------------------------------------------------------
+
+
+def test_a_progress_bar_shows_the_batches_if_the_trainer_has_progress_bars(capsys):
+    Trainer(nn.Identity(), None, None, callbacks=[ProgressBarCallback]).predict(indices_of(5), 2)
+    assert "Predicting: 100%" in (shown := capsys.readouterr().err)
+    assert "3/3" in shown
+    Trainer(nn.Identity(), None, None, callbacks=()).predict(indices_of(5), 2)
+    assert "Predicting" not in capsys.readouterr().err
+
+
+def test_predictions_within_a_run_have_no_bar_of_their_own(capsys):
+    probe = Probe(on_train_epoch_end=lambda trainer: trainer.predict(make_dataset(4)))
+    trainer = make_trainer(callbacks=[ProgressBarCallback(), probe])
+    trainer.train(make_dataset(4), num_epochs=1)
+    shown = capsys.readouterr().err
+    assert "1/1" in shown
+    assert "Predicting" not in shown
+
+
+# --- a language model --------------------------------------------------------------------------------------------
+
+
+def test_a_causal_language_model_of_transformers_predicts_ragged_batches_in_order():
+    pytest.importorskip("transformers", reason="the models of transformers are not needed otherwise")
+    predicted = language_model_predictions()
+    assert predicted.pop("largest difference") < 1e-5
+    assert predicted == EXPECTED_OF_LANGUAGE_MODEL

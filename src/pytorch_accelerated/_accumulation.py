@@ -158,10 +158,27 @@ def scale_gradients(parameters: Iterable[torch.Tensor], factor: float | torch.Te
 
 def clip_gradients(parameters: list[torch.Tensor], max_value: float | None, max_norm: float | None) -> None:
     """Clip complete gradients, first each entry, then their total norm; ``None`` for no bound."""
+    dense = list(with_dense_gradients(parameters))
     if max_value is not None:
-        nn.utils.clip_grad_value_(parameters, max_value)
+        nn.utils.clip_grad_value_(dense, max_value)
     if max_norm is not None:
-        nn.utils.clip_grad_norm_(parameters, max_norm)
+        nn.utils.clip_grad_norm_(dense, max_norm)
+
+
+def with_dense_gradients(parameters: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield parameters; for one with a sparse gradient, a tensor whose gradient is the values of that one.
+
+    What changes the gradients in place then changes the sparse ones too, and their norm is the same. The functions of
+    PyTorch for clipping do not take sparse gradients.
+    """
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None and gradient.is_sparse:
+            parameter.grad = gradient = gradient.coalesce()  # an index that occurs twice has one gradient
+            values = gradient.values()
+            parameter = torch.empty_like(values)
+            parameter.grad = values
+        yield parameter
 
 
 # --- the parameters ----------------------------------------------------------------------------------------------

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from typing import NoReturn
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
+from pytorch_accelerated._nested import named_items
 from pytorch_accelerated._types import Batch, Nested
 
 LABEL_NAMES = ("labels", "label", "targets", "target", "y")
@@ -60,7 +61,7 @@ def size_of_batch(batch: Batch) -> int:
         >>> size_of_batch({"scale": torch.ones(1), "x": torch.zeros(8, 4), "labels": torch.zeros(8)})
         8
     """
-    named = _as_mapping(batch)
+    named = named_items(batch)
     if named is not None:
         sizes = _sizes_of_labels(named) or _sizes_of_parts(named)
     elif isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence):
@@ -72,26 +73,64 @@ def size_of_batch(batch: Batch) -> int:
     return sizes[0]
 
 
+def size_of_predictions(batch: Batch, outputs: Nested, expected: int | None = None) -> int:
+    """Return the number of samples in a batch, from which a model made its outputs.
+
+    That is the expected number, if anything in the outputs or the batch has this length. Otherwise a length that both
+    have counts.
+
+    Args:
+        batch: What the model got, in any form.
+        outputs: What it returned, in any form: tensors with a row for each sample, or lists with an entry for each.
+        expected: The number of samples that the loader puts into the batch; ``None`` if that is not known.
+
+    Example:
+        >>> size_of_predictions(torch.zeros(5, 3, 2), torch.zeros(3, 1), expected=3)
+        3
+        >>> size_of_predictions(["a", "b"], {"logits": torch.zeros(2, 7), "weights": torch.zeros(7, 4)})
+        2
+    """
+    of_batch, of_outputs = _all_lengths(batch, is_batch=True), _all_lengths(outputs)
+    if expected is not None and expected in (*of_outputs, *of_batch):
+        return expected
+    shared = [size for size in of_batch if size in of_outputs]
+    return (shared or of_outputs or of_batch or [1])[0]
+
+
+def _all_lengths(value: Nested, is_batch: bool = False) -> list[int]:
+    """Return the lengths of the tensors, arrays and lists in a batch or in outputs, the most likely size first."""
+    if isinstance(value, torch.Tensor):
+        return [value.size(0)] if value.ndim > 0 else []
+    if isinstance(value, np.ndarray):
+        return [len(value)] if value.ndim > 0 else []
+    if isinstance(value, PackedSequence):
+        return [int(value.batch_sizes[0])]
+    named = named_items(value)
+    if named is not None:
+        labels = [named[name] for name in LABEL_NAMES if is_batch and name in named]
+        of_labels = [size for label in labels for size in _all_lengths(label)]
+        return list(dict.fromkeys([*of_labels, *_by_frequency([_all_lengths(part) for part in named.values()])]))
+    if not isinstance(value, (tuple, list)):
+        return []
+    parts = [_all_lengths(part) for part in value]
+    if is_batch:  # the second item of a batch is its targets
+        return list(dict.fromkeys(size for sizes in [*parts[1:2], *parts, [len(value)]] for size in sizes))
+    shared = [size for size in parts[0] if all(size in sizes for sizes in parts)] if parts else []
+    if len({type(part) for part in value}) == 1 and not isinstance(value[0], (torch.Tensor, np.ndarray)):
+        return [len(value), *shared]
+    return list(dict.fromkeys([*shared, *_by_frequency(parts), len(value)]))
+
+
 def _possible_sizes(value: Nested) -> list[int]:
     """Return what the number of samples in a part of a batch may be, the most likely first; empty if nothing tells."""
     if isinstance(value, torch.Tensor):
         return [value.size(0)] if value.ndim > 0 else []
     if isinstance(value, PackedSequence):
         return [int(value.batch_sizes[0])]
-    named = _as_mapping(value)
+    named = named_items(value)
     if named is not None:
         return _sizes_of_labels(named) or _by_frequency([_possible_sizes(part) for part in named.values()])
     return _sizes_of_sequence(value) if isinstance(value, (tuple, list)) else []
-
-
-def _as_mapping(value: Nested) -> Mapping[str, Nested] | None:
-    """Return the parts of a mapping, a dataclass or a named tuple by name; ``None`` for anything else."""
-    if isinstance(value, Mapping):
-        return value
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
-    is_named_tuple = hasattr(value, "_asdict") and not isinstance(value, PackedSequence)
-    return value._asdict() if is_named_tuple else None
 
 
 def _sizes_of_labels(batch: Mapping[str, Nested]) -> list[int]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from pytorch_accelerated._accumulation import clip_gradients, scale_gradients
+from pytorch_accelerated._accumulation import clip_gradients, scale_gradients, with_dense_gradients
 from pytorch_accelerated._data.limits import LimitBatches
 from pytorch_accelerated._data.loaders import (
     EXACT,
@@ -31,10 +31,10 @@ from pytorch_accelerated._distributed.collectives import (
 )
 from pytorch_accelerated._distributed.consensus import can_skip_exchange, overrides_any
 from pytorch_accelerated._distributed.fast_path import choose_no_sync
-from pytorch_accelerated._nested import concatenate, count_rows, first_rows, on_host
 from pytorch_accelerated._optimizers.checks import as_optimizer, choose_optimizer, warn_about_missing_parameters
 from pytorch_accelerated._optimizers.closure import WindowStep, scaled
 from pytorch_accelerated._optimizers.group import discard_gradients, parameters_of
+from pytorch_accelerated._predictions import Predictions, PredictionSettings, caches_of
 from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute, run_of
 from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated._step import batch_loss, mean_loss, predictions, raise_bad_loss, read_batch_output
@@ -716,11 +716,11 @@ class TrainingLoop:
         config, outside = self._loop_run.config, self._loop_run.outside_parameters
         # The gradients are unscaled already. With a scaler, Accelerate's functions would unscale them a second time.
         clip_functions: Any = self._accelerator if self._accelerator.scaler is None else nn.utils
+        parameters = list(with_dense_gradients(outside.together_with(self.model)))
         if config.gradient_clip_value is not None:
-            clip_functions.clip_grad_value_(outside.together_with(self.model), config.gradient_clip_value)
+            clip_functions.clip_grad_value_(parameters, config.gradient_clip_value)
         if config.gradient_clip_norm is not None:
-            norm = clip_functions.clip_grad_norm_(outside.together_with(self.model), config.gradient_clip_norm)
-            self._loop_run.gradient_norm = norm
+            self._loop_run.gradient_norm = clip_functions.clip_grad_norm_(parameters, config.gradient_clip_norm)
 
     def _loop_end_train_step(self, step: int) -> None:
         run = self._loop_run
@@ -816,25 +816,21 @@ class TrainingLoop:
                 self.run_history.update_metric("update", training.progress.num_updates)
             yield
 
-    def _loop_predict(self, on_every_process: bool, move_to_host: bool) -> ModelOutput:
-        run = self._loop_run
-        is_kept = on_every_process or run.config.is_world_process_zero
-        outputs = []
+    def _loop_predict(self, settings: PredictionSettings) -> dict[str, ModelOutput]:
+        """Return the outputs for each of the datasets of the run, by name."""
         for callback in self.callback_handler.callbacks:  # predictions have no events
             if isinstance(callback, LimitBatchesCallback):
                 self.limit_batches(callback.num_batches)
+        run, config = self._loop_run, self._loop_run.config
+        results = {}
         with run.training.optimizer_mode.evaluating(self.optimizer), preserve_rng_state(), torch.no_grad():
-            self.eval_epoch_start()
-            loader = run.eval_dataloaders[""]
-            sharding = sharding_of(loader)
-            for step, batch, _ in enumerate_batches(loader):
-                local = self.calculate_predictions(batch)
-                if sharding is not None and sharding.is_dummy(step):
-                    local = first_rows(local, count_rows(local), 0)
-                gathered = self.gather(local)
-                if is_kept:
-                    outputs.append(on_host(gathered) if move_to_host else gathered)
-        return concatenate(outputs) if is_kept else None
+            for name, loader in run.eval_dataloaders.items():
+                run.set_data_epoch(run.seeded_eval_loaders, loader, 0, run.seed)
+                self.eval_epoch_start()
+                rank, caches = self._accelerator.process_index, caches_of(self.get_model())
+                predictions = Predictions(settings, config, loader, self.device, rank, caches)
+                results[name] = predictions.of_all_batches(self.calculate_predictions)
+        return results
 
     # --- what a run records --------------------------------------------------------------------------------------
 

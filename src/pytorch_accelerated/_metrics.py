@@ -1,4 +1,4 @@
-"""Is a metric value better than the best so far, and has it failed to improve for too long?"""
+"""Values of metrics: is it a number, is it better than the best so far, has it failed to improve for too long?"""
 
 from __future__ import annotations
 
@@ -7,10 +7,32 @@ import operator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytorch_accelerated._types import StateDict, StateMapping
+
+
+def one_number(value: object) -> float | torch.Tensor | None:
+    """Return what is a single real number, of any type, as a number or a tensor with one element; otherwise ``None``.
+
+    Example:
+        >>> one_number(np.array([0.5])), one_number(True), one_number("0.5"), one_number([0.5, 1.0])
+        (0.5, 1.0, None, None)
+    """
+    if isinstance(value, torch.Tensor):
+        return value if value.numel() == 1 and not value.is_complex() else None
+    if isinstance(value, (np.ndarray, np.generic)):
+        return float(value.item()) if value.size == 1 and value.dtype.kind in "biuf" else None
+    if isinstance(value, (str, bytes, bytearray)):
+        return None
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
 
 
 def is_better(value: float, best: float | None, greater_is_better: bool, threshold: float = 0.0) -> bool:

@@ -7,9 +7,10 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 from pytorch_accelerated._types import Batch, Nested
 
@@ -64,6 +65,23 @@ def like_mapping(original: Mapping[Key, Item], items: dict[Key, Item]) -> Mappin
     return items if isinstance(original, defaultdict) else create(items)
 
 
+def named_items(value: Nested) -> Mapping[Any, Nested] | None:
+    """Return what is in a mapping, a dataclass or a named tuple, by name; ``None`` for anything else.
+
+    A dataclass that is a mapping too, such as an output of transformers, shows its fields.
+
+    Example:
+        >>> named_items({"logits": 1})
+        {'logits': 1}
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return value
+    is_named_tuple = hasattr(value, "_asdict") and not isinstance(value, PackedSequence)
+    return value._asdict() if is_named_tuple else None
+
+
 def rebuild(value: Nested, change: Callable[[Nested], Nested]) -> Nested:
     """Return a mapping, sequence or dataclass of the same type, with ``change`` applied to each item.
 
@@ -73,18 +91,24 @@ def rebuild(value: Nested, change: Callable[[Nested], Nested]) -> Nested:
         >>> rebuild({"a": 1, "b": 2}, str)
         {'a': '1', 'b': '2'}
     """
+    if is_dataclass(value) and not isinstance(value, type):
+        return _rebuild_dataclass(value, {field.name: change(getattr(value, field.name)) for field in fields(value)})
     if isinstance(value, Mapping):
         return like_mapping(value, {name: change(item) for name, item in value.items()})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*map(change, value))
     if isinstance(value, (tuple, list)):
         return type(value)(map(change, value))
-    if is_dataclass(value) and not isinstance(value, type):
-        changed = copy.copy(value)  # its `__init__` may not take all fields as arguments
-        for field in fields(value):
-            object.__setattr__(changed, field.name, change(getattr(value, field.name)))
-        return changed
     return value
+
+
+def _rebuild_dataclass(value: Nested, items: Mapping[str, Nested]) -> Nested:
+    if isinstance(value, Mapping):  # its fields are its items too
+        return type(value)(**items)
+    changed = copy.copy(value)  # its `__init__` may not take all fields as arguments
+    for name, item in items.items():
+        object.__setattr__(changed, name, item)
+    return changed
 
 
 def move_to_device(batch: Batch, device: torch.device, non_blocking: bool = False) -> Batch:
@@ -127,23 +151,3 @@ def repeat_rows(value: Nested, num_rows: int, num_wanted: int) -> Nested:
 def on_host(outputs: Nested) -> Nested:
     """Return outputs copied to host memory, which frees the memory of the device."""
     return move_to_device(outputs, torch.device("cpu"))
-
-
-def concatenate(parts: list[Nested]) -> Nested:
-    """Join the outputs of consecutive batches along the first dimension, at any depth.
-
-    Tensors without dimensions are stacked. Items that are not tensors become a list.
-
-    Example:
-        >>> concatenate([{"a": torch.zeros(2)}, {"a": torch.ones(1)}])
-        {'a': tensor([0., 0., 1.])}
-    """
-    first = parts[0]
-    if isinstance(first, torch.Tensor):
-        return torch.stack(parts) if first.ndim == 0 else torch.cat(parts)
-    if isinstance(first, Mapping):
-        return {name: concatenate([part[name] for part in parts]) for name in first}
-    if isinstance(first, (tuple, list)):
-        joined = [concatenate(list(items)) for items in zip(*parts, strict=True)]
-        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
-    return parts

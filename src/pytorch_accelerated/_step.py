@@ -12,6 +12,7 @@ import torch
 
 from pytorch_accelerated._batch_size import size_of_batch, size_of_pair
 from pytorch_accelerated._data.workers import is_worker_failure
+from pytorch_accelerated._metrics import one_number
 from pytorch_accelerated._nested import rebuild
 from pytorch_accelerated._types import Batch, BatchOutput, LossFunction, ModelOutput, Nested
 from pytorch_accelerated._validation import check_loss_func
@@ -147,7 +148,7 @@ def read_batch_output(
         number of samples.
 
     Raises:
-        TypeError: It is not a mapping, or the loss is ``None``.
+        TypeError: It is not a mapping, the loss is ``None``, or the weight or the size is not a single number.
         ValueError: ``loss`` or ``batch_size`` is missing, or the loss is not a single number.
     """
     if isinstance(batch_output, torch.Tensor):  # which PyTorch would warn about before it refuses the index
@@ -158,7 +159,22 @@ def read_batch_output(
         _raise_bad_batch_output(batch_output, hook)
     if loss is None or (isinstance(loss, torch.Tensor) and loss.numel() != 1):
         _check_losses(loss, may_have_several_losses)
-    return batch_output.get("num_items_in_batch", batch_size), int(batch_size)
+    weight = batch_output.get("num_items_in_batch")
+    if weight is None:
+        weight = batch_size
+    if weight.__class__ is not int or batch_size.__class__ is not int:
+        batch_size = _as_number("batch_size", batch_size)
+        weight = _as_number("num_items_in_batch", weight)
+    return weight, int(batch_size)
+
+
+def _as_number(name: str, value: object) -> float | torch.Tensor:
+    number = value if isinstance(value, int) else one_number(value)
+    if number is None:
+        raise TypeError(
+            f"A step returned `{name}` as {value!r}, of type {type(value).__name__}. Expected a single number."
+        )
+    return number
 
 
 def _check_losses(loss: torch.Tensor | None, may_be_several: bool) -> None:

@@ -260,18 +260,6 @@ def explain_bad_data(name: str, data: object) -> Iterator[None]:
         raise
 
 
-def check_single_dataset(dataset: object) -> None:
-    """Raise if several datasets are given for predictions.
-
-    Raises:
-        TypeError: It is a dictionary.
-    """
-    if isinstance(dataset, dict):
-        raise TypeError(
-            "`dataset` is a dictionary. `predict` returns the outputs for one dataset. Call it once for each of them."
-        )
-
-
 def check_reiterable(name: str, data: object, num_epochs: int, max_num_train_steps: int | None) -> None:
     """Raise if data that can be iterated over only once is needed in several epochs.
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytorch_accelerated._metrics import one_number
 from pytorch_accelerated.exceptions import UnknownMetricError
 
 if TYPE_CHECKING:
@@ -497,13 +500,15 @@ class EpochMeans:
         """Index of the first step in these means; above 0 if the run was resumed mid-epoch."""
 
     def update_metrics(self, batch_output: BatchOutput, weight: float | torch.Tensor) -> None:
-        """Add the metrics of a batch, if its step returned any.
+        """Add the metrics of a batch, if its step returned any: a dictionary, anything else is for callbacks only.
 
         Raises:
             TypeError, ValueError: A value is not a single number, or a name is one that the library records itself.
         """
         metrics = batch_output.get("metrics")
-        if not metrics:
+        if not isinstance(metrics, Mapping):
+            if metrics is not None:
+                _warn_about_other_metrics(metrics)
             return
         for name, value in metrics.items():
             if name not in self.metrics:
@@ -552,22 +557,28 @@ def _check_metric_name(name: object) -> None:
         )
 
 
+def _warn_about_other_metrics(metrics: object) -> None:
+    warnings.warn(
+        f"A step returned `metrics` of type {type(metrics).__name__}. Only callbacks will see it; of a dictionary of "
+        "numbers, the means over the epoch would be recorded. Return one, or use another name.",
+        stacklevel=2,
+    )
+
+
 def _as_metric(name: str, value: MetricValue) -> float | torch.Tensor:
     """Return a metric of a step as a number, or as a tensor with one element."""
-    if isinstance(value, torch.Tensor):
-        if value.numel() == 1:
-            return value
+    if isinstance(value, torch.Tensor) and value.numel() != 1:
         raise ValueError(
             f"The metric {name!r} of a step has the shape {tuple(value.shape)}. Expected a single number, the mean "
             "over the batch. Reduce it, or collect larger values in a callback."
         )
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
+    number = one_number(value)
+    if number is None:
         raise TypeError(
             f"The metric {name!r} of a step is {value!r}, of type {type(value).__name__}. Expected a number: the mean "
             "over the batch. Leave out the entry where there is none."
-        ) from error
+        )
+    return number
 
 
 def weighted_mean(total: float | torch.Tensor, weight: float | torch.Tensor) -> float:

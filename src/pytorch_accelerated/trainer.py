@@ -78,6 +78,7 @@ from pytorch_accelerated._optimizers import checks as optimizer_checks
 from pytorch_accelerated._optimizers.closure import WindowClosure, create_closure
 from pytorch_accelerated._optimizers.group import OptimizerGroup
 from pytorch_accelerated._optimizers.inner import inner_optimizers
+from pytorch_accelerated._predictions import OutputChoice, PredictionSettings
 from pytorch_accelerated._run import Run, do_nothing
 from pytorch_accelerated._scheduling.checks import check_create_scheduler_fn
 from pytorch_accelerated._scheduling.group import load_state_of, start_counting
@@ -341,35 +342,56 @@ class Trainer(TrainingLoop):
 
     def predict(
         self,
-        dataset: Data,
+        dataset: EvalData,
         per_device_batch_size: int = 8,
         dataloader_kwargs: DataLoaderKwargs | None = None,
         collate_fn: CollateFunction | None = None,
         *,
         on_every_process: bool = True,
         move_to_host: bool = True,
+        outputs: OutputChoice = None,
+        return_targets: bool = False,
+        padding_value: float | None = None,
     ) -> ModelOutput:
         """Return the model's outputs for a dataset, in its order, once per sample. Must be called on every process.
 
+        What `calculate_predictions` returns for each batch is put together, without gradients: the rows of tensors and
+        NumPy arrays, and the entries of lists that have one for each sample, such as the boxes of a detector, in
+        mappings, dataclasses and tuples of any depth. A single number, such as a loss, becomes its mean over all
+        samples. What has no part for each sample, such as a cache, is left out, with a warning unless it is
+        ``past_key_values``: it is missing in a mapping, and ``None`` elsewhere.
+
         Args:
-            dataset: A dataset of samples, or an iterable of batches.
+            dataset: A dataset of samples, an iterable of batches, or a dictionary of these.
             per_device_batch_size: Samples in a batch of one process.
             dataloader_kwargs: Keyword arguments for the `DataLoader`; they override the defaults.
             collate_fn: Makes a batch from samples.
             on_every_process: Whether all processes get the outputs; otherwise all but the main process get ``None``.
             move_to_host: Whether to move the outputs to host memory after each batch, or to keep them on the device.
+            outputs: What to keep of the model's outputs: a name or an index for that one alone, several of them, or a
+                function that is called with the outputs of each batch. Nothing else takes up memory.
+            return_targets: Whether to return the targets too: the second item of each batch, or its ``labels``,
+                ``targets`` or ``y``.
+            padding_value: Fills the dimensions after the first where batches differ in them, at their end. With
+                ``None`` they must agree.
 
         Returns:
-            What `calculate_predictions` returns, with the rows of all batches: shape ``(samples, ...)``.
+            What the model returns for a batch, with the parts of all samples; tensors of shape ``(samples, ...)``.
+            With ``return_targets``, a pair of this and the targets. For a dictionary of datasets, a dictionary.
 
         Raises:
-            TypeError: The dataset is a dictionary.
+            ValueError: The outputs of a batch cannot be joined to those before, or have no part for each sample.
         """
-        _validation.check_single_dataset(dataset)
+        has_bar = any(isinstance(callback, ProgressBarCallback) for callback in self.callback_handler.callbacks)
+        shows_progress = has_bar and not self._loop_run.is_active  # the bar of the run stays
+        settings = PredictionSettings(
+            outputs, return_targets, padding_value, on_every_process, move_to_host, shows_progress
+        )
         with _without_trace_in_a_run(self), _preserve_attributes(self, "eval_dataset", "_loop_last_evaluation"):
             self.eval_dataset = dataset
             with self._loop_evaluation_context(per_device_batch_size, dataloader_kwargs, collate_fn):
-                return self._loop_predict(on_every_process, move_to_host)
+                results = self._loop_predict(settings)
+        return results if isinstance(dataset, dict) else results[""]
 
     # --- hooks: override them to change what happens -------------------------------------------------------------
 

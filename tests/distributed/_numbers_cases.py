@@ -7,6 +7,7 @@ as ``killed``, the script instead starts a run and loses the process of rank 1 i
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 import os
 import signal
@@ -24,6 +25,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import DDPCommunicationHookType
 
 import _numbers
+import _predicting
 from _numbers import IN_ORDER, LossWithParameters, Pair, TextTrainer, gradients_of, make_net, make_texts
 from _processes import NUM_REPEATS, WAIT_SECONDS, run_cases
 from _support import (
@@ -288,6 +290,30 @@ def case_predictions_are_returned_on_the_requested_processes(rank: int, director
         for move_to_host in (True, False)
     }
     return {"outputs": outputs, "expected": trainer.model(dataset.tensors[0]).detach()}
+
+
+def case_outputs_of_any_form_are_predicted_in_order(rank: int, directory: Path) -> Any:
+    return {
+        (name, sizes): _predicting.parts_of(_predicting.predict_form(name, *sizes))
+        for name in _predicting.FORMS
+        for sizes in _predicting.SIZES[::2]
+    }
+
+
+def case_outputs_that_cannot_be_joined_are_refused_on_all_processes(rank: int, directory: Path) -> Any:
+    """Also if only the batch of another process shows it."""
+    messages = []
+    for settings in ({}, {"outputs": "logits"}, {"outputs": "rows", "return_targets": True}):
+        trainer = Trainer(_predicting.Predicting(_predicting.ragged), None, None, callbacks=())
+        try:
+            trainer.predict(_predicting.indices_of(9), 2, **settings)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def case_a_language_model_predicts_in_order(rank: int, directory: Path) -> Any:
+    return _predicting.language_model_predictions() if importlib.util.find_spec("transformers") else None
 
 
 def case_each_sample_of_a_stream_is_used_once(rank: int, directory: Path) -> Any:

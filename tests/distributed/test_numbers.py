@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import _numbers
+import _predicting
 from _processes import NUM_REPEATS, launch, read_results
 from _support import make_dataset
 
@@ -225,6 +226,29 @@ def test_predictions_are_returned_on_the_requested_processes(results):
                 assert_close(outputs, result["expected"], 1e-6)
             else:
                 assert outputs is None
+
+
+def test_outputs_of_any_form_are_predicted_in_order(results):
+    """By models without anything to train, which DDP would refuse."""
+    assert_identical(results)
+    for (name, sizes), parts in results[0].items():
+        assert parts == _predicting.expected_parts(name, sizes[0]), (name, sizes)
+
+
+def test_outputs_that_cannot_be_joined_are_refused_on_all_processes(results):
+    assert_identical(results)
+    differing, missing, without_targets = results[0]
+    assert "`outputs.rows` cannot be joined over the batches: batch 1 has the shape (2, 4)" in differing
+    assert "`outputs` asks for ['logits'], but the model returned a dict with ['rows']" in missing
+    assert "no targets were found in a batch, which is a Tensor" in without_targets
+
+
+def test_a_language_model_predicts_in_order(results):
+    if results[0] is None:
+        pytest.skip("transformers is not installed")
+    for result in results:
+        assert result.pop("largest difference") < 1e-5
+        assert result == _predicting.EXPECTED_OF_LANGUAGE_MODEL
 
 
 def test_gather_keeps_rows_and_structure(results, num_processes):

@@ -23,7 +23,7 @@ from pytorch_accelerated._data.determinism import (
 )
 from pytorch_accelerated._data.division import describe_difference, facts_of
 from pytorch_accelerated._data.draws import NumberedOrder
-from pytorch_accelerated._data.in_memory import WholeBatchDataset, sliceable_tensors, unchanged
+from pytorch_accelerated._data.in_memory import WholeBatchDataset, has_row_numbers, sliceable_tensors, unchanged
 from pytorch_accelerated._data.loaders import (
     has_own_iteration,
     has_state,
@@ -200,8 +200,9 @@ def _build_seeded(
         return placement.create_local_loader(dataset, num_steps=division.num_steps, **as_order, **settings), sources
     if has_batches:
         return _build(dataset, order, settings, placement), sources
-    if placement.num_processes > 1 and placement.create_loader is not None:
-        order = ShardedBatches(order, placement.num_processes, placement.process_index, is_active=False)
+    if placement.create_loader is not None:  # Accelerate would drop the sampler
+        if placement.num_processes > 1:
+            order = ShardedBatches(order, placement.num_processes, placement.process_index, is_active=False)
         return placement.create_loader(dataset, batch_size=None, sampler=order, **settings), sources
     return DataLoader(dataset, batch_size=None, sampler=order, **settings), sources
 
@@ -209,7 +210,7 @@ def _build_seeded(
 def _can_slice(loader: DataLoader[Any]) -> bool:
     """Tell whether indexing the data in memory by whole batches gives the batches that the loader would collate."""
     is_default = loader.collate_fn is default_collate and loader.batch_sampler is not None and has_known_order(loader)
-    return is_default and sliceable_tensors(loader.dataset) is not None
+    return is_default and sliceable_tensors(loader.dataset) is not None and has_row_numbers(loader.dataset)
 
 
 def _build(dataset: Any, batch_sampler: Any, settings: dict[str, Any], placement: Placement) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import BatchSampler, Dataset, RandomSampler, SequentialSampler, Subset, TensorDataset
 
@@ -30,6 +31,22 @@ def sliceable_tensors(dataset: Any) -> tuple[torch.Tensor, ...] | None:
         for tensor in dataset.tensors
     )
     return dataset.tensors if is_plain else None
+
+
+def has_row_numbers(dataset: Any) -> bool:
+    """Tell whether a `Subset`, at any depth, has whole numbers as indices. PyTorch takes some others too."""
+    while type(dataset) is Subset:
+        if not _are_row_numbers(dataset.indices):
+            return False
+        dataset = dataset.dataset
+    return True
+
+
+def _are_row_numbers(indices: Any) -> bool:
+    if isinstance(indices, (torch.Tensor, np.ndarray)):
+        kind = torch.as_tensor(indices[:0]).dtype if indices.ndim == 1 and indices.dtype != object else torch.bool
+        return kind != torch.bool and not kind.is_floating_point and not kind.is_complex
+    return all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in set(map(type, indices)))
 
 
 class WholeBatchDataset(Proxy, Dataset[list[torch.Tensor]], wraps="dataset"):
@@ -59,7 +76,7 @@ class WholeBatchDataset(Proxy, Dataset[list[torch.Tensor]], wraps="dataset"):
         """Return the batch of the samples at ``indices``, as default collation would."""
         dataset: Any = self.dataset
         while isinstance(dataset, Subset):
-            indices = [dataset.indices[index] for index in indices]
+            indices = [int(dataset.indices[index]) for index in indices]
             dataset = dataset.dataset
         rows = torch.as_tensor(indices).long()
         return [tensor[rows] for tensor in self.tensors]

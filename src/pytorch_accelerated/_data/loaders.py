@@ -90,6 +90,15 @@ def reliable_num_batches_of(loader: Any) -> int | None:
     return num_batches_of(loader) if is_certain else None
 
 
+def num_samples_of(loader: DataLoader[Any]) -> int | None:
+    """Return the number of samples per epoch of which PyTorch's `BatchSampler` makes batches; ``None`` without one."""
+    order: Any = loader.batch_sampler
+    while order is not None and type(order) is not BatchSampler:
+        inner = getattr(order, "batch_sampler", None)
+        order = unwrap(order) if isinstance(order, Proxy) else getattr(order, "sampler", inner)
+    return None if order is None else num_batches_of(order.sampler)
+
+
 def total_num_batches_of(loaders: Any) -> int | None:
     """Return the number of batches of a loader, or of all loaders in a dictionary; ``None`` if it is unknown."""
     numbers = [num_batches_of(loader) for loader in (loaders.values() if isinstance(loaders, dict) else [loaders])]

@@ -98,14 +98,10 @@ class ShardedBatchSampler(Sharding, Proxy, wraps="batch_sampler"):
     def _part_of_rest(self, group: list[Sequence[int]], step: int, last_local: Sequence[int]) -> Sequence[int]:
         rest = [index for batch in group for index in batch]
         number = getattr(group[0], "number", None)
-        num_ranks_needed = math.ceil(len(rest) / max(map(len, group)))
-        num_ranks = max(num_ranks_needed, min(self.num_processes, len(rest) // 2))
-        if self.process_index >= num_ranks:
+        part = rest[part_of_rest(len(rest), max(map(len, group)), self.num_processes, self.process_index)]
+        if not part:
             self.dummy_step = step
-            return last_local or group[0]
-        ranks = (self.process_index, self.process_index + 1)
-        start, end = (math.ceil(len(rest) * rank / num_ranks) for rank in ranks)
-        part = rest[start:end]
+            return last_local if len(last_local) else group[0]
         return part if number is None else Draw(number + self.process_index, part)
 
     def __len__(self) -> int:
@@ -113,6 +109,18 @@ class ShardedBatchSampler(Sharding, Proxy, wraps="batch_sampler"):
             return len(self.batch_sampler)
         num_groups = len(self.batch_sampler) / self.num_processes
         return math.floor(num_groups) if self.drop_last else math.ceil(num_groups)
+
+
+def part_of_rest(num_samples: int, batch_size: int, num_processes: int, process_index: int) -> slice:
+    """Return which of the samples that do not fill a step a rank gets. For a rank that gets none, the slice is empty.
+
+    Example:
+        >>> [part_of_rest(5, 4, 3, rank) for rank in range(3)]
+        [slice(0, 3, None), slice(3, 5, None), slice(5, 5, None)]
+    """
+    num_ranks = max(math.ceil(num_samples / batch_size), min(num_processes, num_samples // 2))
+    ranks = (min(rank, num_ranks) for rank in (process_index, process_index + 1))
+    return slice(*(math.ceil(num_samples * rank / num_ranks) for rank in ranks))
 
 
 class TrimmedDispatcher(Sharding, Proxy, wraps="loader"):

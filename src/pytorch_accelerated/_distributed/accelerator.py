@@ -229,6 +229,8 @@ def prepare(
     placement = placement_of(accelerator)
     train_dl, *active_eval_dls = (_activate(loader, placement) for loader in (train_dl, *eval_dls.values()))
     optimizer = wrap_optimizer(accelerator, optimizer, uses_fast_path=can_use_fast_path(accelerator))
+    if train_dl is None and _is_refused_by_ddp(accelerator, model):
+        model = accelerator.prepare_model(model, evaluation_mode=True)
     objects = [model, optimizer, train_dl, *active_eval_dls]
     present = [item for item in objects if item is not None]
     # DeepSpeed and FSDP have to see all objects at once. A single object is not returned in a tuple.
@@ -238,6 +240,12 @@ def prepare(
     model, optimizer, train_dl, *loaders = wrapped
     placed = {name: _place(accelerator, loader) for name, loader in zip(eval_dls, loaders, strict=True)}
     return model, optimizer, _place(accelerator, train_dl), placed
+
+
+def _is_refused_by_ddp(accelerator: Accelerator, model: nn.Module) -> bool:
+    """Tell whether DDP would raise, because the model has nothing to train. That is no obstacle to evaluating it."""
+    is_ddp = accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    return is_ddp and not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def has_comm_hook(accelerator: Accelerator) -> bool:

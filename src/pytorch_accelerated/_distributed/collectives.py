@@ -159,19 +159,63 @@ def broadcast_batches(
     pickled = run_on_main(
         lambda: pickle.dumps([_without_tensors(batch, tensors) for batch in read()]), is_main, num_processes
     )
-    device = torch.device("cpu") if "gloo" in str(distributed.get_backend()) else device
+    device = _device_of_group(device)
     sent = iter(tensors)
 
-    def receive(item: Nested) -> Nested:
-        if not isinstance(item, _SentTensor):
-            return item if hasattr(item, "to") else rebuild(item, receive)
+    def receive(item: _SentTensor) -> torch.Tensor:
         tensor = (
             next(sent).to(device).contiguous() if is_main else torch.empty(item.shape, dtype=item.dtype, device=device)
         )
         distributed.broadcast(tensor, src=0)
         return tensor
 
-    return [receive(batch) for batch in pickle.loads(pickled)]
+    return [_with_tensors(batch, receive) for batch in pickle.loads(pickled)]
+
+
+def all_gather_nested(value: T, num_processes: int, device: torch.device) -> list[T]:
+    """Return the values of all processes in rank order, on every process. They may have nothing in common.
+
+    They may contain anything that can be pickled. Tensors are sent by themselves, as bytes, from device to device
+    unless the process group connects hosts.
+
+    Args:
+        value: The local value.
+        num_processes: The world size.
+        device: The device of this process.
+    """
+    if num_processes == 1:
+        return [value]
+    tensors: list[torch.Tensor] = []
+    without_tensors = _without_tensors(value, tensors)
+    values = all_gather_objects((without_tensors, sum(tensor.nbytes for tensor in tensors)), num_processes)
+    capacity = max(num_bytes for _, num_bytes in values)
+    if capacity == 0:
+        return [each for each, _ in values]
+    device = _device_of_group(device)
+    local = torch.zeros(capacity, dtype=torch.uint8, device=device)
+    start = 0
+    for tensor in tensors:
+        local[start : start + tensor.nbytes] = tensor.to(device).contiguous().flatten().view(torch.uint8)
+        start += tensor.nbytes
+    blocks = gather(local).split(capacity)
+    return [_with_tensors(each, _reader(block)) for (each, _), block in zip(values, blocks, strict=True)]
+
+
+def _reader(block: torch.Tensor) -> Callable[[_SentTensor], torch.Tensor]:
+    """Return a function that reads one tensor after the other from their bytes."""
+    start = 0
+
+    def read(item: _SentTensor) -> torch.Tensor:
+        nonlocal start
+        first, start = start, start + item.shape.numel() * torch.empty(0, dtype=item.dtype).element_size()
+        return block[first:start].clone().view(item.dtype).view(item.shape)
+
+    return read
+
+
+def _device_of_group(device: torch.device) -> torch.device:
+    """Return where tensors have to be to be sent: on the host if the process group connects hosts."""
+    return torch.device("cpu") if "gloo" in str(distributed.get_backend()) else device
 
 
 def _without_tensors(value: Nested, tensors: list[torch.Tensor]) -> Nested:
@@ -180,6 +224,13 @@ def _without_tensors(value: Nested, tensors: list[torch.Tensor]) -> Nested:
         tensors.append(value.detach())
         return _SentTensor(value.shape, value.dtype)
     return value if hasattr(value, "to") else rebuild(value, lambda item: _without_tensors(item, tensors))
+
+
+def _with_tensors(value: Nested, receive: Callable[[_SentTensor], torch.Tensor]) -> Nested:
+    """Return a nested structure with the tensor in the place of each `_SentTensor`, in order."""
+    if isinstance(value, _SentTensor):
+        return receive(value)
+    return value if hasattr(value, "to") else rebuild(value, lambda item: _with_tensors(item, receive))
 
 
 def all_gather_objects(value: T, num_processes: int, group: distributed.ProcessGroup | None = None) -> list[T]:

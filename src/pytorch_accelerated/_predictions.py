@@ -1,0 +1,239 @@
+"""A pass of predictions: which outputs of each batch are kept, gathered from all processes, and joined."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from pytorch_accelerated._batch_size import LABEL_NAMES, size_of_predictions
+from pytorch_accelerated._data.loaders import (
+    batch_size_of,
+    enumerate_batches,
+    is_map_style,
+    num_batches_of,
+    num_samples_of,
+)
+from pytorch_accelerated._data.sharding import part_of_rest, sharding_of
+from pytorch_accelerated._distributed.collectives import all_gather_nested
+from pytorch_accelerated._joining import OutputJoiner, as_parts, dresser_of
+from pytorch_accelerated._nested import named_items
+from pytorch_accelerated._types import Batch, Loader, ModelOutput, Nested
+from pytorch_accelerated.run_config import TrainerRunConfig
+
+OutputChoice: TypeAlias = str | int | Collection[str | int] | Callable[[ModelOutput], ModelOutput] | None
+"""Which outputs of a model are kept: those of a name or an index, of several, or what a function makes of them."""
+
+CACHES = ("past_key_values", "cache")
+"""Outputs that only serve the next call of a model."""
+
+
+@dataclass(frozen=True)
+class PredictionSettings:
+    """The arguments of `Trainer.predict` that say what it returns.
+
+    Args:
+        outputs: Which outputs are kept; ``None`` for all that have a part for each sample, without caches.
+        return_targets: Whether the targets of the batches are returned too.
+        padding_value: Fills rows that are shorter than those of other batches; ``None`` if all ought to be alike.
+        on_every_process: Whether every process has the result, or the main process only.
+        move_to_host: Whether the result is in host memory, or on the device.
+        shows_progress: Whether there may be a progress bar.
+    """
+
+    outputs: OutputChoice = None
+    return_targets: bool = False
+    padding_value: float | None = None
+    on_every_process: bool = True
+    move_to_host: bool = True
+    shows_progress: bool = True
+
+
+class Predictions:
+    """Gathers and joins the outputs of one pass over a dataset.
+
+    Args:
+        settings: What is returned.
+        config: Of the run.
+        loader: Yields the batches.
+        device: The device of this process.
+        process_index: Its rank.
+        caches: Names of outputs that are left out unless they are asked for.
+    """
+
+    def __init__(
+        self,
+        settings: PredictionSettings,
+        config: TrainerRunConfig,
+        loader: Loader,
+        device: torch.device,
+        process_index: int = 0,
+        caches: Collection[str] = CACHES,
+    ) -> None:
+        self._settings = settings
+        self._config = config
+        self._loader = loader
+        self._device = device
+        self._num_samples = _NumSamples(loader, config.num_processes, process_index)
+        self._is_kept = settings.on_every_process or config.is_world_process_zero
+        self._joiner = OutputJoiner(settings.padding_value, settings.move_to_host, self._is_kept)
+        if settings.outputs is None:
+            self._joiner.left_out.update(("outputs", name) for name in caches)
+        self._dress: Callable[[Nested], Nested] | None = None
+
+    def of_all_batches(self, calculate: Callable[[Batch], ModelOutput]) -> ModelOutput:
+        """Return the outputs for all samples, with the targets if these are wanted; ``None`` on a process without.
+
+        Must be called on every process.
+
+        Args:
+            calculate: Returns the outputs of the model for a batch.
+
+        Raises:
+            ValueError: The outputs of a batch do not fit to those before, or have no part for each sample, or lack a
+                name that was asked for. Raised on every process.
+        """
+        sharding = sharding_of(self._loader)
+        has_bar = self._settings.shows_progress and self._config.is_local_process_zero
+        with tqdm(
+            total=num_batches_of(self._loader), desc="Predicting", disable=not has_bar, dynamic_ncols=True
+        ) as bar:
+            for step, batch, _ in enumerate_batches(self._loader):
+                is_dummy = sharding is not None and sharding.is_dummy(step)
+                self._add(calculate(batch), batch, is_dummy)
+                bar.update()
+        return self._result()
+
+    def _add(self, outputs: ModelOutput, batch: Batch, is_dummy: bool) -> None:
+        whole: dict[Hashable, Nested] = {"outputs": self._choose(outputs)}
+        if self._settings.return_targets:
+            whole["targets"] = targets_of(batch)
+        if self._dress is None:
+            self._dress = dresser_of(whole)
+        told = whole["outputs"] if callable(self._settings.outputs) else outputs
+        size = size_of_predictions(batch, told, self._num_samples.in_next_batch())
+        local = {name: as_parts(value, size, (name,), self._joiner.left_out) for name, value in whole.items()}
+        # Rows travel from device to device. They are joined in the order of the ranks, which is that of the dataset.
+        of_ranks = all_gather_nested(None if is_dummy else (local, size), self._config.num_processes, self._device)
+        present = [of_rank for of_rank in of_ranks if of_rank is not None]
+        self._num_samples.add(sum(num_samples for _, num_samples in present))
+        self._joiner.num_expected = self._num_samples.total
+        for parts, num_samples in present:
+            self._joiner.add(parts, num_samples)
+
+    def _result(self) -> ModelOutput:
+        if self._dress is None or not self._is_kept:
+            return None
+        result = self._dress(self._joiner.result())
+        left_out = self._joiner.describe_left_out()
+        if left_out is not None and self._config.is_world_process_zero:
+            warnings.warn(left_out, stacklevel=5)
+        return (result["outputs"], result["targets"]) if self._settings.return_targets else result["outputs"]
+
+    def _choose(self, outputs: ModelOutput) -> ModelOutput:
+        """Return the outputs that are wanted; those of a dataclass stay in it, but the others count as left out."""
+        choice = self._settings.outputs
+        if choice is None:
+            return outputs
+        if callable(choice):
+            return choice(outputs)
+        named = _items_of(outputs)
+        names = [choice] if isinstance(choice, (str, int)) else list(choice)
+        missing = [name for name in names if name not in named]
+        if missing:
+            raise ValueError(
+                f"`outputs` asks for {missing}, but the model returned a {type(outputs).__name__} with {list(named)}. "
+                "Pass some of these names or indices, or a function of what the model returns."
+            )
+        if isinstance(choice, (str, int)):
+            return named[choice]
+        if named_items(outputs) is None:
+            return tuple(named[name] for name in names)
+        if isinstance(outputs, Mapping) and not is_dataclass(outputs):
+            return {name: named[name] for name in names}
+        self._joiner.left_out.update(("outputs", name) for name in named if name not in names)
+        return outputs
+
+
+class _NumSamples:
+    """How many samples there are, in all batches and in the next one, as far as the loader tells.
+
+    Args:
+        loader: Yields the batches.
+        num_processes: The world size.
+        process_index: The rank of this process.
+    """
+
+    total = 0
+    """The samples in all batches; 0 if it is not known."""
+
+    def __init__(self, loader: Loader, num_processes: int, process_index: int) -> None:
+        self._num_processes = num_processes
+        self._process_index = process_index
+        self._num_done = 0
+        self._batch_size: int | None = None
+        source: Any = getattr(loader, "dl", loader)
+        num_steps = num_batches_of(loader)
+        if not is_map_style(source) or num_steps is None:
+            return
+        self._batch_size = batch_size_of(source, None, 0) or None
+        num_samples = num_samples_of(source)
+        if self._batch_size is not None and num_samples is not None:
+            num_in_step = self._batch_size * num_processes
+            is_plausible = num_samples > (num_steps - 1) * num_in_step
+            self.total = min(num_samples, num_steps * num_in_step) if is_plausible else 0
+
+    def in_next_batch(self) -> int | None:
+        """Return the number of samples in the next batch of this process; ``None`` if it is not known."""
+        num_left = self.total - self._num_done
+        if self._batch_size is None or num_left <= 0:
+            return self._batch_size
+        if num_left > self._batch_size * (self._num_processes - 1):  # there is a batch for each rank
+            return min(self._batch_size, num_left - self._batch_size * self._process_index)
+        part = part_of_rest(num_left, self._batch_size, self._num_processes, self._process_index)
+        return part.stop - part.start or self._batch_size
+
+    def add(self, num_samples: int) -> None:
+        """Count the samples in a step of all processes."""
+        self._num_done += num_samples
+
+
+def _items_of(outputs: ModelOutput) -> Mapping[Any, ModelOutput]:
+    named = named_items(outputs)
+    if named is not None:
+        return named
+    return dict(enumerate(outputs)) if isinstance(outputs, (tuple, list)) else {}
+
+
+def targets_of(batch: Batch) -> Nested:
+    """Return the targets of a batch: its second item, or the entry that has one of their usual names.
+
+    Raises:
+        ValueError: It has none.
+    """
+    named = named_items(batch)
+    if named is not None:
+        for name in LABEL_NAMES:
+            if name in named:
+                return named[name]
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return batch[1]
+    shown = f"a {type(batch).__name__}" + ("" if named is None else f" with {list(named)}")
+    raise ValueError(
+        f"`return_targets` is set, but no targets were found in a batch, which is {shown}. Expected a pair of inputs "
+        f"and targets, or one of the entries {list(LABEL_NAMES)}. Use data with targets, or leave out `return_targets`."
+    )
+
+
+def caches_of(model: nn.Module) -> set[str]:
+    """Return the names of the outputs of a model that are of no use when it has been called.
+
+    The models of transformers list them in their configuration.
+    """
+    named = getattr(getattr(model, "config", None), "keys_to_ignore_at_inference", ())
+    return {*CACHES, *(named if isinstance(named, (list, tuple, set)) else ())}
