@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import contextmanager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from pytorch_accelerated._hints import describe_foreign_callback, event_meant, find_uncalled, is_sentence
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
-from pytorch_accelerated.exceptions import StopTrainingError, add_note
+from pytorch_accelerated.exceptions import CheckpointError, StopTrainingError, add_note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pytorch_accelerated._types import StateDict, StateMapping
-
-_SIMILAR_ENOUGH = 0.8
 
 _EVENTS_OF_RUNS = frozenset(event for event in EVENTS if "_run_start" in event or "_run_end" in event) | {
     "on_init_end",
@@ -49,6 +48,9 @@ class CallbackHandler:
         TypeError: ``callbacks``, or an entry of it, is not a callback.
         ValueError: The same object was passed twice.
     """
+
+    other_events: Collection[str] = ()
+    """Names of events that the program itself may fire, so that they are no misspelled ones."""
 
     requested_stop: StopTrainingError | None = None
     """The request of a callback to stop, while the later callbacks get the event in which it was made."""
@@ -90,7 +92,8 @@ class CallbackHandler:
                 f"The callback object {instance!r} was added twice. Each object receives every event once. To have two "
                 "callbacks of this class, pass a second instance."
             )
-        _warn_about_misspelled_events(instance)
+        _warn_about_uncalled_methods(instance, self.other_events)
+        _warn_about_signatures(instance)
         self.callbacks.append(instance)
         self.refresh()
 
@@ -132,7 +135,7 @@ class CallbackHandler:
             except StopTrainingError as error:
                 stop_request = self.requested_stop = stop_request or error
             except Exception as error:
-                add_note(error, _describe_origin(callback, event, args, kwargs))
+                add_note(error, _describe_origin(callback, event, args, kwargs) + _describe_missing_init(callback, error))
                 raise
         if stop_request is not None:
             self.requested_stop = None
@@ -157,10 +160,15 @@ class CallbackHandler:
         }
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
-        """Restore what `state_dict` returned. Callbacks without an entry keep their state."""
+        """Restore what `state_dict` returned. Callbacks without an entry keep their state.
+
+        Raises:
+            CheckpointError: A callback could not load its state.
+        """
         for name, callback in self._named_callbacks():
             if name in state_dict:
-                callback.load_state_dict(state_dict[name])
+                with _explained_failure_to_load(callback):
+                    callback.load_state_dict(state_dict[name])
 
     def with_nested_callbacks(self) -> list[object]:
         """Return the callbacks, each followed by those that are nested in it."""
@@ -257,10 +265,12 @@ def _as_instance(callback: object) -> object:
                 f"The callback class `{callback.__name__}` cannot be instantiated without arguments ({error}). "
                 f"Pass an instance instead, such as `{callback.__name__}(...)`."
             ) from error
-    is_callback = isinstance(instance, TrainerCallback) or any(
-        callable(getattr(instance, event, None)) for event in EVENTS
-    )
-    if not is_callback:
+    if isinstance(instance, TrainerCallback):
+        return instance
+    foreign = describe_foreign_callback(instance)
+    if foreign is not None:
+        raise TypeError(f"{foreign} Expected callbacks of this library in `callbacks`.")
+    if not any(callable(getattr(instance, event, None)) for event in EVENTS):
         raise TypeError(
             f"{instance!r} is not a callback. Expected a `TrainerCallback` (an instance or a class) in `callbacks`, "
             "or an object with at least one of its events. Define one, such as `on_train_epoch_end(self, trainer, "
@@ -269,18 +279,65 @@ def _as_instance(callback: object) -> object:
     return instance
 
 
-def _warn_about_misspelled_events(callback: object) -> None:
-    for name in dir(type(callback)):
-        if not name.startswith("on_") or name in EVENTS:
+def _warn_about_uncalled_methods(callback: object, other_events: Collection[str]) -> None:
+    """Warn about methods that have the name of no event, but look like events, also of other libraries."""
+    name = type(callback).__name__
+    uncalled = find_uncalled(type(callback), lambda each: event_meant(each, EVENTS), other_events.__contains__)
+    for method, meant in uncalled.items():
+        remedy = meant if is_sentence(meant) else f"Rename it to `{meant}`."
+        warn(
+            f"`{name}.{method}` is not an event, so the trainer never calls it. {remedy} If your program calls it "
+            "itself, ignore this warning, or choose a name that differs more."
+        )
+
+
+def _warn_about_signatures(callback: object) -> None:
+    """Warn about events that cannot be called with the arguments that they get, such as those of other libraries."""
+    for event in EVENTS:
+        if not _implements(callback, event):
             continue
-        nearest = difflib.get_close_matches(name, EVENTS, n=1, cutoff=_SIMILAR_ENOUGH)
-        if nearest:
-            warnings.warn(
-                f"`{type(callback).__name__}.{name}` resembles the event `{nearest[0]}` but is not an event, so the "
-                f"trainer never calls it. Rename it to `{nearest[0]}`; if you fire this event yourself, choose a name "
-                "that differs more.",
-                stacklevel=4,
+        method, declared = getattr(callback, event), inspect.signature(getattr(TrainerCallback, event)).parameters
+        accepted = _accepted_keywords(method)
+        keywords = {name for name in declared if name not in ("self", "trainer", "kwargs")}
+        try:
+            inspect.signature(method).bind(None, **dict.fromkeys(keywords if accepted is None else keywords & accepted))
+        except TypeError as error:
+            given = ", ".join(("self", "trainer", *(f"{name}" for name in declared if name in keywords), "**kwargs"))
+            warn(
+                f"`{type(callback).__name__}.{event}` cannot be called with the arguments of the event ({error}). "
+                f"Define it as `{event}({given})`."
             )
+        except ValueError:  # it has no signature
+            pass
+
+
+@contextmanager
+def _explained_failure_to_load(callback: object) -> Iterator[None]:
+    try:
+        yield
+    except (StopTrainingError, CheckpointError):
+        raise
+    except Exception as error:
+        name = type(callback).__name__
+        raise CheckpointError(
+            f"The callback `{name}` could not load its state ({type(error).__name__}: {error}). Another version of it, "
+            f"or another callback of this name, may have saved the state. Let `{name}.load_state_dict` accept that "
+            "state, or remove the callback."
+        ) from error
+
+
+def _describe_missing_init(callback: object, error: Exception) -> str:
+    """Say so if a callback lacks an attribute because its class does not call the ``__init__`` of its base class."""
+    base = next((base for base in type(callback).__mro__[1:] if "__init__" in vars(base) and base is not object), None)
+    own = vars(type(callback)).get("__init__")
+    if not isinstance(error, AttributeError) or error.obj is not callback or base is None:
+        return ""
+    if not isinstance(own, FunctionType) or "__init__" in own.__code__.co_names:
+        return ""
+    return (
+        f". `{type(callback).__name__}.__init__` does not call that of `{base.__name__}`, which sets what is missing: "
+        "call `super().__init__()` in it"
+    )
 
 
 def _describe_origin(callback: object, event: str, args: tuple[object, ...], kwargs: dict[str, object]) -> str:
