@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytorch_accelerated._metrics import BestMetric, PatienceCounter, is_better
+from pytorch_accelerated._metrics import BestMetric, NewValues, PatienceCounter, is_better
 
 NAN = float("nan")
 
@@ -57,3 +57,22 @@ def test_the_best_metric_is_restored_from_its_state_and_ignores_other_entries():
     best = BestMetric()
     best.load_state_dict({"best_metric": 0.5, "best_metric_epoch": 4, "has_saved": True})
     assert best == BestMetric(0.5, 4)
+
+
+def test_values_are_new_once_and_those_of_earlier_runs_are_not():
+    new_values = NewValues()
+    new_values.start_run(num_values=3)
+    assert [new_values.look(num_values) for num_values in (3, 4, 4, 6)] == [False, True, False, True]
+    new_values.start_run(num_values=8)
+    assert not new_values.look(8)
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [pytest.param({"num_values_seen": 1}, True, id="saved before the look"), pytest.param({}, False, id="old state")],
+)
+def test_a_resumed_run_looks_at_what_its_state_has_not_seen(state, expected):
+    new_values = NewValues()
+    new_values.load_state_dict(state)
+    new_values.start_run(num_values=2, is_resumed=True)
+    assert new_values.look(2) == expected

@@ -179,17 +179,30 @@ def parameters_outside(model: nn.Module | MaybeNone, optimizer: Optimizer | None
     return outside if len(outside) < len(held) else []
 
 
-def are_gradients_finite(optimizer: Optimizer) -> bool:
-    """Tell whether no gradient that an optimizer would use has a NaN or an infinity. Reads from the device."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    is_found = torch.zeros(1)
-    try:
-        # The operation of gradient scalers, one for all gradients. It also multiplies them by 1.
-        torch._amp_foreach_non_finite_check_and_unscale_(gradients, is_found, torch.ones(1))
-    except RuntimeError:  # sparse or complex gradients, or another device
-        return are_finite(gradients)
-    return is_found.item() == 0
+class GradientCheck:
+    """Tells whether no gradient that an optimizer would use has a NaN or an infinity. Reads from the device."""
+
+    def __init__(self) -> None:
+        self._is_found = torch.zeros(1, dtype=torch.float32, device="cpu")
+        self._factor = torch.ones(1, dtype=torch.float32, device="cpu")
+
+    def are_finite(self, optimizer: Optimizer) -> bool:
+        """Look at all gradients."""
+        gradients = [
+            parameter.grad
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        try:
+            # The operation of gradient scalers, one for all gradients. It also multiplies them by 1.
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._is_found, self._factor)
+        except RuntimeError:  # sparse or complex gradients, or another device
+            return are_finite(gradients)
+        if self._is_found.item() == 0:
+            return True
+        self._is_found.zero_()
+        return False
 
 
 def are_finite(tensors: Iterable[torch.Tensor]) -> bool:

@@ -78,6 +78,41 @@ class BestMetric:
 
 
 @dataclass
+class NewValues:
+    """Tells whether a metric was measured since a callback last looked at it: an old value is no evidence.
+
+    Example:
+        >>> new_values = NewValues()
+        >>> new_values.start_run(num_values=2)
+        >>> [new_values.look(num_values) for num_values in (2, 3, 3)]
+        [False, True, False]
+    """
+
+    num_seen: int | None = None
+
+    def start_run(self, num_values: int, is_resumed: bool = False) -> None:
+        """Take all values in the history for seen, unless the state of a resumed run says which were.
+
+        The state may have been saved when a value was measured and not yet looked at.
+        """
+        if self.num_seen is None or not is_resumed:
+            self.num_seen = num_values
+
+    def look(self, num_values: int) -> bool:
+        """Look at all values in the history, and return whether there are new ones."""
+        num_seen, self.num_seen = self.num_seen, num_values
+        return num_seen != num_values
+
+    def state_dict(self) -> StateDict:
+        """Return how many values were seen."""
+        return {"num_values_seen": self.num_seen}
+
+    def load_state_dict(self, state_dict: StateMapping) -> None:
+        """Restore what `state_dict` returned, which states of earlier versions lack."""
+        self.num_seen = state_dict.get("num_values_seen")
+
+
+@dataclass
 class PatienceCounter:
     """Counts how many evaluations in a row failed to improve on the best value.
 

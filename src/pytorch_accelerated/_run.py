@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pytorch_accelerated._accumulation import AccumulationWindow, OutsideParameters, are_finite, are_gradients_finite
+from pytorch_accelerated._accumulation import AccumulationWindow, GradientCheck, OutsideParameters, are_finite
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._data.loaders import guarantee_of_skipping, order_may_differ, reliable_num_batches_of
 from pytorch_accelerated._data.rng import derive_seed
@@ -264,6 +264,8 @@ class Run:
         self.guards_updates = False
         """Whether they are, so that none that is NaN or infinite changes a parameter."""
 
+        self._gradient_check = GradientCheck()
+
         # The end of the run.
         self.consensus = StopConsensus(num_processes=1)
         self.interrupt = InterruptFlag()
@@ -485,7 +487,7 @@ class Run:
         Raises:
             NonFiniteLossError: It names the first loss that is not finite, or else the parameter.
         """
-        if not are_gradients_finite(optimizer):
+        if not self._gradient_check.are_finite(optimizer):
             place = f" in training, epoch {self.training.progress.num_epochs_completed + 1}, rank {self.process_index}"
             error = self.find_non_finite_loss() or NonFiniteLossError(describe_non_finite_gradient(model, place))
             self.stop_on_all_ranks(error)

@@ -254,7 +254,7 @@ def test_the_model_and_callbacks_are_restored_when_the_evaluation_of_the_average
 
 
 def test_a_watched_metric_that_is_never_recorded_is_an_error():
-    trainer = make_trainer([ModelEmaCallback(watch_metric="ema_model_accuracy")])
+    trainer = make_trainer([ModelEmaCallback(watch_metric="ema_model_accuracy", greater_is_better=True)])
     with pytest.raises(ValueError, match=r"'ema_model_accuracy'.*ema_model_eval_loss_epoch"):
         train(trainer)
 

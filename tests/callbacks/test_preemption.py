@@ -351,5 +351,5 @@ def test_an_interrupted_evaluation_does_not_count_for_early_stopping():
     stopping = EarlyStoppingCallback(early_stopping_patience=1)
     trainer = make_trainer(callbacks=[PreemptionCallback(), stopping, probe])
     assert end_of(trainer, **evaluated()).code == 128 + signal.SIGTERM
-    assert stopping.state_dict() == {"best": None, "num_without_improvement": 0}
+    assert stopping.state_dict() == {"best": None, "num_without_improvement": 0, "num_values_seen": 0}
     assert "eval_loss_epoch" not in trainer.run_history.get_metric_names()

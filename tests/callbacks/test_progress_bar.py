@@ -102,6 +102,25 @@ def test_an_intermediate_evaluation_keeps_the_bar_of_the_training_epoch(bars):
     assert [(bar.total, bar.count) for bar in bars] == [(4, 4), (2, 2)]
 
 
+@pytest.mark.parametrize("event", ["on_train_step_end", "on_eval_step_end", "on_eval_epoch_end"])
+def test_a_run_nested_in_a_pass_keeps_the_bar_of_that_pass(bars, event):
+    """A callback calls `evaluate` and `predict` while a bar is open: it goes on to its end."""
+    is_nested = False
+
+    def nest(trainer, **_):
+        nonlocal is_nested
+        if is_nested:
+            return
+        is_nested = True
+        trainer.evaluate(make_dataset(12), per_device_batch_size=4)
+        trainer.predict(make_dataset(12), per_device_batch_size=4)
+        is_nested = False
+
+    train(make_trainer(callbacks=[Probe(**{event: nest}), ProgressBarCallback]), eval_dataset=make_dataset(8))
+    assert [(bar.total, bar.count) for bar in bars] == [(4, 4), (2, 2)]
+    assert all(bar.is_closed for bar in bars)
+
+
 def test_each_evaluation_dataset_has_a_bar_with_its_number_of_batches(bars):
     train(
         make_trainer(callbacks=[ProgressBarCallback]), eval_dataset={"one": make_dataset(4), "three": make_dataset(12)}

@@ -45,6 +45,8 @@ def parts_of(loader: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_part(name: str, value: Any) -> bool:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return False
     if isinstance(value, (Sampler, Dataset, DataLoader)):
         return True
     if isinstance(value, (list, tuple)):

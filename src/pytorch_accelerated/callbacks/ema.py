@@ -12,6 +12,7 @@ from pytorch_accelerated._run import library_of, run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.handler import CallbackHandler
 from pytorch_accelerated.callbacks.saving import SaveBestModelCallback
+from pytorch_accelerated.callbacks.stopping import warn_about_direction
 
 if TYPE_CHECKING:
     import os
@@ -114,6 +115,7 @@ class ModelEmaCallback(SaveBestModelCallback):
                 f"`{type(self).__name__}` needs the full model on each process, but FSDP or DeepSpeed shards it. Use "
                 "plain data parallelism, or remove the callback."
             )
+        warn_about_direction(self.watch_metric, self.greater_is_better, type(self).__name__)
         check_save_path(self.save_path, config.is_local_process_zero, config.num_processes)
         self.callback_handler.refresh()
         self.ema_model = self.model_ema_cls(self._plain_model(trainer), decay=self.decay)

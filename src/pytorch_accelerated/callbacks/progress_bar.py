@@ -29,7 +29,7 @@ class ProgressBarCallback(TrainerCallback):
     """The bar of the training epoch under way, or of the last one; ``None`` before the first."""
 
     eval_pbar: tqdm | None = None
-    """The same for evaluation. An evaluation within an epoch has no bar of its own: this is that of the epoch then."""
+    """The same for evaluation. One that interrupts another pass has no bar of its own: this is that of that pass."""
 
     _bar: tqdm | None = None
     """The open one of the two."""
@@ -53,17 +53,19 @@ class ProgressBarCallback(TrainerCallback):
         self._close(run_of(trainer).mean_loss)
 
     def on_eval_epoch_start(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
-        """Open the bar of the evaluation. An intermediate evaluation has none: the bar of the training epoch stays."""
-        self.eval_pbar = self._bar if is_intermediate else self._open(trainer)
+        """Open the bar of the evaluation. One that interrupts another pass has none: the bar of that pass stays."""
+        run = run_of(trainer)
+        is_nested_run = not run.is_training_run and any(self._pass is other for other in run.training.suspended_passes)
+        self.eval_pbar = self._bar if is_intermediate or is_nested_run else self._open(trainer)
 
     def on_eval_epoch_end(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
         """Show the mean loss of the evaluation, and close the bar."""
-        if not is_intermediate:
+        if not is_intermediate and self._is_of_current_pass(trainer):
             self._close(run_of(trainer).mean_loss)
 
     def on_log_point(self, trainer: Trainer, **kwargs: Any) -> None:
         """Show the number of finished batches and their mean loss."""
-        if not run_of(trainer).is_intermediate_evaluation:
+        if self._is_of_current_pass(trainer):
             self._show(run_of(trainer).recent_loss)
 
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -73,6 +75,9 @@ class ProgressBarCallback(TrainerCallback):
     def on_exception(self, trainer: Trainer, *, exception: BaseException, **kwargs: Any) -> None:
         """Close the bar, if one is open."""
         self._close(None)
+
+    def _is_of_current_pass(self, trainer: Trainer) -> bool:
+        return self._pass is run_of(trainer).training.current_pass
 
     def _open(self, trainer: Trainer) -> tqdm:
         self._close(None)

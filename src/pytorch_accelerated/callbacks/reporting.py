@@ -53,19 +53,24 @@ class LogMetricsCallback(TrainerCallback):
     """Prints the metrics recorded since it last did. Override `log_metrics` to send them elsewhere.
 
     Metrics whose names start with ``train`` are logged at the end of the training epoch, all others after evaluation.
-    What callbacks behind this one record is logged at the end of the epoch.
+    It is called after the callbacks that record metrics, wherever it is in the list.
     """
 
-    def __init__(self) -> None:
-        self._logged: dict[str, _Logged] = {}
+    is_called_last = True
+
+    _logged: dict[str, _Logged] | None = None  # here, because a subclass may not call `super().__init__()`
+    _run_number: int | None = None
+
+    def __init__(self) -> None:  # 0.1.61 has this signature
+        super().__init__()
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Mark what earlier runs recorded as logged."""
-        self._logged = _newest(_series_of(trainer.run_history))
+        self._mark_earlier_runs(trainer)
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Mark what earlier runs recorded as logged."""
-        self._logged = _newest(_series_of(trainer.run_history))
+        self._mark_earlier_runs(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Log the new training metrics."""
@@ -76,7 +81,7 @@ class LogMetricsCallback(TrainerCallback):
         self._log_new_metrics(trainer)
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Log what callbacks behind this one have recorded in the epoch."""
+        """Log what callbacks have recorded at the end of the epoch."""
         self._log_new_metrics(trainer)
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -84,7 +89,7 @@ class LogMetricsCallback(TrainerCallback):
         self._log_new_metrics(trainer)
 
     def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Log what callbacks behind this one have recorded in the evaluation."""
+        """Log what callbacks have recorded at the end of the evaluation."""
         self._log_new_metrics(trainer)
 
     def log_metrics(self, trainer: Trainer, metrics: Mapping[str, MetricValue]) -> None:
@@ -97,12 +102,20 @@ class LogMetricsCallback(TrainerCallback):
         for name, value in metrics.items():
             trainer.print(f"{name}: {value}")
 
+    def _mark_earlier_runs(self, trainer: Trainer) -> None:
+        """Mark what earlier runs recorded as logged, but not what callbacks have recorded since this run has begun."""
+        run = run_of(trainer)
+        self._run_number = run.training.run_number
+        if run.has_reset_history and not run.is_resumed:
+            self._logged = {}
+        elif self._logged is None or run.is_resumed:
+            self._logged = _newest(_series_of(trainer.run_history))
+
     def _log_new_metrics(self, trainer: Trainer, is_wanted: Callable[[str], bool] = lambda name: True) -> None:
         series = _series_of(trainer.run_history)
-        # A subclass may not call `super().__init__()`, nor the events at the start of a run.
-        logged: Mapping[str, _Logged] = getattr(self, "_logged", {})
-        run_number = run_of(trainer).training.run_number
-        is_new_run = run_number != getattr(self, "_run_number", run_number)
+        logged, run_number = self._logged or {}, run_of(trainer).training.run_number
+        # A subclass may not call the events at the start of a run.
+        is_new_run = self._run_number not in (None, run_number)
         self._run_number = run_number
         if (is_new_run and run_of(trainer).has_reset_history) or _was_reset(series, logged):
             logged = {}

@@ -15,13 +15,13 @@ from pytorch_accelerated._checkpoint.folder import Retention, claim_folder, rele
 from pytorch_accelerated._checkpoint.optimizer_state import DifferentPartError
 from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._distributed.collectives import run_on_main
-from pytorch_accelerated._metrics import BestMetric, ComparisonOfMetric
+from pytorch_accelerated._metrics import BestMetric, ComparisonOfMetric, NewValues
 from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._run import Run, library_of, run_of
 from pytorch_accelerated._signals import PREEMPTION_SIGNALS
 from pytorch_accelerated._validation import check_positive_integer, check_positive_number
 from pytorch_accelerated.callbacks.base import TrainerCallback
-from pytorch_accelerated.callbacks.stopping import check_watched_metric, warn_about_direction
+from pytorch_accelerated.callbacks.stopping import check_watched_metric, num_values_of, warn_about_direction
 from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class SaveBestModelCallback(TrainerCallback):
         self.save_scheduler = save_scheduler
         self.load_saved_checkpoint = load_saved_checkpoint
         self._best = BestMetric()
+        self._new_values = NewValues()
         self._has_saved = False
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -92,6 +93,7 @@ class SaveBestModelCallback(TrainerCallback):
         check_watched_metric(trainer, self.watch_metric, type(self).__name__)
         warn_about_direction(self.watch_metric, self.greater_is_better, type(self).__name__)
         check_save_path(self.save_path, config.is_local_process_zero, config.num_processes)
+        self._new_values.start_run(num_values_of(trainer, self.watch_metric), run_of(trainer).is_resumed)
         if run_of(trainer).is_resumed:
             self._check_saved_model()
             return
@@ -119,7 +121,8 @@ class SaveBestModelCallback(TrainerCallback):
 
     def _save_if_best(self, trainer: Trainer) -> None:
         value = library_of(trainer).get_agreed_metric(self.watch_metric)
-        if not self._best.is_improved_by(value, self.greater_is_better):
+        is_new = self._new_values.look(num_values_of(trainer, self.watch_metric))
+        if not is_new or not self._best.is_improved_by(value, self.greater_is_better):
             return
         epoch = trainer.run_history.current_epoch
         trainer.save_checkpoint(
@@ -146,13 +149,14 @@ class SaveBestModelCallback(TrainerCallback):
             trainer.load_checkpoint(self.save_path, load_optimizer=False, load_scheduler=False)
 
     def state_dict(self) -> StateDict:
-        """Return the best value, its epoch, and whether a checkpoint was saved."""
-        return {**self._best.state_dict(), "has_saved": self._has_saved}
+        """Return the best value, its epoch, whether a checkpoint was saved, and how many values were compared."""
+        return {**self._best.state_dict(), "has_saved": self._has_saved, **self._new_values.state_dict()}
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
         self._best.load_state_dict(state_dict)
         self._has_saved = state_dict["has_saved"]
+        self._new_values.load_state_dict(state_dict)
 
 
 class SaveTrainingStateCallback(TrainerCallback):
@@ -253,6 +257,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         run_on_main(lambda: claim_folder(local_path(self.save_dir)), *_main_of(run))
         if self.keep_best is not None:
             check_watched_metric(trainer, self.watch_metric, type(self).__name__)
+            warn_about_direction(self.watch_metric, self.greater_is_better, type(self).__name__)
         if not run.is_resumed:
             self._global_step = 0
         self._num_updates = run.progress.num_updates

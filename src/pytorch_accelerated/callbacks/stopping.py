@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated._distributed.collectives import run_on_main
 from pytorch_accelerated._loss_monitor import describe_non_finite_loss
-from pytorch_accelerated._metrics import ComparisonOfMetric, PatienceCounter
+from pytorch_accelerated._metrics import ComparisonOfMetric, NewValues, PatienceCounter
 from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._run import library_of, run_of
 from pytorch_accelerated._validation import check_positive_integer
@@ -133,7 +133,7 @@ class EarlyStoppingCallback(TrainerCallback):
         self.watch_metric = watch_metric
         self.reset_on_train = reset_on_train
         self._counter = PatienceCounter(early_stopping_patience, greater_is_better, early_stopping_threshold)
-        self._num_values_seen = 0
+        self._new_values = NewValues()
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Check the name of the metric, and start counting.
@@ -143,7 +143,7 @@ class EarlyStoppingCallback(TrainerCallback):
         """
         check_watched_metric(trainer, self.watch_metric, type(self).__name__)
         warn_about_direction(self.watch_metric, self.greater_is_better, type(self).__name__)
-        self._num_values_seen = num_values_of(trainer, self.watch_metric)
+        self._new_values.start_run(num_values_of(trainer, self.watch_metric), run_of(trainer).is_resumed)
         if self.reset_on_train and not run_of(trainer).is_resumed:
             self._counter.reset()
 
@@ -154,8 +154,7 @@ class EarlyStoppingCallback(TrainerCallback):
             StopTrainingError: The patience is used up.
         """
         value = library_of(trainer).get_agreed_metric(self.watch_metric)
-        num_seen, self._num_values_seen = self._num_values_seen, num_values_of(trainer, self.watch_metric)
-        if num_seen == self._num_values_seen:
+        if not self._new_values.look(num_values_of(trainer, self.watch_metric)):
             return
         previous = self.best_metric
         if self._counter.update(value):
@@ -182,16 +181,18 @@ class EarlyStoppingCallback(TrainerCallback):
             trainer.print(f"{self.watch_metric} has improved by {abs(best - previous):.4g} to {best:.4g}")
 
     def state_dict(self) -> StateDict:
-        """Return the best value and the number of epochs without improvement."""
+        """Return the best value, the number of epochs without improvement, and how many values were compared."""
         return {
             "best": self.best_metric,
             "num_without_improvement": self.early_stopping_patience_counter,
+            **self._new_values.state_dict(),
         }
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
         self._counter.best.record(state_dict["best"])
         self._counter.num_without_improvement = state_dict["num_without_improvement"]
+        self._new_values.load_state_dict(state_dict)
 
 
 def num_values_of(trainer: Trainer, metric_name: str) -> int:

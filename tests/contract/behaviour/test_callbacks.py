@@ -34,6 +34,17 @@ SHIPPED = [
 ]
 
 
+class Rows(LogMetricsCallback):
+    """Collects the names of what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_metrics(self, trainer, metrics):
+        self.rows.extend(metrics)
+
+
 def lines_of(capsys):
     return [line for line in capsys.readouterr().out.splitlines() if line]
 
@@ -177,6 +188,80 @@ def test_a_second_run_of_equal_length_is_logged_again(cls, num_epochs):
         train(trainer, num_epochs=num_epochs, eval_dataset=make_dataset(4))
         assert [list(metrics) for metrics in log.logged] == of_one_run * number
     assert log.logged[-1]["eval_loss_epoch"] == trainer.run_history.get_latest_metric("eval_loss_epoch")
+
+
+@pytest.mark.parametrize("name", ["score", "train_score"])
+@pytest.mark.parametrize(
+    "event",
+    ["on_train_epoch_start", "on_train_epoch_end", "on_eval_epoch_end", "on_training_run_epoch_end"],
+)
+def test_what_callbacks_behind_the_logger_record_is_logged_in_its_epoch(event, name):
+    """Whoever logs comes last: each value once, in its epoch, those of the last epoch too."""
+    rows = []
+
+    class Log(LogMetricsCallback):
+        def log_metrics(self, trainer, metrics):
+            rows.extend((trainer.run_history.current_epoch, metrics[name]) for _ in range(name in metrics))
+
+    def record(trainer, **_):
+        trainer.run_history.update_metric(name, float(trainer.run_history.current_epoch))
+
+    train(make_trainer(callbacks=[Log(), Probe(**{event: record})]), num_epochs=3, eval_dataset=make_dataset(4))
+    assert rows == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_what_callbacks_behind_the_logger_record_at_the_end_of_a_run_is_logged():
+    """Whoever logs comes last: in training, and in `evaluate`."""
+    rows = []
+
+    class Log(LogMetricsCallback):
+        def log_metrics(self, trainer, metrics):
+            rows.extend(value for key, value in metrics.items() if key.endswith("score"))
+
+    def record(value):
+        return lambda trainer, **_: trainer.run_history.update_metric("score", value)
+
+    events = Probe(on_training_run_end=record(1.0), on_evaluation_run_end=record(2.0))
+    trainer = make_trainer(callbacks=[Log(), events])
+    train(trainer, num_epochs=1)
+    trainer.evaluate(make_dataset(4))
+    assert rows == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("position", ["before", "behind"])
+def test_what_callbacks_record_at_the_start_of_a_run_is_logged(position):
+    """In each run: with a new history, and with one that is kept."""
+    log = Rows()
+    record = Probe(on_training_run_start=lambda trainer, **_: trainer.run_history.update_metric("learning_rate", 0.1))
+    trainer = make_trainer(callbacks=[record, log] if position == "before" else [log, record])
+    for settings in ({}, {}, {"reset_run_history": False}):
+        log.rows = []
+        train(trainer, num_epochs=1, **settings)
+        assert sorted(log.rows) == ["learning_rate", "train_loss_epoch"], settings
+
+
+def test_an_evaluation_run_within_an_epoch_loses_no_training_metric():
+    """What the epoch has recorded before is logged once, with the evaluation or at the end of the epoch."""
+    log = Rows()
+
+    def act(trainer, step, **_):
+        if step == 0:
+            trainer.run_history.update_metric("train_note", trainer.run_history.current_epoch)
+        if step == 1:
+            trainer.evaluate(make_dataset(4))
+
+    train(make_trainer(callbacks=[log, Probe(on_train_step_end=act)]), num_epochs=2)
+    assert (log.rows.count("train_note"), log.rows.count("train_loss_epoch")) == (2, 2)
+
+
+def test_a_run_resumed_by_the_same_logger_logs_what_is_new_only(tmp_path):
+    """Values that the state has were logged by the run that saved it."""
+    log, save = Rows(), SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)
+    trainer = make_trainer(callbacks=[log, save])
+    train(trainer, num_epochs=3, eval_dataset=make_dataset(4))
+    log.rows = []
+    train(trainer, num_epochs=3, eval_dataset=make_dataset(4), resume_from=tmp_path / "epoch_2")
+    assert log.rows == ["eval_loss_epoch", "train_loss_epoch", "eval_loss_epoch"]
 
 
 def test_a_history_that_is_kept_is_not_logged_again():

@@ -408,7 +408,7 @@ def test_within_a_pass_a_name_means_the_metric_of_that_pass():
     )
     average_record = Record()
     average_record.num_passes = 100
-    ema = ModelEmaCallback(callbacks=[average_record, nested], watch_metric="b_ema_model_acc")
+    ema = ModelEmaCallback(callbacks=[average_record, nested], watch_metric="b_ema_model_acc", greater_is_better=True)
     trainer = make_trainer(callbacks=[StepBasedEvaluationCallback(2), Record(), recorder, ema])
     train(trainer, num_epochs=2, eval_dataset={"a": make_dataset(8), "b": make_dataset(4)})
     assert seen == list(range(1, 13))  # two intermediate evaluations and one at the end per epoch, of two datasets

@@ -20,6 +20,7 @@ from _support import Probe, make_dataset, make_trainer, raiser, recorder_of, tra
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
+    ModelEmaCallback,
     SaveBestModelCallback,
     SaveTrainingStateCallback,
     StepBasedEvaluationCallback,
@@ -214,6 +215,72 @@ def test_early_stopping_ends_the_resumed_run_where_it_ended_the_whole_one(tmp_pa
     for name in ("epoch_1", "epoch_2", "epoch_3"):
         resumed = early_stopped(tmp_path / name, settings, order, resume_from=tmp_path / "whole" / name)
         assert _runs.differences(expected, resumed) == [], name
+
+
+def stopped_by(folder, watch_metric, saving, **kwargs):
+    """A run that early stopping ends on a metric that is in the history before the decision; its number of epochs."""
+    scores = [0.5, 0.4, 0.6, 0.7, 0.8, 0.9]
+
+    def record(trainer, step, **_):
+        if step == 0:
+            trainer.run_history.update_metric("score", scores[trainer.run_history.current_epoch - 1])
+
+    stop = EarlyStoppingCallback(2, 1e9 if watch_metric == "train_loss_epoch" else 0.0, watch_metric)
+    best = SaveBestModelCallback(folder.parent / f"{folder.name}.pt", watch_metric, load_saved_checkpoint=False)
+    save = SaveTrainingStateCallback(folder, save_at_end=False, **saving)
+    trainer = make_trainer(callbacks=[Probe(on_train_step_end=record), stop, best, save])
+    torch.manual_seed(0)
+    train(trainer, num_epochs=6, **kwargs)
+    return trainer.progress.num_epochs_completed, stop.best_metric, best.best_metric, best.best_metric_epoch
+
+
+@pytest.mark.parametrize("saving", [{"save_every_n_epochs": 1}, {"save_every_n_steps": 1}], ids=["epochs", "steps"])
+@pytest.mark.parametrize(("watch_metric", "num_epochs"), [("train_loss_epoch", 3), ("score", 4)])
+def test_a_value_that_was_saved_before_the_decision_on_it_still_counts(tmp_path, watch_metric, num_epochs, saving):
+    """Row 9.5: a metric of the training epoch is in the state of the epoch, which is saved before the decision."""
+    expected = stopped_by(tmp_path / "whole", watch_metric, saving)
+    assert expected[0] == num_epochs
+    states = [state.path for state in list_states(tmp_path / "whole")]
+    assert len(states) >= num_epochs
+    for state in states:
+        assert stopped_by(tmp_path / state.name, watch_metric, saving, resume_from=state) == expected, state.name
+
+
+def test_the_best_model_is_not_chosen_by_a_value_of_an_earlier_run(tmp_path):
+    """The history is kept, and the metric is measured in the second epoch of the second run only."""
+    scores = {1: 0.1, 2: 0.2, 4: 0.3}
+
+    def record(trainer, **_):
+        epoch = trainer.run_history.current_epoch
+        if epoch in scores:
+            trainer.run_history.update_metric("score", scores[epoch])
+
+    best = SaveBestModelCallback(tmp_path / "best.pt", "score", load_saved_checkpoint=False)
+    trainer = make_trainer(callbacks=[Probe(on_train_epoch_end=record), best])
+    train(trainer, num_epochs=2)
+    assert (best.best_metric, best.best_metric_epoch) == (0.1, 1)
+    train(trainer, num_epochs=2, reset_run_history=False)
+    assert (best.best_metric, best.best_metric_epoch) == (0.3, 4)
+
+
+@pytest.mark.parametrize("kind", ["early stopping", "best model", "average", "best states"])
+def test_a_metric_that_ought_to_grow_is_warned_about_when_the_smallest_is_sought(tmp_path, kind):
+    """The default direction is that of a loss."""
+    name = "eval_accuracy"
+    callback = {
+        "early stopping": lambda: EarlyStoppingCallback(watch_metric=name),
+        "best model": lambda: SaveBestModelCallback(tmp_path / "best.pt", name),
+        "average": lambda: ModelEmaCallback(save_path=tmp_path / "ema.pt", watch_metric=f"ema_model_{name}"),
+        "best states": lambda: SaveTrainingStateCallback(
+            tmp_path / "states", max_checkpoints=1, keep_best=1, watch_metric=name
+        ),
+    }[kind]()
+    record = Probe(on_eval_epoch_end=lambda trainer, **_: trainer.run_history.update_metric(name, 0.5))
+    if kind == "average":
+        callback.callback_handler.add_callback(record)
+    trainer = make_trainer(callbacks=[record, callback])
+    with pytest.warns(UserWarning, match="greater_is_better=True"):
+        train(trainer, num_epochs=1, eval_dataset=make_dataset(4))
 
 
 @pytest.mark.parametrize("event", ["on_train_step_end", "on_train_epoch_end"])
