@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import numbers
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, SupportsIndex, TypeVar
 
@@ -17,6 +18,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from pytorch_accelerated._data.loaders import is_dataset, is_map_style, is_shardable, num_batches_of
+from pytorch_accelerated._hints.classes import describe_forgotten_init, find_uncalled
+from pytorch_accelerated._hints.hooks import hook_meant
+from pytorch_accelerated._messages import warn
 
 Number = TypeVar("Number")
 
@@ -81,10 +85,78 @@ def check_positive_number(name: str, value: float | None) -> None:
     """Raise unless ``value`` is ``None`` or a number above 0.
 
     Raises:
-        ValueError: It is not.
+        TypeError: It is not a number.
+        ValueError: It is not above 0.
     """
-    if value is not None and not value > 0:
-        raise ValueError(f"`{name}` is {value!r}. Expected a number above 0, or None.")
+    if value is None:
+        return
+    try:
+        is_positive = not isinstance(value, bool) and bool(value > 0)
+    except TypeError:
+        is_positive = False
+    if not is_positive:
+        is_number = isinstance(value, (numbers.Real, torch.Tensor)) and not isinstance(value, bool)
+        kind, error = ("", ValueError) if is_number else (f", of type {type(value).__name__}", TypeError)
+        raise error(f"`{name}` is {value!r}{kind}. Expected a number above 0, or None.")
+
+
+def check_seed(seed: object) -> None:
+    """Raise unless ``seed`` is ``None`` or a whole number.
+
+    Raises:
+        TypeError: It is not.
+    """
+    try:
+        if seed is not None:
+            operator.index(as_whole_number(seed))  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(
+            f"`seed` is {seed!r}, of type {type(seed).__name__}. Expected a whole number, or None. "
+            f"Pass {f'`seed=int({seed!r})`' if isinstance(seed, str) else 'a number'} to the Trainer."
+        ) from error
+
+
+def check_run_history(run_history: object) -> None:
+    """Raise if a class is given in place of a run history.
+
+    Raises:
+        TypeError: It is.
+    """
+    if inspect.isclass(run_history):
+        raise TypeError(
+            f"`run_history` is the class `{run_history.__name__}`. Expected an instance. Pass "
+            f"`{run_history.__name__}()` to the Trainer."
+        )
+
+
+def check_initialized(trainer: object, needed: str) -> None:
+    """Raise if the ``__init__`` of the Trainer has not been called.
+
+    Args:
+        trainer: The trainer.
+        needed: An attribute that it sets.
+
+    Raises:
+        RuntimeError: It has not.
+    """
+    if needed not in vars(trainer):
+        forgotten = describe_forgotten_init(type(trainer)) or "Call `super().__init__(...)` in its `__init__`."
+        raise RuntimeError(f"This `{type(trainer).__name__}` was not initialized as a Trainer. {forgotten}")
+
+
+def warn_about_uncalled_hooks(cls: type, events: Collection[str], other_words: Collection[str]) -> None:
+    """Warn about methods of a trainer that look like hooks, also of other libraries, and that nothing calls.
+
+    Args:
+        cls: The class of the trainer.
+        events: The events of callbacks.
+        other_words: Names that occur elsewhere in the program.
+    """
+    for method, remedy in find_uncalled(cls, lambda name: hook_meant(name, events), other_words).items():
+        warn(
+            f"`{cls.__name__}.{method}` is not a hook of the Trainer, so nothing calls it. {remedy} If your program "
+            "calls it itself, choose a name that differs more."
+        )
 
 
 def check_numbers_of_run(
@@ -238,10 +310,22 @@ def _describe(value: object) -> str:
     return f"{value!r}, of type str" if isinstance(value, str) else f"an object of type {type(value).__name__}"
 
 
+_EXAMPLES = {
+    "model": "",
+    "loss function": ", such as `nn.MSELoss()`,",
+    "optimizer": ", such as `torch.optim.AdamW(model.parameters())`,",
+}
+
+
 def _remedy(value: object, role: str) -> str:
     if inspect.isclass(value):
-        return f"an instance, `{value.__name__}(...)`,"
-    return "what it returns when it is called" if isinstance(value, functools.partial) else f"the {role} itself"
+        return f"an instance, `{value.__name__}({'model.parameters()' if role == 'optimizer' else '...'})`,"
+    if isinstance(value, functools.partial):
+        return "what it returns when it is called"
+    is_swapped = isinstance(value, nn.Module if role == "optimizer" else Optimizer)
+    if is_swapped:
+        return "model, loss function and optimizer in this order, or by their names,"
+    return f"the {role} itself{_EXAMPLES[role]}"
 
 
 def check_trainable(model: object, loss_func: object, optimizer: object) -> None:
@@ -283,7 +367,7 @@ def check_data_not_empty(name: str, data: object) -> None:
         TypeError: It is neither a dataset nor an iterable.
     """
     if data is None:
-        raise ValueError(f"`{name}` is None. Expected a dataset, or an iterable of batches.")
+        raise ValueError(f"`{name}` is None. Expected a dataset, or an iterable of batches. Pass one.")
     if not hasattr(data, "__getitem__") and not hasattr(data, "__iter__"):
         raise TypeError(f"`{name}` is of type {type(data).__name__}. Expected a dataset, or an iterable of batches.")
     if isinstance(data, (Dataset, Sequence, DataLoader)) and num_batches_of(data) == 0:

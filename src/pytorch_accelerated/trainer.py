@@ -40,6 +40,7 @@ from pytorch_accelerated._checkpoint.state import (
 )
 from pytorch_accelerated._checkpoint.writer import StateWriter
 from pytorch_accelerated._data.build import rebuild_loader
+from pytorch_accelerated._data.checks import check_is_dataset, check_loader_arguments, warn_about_ready_loaders
 from pytorch_accelerated._data.defaults import EvaluationSettings, default_dl_kwargs, merge_dl_kwargs
 from pytorch_accelerated._data.determinism import SeededLoader
 from pytorch_accelerated._data.limits import LIMIT_BATCHES_ENV_VAR, limit_from_environment
@@ -64,6 +65,8 @@ from pytorch_accelerated._distributed.collectives import broadcast_values, num_l
 from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
+from pytorch_accelerated._hints.arguments import explains_arguments
+from pytorch_accelerated._hints.classes import words_of_user
 from pytorch_accelerated._loop import TrainingLoop, preserve_modes
 from pytorch_accelerated._run import Run, do_nothing
 from pytorch_accelerated._types import (
@@ -81,6 +84,7 @@ from pytorch_accelerated._types import (
     TimmScheduler,
 )
 from pytorch_accelerated.callbacks import (  # those renamed to themselves can be imported from here, as in 0.1.61
+    EVENTS,
     CallbackHandler,
     LimitBatchesCallback,
     SaveTrainingStateCallback,
@@ -143,6 +147,7 @@ class Trainer(TrainingLoop):
         ['eval_loss_epoch', 'train_loss_epoch']
     """
 
+    @explains_arguments
     def __init__(
         self,
         model: nn.Module,
@@ -155,6 +160,8 @@ class Trainer(TrainingLoop):
         seed: int | None = None,
         accelerator: Accelerator | Mapping[str, Any] | None = None,
     ) -> None:
+        _validation.check_seed(seed)
+        _validation.check_run_history(run_history)
         super().__init__(model, loss_func, optimizer, run_history)
         self.train_dataset: Any = None
         self.eval_dataset: Any = None
@@ -173,10 +180,12 @@ class Trainer(TrainingLoop):
         if seed is not None:
             seed_generators(derive_seed(seed, "rank", rank) if rank else seed)
         self.callback_handler = self._create_callback_handler()
+        _warn_about_uncalled_hooks(self)
         self.callback_handler.call_event("on_init_end", self)
 
     # --- entry points --------------------------------------------------------------------------------------------
 
+    @explains_arguments
     def train(
         self,
         train_dataset: Data,
@@ -244,6 +253,7 @@ class Trainer(TrainingLoop):
             KeyboardInterrupt: Ctrl-C was pressed; the run ended gracefully first.
             SystemExit: Same for another signal that a callback listens to; the code is 128 + its number.
         """
+        _validation.check_initialized(self, "_loop_run")
         _validation.check_no_run(self._loop_run.is_active)
         numbers: dict[str, Any] = {
             "per_device_batch_size": per_device_batch_size,
@@ -259,6 +269,8 @@ class Trainer(TrainingLoop):
         if not overrides_any(self, ["create_scheduler"]):
             _validation.check_create_scheduler_fn(create_scheduler_fn)
         _check_parts_of_training(self)
+        dl_kwargs = {"train_dataloader_kwargs": train_dataloader_kwargs, "eval_dataloader_kwargs": eval_dataloader_kwargs}
+        _warn_about_ready_loaders(self, train_dataset, eval_dataset, per_device_batch_size, collate_fn, **dl_kwargs)
 
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
@@ -276,6 +288,7 @@ class Trainer(TrainingLoop):
         if run.interruption is not None:
             raise run.interruption.to_exit_exception()
 
+    @explains_arguments
     def evaluate(
         self,
         dataset: EvalData | None = None,
@@ -299,8 +312,10 @@ class Trainer(TrainingLoop):
         Raises:
             ValueError: There is nothing to evaluate.
         """
+        _validation.check_initialized(self, "_loop_run")
         if not overrides_any(self, ["calculate_eval_batch_loss"]):
             _validation.check_loss_func(self.loss_func)
+        _warn_about_ready_loaders(self, None, dataset, per_device_batch_size, collate_fn, dataloader_kwargs=dataloader_kwargs)
         settings = EvaluationSettings(per_device_batch_size, dataloader_kwargs, collate_fn)
         with _without_trace_in_a_run(self):
             if dataset is not None:
@@ -310,6 +325,7 @@ class Trainer(TrainingLoop):
             with self._loop_evaluation_context(*settings):
                 self._run_evaluation()
 
+    @explains_arguments
     def predict(
         self,
         dataset: Data,
@@ -336,7 +352,9 @@ class Trainer(TrainingLoop):
         Raises:
             TypeError: The dataset is a dictionary.
         """
+        _validation.check_initialized(self, "_loop_run")
         _validation.check_single_dataset(dataset)
+        _warn_about_ready_loaders(self, None, dataset, per_device_batch_size, collate_fn, dataloader_kwargs=dataloader_kwargs)
         with _without_trace_in_a_run(self), _preserve_attributes(self, "eval_dataset", "_loop_last_evaluation"):
             self.eval_dataset = dataset
             with self._loop_evaluation_context(per_device_batch_size, dataloader_kwargs, collate_fn):
@@ -524,6 +542,7 @@ class Trainer(TrainingLoop):
     def _create_callback_handler(self) -> CallbackHandler:
         limit = limit_from_environment()
         handler = CallbackHandler(None if limit is None else LimitBatchesCallback(limit))
+        handler.other_words = words_of_user(type(self))
         handler.add_callbacks(self._callbacks)
         return handler
 
@@ -596,6 +615,7 @@ class Trainer(TrainingLoop):
 
     def _loop_make_train_loader(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:
         self._loop_run.train_dl_kwargs = None  # those of an earlier run
+        _check_data(self, "train_dataset", self.train_dataset, dl_kwargs)
         with _validation.explain_bad_data("train_dataset", self.train_dataset):
             loader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
         seeded_loader = _seed_loader("train_dataset", loader, self._accelerator)
@@ -609,6 +629,7 @@ class Trainer(TrainingLoop):
             _validation.check_data_not_empty("eval_dataset", list(datasets))
         self._loop_last_evaluation = EvaluationSettings(batch_size, dl_kwargs, self.collate_fn)
         named_datasets = datasets if isinstance(datasets, dict) else {"": datasets}
+        _check_data(self, "eval_dataset", datasets, dl_kwargs)
         try:
             for name, dataset in named_datasets.items():
                 self.eval_dataset = dataset  # which the hook reads
@@ -869,6 +890,25 @@ def _check_parts_of_training(trainer: Trainer) -> None:
         _validation.check_loss_func(trainer.loss_func)
     _validation.check_optimizer(trainer.optimizer)
     _validation.check_trainable(trainer.model, trainer.loss_func, trainer.optimizer)
+
+
+def _warn_about_uncalled_hooks(trainer: Trainer) -> None:
+    callbacks = trainer.callback_handler.with_nested_callbacks()
+    words = {word for callback in callbacks for word in words_of_user(type(callback))}
+    _validation.warn_about_uncalled_hooks(type(trainer), EVENTS, words)
+
+
+def _warn_about_ready_loaders(trainer: Trainer, *data_and_settings: Any, **dl_kwargs: DataLoaderKwargs | None) -> None:
+    if not overrides_any(trainer, ["create_train_dataloader", "create_eval_dataloader"]):
+        warn_about_ready_loaders(*data_and_settings, **dl_kwargs)
+
+
+def _check_data(trainer: Trainer, name: str, data: object, dl_kwargs: DataLoaderKwargs | None) -> None:
+    """Refuse data that is none, and arguments that no loader has. A loader of one's own may take anything."""
+    kind = name.removesuffix("_dataset")
+    if not overrides_any(trainer, [f"create_{kind}_dataloader"]):
+        check_loader_arguments(f"{kind}_dataloader_kwargs", dl_kwargs, DataLoader)
+        check_is_dataset(name, data, trainer.collate_fn or (dl_kwargs or {}).get("collate_fn"))
 
 
 def _default_dl_kwargs(dataset: Data, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:

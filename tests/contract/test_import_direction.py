@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "torchmetrics", "timm", "transformers", "wandb", "torchvision"}
 
 FLOORS = [
-    {"exceptions", "_types"},
+    {"exceptions", "_types", "_messages", "_hints"},
     {"progress", "tracking", "run_config", "_proxy", "_nested", "_metrics", "_signals", "_ema", "finetuning"},
     {"_accumulation", "_batch_size", "_loss_monitor", "_data"},
     {"_distributed"},

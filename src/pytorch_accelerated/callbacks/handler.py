@@ -9,8 +9,15 @@ from contextlib import contextmanager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from pytorch_accelerated._hints import describe_foreign_callback, event_meant, find_uncalled, is_sentence
-from pytorch_accelerated._messages import warn
+from pytorch_accelerated._hints.classes import describe_forgotten_init
+from pytorch_accelerated.callbacks._checks import (
+    accepted_keywords,
+    as_instance,
+    as_iterable,
+    implements,
+    warn_about_signatures,
+    warn_about_uncalled_methods,
+)
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
 from pytorch_accelerated.exceptions import CheckpointError, StopTrainingError, add_note
 
@@ -49,8 +56,8 @@ class CallbackHandler:
         ValueError: The same object was passed twice.
     """
 
-    other_events: Collection[str] = ()
-    """Names of events that the program itself may fire, so that they are no misspelled ones."""
+    other_words: Collection[str] = ()
+    """Names that the program uses elsewhere, such as those of events that it fires itself: they are not misspelled."""
 
     requested_stop: StopTrainingError | None = None
     """The request of a callback to stop, while the later callbacks get the event in which it was made."""
@@ -73,7 +80,7 @@ class CallbackHandler:
 
     def add_callbacks(self, callbacks: Callbacks) -> None:
         """Append callbacks, in order; a single one and ``None`` are fine too."""
-        for callback in _as_iterable(callbacks):
+        for callback in as_iterable(callbacks):
             self.add_callback(callback)
 
     def add_callback(self, callback: object) -> None:
@@ -86,14 +93,14 @@ class CallbackHandler:
             TypeError: ``callback`` is not a callback.
             ValueError: The same object is in the list already. Two instances of one class are fine.
         """
-        instance = _as_instance(callback)
+        instance = as_instance(callback)
         if any(instance is present for present in self.callbacks):
             raise ValueError(
                 f"The callback object {instance!r} was added twice. Each object receives every event once. To have two "
                 "callbacks of this class, pass a second instance."
             )
-        _warn_about_uncalled_methods(instance, self.other_events)
-        _warn_about_signatures(instance)
+        warn_about_uncalled_methods(instance, self.other_words)
+        warn_about_signatures(instance)
         self.callbacks.append(instance)
         self.refresh()
 
@@ -135,7 +142,7 @@ class CallbackHandler:
             except StopTrainingError as error:
                 stop_request = self.requested_stop = stop_request or error
             except Exception as error:
-                add_note(error, _describe_origin(callback, event, args, kwargs) + _describe_missing_init(callback, error))
+                add_note(error, _describe_origin(error, callback, event, args, kwargs))
                 raise
         if stop_request is not None:
             self.requested_stop = None
@@ -195,9 +202,9 @@ class CallbackHandler:
         callbacks = self.with_nested_callbacks() if event in _EVENTS_OF_RUNS else self.callbacks
         in_order = sorted(callbacks, key=lambda callback: getattr(callback, "is_called_last", False) is True)
         self._listeners[event] = tuple(
-            _Listener(getattr(callback, event), _accepted_keywords(getattr(callback, event)), callback)
+            _Listener(getattr(callback, event), accepted_keywords(getattr(callback, event)), callback)
             for callback in in_order
-            if _implements(callback, event)
+            if implements(callback, event)
         )
         is_plain = getattr(self.call_event, "__func__", None) is CallbackHandler.call_event
         if is_plain and not self._listeners[event]:  # a replaced `call_event` is meant to see every event
@@ -213,102 +220,8 @@ class _Listener(NamedTuple):
     callback: object
 
 
-def _implements(callback: object, event: str) -> bool:
-    method = getattr(callback, event, None)
-    if not callable(method):
-        return False
-    return getattr(method, "__func__", method) is not getattr(TrainerCallback, event, None)
-
-
 def _only(accepted: frozenset[str], kwargs: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in kwargs.items() if name in accepted}
-
-
-def _accepted_keywords(method: Callable[..., object]) -> frozenset[str] | None:
-    # Some callbacks omit ``**kwargs``; they receive only the arguments they name.
-    function = getattr(method, "__func__", method)
-    if (
-        isinstance(function, FunctionType)
-        and not vars(function)
-        and function.__code__.co_flags & inspect.CO_VARKEYWORDS
-    ):
-        return None  # not decorated, so the code object suffices; `inspect.signature` takes many times as long
-    try:
-        parameters = inspect.signature(method).parameters
-    except (TypeError, ValueError):
-        return None
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return None
-    return frozenset(parameters)
-
-
-def _as_iterable(callbacks: Callbacks) -> Iterable[Any]:
-    if callbacks is None:
-        return ()
-    if inspect.isclass(callbacks) or isinstance(callbacks, TrainerCallback):
-        return (callbacks,)
-    if isinstance(callbacks, (str, Mapping)):
-        raise TypeError(
-            f"`callbacks` is a {type(callbacks).__name__}. Expected callbacks, which are instances or classes of "
-            "`TrainerCallback`. Pass a list of them."
-        )
-    return callbacks if hasattr(callbacks, "__iter__") else (callbacks,)
-
-
-def _as_instance(callback: object) -> object:
-    instance = callback
-    if inspect.isclass(callback):
-        try:
-            instance = callback()
-        except TypeError as error:
-            raise TypeError(
-                f"The callback class `{callback.__name__}` cannot be instantiated without arguments ({error}). "
-                f"Pass an instance instead, such as `{callback.__name__}(...)`."
-            ) from error
-    if isinstance(instance, TrainerCallback):
-        return instance
-    foreign = describe_foreign_callback(instance)
-    if foreign is not None:
-        raise TypeError(f"{foreign} Expected callbacks of this library in `callbacks`.")
-    if not any(callable(getattr(instance, event, None)) for event in EVENTS):
-        raise TypeError(
-            f"{instance!r} is not a callback. Expected a `TrainerCallback` (an instance or a class) in `callbacks`, "
-            "or an object with at least one of its events. Define one, such as `on_train_epoch_end(self, trainer, "
-            "**kwargs)`."
-        )
-    return instance
-
-
-def _warn_about_uncalled_methods(callback: object, other_events: Collection[str]) -> None:
-    """Warn about methods that have the name of no event, but look like events, also of other libraries."""
-    name = type(callback).__name__
-    uncalled = find_uncalled(type(callback), lambda each: event_meant(each, EVENTS), other_events.__contains__)
-    for method, meant in uncalled.items():
-        remedy = meant if is_sentence(meant) else f"Rename it to `{meant}`."
-        warn(
-            f"`{name}.{method}` is not an event, so the trainer never calls it. {remedy} If your program calls it "
-            "itself, ignore this warning, or choose a name that differs more."
-        )
-
-
-def _warn_about_signatures(callback: object) -> None:
-    """Warn about events that cannot be called with the arguments that they get, such as those of other libraries."""
-    for event in EVENTS:
-        if not _implements(callback, event):
-            continue
-        method, declared = getattr(callback, event), inspect.signature(getattr(TrainerCallback, event)).parameters
-        accepted = _accepted_keywords(method)
-        keywords = {name for name in declared if name not in ("self", "trainer", "kwargs")}
-        try:
-            inspect.signature(method).bind(None, **dict.fromkeys(keywords if accepted is None else keywords & accepted))
-        except TypeError as error:
-            given = ", ".join(("self", "trainer", *(f"{name}" for name in declared if name in keywords), "**kwargs"))
-            warn(
-                f"`{type(callback).__name__}.{event}` cannot be called with the arguments of the event ({error}). "
-                f"Define it as `{event}({given})`."
-            )
-        except ValueError:  # it has no signature
-            pass
 
 
 @contextmanager
@@ -326,21 +239,9 @@ def _explained_failure_to_load(callback: object) -> Iterator[None]:
         ) from error
 
 
-def _describe_missing_init(callback: object, error: Exception) -> str:
-    """Say so if a callback lacks an attribute because its class does not call the ``__init__`` of its base class."""
-    base = next((base for base in type(callback).__mro__[1:] if "__init__" in vars(base) and base is not object), None)
-    own = vars(type(callback)).get("__init__")
-    if not isinstance(error, AttributeError) or error.obj is not callback or base is None:
-        return ""
-    if not isinstance(own, FunctionType) or "__init__" in own.__code__.co_names:
-        return ""
-    return (
-        f". `{type(callback).__name__}.__init__` does not call that of `{base.__name__}`, which sets what is missing: "
-        "call `super().__init__()` in it"
-    )
-
-
-def _describe_origin(callback: object, event: str, args: tuple[object, ...], kwargs: dict[str, object]) -> str:
+def _describe_origin(
+    error: Exception, callback: object, event: str, args: tuple[object, ...], kwargs: dict[str, object]
+) -> str:
     place = f"raised by the callback `{type(callback).__name__}` in `{event}`"
     history = getattr(args[0], "run_history", None) if args else None
     epoch = getattr(history, "current_epoch", None)
@@ -348,4 +249,7 @@ def _describe_origin(callback: object, event: str, args: tuple[object, ...], kwa
         place += f", epoch {epoch}"
     if "step" in kwargs:
         place += f", step {kwargs['step']}"
+    if isinstance(error, AttributeError) and getattr(error, "obj", None) is callback:
+        forgotten = describe_forgotten_init(type(callback))
+        place += "" if forgotten is None else f". {forgotten}"
     return place
