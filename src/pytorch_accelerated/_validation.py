@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import numbers
 import operator
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, SupportsIndex, TypeVar
@@ -90,14 +88,15 @@ def check_positive_number(name: str, value: float | None) -> None:
     """
     if value is None:
         return
+    expected = "Expected a number above 0, or None."
     try:
-        is_positive = not isinstance(value, bool) and bool(value > 0)
+        is_positive = None if isinstance(value, bool) else bool(value > 0)
     except TypeError:
-        is_positive = False
+        is_positive = None
+    if is_positive is None:
+        raise TypeError(f"`{name}` is {value!r}, of type {type(value).__name__}. {expected}")
     if not is_positive:
-        is_number = isinstance(value, (numbers.Real, torch.Tensor)) and not isinstance(value, bool)
-        kind, error = ("", ValueError) if is_number else (f", of type {type(value).__name__}", TypeError)
-        raise error(f"`{name}` is {value!r}{kind}. Expected a number above 0, or None.")
+        raise ValueError(f"`{name}` is {value!r}. {expected}")
 
 
 def check_seed(seed: object) -> None:
@@ -190,11 +189,10 @@ def warn_about_long_accumulation(gradient_accumulation_steps: int, num_batches_p
         num_batches_per_epoch: Batches per epoch and rank; ``None`` if that is not certain.
     """
     if num_batches_per_epoch is not None and num_batches_per_epoch < gradient_accumulation_steps:
-        warnings.warn(
+        warn(
             f"`gradient_accumulation_steps` is {gradient_accumulation_steps} batches, but an epoch has only "
             f"{num_batches_per_epoch}. An update ends with its epoch, so each takes no more batches than that. Lower "
             "`gradient_accumulation_steps` or `per_device_batch_size`.",
-            stacklevel=4,
         )
 
 
@@ -431,12 +429,11 @@ def warn_about_ready_batches(name: str, loader: object) -> None:
     tensors = [item for item in first if isinstance(item, torch.Tensor)]
     sizes = {tensor.shape[0] if tensor.ndim > 0 else 0 for tensor in tensors}
     if len(tensors) > 1 and len(tensors) == len(first) and len(sizes) == 1 and max(sizes) > 1:
-        warnings.warn(
+        warn(
             f"The items of `{name}`, a {type(data).__name__}, look like ready batches of {max(sizes)} samples. Items "
             "of a list are taken for samples, so they are batched once more. For ready batches, pass an object that "
             "has only `__iter__`, or `batch_size=None` in the arguments of its loader. If they are samples, pass them "
             "as a `Dataset`, and this warning ends.",
-            stacklevel=4,
         )
 
 

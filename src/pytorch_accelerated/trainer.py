@@ -269,13 +269,14 @@ class Trainer(TrainingLoop):
         if not overrides_any(self, ["create_scheduler"]):
             _validation.check_create_scheduler_fn(create_scheduler_fn)
         _check_parts_of_training(self)
-        dl_kwargs = {"train_dataloader_kwargs": train_dataloader_kwargs, "eval_dataloader_kwargs": eval_dataloader_kwargs}
+        dl_kwargs = {
+            "train_dataloader_kwargs": train_dataloader_kwargs,
+            "eval_dataloader_kwargs": eval_dataloader_kwargs,
+        }
         _warn_about_ready_loaders(self, train_dataset, eval_dataset, per_device_batch_size, collate_fn, **dl_kwargs)
 
-        self.train_dataset = train_dataset
-        self.eval_dataset = eval_dataset
-        self.collate_fn = collate_fn
-        self.create_scheduler_fn = create_scheduler_fn
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.collate_fn, self.create_scheduler_fn = collate_fn, create_scheduler_fn
         with self._loop_run_context() as run:
             state = self._loop_find_state(resume_from, allow_other_num_processes)
             self._loop_make_train_loader(per_device_batch_size, train_dataloader_kwargs)
@@ -315,7 +316,7 @@ class Trainer(TrainingLoop):
         _validation.check_initialized(self, "_loop_run")
         if not overrides_any(self, ["calculate_eval_batch_loss"]):
             _validation.check_loss_func(self.loss_func)
-        _warn_about_ready_loaders(self, None, dataset, per_device_batch_size, collate_fn, dataloader_kwargs=dataloader_kwargs)
+        _warn_about_ready_loaders(self, None, dataset, per_device_batch_size, collate_fn, dataloader_kwargs)
         settings = EvaluationSettings(per_device_batch_size, dataloader_kwargs, collate_fn)
         with _without_trace_in_a_run(self):
             if dataset is not None:
@@ -354,7 +355,7 @@ class Trainer(TrainingLoop):
         """
         _validation.check_initialized(self, "_loop_run")
         _validation.check_single_dataset(dataset)
-        _warn_about_ready_loaders(self, None, dataset, per_device_batch_size, collate_fn, dataloader_kwargs=dataloader_kwargs)
+        _warn_about_ready_loaders(self, None, dataset, per_device_batch_size, collate_fn, dataloader_kwargs)
         with _without_trace_in_a_run(self), _preserve_attributes(self, "eval_dataset", "_loop_last_evaluation"):
             self.eval_dataset = dataset
             with self._loop_evaluation_context(per_device_batch_size, dataloader_kwargs, collate_fn):
@@ -898,9 +899,19 @@ def _warn_about_uncalled_hooks(trainer: Trainer) -> None:
     _validation.warn_about_uncalled_hooks(type(trainer), EVENTS, words)
 
 
-def _warn_about_ready_loaders(trainer: Trainer, *data_and_settings: Any, **dl_kwargs: DataLoaderKwargs | None) -> None:
-    if not overrides_any(trainer, ["create_train_dataloader", "create_eval_dataloader"]):
-        warn_about_ready_loaders(*data_and_settings, **dl_kwargs)
+def _warn_about_ready_loaders(
+    trainer: Trainer,
+    train_data: Data | None,
+    eval_data: EvalData | None,
+    batch_size: int,
+    collate_fn: CollateFunction | None,
+    *dl_kwargs: DataLoaderKwargs | None,
+) -> None:
+    if overrides_any(trainer, ["create_train_dataloader", "create_eval_dataloader"]):
+        return
+    names = ["dataloader_kwargs"] if len(dl_kwargs) == 1 else ["train_dataloader_kwargs", "eval_dataloader_kwargs"]
+    named = dict(zip(names, dl_kwargs, strict=True))
+    warn_about_ready_loaders(train_data, eval_data, batch_size, collate_fn, named)
 
 
 def _check_data(trainer: Trainer, name: str, data: object, dl_kwargs: DataLoaderKwargs | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from pytorch_accelerated._checkpoint.optimizer_state import (
     parameters_of,
 )
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._types import StateDict, Stateful, StateMapping
 from pytorch_accelerated.exceptions import CheckpointError
 
@@ -164,11 +164,10 @@ class Companions:
             _states_of(items)
         names = [f"`{name}`" for name, item in self.optimizers.items() if not AcceleratorRegistry.is_prepared(item)]
         if is_distributed and names:
-            warnings.warn(
+            warn(
                 f"The trainer does not average the gradients of {', '.join(names)} over the ranks, so the parameters "
                 "there will differ between them. Prepare the optimizer and its module with "
                 "`trainer._accelerator.prepare(module, optimizer)`, or add the parameters to the trainer's optimizer.",
-                stacklevel=4,
             )
 
     def since(self, before: Companions) -> Companions:
@@ -192,7 +191,7 @@ class Companions:
             if differing
         ]
         if described:
-            warnings.warn(f"{source} does not fit exactly. {' '.join(described)}", stacklevel=2)
+            warn(f"{source} does not fit exactly. {' '.join(described)}")
 
 
 def complete_restore(
@@ -236,9 +235,9 @@ def _states_of(
             _check_has_both_methods(item)
             states[name] = as_plain(state_of(item))
         except CheckpointError as error:
-            warnings.warn(_describe_not_covered(name, item, str(error)), stacklevel=2)
+            warn(_describe_not_covered(name, item, str(error)))
         except Exception as error:  # the method is the user's
-            warnings.warn(_describe_not_covered(name, item, f"`state_dict` raised {error!r}."), stacklevel=2)
+            warn(_describe_not_covered(name, item, f"`state_dict` raised {error!r}."))
     return states
 
 

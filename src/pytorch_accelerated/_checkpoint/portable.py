@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -31,6 +30,7 @@ from pytorch_accelerated._checkpoint.scheduler_state import (
 from pytorch_accelerated._checkpoint.undo import undone_on_error
 from pytorch_accelerated._distributed.accelerator import is_sharded
 from pytorch_accelerated._distributed.collectives import run_on_all
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._nested import rebuild
 from pytorch_accelerated.exceptions import CheckpointError
 
@@ -87,10 +87,9 @@ def with_state(scheduler: Stateful | None, is_writer: bool) -> Stateful | None:
     if scheduler is None or hasattr(scheduler, "state_dict"):
         return scheduler
     if is_writer:
-        warnings.warn(
+        warn(
             "Could not save the scheduler state dict. Please ensure the scheduler has a state_dict method. The "
             f"checkpoint is written without the state of the `{type(scheduler).__name__}`.",
-            stacklevel=3,
         )
     return None
 
@@ -111,10 +110,9 @@ def save_checkpoint(
     """
     refused = run_on_all(lambda: save_file(checkpoint, path) if is_writer else [], num_processes)
     if refused:
-        warnings.warn(
+        warn(
             f"`load_checkpoint` will refuse the checkpoint {os.fspath(path)!r}, which has been written. "
             f"{' '.join(refused)}",
-            stacklevel=3,
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
 from pathlib import Path
@@ -24,6 +23,7 @@ from pytorch_accelerated._checkpoint.manifest import (
 from pytorch_accelerated._checkpoint.scheduler_state import LENGTHS
 from pytorch_accelerated._data.loaders import num_batches_of, reliable_num_batches_of
 from pytorch_accelerated._distributed.collectives import run_on_main
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def warn_about_mismatch(saved: SavedState, settings: RunSettings) -> None:
     """Warn the caller of `Trainer.train` if the configuration differs from that of the run that saved the state."""
     mismatch = describe_mismatch(saved, settings)
     if mismatch is not None:
-        warnings.warn(mismatch, stacklevel=5)
+        warn(mismatch)
 
 
 def describe_mismatch(saved: SavedState, settings: RunSettings) -> str | None:

@@ -36,8 +36,8 @@ def check_is_dataset(name: str, data: object, collate_fn: object = None) -> None
     if collate_fn is not None:
         if not callable(collate_fn):
             raise TypeError(
-                f"`collate_fn` is {collate_fn!r}, of type {type(collate_fn).__name__}. Expected a function that takes a "
-                "list of samples and returns a batch. Pass one, or leave it out."
+                f"`collate_fn` is {collate_fn!r}, of type {type(collate_fn).__name__}. Expected a function that makes a "
+                "batch from a list of samples. Pass one, or leave it out."
             )
         return
     problem = _describe_kind(data) or _describe_columns(data) or _describe_datasets(name, data)
@@ -49,10 +49,12 @@ def _describe_kind(data: object) -> str | None:
     if inspect.isclass(data):
         return f"the class `{data.__name__}`. Expected an instance. Pass `{data.__name__}(...)`."
     if isinstance(data, (str, bytes, os.PathLike)):
-        return f"{data!r}, of type {type(data).__name__}. Expected a dataset. Pass one that reads the samples from there."
+        return (
+            f"{data!r}, of type {type(data).__name__}. Expected a dataset. Pass one that reads the samples from there."
+        )
     if hasattr(data, "iloc") and hasattr(data, "columns"):
         return (
-            f"a {type(data).__name__}. Expected a dataset with one item per sample. Pass `TensorDataset(X, y)`, with "
+            f"a {type(data).__name__}. Expected a dataset with an item for each sample. Pass `TensorDataset(X, y)`, with "
             "tensors of its columns."
         )
     return None
@@ -74,8 +76,8 @@ def _describe_columns(data: Any) -> str | None:
     given = ", ".join(names if names is not None else [f"x{number}" for number in range(1, len(columns) + 1)])
     convert = "" if kind == "tensors" else ", with `torch.as_tensor` of each array"
     return (
-        f"a {type(data).__name__} of {len(columns)} {kind} with {num_rows.pop()} rows each. Expected a dataset with one "
-        f"item per sample. Pass `TensorDataset({given})`{convert}."
+        f"a {type(data).__name__} of {len(columns)} {kind} with {num_rows.pop()} rows each. Expected a dataset with an "
+        f"item for each sample. Pass `TensorDataset({given})`{convert}."
     )
 
 
@@ -108,8 +110,8 @@ def check_loader_arguments(name: str, given: object, loader_class: Callable[...,
         return
     if not isinstance(given, Mapping):
         raise TypeError(
-            f"`{name}` is of type {type(given).__name__}. Expected a dictionary of arguments for the `DataLoader`. Pass "
-            "`{'num_workers': 2}`, for example."
+            f"`{name}` is of type {type(given).__name__}. Expected a dictionary of arguments for the `DataLoader`. "
+            "Pass `{'num_workers': 2}`, for example."
         )
     parameters = inspect.signature(loader_class).parameters
     if "dataset" in given:
@@ -124,7 +126,11 @@ def check_loader_arguments(name: str, given: object, loader_class: Callable[...,
 
 
 def warn_about_ready_loaders(
-    train_data: object, eval_data: object, per_device_batch_size: int, collate_fn: object, **dl_kwargs: object
+    train_data: object,
+    eval_data: object,
+    per_device_batch_size: int,
+    collate_fn: object,
+    dl_kwargs: Mapping[str, object],
 ) -> None:
     """Warn about arguments that nothing uses because the user has made the loaders.
 
@@ -133,7 +139,7 @@ def warn_about_ready_loaders(
         eval_data: What is evaluated; ``None`` for nothing.
         per_device_batch_size: The batch size. It counts as not given if it is the default, or that of the loader.
         collate_fn: The function that makes batches; ``None`` if it was not given.
-        **dl_kwargs: The arguments for the loaders, by their names, those for training first.
+        dl_kwargs: The arguments for the loaders, by the names under which they were given.
     """
     eval_sets = list(eval_data.values()) if isinstance(eval_data, dict) else [] if eval_data is None else [eval_data]
     train_sets = [] if train_data is None else [train_data]
@@ -150,6 +156,6 @@ def _warn_if_ignored(name: str, given: object, data: Collection[object]) -> None
     if given is None or not data or not all(isinstance(each, DataLoader) for each in data):
         return
     warn(
-        f"`{name}` has no effect, because the data are a ready `DataLoader`, which makes the batches. Pass the dataset in "
-        f"place of the loader, or leave `{name}` out."
+        f"`{name}` has no effect, because the data are a ready `DataLoader`, which makes the batches. Pass the dataset "
+        f"in place of the loader, or leave `{name}` out."
     )

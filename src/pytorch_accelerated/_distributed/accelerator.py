@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import copy
 import os
-import warnings
 from collections import deque
 from collections.abc import Mapping
 from functools import partial
@@ -31,6 +30,7 @@ from pytorch_accelerated._distributed.dispatch import DispatchedLoader
 from pytorch_accelerated._distributed.fast_path import FastPathLoader, can_use_fast_path, wrap_optimizer
 from pytorch_accelerated._distributed.lockstep import LocalBatches, LocalLoader
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._types import Loader, MaybeNone
 
 _NOT_ON_CPU = ("fp16", "fp8")
@@ -145,10 +145,9 @@ def precision_of(accelerator: Accelerator) -> str:
 
 
 def _warn_about_precision(precision: str) -> None:
-    warnings.warn(
+    warn(
         f"Accelerate is configured with mixed_precision={precision!r}, but it uses a CPU, where it computes nothing in "
         "that precision: runs use float32.",
-        stacklevel=6,
     )
 
 

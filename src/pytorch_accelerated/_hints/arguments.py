@@ -25,7 +25,7 @@ _SAVING = "Add a `SaveTrainingStateCallback`, or a `SaveBestModelCallback`, to t
 _EVALUATING = "`train` evaluates after each epoch. For more, add a `StepBasedEvaluationCallback` to the `callbacks`."
 _LIMITING = "Add a `LimitBatchesCallback` to the `callbacks` of the Trainer."
 _STOPPING = "Add an `EarlyStoppingCallback` to the `callbacks` of the Trainer."
-_PRECISION = "Pass `mixed_precision=\"{0}\"` to the Trainer."
+_PRECISION = 'Pass `mixed_precision="{0}"` to the Trainer.'
 _LOGGING = "Add a callback that sends `trainer.run_history` there, such as a subclass of `LogMetricsCallback`."
 _PROGRESS_BAR = "Pass `callbacks=get_default_callbacks(progress_bar=False)` to the Trainer for no progress bar."
 _DIRECTION = "Pass `greater_is_better=True` if larger values are better."
@@ -75,7 +75,7 @@ _FOREIGN_ARGUMENTS: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(("metrics", "compute_metrics"), METRICS_OF_STEP),
     # saving, evaluating, reporting
     **dict.fromkeys(("resume", "resume_from_checkpoint", "ckpt_path", "checkpoint", "resume_training"), "resume_from"),
-    **dict.fromkeys(("save_steps", "save_strategy", "default_root_dir", "enable_checkpointing"), _SAVING),
+    **dict.fromkeys(("save_strategy", "default_root_dir", "enable_checkpointing"), _SAVING),
     **dict.fromkeys(("val_check_interval", "eval_steps", "eval_strategy", "evaluation_strategy"), _EVALUATING),
     **dict.fromkeys(("check_val_every_n_epoch", "validation_split"), _EVALUATING),
     **dict.fromkeys(("logger", "loggers", "report_to", "logging_steps", "log_every_n_steps"), _LOGGING),
@@ -90,6 +90,7 @@ _FOREIGN_ARGUMENTS: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(("save_total_limit", "max_to_keep"), "max_checkpoints"),
     "save_top_k": "keep_best",
     "every_n_epochs": "save_every_n_epochs",
+    "save_steps": "save_every_n_steps",
     "every_n_train_steps": "save_every_n_steps",
     **dict.fromkeys(("restore_best_weights", "load_best_model_at_end"), "load_saved_checkpoint"),
     "save_weights_only": "Pass `save_optimizer=False` and `save_scheduler=False` to save only the model.",

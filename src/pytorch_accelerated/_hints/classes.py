@@ -1,4 +1,4 @@
-"""What a program has written in a class: methods that nobody calls, and an ``__init__`` that does not call its base's."""
+"""What a program has written in a class: methods that nobody calls, and an ``__init__`` without that of its base."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def find_uncalled(
     Returns:
         A sentence about each method, by its name.
     """
-    names = [name for base in _classes_of_user(cls) for name, _ in _functions_in(vars(base))]
+    own = {name for base in cls.__mro__ if _is_of_library(base) for name in vars(base)}
+    names = [name for base in _classes_of_user(cls) for name, _ in _functions_in(vars(base)) if name not in own]
     sentences = {name: sentence for name in names if (sentence := meant(name)) is not None}
     if not sentences:
         return {}
@@ -59,7 +60,11 @@ def _is_of(value: object, module: str) -> bool:
 
 
 def _classes_of_user(cls: type) -> list[type]:
-    return [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in (PACKAGE, "builtins")]
+    return [base for base in cls.__mro__ if not _is_of_library(base) and base is not object]
+
+
+def _is_of_library(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == PACKAGE
 
 
 def _functions_in(owner: Mapping[str, Any]) -> Iterator[tuple[str, FunctionType]]:
@@ -76,6 +81,7 @@ def _words_of(code: CodeType) -> Iterator[str]:
             yield constant
         elif isinstance(constant, CodeType):
             yield from _words_of(constant)
+
 
 # --- `__init__` --------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import torch
 
 from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._ema import ModelEma
+from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._run import library_of, run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.handler import CallbackHandler
@@ -64,6 +65,7 @@ class ModelEmaCallback(SaveBestModelCallback):
         >>> callback = ModelEmaCallback(decay=0.999, save_path="best_average.pt")
     """
 
+    @explains_arguments
     def __init__(
         self,
         decay: float = 0.99,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,8 @@ from pytorch_accelerated._checkpoint.folder import Retention, claim_folder, rele
 from pytorch_accelerated._checkpoint.optimizer_state import DifferentPartError
 from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._distributed.collectives import run_on_main
+from pytorch_accelerated._hints.arguments import explains_arguments
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._metrics import BestMetric, ComparisonOfMetric, NewValues
 from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._run import Run, library_of, run_of
@@ -60,6 +61,7 @@ class SaveBestModelCallback(TrainerCallback):
     operator = ComparisonOfMetric()
     """``operator.gt`` if larger values are better, ``operator.lt`` if smaller ones are."""
 
+    @explains_arguments
     def __init__(
         self,
         save_path: str | os.PathLike[str] = "best_model.pt",
@@ -200,6 +202,7 @@ class SaveTrainingStateCallback(TrainerCallback):
     is_called_last = True
     save_dir = PathAttribute()
 
+    @explains_arguments
     def __init__(
         self,
         save_dir: str | os.PathLike[str] = "training_states",
@@ -380,7 +383,7 @@ class SaveTrainingStateCallback(TrainerCallback):
                 raise
             self._saved = None
             if trainer.run_config.is_world_process_zero:
-                warnings.warn(f"{error} Training continues without this state.", stacklevel=2)
+                warn(f"{error} Training continues without this state.")
 
 
 def _is_training(trainer: Trainer) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated._distributed.collectives import run_on_main
+from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._loss_monitor import describe_non_finite_loss
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._metrics import ComparisonOfMetric, NewValues, PatienceCounter
 from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._run import library_of, run_of
@@ -121,6 +122,7 @@ class EarlyStoppingCallback(TrainerCallback):
     operator = ComparisonOfMetric()
     """``operator.gt`` if larger values are better, ``operator.lt`` if smaller ones are."""
 
+    @explains_arguments
     def __init__(
         self,
         early_stopping_patience: int = 1,
@@ -214,10 +216,9 @@ def warn_about_direction(watch_metric: str, greater_is_better: bool, callback_na
     """Warn if a callback looks for the smallest value of a metric whose name says that larger values are better."""
     words = watch_metric.lower().replace("-", "_").split("_")
     if not greater_is_better and not _GREATER_IS_BETTER.isdisjoint(words):
-        warnings.warn(
+        warn(
             f"`{callback_name}` watches {watch_metric!r} with `greater_is_better=False`, so it takes the smallest "
             "value for the best. Pass `greater_is_better=True` if larger values are better.",
-            stacklevel=4,
         )
 
 
