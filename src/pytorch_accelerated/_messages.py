@@ -13,7 +13,7 @@ _logged: set[str] = set()
 
 def warn(message: str) -> None:
     """Warn about something that the program can change, at the line of the program that called the library."""
-    depth, frame = 1, sys._getframe(1)  # noqa: SLF001 - `inspect.stack` reads the source of every frame
+    depth, frame = 2, sys._getframe(1)  # noqa: SLF001 - `inspect.stack` reads the source of every frame
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == PACKAGE:
         depth, frame = depth + 1, frame.f_back
     warnings.warn(message, stacklevel=depth)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytorch_accelerated._hints.meaning import metric_meant
 from pytorch_accelerated.exceptions import UnknownMetricError
 
 if TYPE_CHECKING:
@@ -219,8 +220,11 @@ class InMemoryRunHistory(RunHistory):
         self._newest_series = dict(state_dict.get("newest_series", {}))  # missing in states of earlier versions
 
     def _unknown(self, metric_name: str) -> UnknownMetricError:
+        meant = metric_meant(metric_name, self._metrics)
+        remedy = "" if meant is None else f" Did you mean {meant!r}?"
         return UnknownMetricError(
             f"Nothing was recorded under the metric name {metric_name!r}. Recorded so far: {sorted(self._metrics)}."
+            + remedy
         )
 
 

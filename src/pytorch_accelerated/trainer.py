@@ -96,6 +96,7 @@ from pytorch_accelerated.callbacks import PrintProgressCallback as PrintProgress
 from pytorch_accelerated.callbacks import ProgressBarCallback as ProgressBarCallback
 from pytorch_accelerated.callbacks import StopTrainingError as StopTrainingError
 from pytorch_accelerated.callbacks import TerminateOnNaNCallback as TerminateOnNaNCallback
+from pytorch_accelerated.callbacks._checks import say_what_is_missing
 from pytorch_accelerated.callbacks.handler import Callbacks
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
@@ -114,6 +115,8 @@ __all__ = [
 ]
 
 DEFAULT_CALLBACKS = get_default_callbacks()
+
+_REPORTING = (PrintProgressCallback, ProgressBarCallback, LogMetricsCallback)
 
 
 class Trainer(TrainingLoop):
@@ -266,14 +269,9 @@ class Trainer(TrainingLoop):
         _validation.check_numbers_of_run(**numbers)
         for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             _validation.check_reiterable(name, data, num_epochs, max_num_train_steps)
-        if not overrides_any(self, ["create_scheduler"]):
-            _validation.check_create_scheduler_fn(create_scheduler_fn)
-        _check_parts_of_training(self)
-        dl_kwargs = {
-            "train_dataloader_kwargs": train_dataloader_kwargs,
-            "eval_dataloader_kwargs": eval_dataloader_kwargs,
-        }
-        _warn_about_ready_loaders(self, train_dataset, eval_dataset, per_device_batch_size, collate_fn, **dl_kwargs)
+        _check_parts_of_training(self, create_scheduler_fn)
+        dl_kwargs = train_dataloader_kwargs, eval_dataloader_kwargs
+        _warn_about_start(self, (train_dataset, eval_dataset), per_device_batch_size, collate_fn, dl_kwargs)
 
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.collate_fn, self.create_scheduler_fn = collate_fn, create_scheduler_fn
@@ -316,7 +314,7 @@ class Trainer(TrainingLoop):
         _validation.check_initialized(self, "_loop_run")
         if not overrides_any(self, ["calculate_eval_batch_loss"]):
             _validation.check_loss_func(self.loss_func)
-        _warn_about_ready_loaders(self, None, dataset, per_device_batch_size, collate_fn, dataloader_kwargs)
+        _warn_about_ready_loaders(self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,))
         settings = EvaluationSettings(per_device_batch_size, dataloader_kwargs, collate_fn)
         with _without_trace_in_a_run(self):
             if dataset is not None:
@@ -355,7 +353,7 @@ class Trainer(TrainingLoop):
         """
         _validation.check_initialized(self, "_loop_run")
         _validation.check_single_dataset(dataset)
-        _warn_about_ready_loaders(self, None, dataset, per_device_batch_size, collate_fn, dataloader_kwargs)
+        _warn_about_ready_loaders(self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,))
         with _without_trace_in_a_run(self), _preserve_attributes(self, "eval_dataset", "_loop_last_evaluation"):
             self.eval_dataset = dataset
             with self._loop_evaluation_context(per_device_batch_size, dataloader_kwargs, collate_fn):
@@ -884,8 +882,13 @@ def _preserve_attributes(owner: object, *names: str) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _check_parts_of_training(trainer: Trainer) -> None:
-    """Refuse a model, a loss function or an optimizer that is none. A step of one's own may use any loss function."""
+def _check_parts_of_training(trainer: Trainer, create_scheduler_fn: object) -> None:
+    """Refuse a model, a loss function, an optimizer or a function for a scheduler that is none.
+
+    A step of one's own may use any loss function, and `create_scheduler` any object for a scheduler.
+    """
+    if not overrides_any(trainer, ["create_scheduler"]):
+        _validation.check_create_scheduler_fn(create_scheduler_fn)
     _validation.check_model(trainer.model)
     if not overrides_any(trainer, ["calculate_train_batch_loss"]):
         _validation.check_loss_func(trainer.loss_func)
@@ -899,19 +902,24 @@ def _warn_about_uncalled_hooks(trainer: Trainer) -> None:
     _validation.warn_about_uncalled_hooks(type(trainer), EVENTS, words)
 
 
+def _warn_about_start(trainer: Trainer, *data_and_settings: Any) -> None:
+    """Tell of what probably is not meant, but no mistake either, before a training run."""
+    _warn_about_ready_loaders(trainer, *data_and_settings)
+    if trainer._callbacks and trainer._accelerator.is_main_process:  # noqa: SLF001 - same module
+        say_what_is_missing(trainer.callback_handler.with_nested_callbacks(), _REPORTING)
+
+
 def _warn_about_ready_loaders(
     trainer: Trainer,
-    train_data: Data | None,
-    eval_data: EvalData | None,
+    data: tuple[Data | None, EvalData | None],
     batch_size: int,
     collate_fn: CollateFunction | None,
-    *dl_kwargs: DataLoaderKwargs | None,
+    dl_kwargs: tuple[DataLoaderKwargs | None, ...],
 ) -> None:
     if overrides_any(trainer, ["create_train_dataloader", "create_eval_dataloader"]):
         return
     names = ["dataloader_kwargs"] if len(dl_kwargs) == 1 else ["train_dataloader_kwargs", "eval_dataloader_kwargs"]
-    named = dict(zip(names, dl_kwargs, strict=True))
-    warn_about_ready_loaders(train_data, eval_data, batch_size, collate_fn, named)
+    warn_about_ready_loaders(*data, batch_size, collate_fn, dict(zip(names, dl_kwargs, strict=True)))
 
 
 def _check_data(trainer: Trainer, name: str, data: object, dl_kwargs: DataLoaderKwargs | None) -> None:

@@ -50,8 +50,8 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     if _ADDRESS.match(os.fspath(path)):
         address = _ADDRESS.sub(r"\1://", os.fspath(path), count=1)  # as it was before it became a `Path`
         raise ValueError(
-            f"{address!r} is not the path of a local file or folder, and files are only saved locally. Pass a "
-            "local path, and copy from there."
+            f"{address!r} is not the path of a local file or folder, and files are only saved and loaded locally. Pass "
+            "a local path, and copy to it or from it."
         )
     try:
         return Path(path).expanduser().absolute()

@@ -85,10 +85,13 @@ def is_directory(resume_from: str | os.PathLike[str] | bool | None) -> TypeGuard
 def _only(folders: Collection[Path]) -> Path:
     if len(folders) == 1:
         return local_path(next(iter(folders)))
+    problem, remedy = "there is no folder to look in", "Add one such callback"
+    if folders:
+        problem, remedy = f"there are {len(folders)} folders to look in", "Keep one such callback"
     raise ValueError(
-        f"`resume_from` asks for the newest training state, but there are {len(folders)} folders to look in. Expected "
-        "one: the `save_dir` of the trainer's `SaveTrainingStateCallback`. Add one such callback, or pass the path of "
-        'a state as `resume_from` (if that path is "latest", as `Path("latest")`).'
+        f"`resume_from` asks for the newest training state, but {problem}. Expected one: the `save_dir` of the "
+        f"trainer's `SaveTrainingStateCallback`. {remedy}, or pass the path of a state as `resume_from` (if that path "
+        'is "latest", as `Path("latest")`).'
     )
 
 

@@ -17,6 +17,8 @@ from pytorch_accelerated._messages import warn
 _DEFAULT_BATCH_SIZE = 8
 """That of `train`, `evaluate` and `predict`."""
 
+_EXPECTED = "Expected a dataset with one item per sample."
+
 _MAX_PARTS = 4
 """Inputs and targets come in a few tensors. More of them are taken for samples."""
 
@@ -36,8 +38,8 @@ def check_is_dataset(name: str, data: object, collate_fn: object = None) -> None
     if collate_fn is not None:
         if not callable(collate_fn):
             raise TypeError(
-                f"`collate_fn` is {collate_fn!r}, of type {type(collate_fn).__name__}. Expected a function that makes a "
-                "batch from a list of samples. Pass one, or leave it out."
+                f"`collate_fn` is {collate_fn!r}, of type {type(collate_fn).__name__}. Expected a function that "
+                "makes a batch from a list of samples. Pass one, or leave it out."
             )
         return
     problem = _describe_kind(data) or _describe_columns(data) or _describe_datasets(name, data)
@@ -53,10 +55,7 @@ def _describe_kind(data: object) -> str | None:
             f"{data!r}, of type {type(data).__name__}. Expected a dataset. Pass one that reads the samples from there."
         )
     if hasattr(data, "iloc") and hasattr(data, "columns"):
-        return (
-            f"a {type(data).__name__}. Expected a dataset with an item for each sample. Pass `TensorDataset(X, y)`, with "
-            "tensors of its columns."
-        )
+        return f"a {type(data).__name__}. {_EXPECTED} Pass `TensorDataset(X, y)`, with tensors of its columns."
     return None
 
 
@@ -76,8 +75,8 @@ def _describe_columns(data: Any) -> str | None:
     given = ", ".join(names if names is not None else [f"x{number}" for number in range(1, len(columns) + 1)])
     convert = "" if kind == "tensors" else ", with `torch.as_tensor` of each array"
     return (
-        f"a {type(data).__name__} of {len(columns)} {kind} with {num_rows.pop()} rows each. Expected a dataset with an "
-        f"item for each sample. Pass `TensorDataset({given})`{convert}."
+        f"a {type(data).__name__} of {len(columns)} {kind} with {num_rows.pop()} rows each. {_EXPECTED} "
+        f"Pass `TensorDataset({given})`{convert}."
     )
 
 
@@ -126,18 +125,14 @@ def check_loader_arguments(name: str, given: object, loader_class: Callable[...,
 
 
 def warn_about_ready_loaders(
-    train_data: object,
-    eval_data: object,
-    per_device_batch_size: int,
-    collate_fn: object,
-    dl_kwargs: Mapping[str, object],
+    train_data: object, eval_data: object, batch_size: int, collate_fn: object, dl_kwargs: Mapping[str, object]
 ) -> None:
     """Warn about arguments that nothing uses because the user has made the loaders.
 
     Args:
         train_data: What `train` was given to train on; ``None`` in `evaluate` and `predict`.
         eval_data: What is evaluated; ``None`` for nothing.
-        per_device_batch_size: The batch size. It counts as not given if it is the default, or that of the loader.
+        batch_size: The ``per_device_batch_size``. It counts as not given if it is the default, or that of the loader.
         collate_fn: The function that makes batches; ``None`` if it was not given.
         dl_kwargs: The arguments for the loaders, by the names under which they were given.
     """
@@ -145,8 +140,8 @@ def warn_about_ready_loaders(
     train_sets = [] if train_data is None else [train_data]
     sets = [*train_sets, *eval_sets]
     sizes = {getattr(each, "batch_size", None) for each in sets}
-    is_default = per_device_batch_size == _DEFAULT_BATCH_SIZE or not sizes.isdisjoint({per_device_batch_size, None})
-    _warn_if_ignored("per_device_batch_size", None if is_default else per_device_batch_size, sets)
+    is_default = batch_size == _DEFAULT_BATCH_SIZE or not sizes.isdisjoint({batch_size, None})
+    _warn_if_ignored("per_device_batch_size", None if is_default else batch_size, sets)
     _warn_if_ignored("collate_fn", collate_fn, sets)
     for name, given in dl_kwargs.items():
         _warn_if_ignored(name, given, train_sets if name == "train_dataloader_kwargs" else eval_sets)

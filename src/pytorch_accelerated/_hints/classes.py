@@ -28,12 +28,12 @@ def find_uncalled(
     Returns:
         A sentence about each method, by its name.
     """
-    own = {name for base in cls.__mro__ if _is_of_library(base) for name in vars(base)}
+    own = {name for base in cls.__mro__ if is_of_library(base) for name in vars(base)}
     names = [name for base in _classes_of_user(cls) for name, _ in _functions_in(vars(base)) if name not in own]
     sentences = {name: sentence for name in names if (sentence := meant(name)) is not None}
     if not sentences:
         return {}
-    mentioned = _words_around(cls, other_than=sentences) | set(other_words)
+    mentioned = words_around(cls, other_than=sentences) | set(other_words)
     return {name: sentence for name, sentence in sentences.items() if name not in mentioned}
 
 
@@ -43,8 +43,13 @@ def words_of_user(cls: type) -> set[str]:
     return {word for function in functions for word in _words_of(function.__code__)}
 
 
-def _words_around(cls: type, other_than: Collection[str]) -> set[str]:
-    """Return the words of other methods of a class, and of all functions and classes beside it."""
+def words_around(cls: type, other_than: Collection[str] = ()) -> set[str]:
+    """Return the words of the methods of a class, and of all functions and classes beside it.
+
+    Args:
+        cls: The class.
+        other_than: Names of functions that do not count.
+    """
     words: set[str] = set()
     for base in _classes_of_user(cls):
         beside = vars(sys.modules[base.__module__]) if base.__module__ in sys.modules else {}
@@ -60,10 +65,11 @@ def _is_of(value: object, module: str) -> bool:
 
 
 def _classes_of_user(cls: type) -> list[type]:
-    return [base for base in cls.__mro__ if not _is_of_library(base) and base is not object]
+    return [base for base in cls.__mro__ if not is_of_library(base) and base is not object]
 
 
-def _is_of_library(cls: type) -> bool:
+def is_of_library(cls: type) -> bool:
+    """Tell whether this library defines a class, and not the program."""
     return cls.__module__.partition(".")[0] == PACKAGE
 
 

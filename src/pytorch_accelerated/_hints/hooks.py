@@ -131,6 +131,7 @@ _FOREIGN_EVENTS: dict[str, _Answer] = {
     "on_backward_end": "on_optimizer_step_start",
     "on_before_zero_grad": "on_optimizer_step_end",
     "on_keyboard_interrupt": "on_stop_training_error",
+    "on_stop_training": "on_stop_training_error",
     "on_error": "on_exception",
     "on_predict_start": _NO_EVENTS,
     "on_predict_end": _NO_EVENTS,

@@ -64,13 +64,18 @@ def nearest(name: str, known: Iterable[str], cutoff: float = _SIMILAR_ENOUGH) ->
     return spelled_out[similar[0]] if similar else None
 
 
-def metric_meant(name: str, known: Iterable[str]) -> str | None:
+def metric_meant(name: str, known: Iterable[str], cutoff: float = _SIMILAR_ENOUGH) -> str | None:
     """Return the known metric that a name probably stands for; ``None`` if there is none.
+
+    Args:
+        name: The name.
+        known: The names to choose from.
+        cutoff: How similar the spelling must be, from 0 to 1; see `nearest`.
 
     Example:
         >>> metric_meant("val_loss", ["train_loss_epoch", "eval_loss_epoch"])
         'eval_loss_epoch'
     """
     short = {each.removesuffix("_epoch"): each for each in known}
-    meant = nearest("train_loss" if name == "loss" else name.removesuffix("_epoch"), short)
+    meant = nearest("train_loss" if name == "loss" else name.removesuffix("_epoch"), short, cutoff)
     return None if meant is None else short[meant]

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable, Mapping
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated._hints.classes import find_uncalled
+from pytorch_accelerated._hints.classes import find_uncalled, is_of_library
 from pytorch_accelerated._hints.hooks import event_meant
 from pytorch_accelerated._hints.libraries import describe_foreign_callback, library_of
-from pytorch_accelerated._messages import PACKAGE, warn
+from pytorch_accelerated._messages import PACKAGE, log_once, warn
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
 
 if TYPE_CHECKING:
@@ -67,6 +67,22 @@ def as_instance(callback: object) -> object:
             "**kwargs)`."
         )
     return instance
+
+
+def say_what_is_missing(callbacks: Collection[object], reporting: tuple[type, ...]) -> None:
+    """Say once that nothing will be printed if the program has given callbacks, but none that could print.
+
+    A callback of its own may print, so nothing is said if there is one.
+
+    Args:
+        callbacks: The callbacks.
+        reporting: The classes of the library that print.
+    """
+    if callbacks and all(is_of_library(type(each)) and not isinstance(each, reporting) for each in callbacks):
+        log_once(
+            "The callbacks given to the Trainer take the place of the default ones, so it prints no losses. To keep "
+            "those, pass `callbacks=[*get_default_callbacks(), ...]`."
+        )
 
 
 # --- its methods -------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._run import Run, library_of, run_of
 from pytorch_accelerated._signals import PREEMPTION_SIGNALS
 from pytorch_accelerated._validation import check_positive_integer, check_positive_number
+from pytorch_accelerated.callbacks._watching import watched_value
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.stopping import check_watched_metric, num_values_of, warn_about_direction
 from pytorch_accelerated.exceptions import CheckpointError
@@ -122,7 +123,7 @@ class SaveBestModelCallback(TrainerCallback):
         self._save_if_best(trainer)
 
     def _save_if_best(self, trainer: Trainer) -> None:
-        value = library_of(trainer).get_agreed_metric(self.watch_metric)
+        value = watched_value(trainer, self.watch_metric, type(self).__name__)
         is_new = self._new_values.look(num_values_of(trainer, self.watch_metric))
         if not is_new or not self._best.is_improved_by(value, self.greater_is_better):
             return

@@ -11,8 +11,9 @@ from pytorch_accelerated._loss_monitor import describe_non_finite_loss
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._metrics import ComparisonOfMetric, NewValues, PatienceCounter
 from pytorch_accelerated._proxy import WritableForwarded
-from pytorch_accelerated._run import library_of, run_of
+from pytorch_accelerated._run import run_of
 from pytorch_accelerated._validation import check_positive_integer
+from pytorch_accelerated.callbacks._watching import check_is_recorded, watched_value
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
@@ -155,7 +156,7 @@ class EarlyStoppingCallback(TrainerCallback):
         Raises:
             StopTrainingError: The patience is used up.
         """
-        value = library_of(trainer).get_agreed_metric(self.watch_metric)
+        value = watched_value(trainer, self.watch_metric, type(self).__name__)
         if not self._new_values.look(num_values_of(trainer, self.watch_metric)):
             return
         previous = self.best_metric
@@ -223,13 +224,14 @@ def warn_about_direction(watch_metric: str, greater_is_better: bool, callback_na
 
 
 def check_watched_metric(trainer: Trainer, watch_metric: str, callback_name: str) -> None:
-    """Raise at the start of a run if a callback watches the evaluation loss but the run will not record it.
+    """Raise at the start of a run if a callback watches a metric that the run will not record, as far as is known.
 
     Raises:
-        ValueError: `train` was called without ``eval_dataset``, or with several datasets.
+        ValueError: It will not: for example, `train` was called without ``eval_dataset``, or with several datasets.
     """
     names = run_of(trainer).eval_dataloaders.keys()
     if watch_metric != "eval_loss_epoch" or "" in names:  # a single dataset has no name
+        check_is_recorded(trainer, watch_metric, callback_name)
         return
     if names:
         known = sorted(f"{name}_eval_loss_epoch" for name in names)

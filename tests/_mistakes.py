@@ -1,4 +1,4 @@
-"""Mistakes that people make, and what they are told; as a script, write the table of both to `messages.md`.
+"""Mistakes that people make, and what they are told; as a script, write the table of both to `contract/messages.md`.
 
 Each function makes one mistake; its name, or its argument, says which. Run it with `outcome_of`.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import io
 import logging
 import os
@@ -18,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
@@ -28,22 +26,19 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 from pytorch_accelerated import Trainer, _messages
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
-    ModelEmaCallback,
     SaveBestModelCallback,
     SaveTrainingStateCallback,
-    TerminateOnNaNCallback,
     TrainerCallback,
-    get_default_callbacks,
 )
 
-TABLE = Path(__file__).with_name("messages.md")
+TABLE = Path(__file__).parent / "contract" / "messages.md"
 
 MISTAKES: dict[str, Callable[[], object]] = {}
 """A program for each mistake, by its description."""
 
 KNOWN_LATER = {
     "watching a metric that becomes NaN",
-    "watching a metric that nothing records, which only the run can show",
+    "watching a misspelt metric in a program that records some itself",
 }
 """The mistakes that cannot be known before the first update."""
 
@@ -59,18 +54,23 @@ class Outcome(NamedTuple):
     """Updates of the optimizer until then."""
 
 
+_updates: list[None] = []
+
+
+def prepared() -> None:
+    """Count updates from here on: what was done before was right."""
+    _updates.clear()
+
+
 def outcome_of(mistake: Callable[[], object]) -> Outcome | None:
     """Make a mistake in a new folder, and return the first answer; ``None`` if there is none."""
-    num_updates = 0
-
-    def count(*_: object) -> None:
-        nonlocal num_updates
-        num_updates += 1
-
-    counting, records = register_optimizer_step_post_hook(count), _Records()
+    prepared()
+    counting, records = register_optimizer_step_post_hook(lambda *_: _updates.append(None)), _Records()
     with contextlib.ExitStack() as stack:
         stack.callback(counting.remove)
         stack.enter_context(_in_new_folder())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        torch.manual_seed(0)
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         stack.enter_context(records.recording())
@@ -79,13 +79,14 @@ def outcome_of(mistake: Callable[[], object]) -> Outcome | None:
         try:
             mistake()
         except (Exception, Warning) as answer:
-            return Outcome(type(answer).__name__, _tidy("\n".join([str(answer), *_notes_on(answer)])), num_updates)
+            notes = [] if isinstance(answer, Warning) else getattr(answer, "__notes__", ())
+            return Outcome(type(answer).__name__, _tidy("\n".join([str(answer), *notes])), len(_updates))
         return Outcome("log", _tidy(records.texts[0]), 0) if records.texts else None
 
 
 def as_table(outcomes: dict[str, Outcome]) -> str:
     """Return the table of mistakes and answers in Markdown."""
-    rows = [f"| {name} | {outcome.kind} | {outcome.text.replace('|', chr(92) + '|')} |" for name, outcome in outcomes.items()]
+    rows = [f"| {name} | {outcome.kind} | {outcome.text} |" for name, outcome in outcomes.items()]
     return "\n".join(["| mistake | kind | text |", "| --- | --- | --- |", *rows, ""])
 
 
@@ -121,12 +122,8 @@ def _in_new_folder() -> Iterator[None]:
             os.chdir(before)
 
 
-def _notes_on(error: BaseException) -> list[str]:
-    return list(getattr(error, "__notes__", ()))
-
-
 def _tidy(text: str) -> str:
-    text = re.sub(r"/\S*?(?=/states|/model)", "FOLDER", text)
+    text = text.replace(f"{Path.cwd()}/", "")
     text = re.sub(r" at 0x[0-9a-f]+", "", text)
     text = re.sub(r"[\w.]*<locals>\.|__main__\.|_mistakes\.", "", text)
     return " ".join(text.split())
@@ -162,12 +159,6 @@ def mistake(description: str) -> Callable[[Callable[[], object]], Callable[[], o
         return program
 
     return add
-
-
-def mistakes(**programs: Callable[[], object]) -> None:
-    """Add several programs, each described by its name."""
-    for name, program in programs.items():
-        mistake(name.replace("_", " "))(program)
 
 
 # --- model, loss function, optimizer -----------------------------------------------------------------------------
@@ -224,8 +215,6 @@ def _() -> None:
 
 
 mistake("a seed as text")(lambda: parts(seed="42"))
-mistake("a negative seed")(lambda: parts(seed=-1))
-mistake("a precision of PyTorch's")(lambda: parts(mixed_precision="float16"))
 mistake("the name of a device as accelerator")(lambda: parts(accelerator="cuda"))
 
 # --- subclasses of the trainer -----------------------------------------------------------------------------------
@@ -297,10 +286,19 @@ for _name in (
     mistake(f"a callback with `{_name}`")(callback_with(_name))
 
 
-@mistake("an event of Keras's arguments")
+@mistake("an event with the arguments of Lightning")
 def _() -> None:
     class MyCallback(TrainerCallback):
-        def on_train_epoch_end(self, epoch, logs=None):
+        def on_train_epoch_end(self, trainer, pl_module):
+            pass
+
+    train(make(callbacks=[MyCallback()]))
+
+
+@mistake("an event with the arguments of Hugging Face")
+def _() -> None:
+    class MyCallback(TrainerCallback):
+        def on_train_step_end(self, args, state, control, **kwargs):
             pass
 
     train(make(callbacks=[MyCallback()]))
@@ -375,8 +373,8 @@ def _() -> None:
     trainer = make(callbacks=[Counter("count")])
     train(trainer)
     trainer.save_training_state("states/one")
-    register = make(callbacks=[Counter("number")])
-    train(register, resume_from="states/one", num_epochs=3)
+    prepared()
+    train(make(callbacks=[Counter("number")]), resume_from="states/one", num_epochs=3)
 
 
 # --- arguments of other libraries --------------------------------------------------------------------------------
@@ -421,6 +419,7 @@ for _name, _value in {
     "eval_steps": 100,
     "early_stopping": True,
     "gradient_accumulation_step": 2,
+    "patience": 3,
 }.items():
     mistake(f"`train({_name}=...)`")(lambda name=_name, value=_value: train(make(), **{name: value}))
 
@@ -446,7 +445,9 @@ mistake("a clip norm of True")(lambda: train(make(), gradient_clip_norm=True))
 mistake("accumulation over more batches than an epoch has")(lambda: train(make(), gradient_accumulation_steps=3))
 mistake("arguments of the loader as a list")(lambda: train(make(), train_dataloader_kwargs=["shuffle"]))
 mistake("a misspelt argument of the loader")(lambda: train(make(), train_dataloader_kwargs={"num_worker": 2}))
-mistake("the dataset in the arguments of the loader")(lambda: train(make(), train_dataloader_kwargs={"dataset": data()}))
+mistake("the dataset in the arguments of the loader")(
+    lambda: train(make(), train_dataloader_kwargs={"dataset": data()})
+)
 mistake("a collate function that is none")(lambda: train(make(), collate_fn="pad"))
 
 # --- data --------------------------------------------------------------------------------------------------------
@@ -483,9 +484,7 @@ mistake("nothing to evaluate")(lambda: make().evaluate())
 
 # --- schedulers --------------------------------------------------------------------------------------------------
 
-mistake("a scheduler in place of a function")(
-    lambda: train(make(), create_scheduler_fn=StepLR(SGD(), step_size=1))
-)
+mistake("a scheduler in place of a function")(lambda: train(make(), create_scheduler_fn=StepLR(SGD(), step_size=1)))
 mistake("a scheduler class that needs more arguments")(lambda: train(make(), create_scheduler_fn=StepLR))
 mistake("the name of a scheduler")(lambda: train(make(), create_scheduler_fn="cosine"))
 
@@ -504,7 +503,9 @@ mistake("watching an accuracy that nothing records")(lambda: watch("eval_accurac
 mistake("watching one loss of several evaluation datasets")(
     lambda: watch("eval_loss_epoch", eval_dataset={"a": data(), "b": data()})
 )
-mistake("the smallest accuracy for the best")(lambda: watch_accuracy(EarlyStoppingCallback(watch_metric="eval_accuracy")))
+mistake("the smallest accuracy for the best")(
+    lambda: watch_accuracy(EarlyStoppingCallback(watch_metric="eval_accuracy"))
+)
 
 
 class WithAccuracy(Trainer):
@@ -527,9 +528,15 @@ def _() -> None:
     watch_accuracy(EarlyStoppingCallback(watch_metric="eval_accuracy", greater_is_better=True), float("nan"))
 
 
-@mistake("watching a metric that nothing records, which only the run can show")
+@mistake("watching a misspelt metric in a program that records some itself")
 def _() -> None:
     watch_accuracy(SaveBestModelCallback(watch_metric="eval_acuracy", greater_is_better=True))
+
+
+@mistake("watching `val_loss` in a program that records metrics itself")
+def _() -> None:
+    watching = EarlyStoppingCallback(watch_metric="_".join(["val", "loss"]))
+    train(make(WithAccuracy, callbacks=[watching]), eval_dataset=data())
 
 
 mistake("reading a metric that was not recorded")(lambda: make().run_history.get_latest_metric("train_loss"))
@@ -563,7 +570,18 @@ def _() -> None:
 
 
 mistake("a loss for each sample")(lambda: parts(loss_func=nn.MSELoss(reduction="none")))
-mistake("a model without a loss")(lambda: parts(loss_func=None))
+
+
+@mistake("a model without a loss")
+def _() -> None:
+    class WithTargets(Network):
+        def forward(self, inputs, targets):
+            return super().forward(inputs)
+
+    parts(model=WithTargets(), loss_func=None)
+
+
+mistake("a model called with too much")(lambda: parts(loss_func=None))
 
 # --- files -------------------------------------------------------------------------------------------------------
 
@@ -573,9 +591,7 @@ mistake("resuming from a URL")(lambda: train(make(), resume_from="s3://bucket/st
 mistake("loading a checkpoint from a URL")(lambda: make().load_checkpoint("https://example.org/model.pt"))
 mistake("loading a checkpoint that does not exist")(lambda: make().load_checkpoint("model.pt"))
 mistake("saving a checkpoint to a URL")(lambda: make().save_checkpoint("s3://bucket/model.pt"))
-mistake("saving states to a URL")(
-    lambda: train(make(callbacks=[SaveTrainingStateCallback("s3://bucket/states")]))
-)
+mistake("saving states to a URL")(lambda: train(make(callbacks=[SaveTrainingStateCallback("s3://bucket/states")])))
 mistake("loading a training state from a URL")(lambda: make().load_training_state("gs://bucket/states/one"))
 
 
@@ -590,6 +606,7 @@ def _() -> None:
     trainer = make()
     train(trainer)
     trainer.save_training_state("states/one")
+    prepared()
     make().load_checkpoint("states/one")
 
 
@@ -599,9 +616,7 @@ def _() -> None:
     make(model=Network()).load_checkpoint("model.pt")
 
 
-mistake("`train` within a run")(
-    lambda: train(make(callbacks=[Nested()]))
-)
+mistake("`train` within a run")(lambda: train(make(callbacks=[Nested()])))
 
 
 class Nested(TrainerCallback):

@@ -1,0 +1,75 @@
+"""Whether a run records the metric that a callback watches, and what its value is."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from pytorch_accelerated._distributed.consensus import overrides_any
+from pytorch_accelerated._hints.classes import is_of_library, words_around
+from pytorch_accelerated._hints.hooks import HOOKS
+from pytorch_accelerated._hints.meaning import metric_meant
+from pytorch_accelerated._messages import warn
+from pytorch_accelerated._run import library_of, run_of
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.trainer import Trainer
+
+_PREFIXES = ("ema_model_", "intermediate_")
+"""In front of the names of what is recorded in evaluations of an average, and within an epoch."""
+
+
+def check_is_recorded(trainer: Trainer, watch_metric: str, callback_name: str) -> None:
+    """Raise at the start of a run if nothing will record a metric; warn if its name is that of another library.
+
+    What a program records itself is not known then. So the error is raised only if all hooks and callbacks are the
+    library's own, and the warning only if the program does not mention the name.
+
+    Raises:
+        ValueError: The run will not record the metric.
+    """
+    known = _metrics_of_run(trainer, next((prefix for prefix in _PREFIXES if prefix in watch_metric), ""))
+    if watch_metric in known:
+        return
+    classes = [type(trainer), *map(type, trainer.callback_handler.with_nested_callbacks())]
+    meant = metric_meant(watch_metric, known)
+    if all(map(is_of_library, (*classes, type(trainer.run_history)))) and not overrides_any(trainer, HOOKS):
+        remedy = f"Watch {meant!r}." if meant else "Watch one of these, or record the metric in a callback or a hook."
+        raise ValueError(
+            f"`{callback_name}` watches {watch_metric!r}, which nothing in this run records. It records "
+            f"{sorted(known)}. {remedy}"
+        )
+    if metric_meant(watch_metric, known, cutoff=1) and not any(watch_metric in words_around(cls) for cls in classes):
+        warn(
+            f"`{callback_name}` watches {watch_metric!r}. Unless your program records a metric of this name, watch "
+            f"{meant!r}, as it is called here."
+        )
+
+
+def _metrics_of_run(trainer: Trainer, prefix: str) -> set[str]:
+    """Return the names of all that the library records in a run, and of what is recorded already.
+
+    Args:
+        trainer: The trainer.
+        prefix: What may be in front of a name, next to the name of the dataset.
+    """
+    names = {f"{name}_" if name else "" for name in run_of(trainer).eval_dataloaders}  # a single one has no name
+    fronts = {front for name in names for front in (name, name + prefix, prefix + name)}
+    of_evaluation = {f"{front}eval_loss_epoch" for front in fronts} | ({f"{prefix}update"} if prefix else set())
+    of_callbacks = {getattr(callback, "metric_name", "train_loss_epoch") for callback in trainer.callback_handler}
+    return {"train_loss_epoch", *of_evaluation, *of_callbacks, *trainer.run_history.get_metric_names()}
+
+
+def watched_value(trainer: Trainer, watch_metric: str, callback_name: str) -> float:
+    """Return the latest value of a metric, with a warning if it is NaN. Must be called on every process.
+
+    Raises:
+        ValueError: Nothing was recorded under this name, or the value is not a single number.
+    """
+    value = library_of(trainer).get_agreed_metric(watch_metric)
+    if math.isnan(value):
+        warn(
+            f"`{callback_name}` watches {watch_metric!r}, which is NaN, and NaN is never better than another value. "
+            "Check how the metric is computed: it may divide by zero, for example."
+        )
+    return value
