@@ -89,6 +89,7 @@ _FOREIGN_HOOKS: dict[str, _Answer] = {
     "eval_forward": _EVAL_STEP,
     "one_batch": _TRAIN_STEP,
     "calculate_loss": _BOTH_STEPS,
+    "calculate_batch_loss": _BOTH_STEPS,
     "train_on_batch": _TRAIN_STEP,
 }
 
@@ -117,6 +118,8 @@ def hook_meant(name: str, events: Collection[str]) -> str | None:
 # --- events of callbacks -----------------------------------------------------------------------------------------
 
 _EACH_UPDATE_OR_STEP = "Rename it to `on_optimizer_step_{0}`, once per update, or `on_train_step_{0}`, once per batch."
+_NO_SANITY_CHECK = "There is no sanity check. Call `evaluate` before `train` for one."
+_NO_CANCELLING = "Only a run can be cancelled: raise `StopTrainingError`, and define `on_stop_training_error`."
 _NO_EVENTS = "`predict` has no events. Override `calculate_predictions` of the Trainer instead."
 _FOREIGN_EVENTS: dict[str, _Answer] = {
     # Lightning and Keras
@@ -124,6 +127,9 @@ _FOREIGN_EVENTS: dict[str, _Answer] = {
     "on_train_end": "on_training_run_end",
     "on_epoch_start": "on_train_epoch_start",
     "on_epoch_end": "on_training_run_epoch_end",
+    "on_run_start": "on_training_run_start",
+    "on_run_end": "on_training_run_end",
+    "on_batch_begin": "on_train_step_start",
     "on_batch_start": "on_train_step_start",
     "on_batch_end": "on_train_step_end",
     "on_eval_start": "on_eval_epoch_start",
@@ -133,6 +139,8 @@ _FOREIGN_EVENTS: dict[str, _Answer] = {
     "on_keyboard_interrupt": "on_stop_training_error",
     "on_stop_training": "on_stop_training_error",
     "on_error": "on_exception",
+    "on_sanity_check_start": _NO_SANITY_CHECK,
+    "on_sanity_check_end": _NO_SANITY_CHECK,
     "on_predict_start": _NO_EVENTS,
     "on_predict_end": _NO_EVENTS,
     "on_predict_epoch_start": _NO_EVENTS,
@@ -162,6 +170,8 @@ _FOREIGN_EVENTS: dict[str, _Answer] = {
     "before_batch": "on_train_step_start",
     "after_batch": "on_train_step_end",
     "after_cancel_fit": "on_stop_training_error",
+    **dict.fromkeys(("after_cancel_epoch", "after_cancel_train", "after_cancel_validate"), _NO_CANCELLING),
+    **dict.fromkeys(("after_cancel_batch", "after_cancel_step", "after_cancel_backward"), _NO_CANCELLING),
 }
 _EVENTS_BY_MEANING = {spell_out(name): event for name, event in _FOREIGN_EVENTS.items() if name.startswith("on_")}
 

@@ -13,6 +13,8 @@ from pytorch_accelerated._messages import warn
 from pytorch_accelerated._run import library_of, run_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pytorch_accelerated.trainer import Trainer
 
 _PREFIXES = ("ema_model_", "intermediate_")
@@ -56,8 +58,12 @@ def _metrics_of_run(trainer: Trainer, prefix: str) -> set[str]:
     names = {f"{name}_" if name else "" for name in run_of(trainer).eval_dataloaders}  # a single one has no name
     fronts = {front for name in names for front in (name, name + prefix, prefix + name)}
     of_evaluation = {f"{front}eval_loss_epoch" for front in fronts} | ({f"{prefix}update"} if prefix else set())
-    of_callbacks = {getattr(callback, "metric_name", "train_loss_epoch") for callback in trainer.callback_handler}
-    return {"train_loss_epoch", *of_evaluation, *of_callbacks, *trainer.run_history.get_metric_names()}
+    of_callbacks = [getattr(callback, "metric_name", None) for callback in trainer.callback_handler]
+    return {"train_loss_epoch", *of_evaluation, *_names_in(of_callbacks), *trainer.run_history.get_metric_names()}
+
+
+def _names_in(values: Iterable[object]) -> list[str]:
+    return [value for value in values if isinstance(value, str)]
 
 
 def watched_value(trainer: Trainer, watch_metric: str, callback_name: str) -> float:
