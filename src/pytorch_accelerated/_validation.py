@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, SupportsIndex, TypeVar
 
@@ -403,19 +403,20 @@ def check_single_dataset(dataset: object) -> None:
         )
 
 
-def check_reiterable(name: str, data: object, num_epochs: int, max_num_train_steps: int | None) -> None:
+def check_reiterable(data: Mapping[str, object], num_epochs: int, max_num_train_steps: int | None) -> None:
     """Raise if data that can be iterated over only once is needed in several epochs.
 
     Raises:
         ValueError: It is an iterator, such as a generator, and only the number of epochs limits the run.
     """
-    is_iterator = hasattr(data, "__next__") and not is_dataset(data)
-    if is_iterator and num_epochs > 1 and max_num_train_steps is None:
-        raise ValueError(
-            f"`{name}` is an iterator ({type(data).__name__}), exhausted after the first of {num_epochs} epochs. Pass "
-            "an object of a class whose `__iter__` starts over, `def __iter__(self): return make_batches()`, or use "
-            "`num_epochs=1`."
-        )
+    for name, each in data.items():
+        is_iterator = hasattr(each, "__next__") and not is_dataset(each)
+        if is_iterator and num_epochs > 1 and max_num_train_steps is None:
+            raise ValueError(
+                f"`{name}` is an iterator ({type(each).__name__}), exhausted after the first of {num_epochs} epochs. "
+                "Pass an object of a class whose `__iter__` starts over, `def __iter__(self): return make_batches()`, "
+                "or use `num_epochs=1`."
+            )
 
 
 def warn_about_ready_batches(name: str, loader: object) -> None:

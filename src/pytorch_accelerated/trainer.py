@@ -256,8 +256,7 @@ class Trainer(TrainingLoop):
             KeyboardInterrupt: Ctrl-C was pressed; the run ended gracefully first.
             SystemExit: Same for another signal that a callback listens to; the code is 128 + its number.
         """
-        _validation.check_initialized(self, "_loop_run")
-        _validation.check_no_run(self._loop_run.is_active)
+        _check_not_running(self)
         numbers: dict[str, Any] = {
             "per_device_batch_size": per_device_batch_size,
             "num_epochs": num_epochs,
@@ -267,14 +266,13 @@ class Trainer(TrainingLoop):
             **({} if gradient_clip_norm is None else {"gradient_clip_norm": gradient_clip_norm}),
         }
         _validation.check_numbers_of_run(**numbers)
-        for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            _validation.check_reiterable(name, data, num_epochs, max_num_train_steps)
+        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        _validation.check_reiterable(data, num_epochs, max_num_train_steps)
         _check_parts_of_training(self, create_scheduler_fn)
-        dl_kwargs = train_dataloader_kwargs, eval_dataloader_kwargs
-        _warn_about_start(self, (train_dataset, eval_dataset), per_device_batch_size, collate_fn, dl_kwargs)
 
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.collate_fn, self.create_scheduler_fn = collate_fn, create_scheduler_fn
+        _warn_about_start(self, per_device_batch_size, train_dataloader_kwargs, eval_dataloader_kwargs)
         with self._loop_run_context() as run:
             state = self._loop_find_state(resume_from, allow_other_num_processes)
             self._loop_make_train_loader(per_device_batch_size, train_dataloader_kwargs)
@@ -902,9 +900,15 @@ def _warn_about_uncalled_hooks(trainer: Trainer) -> None:
     _validation.warn_about_uncalled_hooks(type(trainer), EVENTS, words)
 
 
-def _warn_about_start(trainer: Trainer, *data_and_settings: Any) -> None:
-    """Tell of what probably is not meant, but no mistake either, before a training run."""
-    _warn_about_ready_loaders(trainer, *data_and_settings)
+def _check_not_running(trainer: Trainer) -> None:
+    _validation.check_initialized(trainer, "_loop_run")
+    _validation.check_no_run(trainer._loop_run.is_active)  # noqa: SLF001 - same module
+
+
+def _warn_about_start(trainer: Trainer, batch_size: int, *dl_kwargs: DataLoaderKwargs | None) -> None:
+    """Tell, before a training run, of what probably is not meant, but may be."""
+    data = trainer.train_dataset, trainer.eval_dataset
+    _warn_about_ready_loaders(trainer, data, batch_size, trainer.collate_fn, dl_kwargs)
     if trainer._callbacks and trainer._accelerator.is_main_process:  # noqa: SLF001 - same module
         say_what_is_missing(trainer.callback_handler.with_nested_callbacks(), _REPORTING)
 
@@ -925,9 +929,12 @@ def _warn_about_ready_loaders(
 def _check_data(trainer: Trainer, name: str, data: object, dl_kwargs: DataLoaderKwargs | None) -> None:
     """Refuse data that is none, and arguments that no loader has. A loader of one's own may take anything."""
     kind = name.removesuffix("_dataset")
-    if not overrides_any(trainer, [f"create_{kind}_dataloader"]):
-        check_loader_arguments(f"{kind}_dataloader_kwargs", dl_kwargs, DataLoader)
-        check_is_dataset(name, data, trainer.collate_fn or (dl_kwargs or {}).get("collate_fn"))
+    if overrides_any(trainer, [f"create_{kind}_dataloader"]):
+        return
+    is_training = kind == "train" or trainer._loop_run.train_dataloader is not None  # noqa: SLF001 - same module
+    prefix = f"{kind}_" if is_training else ""  # `evaluate` and `predict` have one dataset
+    check_loader_arguments(f"{prefix}dataloader_kwargs", dl_kwargs, DataLoader)
+    check_is_dataset(f"{prefix}dataset", data, trainer.collate_fn or (dl_kwargs or {}).get("collate_fn"))
 
 
 def _default_dl_kwargs(dataset: Data, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:

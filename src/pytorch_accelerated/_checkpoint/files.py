@@ -182,6 +182,11 @@ def load_file(path: str | os.PathLike[str], *, is_mapped: bool = False) -> State
         CheckpointError: It is damaged, or contains objects other than tensors and plain values.
     """
     path = local_path(path)
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"{str(path)!r} is a directory. Expected a checkpoint, a file written by `save_checkpoint`. If it is a "
+            "training state, use `load_training_state`, or pass it to `train` as `resume_from`."
+        )
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no checkpoint file {str(path)!r}. Expected a file written by `save_checkpoint`. Check the path."
