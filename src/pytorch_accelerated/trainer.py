@@ -895,7 +895,8 @@ def _check_parts_of_training(trainer: Trainer, create_scheduler_fn: object) -> N
 
 
 def _warn_about_uncalled_hooks(trainer: Trainer) -> None:
-    callbacks = trainer.callback_handler.with_nested_callbacks()
+    handler: object = trainer.callback_handler  # that of a subclass may be of any class
+    callbacks = handler.with_nested_callbacks() if isinstance(handler, CallbackHandler) else []
     words = {word for callback in callbacks for word in words_of_user(type(callback))}
     _validation.warn_about_uncalled_hooks(type(trainer), EVENTS, words)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 import warnings
 
 import pytest
@@ -181,6 +183,31 @@ def test_methods_that_the_program_calls_itself_are_not_told_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(make_trainer(cls=Helping, callbacks=[Listening]))
+
+
+SCRIPT = """
+from pytorch_accelerated import Trainer
+class Own(Trainer):
+    def {name}(self, *args):
+        return super().{name}(*args)
+if __name__ == "script":
+    {call}
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "is_called"), [("Own.compute_metrics", True), ("print(Own)", False), ("'compute_metrics'", False)]
+)
+def test_a_script_that_calls_a_method_at_its_top_level_is_not_told_of_it(tmp_path, monkeypatch, call, is_called):
+    (tmp_path / "script.py").write_text(SCRIPT.format(name="compute_metrics", call=call))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "script", raising=False)
+    script = importlib.import_module("script")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(cls=script.Own)
+    assert len(caught) == (0 if is_called else 1)
+    del sys.modules["script"]
 
 
 def test_a_trainer_that_is_a_callback_too_is_not_told_of_its_events():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -52,12 +53,24 @@ def words_around(cls: type, other_than: Collection[str] = ()) -> set[str]:
     """
     words: set[str] = set()
     for base in _classes_of_user(cls):
+        words |= _words_at_top_of(base.__module__)
         beside = vars(sys.modules[base.__module__]) if base.__module__ in sys.modules else {}
         for owner in (vars(base), beside, *(vars(each) for each in beside.values() if _is_of(each, base.__module__))):
             for name, function in _functions_in(owner):
                 if name not in other_than:
                     words.update(_words_of(function.__code__))
     return words
+
+
+def _words_at_top_of(module: str) -> set[str]:
+    """Return the names in the statements of a module, such as those of a script, outside its functions and classes."""
+    try:
+        statements = ast.parse(inspect.getsource(sys.modules[module])).body
+    except (KeyError, OSError, TypeError, SyntaxError):  # it has no source, as in an interactive session
+        return set()
+    in_place = [each for each in statements if not isinstance(each, (ast.FunctionDef, ast.ClassDef))]
+    nodes = [node for each in in_place for node in ast.walk(each)]
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute)}
 
 
 def _is_of(value: object, module: str) -> bool:
