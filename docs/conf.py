@@ -50,11 +50,12 @@ nitpick_ignore_regex = [
         r"(abc|accelerate|argparse|collections|contextlib|enum|logging|matplotlib|nn|np|numpy|os|pathlib|torch|tqdm"
         r"|types|typing)\..*",
     ),
-    (r"py:class", r"(Accelerator|DataLoader|Dataset|Optimizer|Path|PathLike)"),
+    (r"py:class", r"(Accelerator|DataLoader|Dataset|Optimizer|Path|PathLike|tqdm)"),
     # Private base classes and type aliases that appear in signatures but not in the reference.
     (r"py:class", r"pytorch_accelerated\.(.*\.)?_\w.*"),
     (r"py:class", r"(Callbacks|KnownValues|Number|NumberOrPlaceholder|Template)"),
-    (r"py:class", r"(Batch|BatchOutput|LossFunction|MetricValue|ParameterGroup|StateDict|StateMapping)"),  # `_types.py`
+    # `_types.py`
+    (r"py:class", r"(Batch|BatchOutput|LossFunction|MaybeNone|MetricValue|ParameterGroup|StateDict|StateMapping)"),
 ]
 
 OWN_NAME = "pytorch_accelerated."

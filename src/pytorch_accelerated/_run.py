@@ -215,6 +215,9 @@ class Run:
         self.outside_parameters = OutsideParameters()
         """The parameters that the optimizer holds and the model does not."""
 
+        self.limit_of_exactness: str | None = None
+        """What a resumed run says if it may differ in the last bit from an uninterrupted one."""
+
         self.uses_fast_path = False
 
         # The epochs of training.

@@ -54,6 +54,7 @@ from pytorch_accelerated._distributed.accelerator import (
     copy_accelerator,
     create_accelerator,
     disable_loss_scaling,
+    has_comm_hook,
     is_sharded,
     placement_of,
     precision_of,
@@ -61,6 +62,7 @@ from pytorch_accelerated._distributed.accelerator import (
     rejoin_process,
     release,
 )
+from pytorch_accelerated._distributed.buckets import fix_bucket_order
 from pytorch_accelerated._distributed.collectives import broadcast_values, num_local_processes
 from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
@@ -720,7 +722,7 @@ class Trainer(TrainingLoop):
                 state = partial(self._loop_restore, contents)
             if reset_run_history:
                 run.reset_history(self.run_history)
-            _set_up_parameters(run, self.model, self.optimizer)
+            _set_up_parameters(run, self.model, self.optimizer, has_comm_hook(self._accelerator))
             self._loop_set_up_scheduler(is_resumed=state is not None)
             nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
             window = AccumulationWindow(config.gradient_accumulation_steps, nominal_weight)
@@ -765,6 +767,8 @@ class Trainer(TrainingLoop):
         saved = run.training.lineage.origin
         if saved is not None:
             self.print(f"Resuming from {saved.path.name!r} in epoch {self.run_history.current_epoch}.")
+        if run.limit_of_exactness is not None:
+            self.print(run.limit_of_exactness)
         if saved is not None and run.config.is_world_process_zero:
             resume.warn_about_mismatch(saved, self._loop_state_parts().settings)
 
@@ -971,10 +975,11 @@ def _attributes_of_training(trainer: Trainer, run: Run) -> list[tuple[object, st
     return [*of_trainer, (run, "training"), (run.training, "settings")]
 
 
-def _set_up_parameters(run: Run, model: nn.Module, optimizer: Optimizer) -> None:
+def _set_up_parameters(run: Run, model: nn.Module, optimizer: Optimizer, has_comm_hook: bool) -> None:
     """Find the parameters that the optimizer holds beside the model, and discard the gradients from before the run.
 
-    Gradients are discarded also of parameters that the optimizer does not hold.
+    Gradients are discarded also of parameters that the optimizer does not hold. They will be added up over all
+    processes in a fixed order.
     """
     if isinstance(model, nn.Module):
         model.zero_grad()
@@ -983,6 +988,7 @@ def _set_up_parameters(run: Run, model: nn.Module, optimizer: Optimizer) -> None
         run.outside_parameters = OutsideParameters(model, optimizer)
     if run.config.is_distributed:
         broadcast_values(run.outside_parameters)
+        run.limit_of_exactness = fix_bucket_order(model, run.config.num_processes, has_comm_hook)
 
 
 class TrainerWithTimmScheduler(Trainer):

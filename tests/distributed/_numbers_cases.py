@@ -20,7 +20,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DDPCommunicationHookType
 
 import _numbers
 from _numbers import IN_ORDER, LossWithParameters, Pair, TextTrainer, gradients_of, make_net, make_texts
@@ -659,6 +660,80 @@ def case_a_signal_between_exchanges_interrupts_all_ranks(rank: int, directory: P
             is_interrupted = True
         results.append((is_interrupted, trainer.progress.state_dict(), weights_of(trainer.model)))
     return results
+
+
+# --- the order of sums -------------------------------------------------------------------------------------------
+
+
+class LateFirst(torch.nn.Module):
+    """Calls its layers in another order than that of their registration, and one not at all if so wanted."""
+
+    def __init__(self, is_one_unused: bool = False) -> None:
+        super().__init__()
+        self.middle = torch.nn.Linear(33, 57)
+        self.first = torch.nn.Linear(3, 33)
+        self.last = torch.nn.Linear(57, 1)
+        if is_one_unused:
+            self.unused = torch.nn.Linear(4, 4)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.middle(torch.tanh(self.first(inputs)))))
+
+
+class Watched(LateFirst):
+    """Has a parameter whose gradient a hook of the user's looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls = 0
+        self.first.weight.register_hook(self.count)
+
+    def count(self, gradient: torch.Tensor) -> None:
+        self.num_calls += 1
+
+
+def resume_sums(folder: Path, model: Any, accumulation: int = 1, **ddp: Any) -> tuple[list[int], list[str]]:
+    """Count the weights that differ after resuming at some steps of seven, and return what resumed runs print."""
+
+    def make_sum_trainer(callbacks: Any = ()) -> Any:
+        torch.manual_seed(3)
+        accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(**ddp)])
+        return make_trainer(model(), lr=0.02, accelerator=accelerator, callbacks=callbacks)
+
+    def save(trainer: Any, step: int, **_: Any) -> None:
+        trainer.save_training_state(folder / f"step_{step}")
+
+    dataset, printed, differing = make_dataset(7 * 3 * num_processes()), [], []
+    settings = {"num_epochs": 1, "per_device_batch_size": 3, "gradient_accumulation_steps": accumulation}
+    whole = make_sum_trainer([Probe(on_train_step_end=save)])
+    train(whole, dataset, **settings)
+    for step in (1, 2, 5):
+        resumed = make_sum_trainer()
+        resumed.print = printed.append
+        train(resumed, dataset, **settings, resume_from=folder / f"step_{step}")
+        pairs = zip(weights_of(resumed.model).values(), weights_of(whole.model).values(), strict=True)
+        differing.append(sum(int((actual != expected).sum()) for actual, expected in pairs))
+    return differing, [text for text in printed if "last bit" in text]
+
+
+def case_a_resumed_run_adds_up_gradients_in_the_order_of_the_uninterrupted_one(rank: int, directory: Path) -> Any:
+    unused = functools.partial(LateFirst, is_one_unused=True)
+    return {
+        "one bucket": resume_sums(directory / "one", LateFirst),
+        "small buckets": resume_sums(directory / "small", LateFirst, bucket_cap_mb=0.001),
+        "views": resume_sums(directory / "views", LateFirst, bucket_cap_mb=0.001, gradient_as_bucket_view=True),
+        "accumulation": resume_sums(directory / "accumulation", LateFirst, accumulation=3, bucket_cap_mb=0.001),
+        "unused": resume_sums(directory / "unused", unused, find_unused_parameters=True, bucket_cap_mb=0.001),
+    }
+
+
+def case_a_resumed_run_says_why_gradients_may_be_added_up_in_another_order(rank: int, directory: Path) -> Any:
+    hook = DDPCommunicationHookType.FP16
+    return {
+        "static graph": resume_sums(directory / "static", LateFirst, static_graph=True)[1],
+        "communication hook": resume_sums(directory / "hook", LateFirst, comm_hook=hook)[1],
+        "parameters have hooks": resume_sums(directory / "watched", Watched)[1],
+    }
 
 
 # --- last, because a failure may leave the processes out of step ----------------------------------------------------

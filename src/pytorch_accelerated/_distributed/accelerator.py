@@ -15,7 +15,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import InitProcessGroupKwargs, PrecisionType
+from accelerate.utils import DDPCommunicationHookType, InitProcessGroupKwargs, PrecisionType
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -274,6 +274,12 @@ def prepare(
     model, optimizer, train_dl, *loaders = wrapped
     placed = {name: _place(accelerator, loader) for name, loader in zip(eval_dls, loaders, strict=True)}
     return model, optimizer, _place(accelerator, train_dl), placed
+
+
+def has_comm_hook(accelerator: Accelerator) -> bool:
+    """Tell whether DDP calls a communication hook instead of adding up the gradients."""
+    handler = accelerator.ddp_handler
+    return handler is not None and handler.comm_hook != DDPCommunicationHookType.NO
 
 
 def placement_of(accelerator: Accelerator) -> Placement:
