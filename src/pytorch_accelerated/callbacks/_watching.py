@@ -13,12 +13,7 @@ from pytorch_accelerated._messages import warn
 from pytorch_accelerated._run import library_of, run_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from pytorch_accelerated.trainer import Trainer
-
-_PREFIXES = ("ema_model_", "intermediate_")
-"""In front of the names of what is recorded in evaluations of an average, and within an epoch."""
 
 
 def check_is_recorded(trainer: Trainer, watch_metric: str, callback_name: str) -> None:
@@ -30,7 +25,7 @@ def check_is_recorded(trainer: Trainer, watch_metric: str, callback_name: str) -
     Raises:
         ValueError: The run will not record the metric.
     """
-    known = _metrics_of_run(trainer, next((prefix for prefix in _PREFIXES if prefix in watch_metric), ""))
+    known = _metrics_of_run(trainer, watch_metric)
     if watch_metric in known:
         return
     classes = [type(trainer), *map(type, trainer.callback_handler.with_nested_callbacks())]
@@ -48,21 +43,22 @@ def check_is_recorded(trainer: Trainer, watch_metric: str, callback_name: str) -
         )
 
 
-def _metrics_of_run(trainer: Trainer, prefix: str) -> set[str]:
+def _metrics_of_run(trainer: Trainer, watch_metric: str) -> set[str]:
     """Return the names of all that the library records in a run, and of what is recorded already.
 
-    Args:
-        trainer: The trainer.
-        prefix: What may be in front of a name, next to the name of the dataset.
+    Of what is recorded within an epoch, or with an average, only names with a prefix of the watched metric are returned.
     """
     names = {f"{name}_" if name else "" for name in run_of(trainer).eval_dataloaders}  # a single one has no name
+    prefixes = ["intermediate_", *_texts_of(trainer, "_track_prefix")]
+    prefix = next((prefix for prefix in prefixes if prefix in watch_metric), "")
     fronts = {front for name in names for front in (name, name + prefix, prefix + name)}
     of_evaluation = {f"{front}eval_loss_epoch" for front in fronts} | ({f"{prefix}update"} if prefix else set())
-    of_callbacks = [getattr(callback, "metric_name", None) for callback in trainer.callback_handler]
-    return {"train_loss_epoch", *of_evaluation, *_names_in(of_callbacks), *trainer.run_history.get_metric_names()}
+    of_callbacks = _texts_of(trainer, "metric_name")
+    return {"train_loss_epoch", *of_evaluation, *of_callbacks, *trainer.run_history.get_metric_names()}
 
 
-def _names_in(values: Iterable[object]) -> list[str]:
+def _texts_of(trainer: Trainer, attribute: str) -> list[str]:
+    values = [getattr(callback, attribute, None) for callback in trainer.callback_handler]
     return [value for value in values if isinstance(value, str)]
 
 
