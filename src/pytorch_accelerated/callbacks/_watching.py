@@ -46,7 +46,7 @@ def check_is_recorded(trainer: Trainer, watch_metric: str, callback_name: str) -
 def _metrics_of_run(trainer: Trainer, watch_metric: str) -> set[str]:
     """Return the names of all that the library records in a run, and of what is recorded already.
 
-    Of what is recorded within an epoch, or with an average, only names with a prefix of the watched metric are returned.
+    Of the names with a prefix, as within an epoch or of an average, only those with that of the watched metric count.
     """
     names = {f"{name}_" if name else "" for name in run_of(trainer).eval_dataloaders}  # a single one has no name
     prefixes = ["intermediate_", *_texts_of(trainer, "_track_prefix")]
