@@ -1,7 +1,7 @@
 # Development commands. Requires Python 3.10 or newer and make; everything else is installed into $(VENV).
 #
 #   make demo                   train on real data and draw the learning curves
-#   make test                   run all tests with branch coverage
+#   make test                   run all tests with branch coverage; JOBS=4 runs more of them at once
 #   make soak KILLS=200         kill runs at random moments and restart them; SEED=7 repeats a soak
 #   make check                  everything a change must pass: format-check, lint, types, tests, docs
 #   make bench                  compare the speed with other frameworks and with hand-written loops; about an hour
@@ -18,6 +18,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 TESTS ?=
+JOBS ?= 2
 KILLS ?= 200
 SEED ?=
 PYTEST_ARGS ?=
@@ -31,6 +32,8 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --co
 BENCH_VENV := benchmarks/.venv
 BENCH_INSTALL = $(@D)/bin/python -m pip install --disable-pip-version-check --quiet
 BENCH_OPTIONS := $(foreach name,CASES ROUNDS PEER_ROUNDS FRAMEWORKS,$(if $($(name)),$(name)=$($(name))))
+# Each file is run by one process, because the tests in it share what they start.
+IN_PARALLEL := --numprocesses $(JOBS) --dist loadfile
 # ruff also formats the Python blocks in Markdown.
 CODE := src tests $(wildcard examples benchmarks) docs README.md
 
@@ -101,7 +104,8 @@ demo: $(VENV)/.stamp-examples
 
 # One thread per process: the test models are tiny, and the distributed tests start several processes.
 test: $(VENV)/.stamp-dev
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) $(if $(TESTS),,--cov --cov-report=term) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) $(if $(TESTS),,$(IN_PARALLEL) --cov --cov-report=term) \
+	  $(PYTEST_ARGS)
 
 soak: $(VENV)/.stamp-dev
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/faults/_kills.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))

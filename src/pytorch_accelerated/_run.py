@@ -277,11 +277,14 @@ class Run:
         self.interruption: RunInterruptedError | None = None
         """The signal that ends the run; ``None`` if there was none."""
 
+        self.is_nested = previous is not None and previous.is_active
+        """Whether a callback of another run has started this one."""
+
         if previous is not None:
             self.config = previous.config
             self.train_dl_kwargs = previous.train_dl_kwargs
             self.gradient_norm = previous.gradient_norm
-            if previous.is_active:  # this run is nested in a callback of the other, which signals end
+            if self.is_nested:  # a signal ends the other run
                 self.interrupt = previous.interrupt
 
     def __getstate__(self) -> dict[str, object]:

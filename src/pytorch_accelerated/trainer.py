@@ -603,6 +603,7 @@ class Trainer(TrainingLoop):
         saved = resume.find_state_to_resume(
             resume_from,
             _folders_of_states(self.callback_handler),
+            self,
             is_main=self._accelerator.is_main_process,
             num_processes=int(self._accelerator.num_processes),
             allow_other_num_processes=allow_other_num_processes,

@@ -492,3 +492,20 @@ def test_the_metadata_of_a_state_are_stored(tmp_path):
     files_module.save_file({"state": state}, tmp_path / "file.pt")
     loaded = files_module.load_file(tmp_path / "file.pt")["state"]
     assert vars(loaded) == {"_metadata": {"": {"version": 2}}}
+
+
+@pytest.mark.parametrize("name", [".best.pt.tmp-0", "best.pt"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_file_is_never_written_through_a_link(tmp_path, name, is_there):
+    outside, link = tmp_path / "outside", tmp_path / "models" / name
+    link.parent.mkdir()
+    if is_there:
+        outside.write_text("not ours")
+    link.symlink_to(outside)
+    for value in (1, 2):
+        files_module.save_file({"value": value}, tmp_path / "models" / "best.pt")
+        assert files_module.load_file(tmp_path / "models" / "best.pt") == {"value": value}
+    assert names_in(link.parent) == ["best.pt"]
+    assert not (tmp_path / "models" / "best.pt").is_symlink()
+    assert outside.exists() == is_there
+    assert not is_there or outside.read_text() == "not ours"

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from _saved import make_up_state, names_in
-from _support import run_python
 from pytorch_accelerated._checkpoint import folder as folder_module
 from pytorch_accelerated._checkpoint.folder import (
     Lineage,
@@ -19,11 +18,13 @@ from pytorch_accelerated._checkpoint.folder import (
     claim_folder,
     find_newest_state,
     list_states,
-    release_folder,
     rotate,
 )
+from pytorch_accelerated._checkpoint.lock import unlock
 from pytorch_accelerated._checkpoint.manifest import read_manifest
 from pytorch_accelerated.exceptions import CheckpointError
+
+OWNER = object()
 
 
 def names_of(states):
@@ -255,14 +256,14 @@ def test_a_state_that_cannot_be_deleted_causes_a_warning(tmp_path, monkeypatch):
 
 @pytest.fixture
 def claimed(tmp_path):
-    """The path of a folder that is released after the test."""
+    """The path of a folder that is unlocked after the test."""
     yield tmp_path / "a" / "states"
-    release_folder(tmp_path / "a" / "states")
+    unlock(tmp_path / "a" / "states", OWNER)
 
 
 def test_claiming_creates_the_folder_and_can_be_repeated(claimed):
-    claim_folder(claimed)
-    claim_folder(claimed)
+    claim_folder(claimed, OWNER)
+    claim_folder(claimed, OWNER)
     assert names_in(claimed) == []
     assert (claimed / ".lock").is_file()
 
@@ -275,97 +276,38 @@ def test_claiming_repairs_what_an_interrupted_run_left_and_touches_nothing_else(
     others = [".cache.tmp", ".mine.old", ".epoch_1.bak", "epoch_2.tmp", ".epoch_x.tmp", ".hidden", ".epoch_1.tmp2"]
     for name in others:
         (claimed / name).mkdir()
-    claim_folder(claimed)
+    claim_folder(claimed, OWNER)
     assert names_in(claimed) == sorted([*others, "epoch_1", "step_3", "step_5"])
-
-
-USE_FOLDER = """
-import sys
-from pathlib import Path
-from pytorch_accelerated._checkpoint.folder import claim_folder
-from pytorch_accelerated.exceptions import CheckpointError
-try:
-    claim_folder(Path(sys.argv[1]))
-    print("claimed")
-except CheckpointError as error:
-    print(error)
-"""
-
-needs_locks = pytest.mark.skipif(folder_module.fcntl is None, reason="this system has no record locks")
-
-
-@needs_locks
-def test_a_folder_that_another_run_has_claimed_is_rejected_with_the_name_of_that_run(claimed):
-    claim_folder(claimed)
-    make_up_state(claimed / ".epoch_1.tmp")
-    answer = run_python(USE_FOLDER, str(claimed))
-    assert f"Another run is saving its training states in '{claimed}': process {os.getpid()} on " in answer
-    assert "pass another `save_dir`" in answer
-    assert ".epoch_1.tmp" in names_in(claimed), "what the other run is writing must not be removed"
-    release_folder(claimed)
-    assert run_python(USE_FOLDER, str(claimed)) == "claimed\n"
-
-
-@needs_locks
-def test_a_forked_process_does_not_hold_the_lock(claimed):
-    """Such as a dataloader worker that outlives its run, which was killed."""
-    waiting, go_on = os.pipe()
-    holder = os.fork()
-    if holder == 0:
-        claim_folder(claimed)
-        child = os.fork()
-        if child == 0:
-            os.close(go_on)
-            os.read(waiting, 1)  # until the test is done
-            os._exit(0)
-        os._exit(0)
-    os.close(waiting)
-    os.waitpid(holder, 0)
-    claim_folder(claimed)
-    os.close(go_on)
-
-
-@needs_locks
-def test_a_file_system_without_locks_is_tolerated(claimed, monkeypatch):
-    def fail(file, operation):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(folder_module.fcntl, "lockf", fail)
-    claim_folder(claimed)
-    assert folder_module._held_locks == {}
-    monkeypatch.setattr(folder_module, "fcntl", None)
-    claim_folder(claimed)
-    release_folder(claimed)
 
 
 @pytest.mark.parametrize("place", ["file/states", "file"])
 def test_claiming_a_folder_that_cannot_be_created_raises(tmp_path, place):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=rf"cannot be saved in '.*{place}'.*Pass a `save_dir`"):
-        claim_folder(tmp_path / place)
+        claim_folder(tmp_path / place, OWNER)
 
 
 @pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs /sys")
 @pytest.mark.parametrize("place", ["/sys/kernel", "/sys/kernel/states"])
 def test_claiming_a_folder_on_a_read_only_file_system_raises(place):
     with pytest.raises(CheckpointError, match=rf"cannot be saved in '{place}'"):
-        claim_folder(Path(place))
+        claim_folder(Path(place), OWNER)
 
 
 def test_claiming_a_folder_without_write_permission_raises(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(CheckpointError, match=r"cannot be saved in .*Permission denied"):
-        claim_folder(tmp_path)
+        claim_folder(tmp_path, OWNER)
 
 
 @pytest.mark.parametrize("name", ["ünïcode", "with spaces", "[brackets]*?", "a\nb", "x" * 200])
 def test_folders_may_have_unusual_names(tmp_path, name):
     folder = tmp_path / name
-    claim_folder(folder)
+    claim_folder(folder, OWNER)
     make_up_state(folder / "epoch_1", epochs=1)
     make_up_state(folder / "epoch_2", epochs=2)
     rotate(folder, Retention(1))
-    release_folder(folder)
+    unlock(folder, OWNER)
     assert find_newest_state(folder).path == folder / "epoch_2"
 
 

@@ -18,7 +18,7 @@ from _saved import make_state_trainer, make_up_state, names_in, rewrite_manifest
 from _support import Batches, Probe, Samples, Stream, make_dataset
 from pytorch_accelerated import Trainer
 from pytorch_accelerated._checkpoint import resume
-from pytorch_accelerated._checkpoint.folder import release_folder
+from pytorch_accelerated._checkpoint.lock import unlock
 from pytorch_accelerated._checkpoint.manifest import read_manifest
 from pytorch_accelerated._data.determinism import SeededSampler
 from pytorch_accelerated._data.sharding import ShardedBatchSampler
@@ -27,19 +27,23 @@ from pytorch_accelerated.exceptions import CheckpointError
 # --- the state to resume from ------------------------------------------------------------------------------------
 
 
+OWNER = object()
+
+
 def find(resume_from, folder=None, num_processes=1, allow_other_num_processes=False):
     """Call `find_state_to_resume` as a single process does, and return the state and what was printed."""
     printed = []
     saved = resume.find_state_to_resume(
         resume_from,
         set() if folder is None else {folder},
+        OWNER,
         is_main=True,
         num_processes=num_processes,
         allow_other_num_processes=allow_other_num_processes,
         print_fn=printed.append,
     )
     if folder is not None:
-        release_folder(folder)
+        unlock(folder, OWNER)
     return saved, printed
 
 
@@ -53,7 +57,7 @@ def find(resume_from, folder=None, num_processes=1, allow_other_num_processes=Fa
 def test_the_newest_state_needs_exactly_one_folder_to_look_in(folders, words):
     with pytest.raises(ValueError, match=words):
         resume.find_state_to_resume(
-            "latest", folders, is_main=True, num_processes=1, allow_other_num_processes=False, print_fn=print
+            "latest", folders, OWNER, is_main=True, num_processes=1, allow_other_num_processes=False, print_fn=print
         )
 
 
@@ -94,7 +98,7 @@ def test_a_state_of_another_number_of_processes_is_rejected_unless_that_is_allow
     resume_from = path if is_path else "latest"
     with pytest.raises(CheckpointError, match=r"num_processes=2, but this run has num_processes=1.*Start 2 processes"):
         find(resume_from, tmp_path)
-    release_folder(tmp_path)
+    unlock(tmp_path, OWNER)
     assert find(resume_from, tmp_path, allow_other_num_processes=True)[0].path == path
     assert find(resume_from, tmp_path, num_processes=2)[0].path == path
 
@@ -144,7 +148,7 @@ def test_an_unchanged_configuration_causes_no_warning(state):
 @pytest.mark.parametrize(
     "kwargs",
     [{"num_epochs": 5}, {"num_epochs": 2}, {"max_num_train_steps": 5}, {"eval_dataset": make_dataset(4)}],
-    ids=str,
+    ids=["more epochs", "fewer epochs", "a limit", "evaluation"],
 )
 def test_changing_the_length_of_the_run_causes_no_warning(state, kwargs):
     assert mismatch_of(state, **kwargs) is None

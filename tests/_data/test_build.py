@@ -62,7 +62,9 @@ def test_the_loader_of_a_run_has_the_settings_of_the_users():
     assert (stream.batch_size, stream.drop_last) == (5, True)
 
 
-@pytest.mark.parametrize("loader", [None, [1, 2], DataLoader(Stream(DATASET), batch_size=4)], ids=str)
+@pytest.mark.parametrize(
+    "loader", [None, [1, 2], DataLoader(Stream(DATASET), batch_size=4)], ids=["none", "list", "stream"]
+)
 def test_loaders_without_an_order_can_be_rebuilt_and_seeded(loader):
     rebuild_loader(loader, Placement()).set_epoch(1, 2)
 
@@ -268,7 +270,7 @@ def test_a_loader_of_tensors_in_memory_is_rebuilt_to_slice_whole_batches():
         {"batch_sampler": GroupedSampler(SequentialSampler(DATASET), 2, drop_last=False)},
         {"batch_size": None},
     ],
-    ids=str,
+    ids=["collate_fn", "indices", "sampler", "batches", "batch_sampler", "samples"],
 )
 def test_a_loader_whose_batches_the_user_determines_is_not_rebuilt_to_slice_them(settings):
     assert not slices(DATASET, **settings)

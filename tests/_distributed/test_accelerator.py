@@ -318,7 +318,7 @@ def make_placed(**changes):
         {"dispatch_batches": True},
         {"use_stateful_dataloader": True},
     ],
-    ids=str,
+    ids=lambda changes: "-".join(str(part) for part in next(iter(changes.items())) if type(part) is not object),
 )
 def test_sharding_is_left_to_accelerate_if_its_settings_demand_another_one(changes):
     assert placement_of(make_placed()).create_loader is not None

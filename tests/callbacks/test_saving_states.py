@@ -13,9 +13,9 @@ import torch
 
 import _support
 from _saved import names_in, rewrite_manifest
-from _support import Probe, assert_same_weights, make_dataset, make_model, make_trainer, run_python, weights_of
+from _support import Probe, assert_same_weights, make_dataset, make_model, make_trainer, raiser, run_python, weights_of
 from pytorch_accelerated import Trainer
-from pytorch_accelerated._checkpoint import folder as folder_module
+from pytorch_accelerated._checkpoint import lock as lock_module
 from pytorch_accelerated._checkpoint.manifest import read_manifest
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback
 from pytorch_accelerated.exceptions import CheckpointError
@@ -424,7 +424,7 @@ print(len(steps), "steps")
 """
 
 
-@pytest.mark.skipif(folder_module.fcntl is None, reason="this system has no record locks")
+@pytest.mark.skipif(lock_module.fcntl is None, reason="this system cannot lock files")
 @pytest.mark.parametrize("resume_from", ["latest", "nothing"])
 def test_two_runs_cannot_save_to_one_folder_at_the_same_time(tmp_path, resume_from):
     answers = []
@@ -446,7 +446,7 @@ def test_the_folder_is_unlocked_however_the_run_ends(tmp_path, event):
 
     with pytest.raises(LookupError):
         train(make(tmp_path, [Probe(**{event: fail})]))
-    assert folder_module._held_locks == {}
+    assert lock_module._held == {}
 
 
 def test_the_folder_is_unlocked_if_the_state_to_resume_is_rejected(tmp_path):
@@ -456,7 +456,7 @@ def test_the_folder_is_unlocked_if_the_state_to_resume_is_rejected(tmp_path):
     other.optimizer = torch.optim.Adam(other.model.parameters())
     with pytest.raises(CheckpointError, match="a different model"):
         train(other, resume_from="latest")
-    assert folder_module._held_locks == {}
+    assert lock_module._held == {}
 
 
 def test_the_folder_stays_locked_through_a_nested_evaluation(tmp_path):
@@ -464,10 +464,52 @@ def test_the_folder_stays_locked_through_a_nested_evaluation(tmp_path):
 
     def evaluate(trainer, **_):
         trainer.evaluate(make_dataset(4))
-        held.append(len(folder_module._held_locks))
+        held.append(len(lock_module._held))
 
     train(make(tmp_path, [Probe(on_train_epoch_end=evaluate)]), num_epochs=1)
     assert held == [1]
+
+
+def test_the_folder_stays_locked_when_a_nested_evaluation_fails(tmp_path):
+    held = []
+
+    def fail(trainer, **_):
+        with pytest.raises(LookupError):
+            trainer.evaluate(make_dataset(4))
+        held.append(len(lock_module._held))
+
+    failing = Probe(on_train_epoch_end=fail, on_evaluation_run_start=raiser(LookupError("of the evaluation")))
+    train(make(tmp_path, [failing]), num_epochs=1)
+    assert held == [1]
+    assert lock_module._held == {}
+
+
+def test_the_folder_stays_locked_when_another_trainer_of_the_process_fails_to_lock_it(tmp_path):
+    held = []
+
+    def train_another(trainer, **_):
+        with pytest.raises(CheckpointError, match="another trainer of this process"):
+            train(make(tmp_path))
+        held.append(len(lock_module._held))
+
+    train(make(tmp_path, [Probe(on_train_epoch_end=train_another)]), num_epochs=1)
+    assert held == [1]
+    assert lock_module._held == {}
+
+
+def test_a_run_writes_through_no_link_in_the_folder_of_its_states(tmp_path):
+    """Whatever somebody has put there under the names that the library uses."""
+    outside, folder = tmp_path / "outside", tmp_path / "states"
+    names = ["step_2", ".step_1.tmp", ".epoch_1.tmp", ".step_3.old", ".final.tmp", ".final.old", "final"]
+    for name in names:
+        (outside / name).mkdir(parents=True)
+        (outside / name / "model.pt").write_text("not ours")
+        folder.mkdir(exist_ok=True)
+        (folder / name).symlink_to(outside / name)
+    before = {path: path.read_text() for path in outside.rglob("*") if path.is_file()}
+    train(make(folder, max_checkpoints=2), num_epochs=1)
+    assert {path: path.read_text() for path in outside.rglob("*") if path.is_file()} == before
+    assert [state.problem for state in list_states(folder)] == [None, None]
 
 
 def test_a_callback_state_of_the_first_format_can_be_loaded(tmp_path):

@@ -110,7 +110,7 @@ def test_dying_again_at_any_point_of_the_repair(tmp_path, only_one, uninterrupte
     shutil.copytree(only_one / "final", only_one / ".final.old")
     if stage == "old renamed":
         (only_one / "final").rename(only_one / ".final.tmp")
-    for _ in crash_everywhere(only_one, folder, lambda: claim_folder(folder)):
+    for _ in crash_everywhere(only_one, folder, lambda: claim_folder(folder, object())):
         assert_recovers(folder, uninterrupted_run)
 
 

@@ -26,7 +26,7 @@ import _runs
 from _saved import names_in
 from _support import Probe
 from pytorch_accelerated._checkpoint import files as files_module
-from pytorch_accelerated._checkpoint import folder as folder_module
+from pytorch_accelerated._checkpoint import lock as lock_module
 from pytorch_accelerated._checkpoint import writer as writer_module
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback, saving
 from pytorch_accelerated.states import list_states, verify_state
@@ -129,7 +129,7 @@ def assert_fails_cleanly(trainer, killer, uninterrupted_run, leftovers=()):
         verify_state(state.path)
     assert len(list_states(folder)) >= STEP - 2
     assert [name for name in names_in(folder) if name.startswith(".")] == [*leftovers]
-    assert folder_module._held_locks == {}
+    assert lock_module._held == {}
     assert "training state writer" not in [thread.name for thread in threading.enumerate()]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert trainer.model is model
@@ -274,20 +274,20 @@ def test_a_worker_killed_during_the_teardown_of_a_failed_run_changes_nothing(tmp
     """The run raises its own error, and its teardown is completed."""
     killer = Killer(waits=False)
 
-    def release(folder):
+    def release(folder, owner):
         killer()
         time.sleep(0.3)
-        return folder_module.release_folder(folder)
+        return lock_module.unlock(folder, owner)
 
     def fail(trainer, **_):
         raise LookupError("of the run")
 
-    monkeypatch.setattr(saving, "release_folder", release)
+    monkeypatch.setattr(saving, "unlock", release)
     trainer = _runs.make_trainer(tmp_path, callbacks=[Probe(on_train_step_end=fail)])
     with pytest.raises(LookupError, match="of the run"):
         _runs.train(trainer, num_workers=2)
     assert killer.pid is not None
-    assert folder_module._held_locks == {}
+    assert lock_module._held == {}
     assert_workers_end()
 
 

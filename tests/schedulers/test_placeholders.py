@@ -151,7 +151,7 @@ def test_containers_are_resolved_at_any_depth_and_keep_their_type():
 @pytest.mark.parametrize(
     "value",
     [3, 2.5, None, "NUM_EPOCHS", object(), print, [1, (2, {"a": 3})], functools.partial(print, 1, end="")],
-    ids=repr,
+    ids=["integer", "float", "none", "text", "object", "function", "nested", "partial"],
 )
 def test_a_value_without_placeholders_is_returned_as_the_same_object(value):
     assert resolve(value) is value

@@ -126,7 +126,8 @@ def save_file(contents: Mapping[str, object], path: str | os.PathLike[str]) -> l
     temporary = path.with_name(_hidden_name(path, f".tmp-{node}"))
     try:
         create_folder(path.parent)
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # a new file: a link of this name would be written through
             torch.save(entries, file)
             file.flush()
             os.fsync(file.fileno())

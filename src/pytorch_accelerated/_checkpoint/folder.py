@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
-import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
 from pytorch_accelerated._checkpoint.files import create_folder, delete_folder, repair_folder
+from pytorch_accelerated._checkpoint.lock import lock, unlock
 from pytorch_accelerated._checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -26,18 +25,9 @@ from pytorch_accelerated._checkpoint.manifest import (
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated.exceptions import CheckpointError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 _STATE_NAME = re.compile(r"(epoch|step)_\d+|final")
 _LEFTOVER_NAME = re.compile(rf"\.({_STATE_NAME.pattern})\.(tmp|old)")
-_LOCK = ".lock"
 _LONGEST_PATH = f".epoch_{'0' * 12}.old/{TRAINER_STATE}"
-
-_held_locks: dict[Path, IO[str]] = {}
-"""The open lock files of this process, by folder."""
 
 
 # --- what is in it -----------------------------------------------------------------------------------------------
@@ -203,10 +193,14 @@ def rotate(folder: Path, retention: Retention, written: Sequence[Path] = ()) -> 
 # --- who owns it -------------------------------------------------------------------------------------------------
 
 
-def claim_folder(folder: Path) -> None:
-    """Prepare a folder of training states for a run, and lock it for that run until `release_folder`.
+def claim_folder(folder: Path, owner: object) -> None:
+    """Prepare a folder of training states for a run, and lock it for that run until it is unlocked.
 
     What an earlier run left incomplete is repaired. Only names that this library uses are touched.
+
+    Args:
+        folder: The folder. It is created if there is none.
+        owner: The trainer.
 
     Raises:
         CheckpointError: The folder cannot be written to, or another run has locked it.
@@ -219,45 +213,12 @@ def claim_folder(folder: Path) -> None:
             os.lstat(folder / _LONGEST_PATH)  # raises if the path of a file would be too long
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-        _lock(folder)
+        lock(folder, owner)
         for path in sorted(folder.iterdir()):
             if match := _LEFTOVER_NAME.fullmatch(path.name):
                 repair_folder(folder / match[1])
     except OSError as error:
-        release_folder(folder)
+        unlock(folder, owner)
         raise CheckpointError(
             f"Training states cannot be saved in {str(folder)!r}: {error}. Pass a `save_dir` that is writable."
         ) from error
-
-
-def release_folder(folder: Path) -> None:
-    """Unlock a folder for other runs."""
-    file = _held_locks.pop(folder.resolve(), None)
-    if file is not None:
-        file.close()
-
-
-def _lock(folder: Path) -> None:
-    """Lock a folder. The operating system releases the lock when the process ends, whatever the cause."""
-    resolved = folder.resolve()
-    if resolved in _held_locks:
-        return
-    file = (folder / _LOCK).open("a+")
-    try:
-        if fcntl is not None:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        owner = file.read().strip()
-        file.close()
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise CheckpointError(
-                f"Another run is saving its training states in {str(folder)!r}: {owner or 'owner unknown'}. Two runs "
-                "in one folder would delete each other's states. Wait for that run, stop it, or pass another "
-                "`save_dir`."
-            ) from error
-        return  # a file system without locks
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    _held_locks[resolved] = file

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 def find_state_to_resume(
     resume_from: str | os.PathLike[str] | bool | None,
     folders: Collection[Path],
+    owner: object,
     *,
     is_main: bool,
     num_processes: int,
@@ -50,6 +51,7 @@ def find_state_to_resume(
     Args:
         resume_from: A directory, ``"latest"`` or ``True`` for the newest state, ``None`` or ``False`` for none.
         folders: Where the run saves its states. To find the newest one there must be exactly one such folder.
+        owner: The trainer, for which this folder is locked.
         is_main: Whether this is the main process.
         num_processes: The world size.
         allow_other_num_processes: Whether a different number of processes may have saved the state.
@@ -66,7 +68,7 @@ def find_state_to_resume(
     if is_directory(resume_from):
         return open_state(resume_from, is_main, num_processes, allow_other_num_processes)
     folder = _only(folders)
-    saved, skipped = run_on_main(lambda: _claim_and_find_newest(folder), is_main, num_processes)
+    saved, skipped = run_on_main(lambda: _claim_and_find_newest(folder, owner), is_main, num_processes)
     for reason in skipped:
         print_fn(f"Skipped: {reason}")
     if saved is None:
@@ -95,8 +97,8 @@ def _only(folders: Collection[Path]) -> Path:
     )
 
 
-def _claim_and_find_newest(folder: Path) -> tuple[SavedState | None, list[str]]:
-    claim_folder(folder)
+def _claim_and_find_newest(folder: Path, owner: object) -> tuple[SavedState | None, list[str]]:
+    claim_folder(folder, owner)
     skipped: list[str] = []
     return find_newest_state(folder, skipped.append), skipped
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytorch_accelerated._checkpoint.files import PathAttribute, local_path
-from pytorch_accelerated._checkpoint.folder import Retention, claim_folder, release_folder, rotate
+from pytorch_accelerated._checkpoint.folder import Retention, claim_folder, rotate
+from pytorch_accelerated._checkpoint.lock import unlock
 from pytorch_accelerated._checkpoint.optimizer_state import DifferentPartError
 from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._distributed.collectives import run_on_main
@@ -258,7 +259,7 @@ class SaveTrainingStateCallback(TrainerCallback):
             ValueError: The run will not record the metric that ``keep_best`` needs.
         """
         run = _run_of(trainer)
-        run_on_main(lambda: claim_folder(local_path(self.save_dir)), *_main_of(run))
+        run_on_main(lambda: claim_folder(local_path(self.save_dir), trainer), *_main_of(run))
         if self.keep_best is not None:
             check_watched_metric(trainer, self.watch_metric, type(self).__name__)
             warn_about_direction(self.watch_metric, self.greater_is_better, type(self).__name__)
@@ -315,12 +316,13 @@ class SaveTrainingStateCallback(TrainerCallback):
         if self.save_at_end and not _run_of(trainer).is_interrupted:
             self._save(trainer, "final")
         self._wait(trainer)
-        release_folder(local_path(self.save_dir))
+        unlock(local_path(self.save_dir), trainer)
 
     def on_exception(self, trainer: Trainer, *, exception: BaseException, **kwargs: Any) -> None:
-        """Unlock the folder."""
-        with suppress(ValueError):  # such a path was refused
-            release_folder(local_path(self.save_dir))
+        """Unlock the folder, unless only an evaluation within the run has failed."""
+        if not _run_of(trainer).is_nested:
+            with suppress(ValueError):  # such a path was refused
+                unlock(local_path(self.save_dir), trainer)
 
     def state_dict(self) -> StateDict:
         """Return the number of steps of the run so far."""
