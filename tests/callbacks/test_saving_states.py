@@ -500,7 +500,7 @@ def test_the_folder_stays_locked_when_another_trainer_of_the_process_fails_to_lo
 def test_a_run_writes_through_no_link_in_the_folder_of_its_states(tmp_path):
     """Whatever somebody has put there under the names that the library uses."""
     outside, folder = tmp_path / "outside", tmp_path / "states"
-    names = ["step_2", ".step_1.tmp", ".epoch_1.tmp", ".step_3.old", ".final.tmp", ".final.old", "final"]
+    names = ["step_2", ".step_1.tmp", ".epoch_1.tmp", ".step_3.old", ".final.tmp", ".final.old"]
     for name in names:
         (outside / name).mkdir(parents=True)
         (outside / name / "model.pt").write_text("not ours")
