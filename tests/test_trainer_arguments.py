@@ -365,7 +365,7 @@ def test_something_else_in_the_place_of_the_model_is_refused_and_left_as_it_was(
 @pytest.mark.parametrize(
     ("make_optimizer", "words"),
     [
-        (lambda model: torch.optim.SGD, "the class `SGD`.*Pass an instance, `SGD\\(...\\)`"),
+        (lambda model: torch.optim.SGD, "the class `SGD`.*Pass an instance, `SGD\\(model.parameters\\(\\)\\)`"),
         (lambda model: partial(torch.optim.SGD, lr=0.1), "a `functools.partial` of `SGD`"),
         (lambda model: [sgd(model)], "a list with a single optimizer in it.*Pass the optimizer itself"),
         (lambda model: {"a": sgd(model)}, "a dict with a single optimizer in it"),

@@ -200,6 +200,7 @@ def test_dataloader_kwargs_override_the_arguments_of_train_and_appear_in_the_run
     assert config.eval_dl_kwargs["shuffle"] is False
 
 
+@pytest.mark.filterwarnings("ignore:`per_device_batch_size` has no effect")
 def test_the_run_config_has_the_batch_size_of_a_loader_passed_as_dataset():
     trainer = make_trainer()
     train(trainer, DataLoader(make_dataset(12), batch_size=6), gradient_accumulation_steps=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._nested import named_items
 from pytorch_accelerated._types import Batch, Nested
 
@@ -157,11 +157,10 @@ def _sizes_of_parts(parts: Mapping[str, Nested]) -> list[int]:
     sizes = _by_frequency(list(named.values()))
     if named and not all(sizes[0] in possible for possible in named.values()):
         lengths = ", ".join(f"{name}: {possible[0]}" for name, possible in named.items())
-        warnings.warn(
+        warn(
             f"The tensors of a batch have different lengths ({lengths}), so its number of samples is not certain. "
             f"{sizes[0]} is used as the weight of its loss. Name the targets `labels` in a mapping, or override "
             "`calculate_train_batch_loss` and `calculate_eval_batch_loss` and return the `batch_size` yourself.",
-            stacklevel=2,
         )
     return sizes
 

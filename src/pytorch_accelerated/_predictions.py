@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeAlias
@@ -22,6 +21,7 @@ from pytorch_accelerated._data.loaders import (
 from pytorch_accelerated._data.sharding import part_of_rest, sharding_of
 from pytorch_accelerated._distributed.collectives import all_gather_nested
 from pytorch_accelerated._joining import OutputJoiner, as_parts, dresser_of
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._nested import named_items
 from pytorch_accelerated._types import Batch, Loader, ModelOutput, Nested
 from pytorch_accelerated.run_config import TrainerRunConfig
@@ -132,7 +132,7 @@ class Predictions:
         result = self._dress(self._joiner.result())
         left_out = self._joiner.describe_left_out()
         if left_out is not None and self._config.is_world_process_zero:
-            warnings.warn(left_out, stacklevel=5)
+            warn(left_out)
         return (result["outputs"], result["targets"]) if self._settings.return_targets else result["outputs"]
 
     def _choose(self, outputs: ModelOutput) -> ModelOutput:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -12,6 +11,7 @@ import torch
 
 from pytorch_accelerated._batch_size import size_of_batch, size_of_pair
 from pytorch_accelerated._data.workers import is_worker_failure
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._metrics import one_number
 from pytorch_accelerated._nested import rebuild
 from pytorch_accelerated._types import Batch, BatchOutput, LossFunction, ModelOutput, Nested
@@ -64,11 +64,10 @@ def _check_pair(batch: Batch) -> None:
             "targets. Override `calculate_train_batch_loss` and `calculate_eval_batch_loss` to use other batches, or "
             "pass `loss_func=None` if the model returns its loss."
         )
-    warnings.warn(
+    warn(
         f"The batch has {len(batch)} items, of which only the first two are used: the first is the input of the model, "
         "the second the target of the loss function. To use the others, override `calculate_train_batch_loss` and "
         "`calculate_eval_batch_loss`; otherwise, leave them out of the dataset.",
-        stacklevel=4,
     )
 
 

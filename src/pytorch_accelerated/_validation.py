@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, SupportsIndex, TypeVar
 
@@ -17,6 +16,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from pytorch_accelerated._data.loaders import is_dataset, is_map_style, is_shardable, num_batches_of
+from pytorch_accelerated._hints.classes import describe_forgotten_init, find_uncalled
+from pytorch_accelerated._hints.hooks import hook_meant
+from pytorch_accelerated._messages import warn
 
 Number = TypeVar("Number")
 
@@ -81,10 +83,79 @@ def check_positive_number(name: str, value: float | None) -> None:
     """Raise unless ``value`` is ``None`` or a number above 0.
 
     Raises:
-        ValueError: It is not.
+        TypeError: It is not a number.
+        ValueError: It is not above 0.
     """
-    if value is not None and not value > 0:
-        raise ValueError(f"`{name}` is {value!r}. Expected a number above 0, or None.")
+    if value is None:
+        return
+    expected = "Expected a number above 0, or None."
+    try:
+        is_positive = None if isinstance(value, bool) else bool(value > 0)
+    except TypeError:
+        is_positive = None
+    if is_positive is None:
+        raise TypeError(f"`{name}` is {value!r}, of type {type(value).__name__}. {expected}")
+    if not is_positive:
+        raise ValueError(f"`{name}` is {value!r}. {expected}")
+
+
+def check_seed(seed: object) -> None:
+    """Raise unless ``seed`` is ``None`` or a whole number.
+
+    Raises:
+        TypeError: It is not.
+    """
+    try:
+        if seed is not None:
+            operator.index(as_whole_number(seed))  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(
+            f"`seed` is {seed!r}, of type {type(seed).__name__}. Expected a whole number, or None. "
+            f"Pass {f'`seed=int({seed!r})`' if isinstance(seed, str) else 'a number'} to the Trainer."
+        ) from error
+
+
+def check_run_history(run_history: object) -> None:
+    """Raise if a class is given in place of a run history.
+
+    Raises:
+        TypeError: It is.
+    """
+    if inspect.isclass(run_history):
+        raise TypeError(
+            f"`run_history` is the class `{run_history.__name__}`. Expected an instance. Pass "
+            f"`{run_history.__name__}()` to the Trainer."
+        )
+
+
+def check_initialized(trainer: object, needed: str) -> None:
+    """Raise if the ``__init__`` of the Trainer has not been called.
+
+    Args:
+        trainer: The trainer.
+        needed: An attribute that it sets.
+
+    Raises:
+        RuntimeError: It has not.
+    """
+    if needed not in vars(trainer):
+        forgotten = describe_forgotten_init(type(trainer)) or "Call `super().__init__(...)` in its `__init__`."
+        raise RuntimeError(f"This `{type(trainer).__name__}` was not initialized as a Trainer. {forgotten}")
+
+
+def warn_about_uncalled_hooks(cls: type, events: Collection[str], other_words: Collection[str]) -> None:
+    """Warn about methods of a trainer that look like hooks, also of other libraries, and that nothing calls.
+
+    Args:
+        cls: The class of the trainer.
+        events: The events of callbacks.
+        other_words: Names that occur elsewhere in the program.
+    """
+    for method, remedy in find_uncalled(cls, lambda name: hook_meant(name, events), other_words).items():
+        warn(
+            f"`{cls.__name__}.{method}` is not a hook of the Trainer, so nothing calls it. {remedy} If your program "
+            "calls it itself, choose a name that differs more."
+        )
 
 
 def check_numbers_of_run(
@@ -118,11 +189,10 @@ def warn_about_long_accumulation(gradient_accumulation_steps: int, num_batches_p
         num_batches_per_epoch: Batches per epoch and rank; ``None`` if that is not certain.
     """
     if num_batches_per_epoch is not None and num_batches_per_epoch < gradient_accumulation_steps:
-        warnings.warn(
+        warn(
             f"`gradient_accumulation_steps` is {gradient_accumulation_steps} batches, but an epoch has only "
             f"{num_batches_per_epoch}. An update ends with its epoch, so each takes no more batches than that. Lower "
             "`gradient_accumulation_steps` or `per_device_batch_size`.",
-            stacklevel=4,
         )
 
 
@@ -189,10 +259,22 @@ def describe(value: object) -> str:
     return f"{value!r}, of type str" if isinstance(value, str) else f"an object of type {type(value).__name__}"
 
 
+_EXAMPLES = {
+    "model": "",
+    "loss function": ", such as `nn.MSELoss()`,",
+    "optimizer": ", such as `torch.optim.AdamW(model.parameters())`,",
+}
+
+
 def _remedy(value: object, role: str) -> str:
     if inspect.isclass(value):
-        return f"an instance, `{value.__name__}(...)`,"
-    return "what it returns when it is called" if isinstance(value, functools.partial) else f"the {role} itself"
+        return f"an instance, `{value.__name__}({'model.parameters()' if role == 'optimizer' else '...'})`,"
+    if isinstance(value, functools.partial):
+        return "what it returns when it is called"
+    is_swapped = isinstance(value, nn.Module if role == "optimizer" else Optimizer)
+    if is_swapped:
+        return "model, loss function and optimizer in this order, or by their names,"
+    return f"the {role} itself{_EXAMPLES[role]}"
 
 
 def check_trainable(model: object, loss_func: object, optimizer: object) -> None:
@@ -234,7 +316,7 @@ def check_data_not_empty(name: str, data: object) -> None:
         TypeError: It is neither a dataset nor an iterable.
     """
     if data is None:
-        raise ValueError(f"`{name}` is None. Expected a dataset, or an iterable of batches.")
+        raise ValueError(f"`{name}` is None. Expected a dataset, or an iterable of batches. Pass one.")
     if not hasattr(data, "__getitem__") and not hasattr(data, "__iter__"):
         raise TypeError(f"`{name}` is of type {type(data).__name__}. Expected a dataset, or an iterable of batches.")
     if isinstance(data, (Dataset, Sequence, DataLoader)) and num_batches_of(data) == 0:
@@ -260,19 +342,20 @@ def explain_bad_data(name: str, data: object) -> Iterator[None]:
         raise
 
 
-def check_reiterable(name: str, data: object, num_epochs: int, max_num_train_steps: int | None) -> None:
+def check_reiterable(data: Mapping[str, object], num_epochs: int, max_num_train_steps: int | None) -> None:
     """Raise if data that can be iterated over only once is needed in several epochs.
 
     Raises:
         ValueError: It is an iterator, such as a generator, and only the number of epochs limits the run.
     """
-    is_iterator = hasattr(data, "__next__") and not is_dataset(data)
-    if is_iterator and num_epochs > 1 and max_num_train_steps is None:
-        raise ValueError(
-            f"`{name}` is an iterator ({type(data).__name__}), exhausted after the first of {num_epochs} epochs. Pass "
-            "an object of a class whose `__iter__` starts over, `def __iter__(self): return make_batches()`, or use "
-            "`num_epochs=1`."
-        )
+    for name, each in data.items():
+        is_iterator = hasattr(each, "__next__") and not is_dataset(each)
+        if is_iterator and num_epochs > 1 and max_num_train_steps is None:
+            raise ValueError(
+                f"`{name}` is an iterator ({type(each).__name__}), exhausted after the first of {num_epochs} epochs. "
+                "Pass an object of a class whose `__iter__` starts over, `def __iter__(self): return make_batches()`, "
+                "or use `num_epochs=1`."
+            )
 
 
 def warn_about_ready_batches(name: str, loader: object) -> None:
@@ -286,12 +369,11 @@ def warn_about_ready_batches(name: str, loader: object) -> None:
     tensors = [item for item in first if isinstance(item, torch.Tensor)]
     sizes = {tensor.shape[0] if tensor.ndim > 0 else 0 for tensor in tensors}
     if len(tensors) > 1 and len(tensors) == len(first) and len(sizes) == 1 and max(sizes) > 1:
-        warnings.warn(
+        warn(
             f"The items of `{name}`, a {type(data).__name__}, look like ready batches of {max(sizes)} samples. Items "
             "of a list are taken for samples, so they are batched once more. For ready batches, pass an object that "
             "has only `__iter__`, or `batch_size=None` in the arguments of its loader. If they are samples, pass them "
             "as a `Dataset`, and this warning ends.",
-            stacklevel=4,
         )
 
 

@@ -11,13 +11,13 @@ the embedding stays trainable when everything before the head is frozen.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._types import ParameterGroup
 
 BN_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -156,11 +156,10 @@ class ModelFreezer:
                 if set_modules_as_eval or (self.freeze_batch_norms and module in batch_norms):
                     _keep_in_eval_mode(module)
         if to_index == -2 and not self.get_trainable_parameters():
-            warnings.warn(
+            warn(
                 f"`freeze()` left nothing to train, because the last of the {len(groups)} layer groups, "
                 f"{type(groups[-1]).__name__}, has no parameters. Pass the index of the last group to freeze as "
                 "`to_index`.",
-                stacklevel=2,
             )
 
     def unfreeze(

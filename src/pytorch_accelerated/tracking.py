@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Mapping
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytorch_accelerated._hints.meaning import metric_meant
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._metrics import one_number
 from pytorch_accelerated.exceptions import UnknownMetricError
 
@@ -222,8 +223,11 @@ class InMemoryRunHistory(RunHistory):
         self._newest_series = dict(state_dict.get("newest_series", {}))  # missing in states of earlier versions
 
     def _unknown(self, metric_name: str) -> UnknownMetricError:
+        meant = metric_meant(metric_name, self._metrics)
+        remedy = "" if meant is None else f" Did you mean {meant!r}?"
         return UnknownMetricError(
             f"Nothing was recorded under the metric name {metric_name!r}. Recorded so far: {sorted(self._metrics)}."
+            + remedy
         )
 
 
@@ -558,10 +562,9 @@ def _check_metric_name(name: object) -> None:
 
 
 def _warn_about_other_metrics(metrics: object) -> None:
-    warnings.warn(
+    warn(
         f"A step returned `metrics` of type {type(metrics).__name__}. Only callbacks will see it; of a dictionary of "
         "numbers, the means over the epoch would be recorded. Return one, or use another name.",
-        stacklevel=2,
     )
 
 

@@ -46,6 +46,7 @@ from pytorch_accelerated._checkpoint.weights import LoadedCheckpoint as LoadedCh
 from pytorch_accelerated._checkpoint.weights import frozen_parameters
 from pytorch_accelerated._checkpoint.writer import StateWriter
 from pytorch_accelerated._data.build import rebuild_loader
+from pytorch_accelerated._data.checks import check_is_dataset, check_loader_arguments, warn_about_ready_loaders
 from pytorch_accelerated._data.defaults import EvaluationSettings, default_dl_kwargs, merge_dl_kwargs
 from pytorch_accelerated._data.determinism import SeededLoader
 from pytorch_accelerated._data.limits import LIMIT_BATCHES_ENV_VAR, limit_from_environment
@@ -73,6 +74,8 @@ from pytorch_accelerated._distributed.copies import attributes_of_copy, state_to
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path, unwrap_optimizer
 from pytorch_accelerated._distributed.precision import precision_of, warn_about_unused_precision
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
+from pytorch_accelerated._hints.arguments import explains_arguments
+from pytorch_accelerated._hints.classes import words_of_user
 from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_modes, report_exception
 from pytorch_accelerated._optimizers import checks as optimizer_checks
 from pytorch_accelerated._optimizers.closure import WindowClosure, create_closure
@@ -100,6 +103,7 @@ from pytorch_accelerated._types import (
     TimmScheduler,
 )
 from pytorch_accelerated.callbacks import (  # those renamed to themselves can be imported from here, as in 0.1.61
+    EVENTS,
     CallbackHandler,
     LimitBatchesCallback,
     SaveTrainingStateCallback,
@@ -111,6 +115,7 @@ from pytorch_accelerated.callbacks import PrintProgressCallback as PrintProgress
 from pytorch_accelerated.callbacks import ProgressBarCallback as ProgressBarCallback
 from pytorch_accelerated.callbacks import StopTrainingError as StopTrainingError
 from pytorch_accelerated.callbacks import TerminateOnNaNCallback as TerminateOnNaNCallback
+from pytorch_accelerated.callbacks._checks import say_what_is_missing
 from pytorch_accelerated.callbacks.handler import Callbacks
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
@@ -128,6 +133,8 @@ __all__ = [
 ]
 
 DEFAULT_CALLBACKS = get_default_callbacks()
+
+_REPORTING = (PrintProgressCallback, ProgressBarCallback, LogMetricsCallback)
 
 
 class Trainer(TrainingLoop):
@@ -163,6 +170,7 @@ class Trainer(TrainingLoop):
         ['eval_loss_epoch', 'train_loss_epoch']
     """
 
+    @explains_arguments
     def __init__(
         self,
         model: nn.Module,
@@ -175,6 +183,8 @@ class Trainer(TrainingLoop):
         seed: int | None = None,
         accelerator: Accelerator | Mapping[str, Any] | None = None,
     ) -> None:
+        _validation.check_seed(seed)
+        _validation.check_run_history(run_history)
         super().__init__(model, loss_func, optimizer, run_history)
         self.train_dataset: Any = None
         self.eval_dataset: Any = None
@@ -194,10 +204,12 @@ class Trainer(TrainingLoop):
         if seed is not None:
             seed_generators(derive_seed(seed, "rank", rank) if rank else seed)
         self.callback_handler = self._create_callback_handler()
+        _warn_about_uncalled_hooks(self)
         self.callback_handler.call_event("on_init_end", self)
 
     # --- entry points --------------------------------------------------------------------------------------------
 
+    @explains_arguments
     def train(
         self,
         train_dataset: Data,
@@ -275,7 +287,7 @@ class Trainer(TrainingLoop):
             KeyboardInterrupt: Ctrl-C was pressed; the run ended gracefully first.
             SystemExit: Same for another signal that a callback listens to; the code is 128 + its number.
         """
-        _validation.check_no_run(self._loop_run.is_active)
+        _check_not_running(self)
         numbers: dict[str, Any] = {
             "per_device_batch_size": per_device_batch_size,
             "num_epochs": num_epochs,
@@ -285,14 +297,14 @@ class Trainer(TrainingLoop):
             **({} if gradient_clip_norm is None else {"gradient_clip_norm": gradient_clip_norm}),
         }
         _validation.check_numbers_of_run(**numbers)
-        for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            _validation.check_reiterable(name, data, num_epochs, max_num_train_steps)
+        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        _validation.check_reiterable(data, num_epochs, max_num_train_steps)
         stepping = choose_stepping(step_scheduler, scheduler_metric)
-        self.optimizer = optimizer_checks.as_optimizer(self.optimizer)  # a program may have replaced it
         _check_parts_of_training(self, create_scheduler_fn)
 
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.collate_fn, self.create_scheduler_fn = collate_fn, create_scheduler_fn
+        _warn_about_start(self, per_device_batch_size, train_dataloader_kwargs, eval_dataloader_kwargs)
         with self._loop_run_context() as run:
             run.stepping = stepping
             state = self._loop_find_state(resume_from, allow_other_num_processes)
@@ -306,6 +318,7 @@ class Trainer(TrainingLoop):
         if run.interruption is not None:
             raise run.interruption.to_exit_exception()
 
+    @explains_arguments
     def evaluate(
         self,
         dataset: EvalData | None = None,
@@ -329,8 +342,10 @@ class Trainer(TrainingLoop):
         Raises:
             ValueError: There is nothing to evaluate.
         """
+        _validation.check_initialized(self, "_loop_run")
         if not overrides_any(self, ["calculate_eval_batch_loss"]):
             _validation.check_loss_func(self.loss_func)
+        _warn_about_ready_loaders(self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,))
         settings = EvaluationSettings(per_device_batch_size, dataloader_kwargs, collate_fn)
         with _without_trace_in_a_run(self):
             if dataset is not None:
@@ -340,6 +355,7 @@ class Trainer(TrainingLoop):
             with self._loop_evaluation_context(*settings):
                 self._run_evaluation()
 
+    @explains_arguments
     def predict(
         self,
         dataset: EvalData,
@@ -382,6 +398,8 @@ class Trainer(TrainingLoop):
         Raises:
             ValueError: The outputs of a batch cannot be joined to those before, or have no part for each sample.
         """
+        _validation.check_initialized(self, "_loop_run")
+        _warn_about_ready_loaders(self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,))
         has_bar = any(isinstance(callback, ProgressBarCallback) for callback in self.callback_handler.callbacks)
         shows_progress = has_bar and not self._loop_run.is_active  # the bar of the run stays
         settings = PredictionSettings(
@@ -600,6 +618,7 @@ class Trainer(TrainingLoop):
     def _create_callback_handler(self) -> CallbackHandler:
         limit = limit_from_environment()
         handler = CallbackHandler(None if limit is None else LimitBatchesCallback(limit))
+        handler.other_words = words_of_user(type(self))
         handler.add_callbacks(self._callbacks)
         return handler
 
@@ -673,6 +692,7 @@ class Trainer(TrainingLoop):
 
     def _loop_make_train_loader(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:
         self._loop_run.train_dl_kwargs = None  # those of an earlier run
+        _check_data(self, "train_dataset", self.train_dataset, dl_kwargs)
         with _validation.explain_bad_data("train_dataset", self.train_dataset):
             loader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
         seeded_loader = _seed_loader("train_dataset", loader, self._accelerator)
@@ -686,6 +706,7 @@ class Trainer(TrainingLoop):
             _validation.check_data_not_empty("eval_dataset", list(datasets))
         self._loop_last_evaluation = EvaluationSettings(batch_size, dl_kwargs, self.collate_fn)
         named_datasets = datasets if isinstance(datasets, dict) else {"": datasets}
+        _check_data(self, "eval_dataset", datasets, dl_kwargs)
         try:
             for name, dataset in named_datasets.items():
                 self.eval_dataset = dataset  # which the hook reads
@@ -958,7 +979,7 @@ def _check_parts_of_training(trainer: Trainer, create_scheduler_fn: object) -> N
     _validation.check_model(trainer.model)
     if not overrides_any(trainer, ["calculate_train_batch_loss"]):
         _validation.check_loss_func(trainer.loss_func)
-    optimizer = trainer.optimizer
+    optimizer = trainer.optimizer = optimizer_checks.as_optimizer(trainer.optimizer)  # a program may have replaced it
     _validation.check_optimizer(optimizer)
     optimizer_checks.check_group(optimizer, is_sharded=is_sharded(trainer._accelerator))  # noqa: SLF001 - same module
     if not overrides_any(trainer, ["optimizer_step"]):
@@ -985,6 +1006,50 @@ def _create_closure(trainer: Trainer) -> WindowClosure | None:
         is_sharded=is_sharded(accelerator),
         is_stepped_by_user=replaces_any(trainer, ["optimizer_step"]),
     )
+
+
+def _warn_about_uncalled_hooks(trainer: Trainer) -> None:
+    handler: object = trainer.callback_handler  # that of a subclass may be of any class
+    callbacks = handler.with_nested_callbacks() if isinstance(handler, CallbackHandler) else []
+    words = {word for callback in callbacks for word in words_of_user(type(callback))}
+    _validation.warn_about_uncalled_hooks(type(trainer), EVENTS, words)
+
+
+def _check_not_running(trainer: Trainer) -> None:
+    _validation.check_initialized(trainer, "_loop_run")
+    _validation.check_no_run(trainer._loop_run.is_active)  # noqa: SLF001 - same module
+
+
+def _warn_about_start(trainer: Trainer, batch_size: int, *dl_kwargs: DataLoaderKwargs | None) -> None:
+    """Tell, before a training run, of what probably is not meant, but may be."""
+    data = trainer.train_dataset, trainer.eval_dataset
+    _warn_about_ready_loaders(trainer, data, batch_size, trainer.collate_fn, dl_kwargs)
+    if trainer._callbacks and trainer._accelerator.is_main_process:  # noqa: SLF001 - same module
+        say_what_is_missing(trainer.callback_handler.with_nested_callbacks(), _REPORTING)
+
+
+def _warn_about_ready_loaders(
+    trainer: Trainer,
+    data: tuple[Data | None, EvalData | None],
+    batch_size: int,
+    collate_fn: CollateFunction | None,
+    dl_kwargs: tuple[DataLoaderKwargs | None, ...],
+) -> None:
+    if overrides_any(trainer, ["create_train_dataloader", "create_eval_dataloader"]):
+        return
+    names = ["dataloader_kwargs"] if len(dl_kwargs) == 1 else ["train_dataloader_kwargs", "eval_dataloader_kwargs"]
+    warn_about_ready_loaders(*data, batch_size, collate_fn, dict(zip(names, dl_kwargs, strict=True)))
+
+
+def _check_data(trainer: Trainer, name: str, data: object, dl_kwargs: DataLoaderKwargs | None) -> None:
+    """Refuse data that is none, and arguments that no loader has. A loader of one's own may take anything."""
+    kind = name.removesuffix("_dataset")
+    if overrides_any(trainer, [f"create_{kind}_dataloader"]):
+        return
+    is_training = kind == "train" or trainer._loop_run.train_dataloader is not None  # noqa: SLF001 - same module
+    prefix = f"{kind}_" if is_training else ""  # `evaluate` and `predict` have one dataset
+    check_loader_arguments(f"{prefix}dataloader_kwargs", dl_kwargs, DataLoader)
+    check_is_dataset(f"{prefix}dataset", data, trainer.collate_fn or (dl_kwargs or {}).get("collate_fn"))
 
 
 def _default_dl_kwargs(dataset: Data, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:

@@ -47,9 +47,15 @@ def find(resume_from, folder=None, num_processes=1, allow_other_num_processes=Fa
     return saved, printed
 
 
-@pytest.mark.parametrize("folders", [set(), {Path("a"), Path("b")}])
-def test_the_newest_state_needs_exactly_one_folder_to_look_in(folders):
-    with pytest.raises(ValueError, match=rf"there are {len(folders)} folders to look in.*`SaveTrainingStateCallback`"):
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (set(), "there is no folder to look in.*`SaveTrainingStateCallback`. Add one"),
+        ({Path("a"), Path("b")}, "there are 2 folders to look in.*`SaveTrainingStateCallback`. Keep one"),
+    ],
+)
+def test_the_newest_state_needs_exactly_one_folder_to_look_in(folders, words):
+    with pytest.raises(ValueError, match=words):
         resume.find_state_to_resume(
             "latest", folders, OWNER, is_main=True, num_processes=1, allow_other_num_processes=False, print_fn=print
         )

@@ -570,7 +570,7 @@ def test_a_callback_that_refuses_its_state_leaves_everything_as_it_was(tmp_path,
         [Remembering(), Refusing(), SaveTrainingStateCallback(tmp_path)], seed=8, run_history=history()
     )
     contents = [callback.content() for callback in trainer.callback_handler.callbacks[:2]]
-    message = r"does not fit the callbacks of this run: LookupError: not with me. Nothing was loaded"
+    message = r"does not fit this run. The callback `Refusing` could not load its state \(LookupError: not with me\)"
     assert_rejected(trainer, tmp_path / "final", message)
     assert_rejected(trainer, "latest", message, is_only_resumed=True)
     assert repr([callback.content() for callback in trainer.callback_handler.callbacks[:2]]) == repr(contents)

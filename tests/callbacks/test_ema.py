@@ -272,6 +272,7 @@ class NoteAverages(TrainerCallback):
         self.states.append(copy.deepcopy(self.ema.ema_model.module.state_dict()))
 
 
+@pytest.mark.filterwarnings("ignore:.* is NaN")  # which is what they watch
 @pytest.mark.parametrize(
     ("scores", "greater_is_better", "best"),
     [

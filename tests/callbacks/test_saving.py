@@ -76,6 +76,7 @@ def path(tmp_path):
     return tmp_path / "models" / "best.pt"
 
 
+@pytest.mark.filterwarnings("ignore:.* is NaN")  # which is what they watch
 @pytest.mark.parametrize(
     ("losses", "settings", "best_epoch"),
     [
@@ -165,6 +166,7 @@ def test_the_best_value_is_kept_across_runs_if_reset_on_train_is_false(scripted,
     assert_same_weights(weights_of(trainer.model), remember.epochs[-1])
 
 
+@pytest.mark.filterwarnings("ignore:.* is NaN")  # which is what they watch
 @pytest.mark.parametrize("losses", [[NAN, NAN], [NAN]])
 def test_a_best_model_saved_by_another_run_is_not_loaded(scripted, path, losses):
     scripted([1], [SaveBestModelCallback(path)], model=make_model(seed=9)).run()

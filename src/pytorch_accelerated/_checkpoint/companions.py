@@ -6,7 +6,6 @@ import copy
 import functools
 import random
 import types
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from pytorch_accelerated._checkpoint.optimizer_state import (
 )
 from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._optimizers.group import optimizers_in
 from pytorch_accelerated._types import StateDict, Stateful, StateMapping
 from pytorch_accelerated.exceptions import CheckpointError
@@ -171,11 +171,10 @@ class Companions:
             _states_of(items)
         names = [f"`{name}`" for name, item in self.optimizers.items() if not AcceleratorRegistry.is_prepared(item)]
         if is_distributed and names:
-            warnings.warn(
+            warn(
                 f"The trainer does not average the gradients of {', '.join(names)} over the ranks, so the parameters "
                 "there will differ between them. Prepare the optimizer and its module with "
                 "`trainer._accelerator.prepare(module, optimizer)`, or add the parameters to the trainer's optimizer.",
-                stacklevel=4,
             )
 
     def since(self, before: Companions) -> Companions:
@@ -199,7 +198,7 @@ class Companions:
             if differing
         ]
         if described:
-            warnings.warn(f"{source} does not fit exactly. {' '.join(described)}", stacklevel=2)
+            warn(f"{source} does not fit exactly. {' '.join(described)}")
 
 
 def _copy_into(parameters: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:
@@ -222,9 +221,9 @@ def _states_of(
             _check_has_both_methods(item)
             states[name] = as_plain(state_of(item))
         except CheckpointError as error:
-            warnings.warn(_describe_not_covered(name, item, str(error)), stacklevel=2)
+            warn(_describe_not_covered(name, item, str(error)))
         except Exception as error:  # the method is the user's
-            warnings.warn(_describe_not_covered(name, item, f"`state_dict` raised {error!r}."), stacklevel=2)
+            warn(_describe_not_covered(name, item, f"`state_dict` raised {error!r}."))
     return states
 
 

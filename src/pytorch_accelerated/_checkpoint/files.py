@@ -51,8 +51,8 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     if _ADDRESS.match(os.fspath(path)):
         address = _ADDRESS.sub(r"\1://", os.fspath(path), count=1)  # as it was before it became a `Path`
         raise ValueError(
-            f"{address!r} is not the path of a local file or folder, and files are only saved locally. Pass a "
-            "local path, and copy from there."
+            f"{address!r} is not the path of a local file or folder, and files are only saved and loaded locally. Pass "
+            "a local path, and copy to it or from it."
         )
     try:
         return Path(path).expanduser().absolute()
@@ -226,6 +226,11 @@ def load_file(path: str | os.PathLike[str], *, is_mapped: bool = False) -> State
         CheckpointError: It is damaged, or contains objects other than tensors and plain values.
     """
     path = local_path(path)
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"{str(path)!r} is a directory. Expected a checkpoint, a file written by `save_checkpoint`. If it is a "
+            "training state, use `load_training_state`, or pass it to `train` as `resume_from`."
+        )
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no checkpoint file {str(path)!r}. Expected a file written by `save_checkpoint`. Check the path."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from pytorch_accelerated._checkpoint.manifest import (
     read_manifest,
     verify_state,
 )
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated.exceptions import CheckpointError
 
 _STATE_NAME = re.compile(r"(epoch|step)_\d+|final")
@@ -189,10 +189,9 @@ def rotate(folder: Path, retention: Retention, written: Sequence[Path] = ()) -> 
     except FileNotFoundError:
         pass  # there is no folder, because a stand-in for the trainer has written nothing
     except OSError as error:
-        warnings.warn(
+        warn(
             f"A training state that is no longer needed could not be deleted: {error}. The run continues; delete the "
             "state yourself if you need the space.",
-            stacklevel=2,
         )
     return deleted
 

@@ -7,13 +7,13 @@ import os
 import socket
 import stat
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated.exceptions import CheckpointError
 
 try:
@@ -97,10 +97,9 @@ def _open_locked(folder: Path) -> int | None:
             is_ours = _try_to_lock(descriptor)
         except OSError as error:
             os.close(descriptor)
-            warnings.warn(
+            warn(
                 f"Files in {str(folder)!r} cannot be locked ({error}). Make sure that only one run saves its training "
                 "states there: two would delete each other's.",
-                stacklevel=2,
             )
             return None
         if not is_ours:

@@ -191,6 +191,11 @@ def read_manifest(directory: Path) -> SavedState:
         FileNotFoundError: There is no such directory.
         CheckpointError: There is no readable manifest, or a newer version of this library wrote it.
     """
+    if directory.is_file():
+        raise FileNotFoundError(
+            f"{str(directory)!r} is a file. Expected a training state, a directory written by `save_training_state`. "
+            "If it is a checkpoint, load it with `load_checkpoint` before the run."
+        )
     if not directory.is_dir():
         raise FileNotFoundError(
             f"There is no training state {str(directory)!r}. Expected a directory written by `save_training_state`. "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
@@ -46,6 +45,7 @@ from pytorch_accelerated._checkpoint.weights import (
 )
 from pytorch_accelerated._distributed.accelerator import is_sharded
 from pytorch_accelerated._distributed.collectives import run_on_all
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._nested import rebuild
 
 if TYPE_CHECKING:
@@ -107,10 +107,9 @@ def with_state(scheduler: Stateful | None, is_writer: bool) -> Stateful | None:
     if scheduler is None or hasattr(scheduler, "state_dict"):
         return scheduler
     if is_writer:
-        warnings.warn(
+        warn(
             "Could not save the scheduler state dict. Please ensure the scheduler has a state_dict method. The "
             f"checkpoint is written without the state of the `{type(scheduler).__name__}`.",
-            stacklevel=3,
         )
     return None
 
@@ -136,19 +135,17 @@ def save_checkpoint(
     if is_safetensors_path(path):
         left_out = run_on_all(lambda: save_safetensors(checkpoint, path) if is_writer else [], num_processes)
         if left_out:
-            warnings.warn(
+            warn(
                 f"{os.fspath(path)!r} contains the weights of the model, but not these entries: {', '.join(left_out)}. "
                 f"A file with the suffix {SUFFIX!r} holds weights and plain values only. Choose another suffix, such "
                 "as '.pt', or leave them out with `save_optimizer=False` and `save_scheduler=False`.",
-                stacklevel=3,
             )
         return
     refused = run_on_all(lambda: save_file(checkpoint, path) if is_writer else [], num_processes)
     if refused:
-        warnings.warn(
+        warn(
             f"`load_checkpoint` will refuse the checkpoint {os.fspath(path)!r}, which has been written. "
             f"{' '.join(refused)}",
-            stacklevel=3,
         )
 
 

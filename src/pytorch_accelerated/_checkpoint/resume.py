@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
 from pathlib import Path
@@ -25,6 +24,7 @@ from pytorch_accelerated._checkpoint.optimizer_state import members_of
 from pytorch_accelerated._checkpoint.scheduler_state import LENGTHS
 from pytorch_accelerated._data.loaders import num_batches_of, reliable_num_batches_of
 from pytorch_accelerated._distributed.collectives import run_on_main
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
@@ -88,10 +88,13 @@ def is_directory(resume_from: str | os.PathLike[str] | bool | None) -> TypeGuard
 def _only(folders: Collection[Path]) -> Path:
     if len(folders) == 1:
         return local_path(next(iter(folders)))
+    problem, remedy = "there is no folder to look in", "Add one such callback"
+    if folders:
+        problem, remedy = f"there are {len(folders)} folders to look in", "Keep one such callback"
     raise ValueError(
-        f"`resume_from` asks for the newest training state, but there are {len(folders)} folders to look in. Expected "
-        "one: the `save_dir` of the trainer's `SaveTrainingStateCallback`. Add one such callback, or pass the path of "
-        'a state as `resume_from` (if that path is "latest", as `Path("latest")`).'
+        f"`resume_from` asks for the newest training state, but {problem}. Expected one: the `save_dir` of the "
+        f"trainer's `SaveTrainingStateCallback`. {remedy}, or pass the path of a state as `resume_from` (if that path "
+        'is "latest", as `Path("latest")`).'
     )
 
 
@@ -246,7 +249,7 @@ def warn_about_mismatch(saved: SavedState, settings: RunSettings) -> None:
     """Warn the caller of `Trainer.train` if the configuration differs from that of the run that saved the state."""
     mismatch = describe_mismatch(saved, settings)
     if mismatch is not None:
-        warnings.warn(mismatch, stacklevel=5)
+        warn(mismatch)
 
 
 def describe_mismatch(saved: SavedState, settings: RunSettings) -> str | None:

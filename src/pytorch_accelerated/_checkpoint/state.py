@@ -611,6 +611,8 @@ def _restore_optimizer_and_scheduler(
 def _load_part(name: str, part: object, states: StateMapping, source: str) -> None:
     try:
         load_state_dicts({name: part}, states)
+    except CheckpointError as error:  # which says what to do
+        raise CheckpointError(f"{source} does not fit this run. {error} Nothing was loaded.") from error
     except Exception as error:
         raise CheckpointError(
             f"{source} does not fit the {name.replace('_', ' ')} of this run: {type(error).__name__}: {error}. Nothing "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +34,7 @@ from pytorch_accelerated._data.loaders import (
 from pytorch_accelerated._data.sharding import ShardedBatches, ShardedBatchSampler
 from pytorch_accelerated._data.streams import TrackedStream
 from pytorch_accelerated._data.workers import WorkerSetup
+from pytorch_accelerated._messages import warn
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,10 @@ def _find_division(loader: DataLoader[Any], placement: Placement) -> _Division:
     is_marked = any(fact.is_marked for fact in facts)
     difference = describe_difference(facts)
     if difference is not None and not is_marked:
-        warnings.warn(
+        warn(
             f"The processes have different data: {difference}. Each process therefore trains or evaluates on all of "
             "its own, and they are not divided. If that is not meant, create the same dataset on every process, for "
             "example by splitting or shuffling it with the same seed.",
-            stacklevel=7,
         )
     return _Division(is_marked or difference is not None, _largest([fact.num_batches for fact in facts]))
 

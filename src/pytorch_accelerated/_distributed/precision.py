@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
+from pytorch_accelerated._messages import warn
 
 SHARDED_TYPES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -120,7 +120,7 @@ def _check_device_has_precision(settings: dict[str, Any]) -> None:
             'precision. Pass "bf16", or "no" for float32, or run on a GPU.'
         )
     if requested is None and configured in _NOT_ON_CPU and _will_use_cpu(settings):
-        _warn_about_precision(configured, stacklevel=7)
+        _warn_about_precision(configured)
         settings["mixed_precision"] = "no"
 
 
@@ -142,12 +142,11 @@ def precision_of(accelerator: Accelerator) -> str:
 def warn_about_unused_precision(accelerator: Accelerator) -> None:
     """Warn if the program has created an accelerator in a precision that the device does not have."""
     if isinstance(accelerator, Accelerator) and precision_of(accelerator) != accelerator.mixed_precision:
-        _warn_about_precision(accelerator.mixed_precision, stacklevel=4)
+        _warn_about_precision(accelerator.mixed_precision)
 
 
-def _warn_about_precision(precision: str, stacklevel: int) -> None:
-    warnings.warn(
+def _warn_about_precision(precision: str) -> None:
+    warn(
         f"Accelerate is configured with mixed_precision={precision!r}, but it uses a CPU, where it computes nothing in "
-        "that precision: runs use float32.",
-        stacklevel=stacklevel,
+        "that precision: runs use float32."
     )

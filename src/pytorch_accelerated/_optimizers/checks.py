@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._optimizers.group import (
     CLOSURE,
     OptimizerGroup,
@@ -122,12 +122,11 @@ def warn_about_missing_parameters(model: object, optimizer: object, others: Iter
     if not missing:
         return
     more = f" and {len(missing) - _MAX_NAMES} more" if len(missing) > _MAX_NAMES else ""
-    warnings.warn(
+    warn(
         f"The optimizer does not hold {len(missing)} of the {len(trainable)} parameters of `{type(model).__name__}` "
         f"that require a gradient, so they are not trained: {', '.join(map(repr, missing[:_MAX_NAMES]))}{more}. "
         "If they were added or replaced after the optimizer was created, such as a new head, create it from "
         "`model.parameters()` now. If they are not to be trained, set `requires_grad` to False.",
-        stacklevel=4,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from pytorch_accelerated._checkpoint.scheduler_state import schedulers_in
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._scheduling.group import members_of
 from pytorch_accelerated._scheduling.stepping import SchedulerStepping
 from pytorch_accelerated._validation import describe
@@ -125,11 +125,10 @@ def check_scheduler(scheduler: object, optimizer: object, *, is_of_function: boo
         ValueError: It belongs to another optimizer.
     """
     if scheduler is None and is_of_function:
-        warnings.warn(
+        warn(
             "`create_scheduler_fn` returned None, so the learning rate stays as it is. Expected a scheduler for the "
             "optimizer that it is called with. Add the missing `return`, or leave `create_scheduler_fn` out to train "
             "without a scheduler.",
-            stacklevel=6,
         )
     members = members_of(scheduler)
     for member in members:
@@ -266,10 +265,9 @@ def _check_is_recorded(metric_name: str, losses: list[str], scheduler_name: str)
         )
     meant = _FOREIGN_METRICS.get(metric_name)
     if meant is not None:
-        warnings.warn(
+        warn(
             f"{start} the library does not record a metric of this name. Unless a callback of yours does, pass "
             f'`scheduler_metric="{meant}"`.',
-            stacklevel=7,
         )
 
 
@@ -281,11 +279,10 @@ def warn_about_mode(stepping: SchedulerStepping) -> None:
         meant = "min" if "loss" in words else "max" if words & {"acc", "accuracy", "auc", "f1", "iou", "map"} else None
         mode = next((mode for mode in modes if mode in ("min", "max")), None)
         if rule.needs_metric and None not in (meant, mode) and mode != meant:
-            warnings.warn(
+            warn(
                 f"`{type(rule.scheduler).__name__}` has `mode={mode!r}`, so it waits for {stepping.metric_name!r} to "
                 f"{'rise' if mode == 'max' else 'fall'}. Create it with `mode={meant!r}`, or pass another "
                 "`scheduler_metric`.",
-                stacklevel=6,
             )
 
 

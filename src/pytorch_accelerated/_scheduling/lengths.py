@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import lr_scheduler
 
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._scheduling.group import members_of
 from pytorch_accelerated._scheduling.stepping import SchedulerStepping
 
@@ -124,7 +124,7 @@ def warn_about_length(stepping: SchedulerStepping, config: TrainerRunConfig) -> 
         for length in lengths_of(rule.scheduler) if rule.is_plain else ():
             advice = _advice(length, stepping, config, config.max_num_train_steps)
             if advice is not None:
-                warnings.warn(advice, stacklevel=6)
+                warn(advice)
 
 
 def _advice(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pytorch_accelerated._checkpoint.scheduler_state import schedulers_in
 from pytorch_accelerated._distributed.collectives import run_on_main
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._scheduling.group import members_of
 from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
 from pytorch_accelerated.tracking import as_number, latest_value
@@ -273,12 +273,11 @@ class SchedulerStepping:
 
     def _warn_once_about_metric(self, history: RunHistory) -> None:
         if not self._has_warned:
-            warnings.warn(
+            warn(
                 f"The scheduler is stepped with the metric {self.metric_name!r}, but nothing has been recorded under "
                 f"this name so far, so the learning rate stays as it is. Recorded so far: "
                 f"{sorted(history.get_metric_names())}. Pass one of these as `scheduler_metric`, or record the metric "
                 "before the end of an epoch, in `on_eval_epoch_end` for example.",
-                stacklevel=2,
             )
         self._has_warned = True
 

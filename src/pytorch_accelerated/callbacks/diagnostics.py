@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.tracking import LossTracker, weighted_mean
@@ -24,6 +25,7 @@ class GradientNormCallback(TrainerCallback):
         metric_name: Name of the metric in the run history.
     """
 
+    @explains_arguments
     def __init__(self, metric_name: str = "train_gradient_norm") -> None:
         self.metric_name = metric_name
         self._norms = LossTracker()

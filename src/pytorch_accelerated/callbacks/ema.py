@@ -8,8 +8,10 @@ import torch
 
 from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._ema import ModelEma
+from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._run import library_of, run_of
 from pytorch_accelerated._validation import check_positive_integer
+from pytorch_accelerated.callbacks._watching import check_is_recorded, watched_value
 from pytorch_accelerated.callbacks.handler import CallbackHandler
 from pytorch_accelerated.callbacks.saving import SaveBestModelCallback
 from pytorch_accelerated.callbacks.stopping import warn_about_direction
@@ -64,6 +66,7 @@ class ModelEmaCallback(SaveBestModelCallback):
         >>> callback = ModelEmaCallback(decay=0.999, save_path="best_average.pt")
     """
 
+    @explains_arguments
     def __init__(
         self,
         decay: float = 0.99,
@@ -106,6 +109,7 @@ class ModelEmaCallback(SaveBestModelCallback):
 
         Raises:
             RuntimeError: The model is sharded over processes, so no process can hold the average.
+            ValueError: The run will not record the metric.
             CheckpointError: The checkpoint cannot be written to ``save_path``.
         """
         config = trainer.run_config
@@ -114,6 +118,8 @@ class ModelEmaCallback(SaveBestModelCallback):
                 f"`{type(self).__name__}` needs the full model on each process, but FSDP or DeepSpeed shards it. Use "
                 "plain data parallelism, or remove the callback."
             )
+        if self.evaluate_during_training and run_of(trainer).eval_dataloaders:
+            check_is_recorded(trainer, self.watch_metric, type(self).__name__)
         warn_about_direction(self.watch_metric, self.greater_is_better, type(self).__name__)
         check_save_path(self.save_path, config.is_local_process_zero, config.num_processes)
         self.callback_handler.refresh()
@@ -206,10 +212,10 @@ class ModelEmaCallback(SaveBestModelCallback):
 
     def _save_if_best(self, trainer: Trainer) -> None:
         try:
-            value = library_of(trainer).get_agreed_metric(self.watch_metric)
+            value = watched_value(trainer, self.watch_metric, type(self).__name__)
         except ValueError:
             return  # the next dataset may record it; the end of the epoch checks that
-        if self._best.is_improved_by(value, self.greater_is_better):
+        if value is not None and self._best.is_improved_by(value, self.greater_is_better):
             epoch = trainer.run_history.current_epoch
             self._save(trainer, {self.watch_metric: value, "epoch": epoch})
             self._best.record(value, epoch)

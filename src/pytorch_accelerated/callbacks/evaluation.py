@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._run import library_of, run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
@@ -32,6 +33,7 @@ class StepBasedEvaluationCallback(TrainerCallback):
         >>> callback = StepBasedEvaluationCallback(eval_every_n_updates=500)
     """
 
+    @explains_arguments
     def __init__(self, eval_every_n_steps: int | None = None, *, eval_every_n_updates: int | None = None) -> None:
         if (eval_every_n_steps is None) == (eval_every_n_updates is None):
             raise ValueError(
@@ -89,6 +91,7 @@ class LimitEvalStepsCallback(TrainerCallback):
         TypeError: ``num_eval_steps`` is not an integer.
     """
 
+    @explains_arguments
     def __init__(self, num_eval_steps: int, limit_intermediate_only: bool = True) -> None:
         check_positive_integer("num_eval_steps", num_eval_steps, "batches")
         self.num_eval_steps = num_eval_steps
@@ -114,6 +117,7 @@ class LimitBatchesCallback(TrainerCallback):
         TypeError: ``num_batches`` is not an integer.
     """
 
+    @explains_arguments
     def __init__(self, num_batches: int) -> None:
         check_positive_integer("num_batches", num_batches, "batches")
         self.num_batches = num_batches

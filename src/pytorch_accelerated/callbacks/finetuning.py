@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
@@ -53,6 +54,7 @@ class GradualUnfreezingCallback(TrainerCallback):
         >>> two_groups_then_all = GradualUnfreezingCallback({1: -2, 5: 0}, lr_decay_factor=0.4)
     """
 
+    @explains_arguments
     def __init__(
         self,
         schedule: int | Mapping[int, int] = 1,

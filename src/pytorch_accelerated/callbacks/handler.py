@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import inspect
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from types import FunctionType
+from collections.abc import Collection, Iterable
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, TypeAlias
 
+from pytorch_accelerated._hints.classes import describe_forgotten_init
+from pytorch_accelerated.callbacks._checks import (
+    accepted_keywords,
+    as_instance,
+    as_iterable,
+    implements,
+    warn_about_signatures,
+    warn_about_uncalled_methods,
+)
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
-from pytorch_accelerated.exceptions import StopTrainingError, add_note
+from pytorch_accelerated.exceptions import CheckpointError, StopTrainingError, add_note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pytorch_accelerated._types import StateDict, StateMapping
-
-_SIMILAR_ENOUGH = 0.8
 
 _EVENTS_OF_RUNS = frozenset(event for event in EVENTS if "_run_start" in event or "_run_end" in event) | {
     "on_init_end",
@@ -50,6 +54,9 @@ class CallbackHandler:
         TypeError: ``callbacks``, or an entry of it, is not a callback.
         ValueError: The same object was passed twice.
     """
+
+    other_words: Collection[str] = ()
+    """Names that the program uses elsewhere, such as those of events that it fires itself: they are not misspelled."""
 
     requested_stop: StopTrainingError | None = None
     """The request of a callback to stop, while the later callbacks get the event in which it was made."""
@@ -87,7 +94,7 @@ class CallbackHandler:
 
     def add_callbacks(self, callbacks: Callbacks) -> None:
         """Append callbacks, in order; a single one and ``None`` are fine too."""
-        for callback in _as_iterable(callbacks):
+        for callback in as_iterable(callbacks):
             self.add_callback(callback)
 
     def add_callback(self, callback: object) -> None:
@@ -100,13 +107,14 @@ class CallbackHandler:
             TypeError: ``callback`` is not a callback.
             ValueError: The same object is in the list already. Two instances of one class are fine.
         """
-        instance = _as_instance(callback)
+        instance = as_instance(callback)
         if any(instance is present for present in self.callbacks):
             raise ValueError(
                 f"The callback object {instance!r} was added twice. Each object receives every event once. To have two "
                 "callbacks of this class, pass a second instance."
             )
-        _warn_about_misspelled_events(instance)
+        warn_about_uncalled_methods(instance, self.other_words)
+        warn_about_signatures(instance)
         self.callbacks.append(instance)
 
     def clear_callbacks(self) -> None:
@@ -154,7 +162,7 @@ class CallbackHandler:
                 except StopTrainingError as error:
                     stop_request = self.requested_stop = stop_request or error
                 except Exception as error:
-                    add_note(error, _describe_origin(callback, event, args, kwargs))
+                    add_note(error, _describe_origin(error, callback, event, args, kwargs))
                     raise
             due = () if self._listeners is known else _without(told, self._find_listeners(event))
             told += due
@@ -181,10 +189,15 @@ class CallbackHandler:
         }
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
-        """Restore what `state_dict` returned. Callbacks without an entry keep their state."""
+        """Restore what `state_dict` returned. Callbacks without an entry keep their state.
+
+        Raises:
+            CheckpointError: A callback could not load its state.
+        """
         for name, callback in self._named_callbacks():
             if name in state_dict:
-                callback.load_state_dict(state_dict[name])
+                with _explained_failure_to_load(callback):
+                    callback.load_state_dict(state_dict[name])
 
     def with_nested_callbacks(self) -> list[object]:
         """Return the callbacks, each followed by those that are nested in it."""
@@ -214,9 +227,9 @@ class CallbackHandler:
         callbacks = self.with_nested_callbacks() if event in _EVENTS_OF_RUNS else self.callbacks
         in_order = sorted(callbacks, key=lambda callback: getattr(callback, "is_called_last", False) is True)
         self._listeners[event] = tuple(
-            _Listener(getattr(callback, event), _accepted_keywords(getattr(callback, event)), callback)
+            _Listener(getattr(callback, event), accepted_keywords(getattr(callback, event)), callback)
             for callback in in_order
-            if _implements(callback, event)
+            if implements(callback, event)
         )
         is_plain = getattr(self.call_event, "__func__", None) is CallbackHandler.call_event
         if is_plain and not self._listeners[event]:  # a replaced `call_event` is meant to see every event
@@ -270,13 +283,6 @@ class _Listener(NamedTuple):
     callback: object
 
 
-def _implements(callback: object, event: str) -> bool:
-    method = getattr(callback, event, None)
-    if not callable(method):
-        return False
-    return getattr(method, "__func__", method) is not getattr(TrainerCallback, event, None)
-
-
 def _without(known: Iterable[_Listener], listeners: Iterable[_Listener]) -> tuple[_Listener, ...]:
     """Return the listeners whose callbacks are not among the known ones."""
     known_callbacks = [listener.callback for listener in known]
@@ -287,74 +293,24 @@ def _only(accepted: frozenset[str], kwargs: dict[str, object]) -> dict[str, obje
     return {name: value for name, value in kwargs.items() if name in accepted}
 
 
-def _accepted_keywords(method: Callable[..., object]) -> frozenset[str] | None:
-    # Some callbacks omit ``**kwargs``; they receive only the arguments they name.
-    function = getattr(method, "__func__", method)
-    if (
-        isinstance(function, FunctionType)
-        and not vars(function)
-        and function.__code__.co_flags & inspect.CO_VARKEYWORDS
-    ):
-        return None  # not decorated, so the code object suffices; `inspect.signature` takes many times as long
+@contextmanager
+def _explained_failure_to_load(callback: object) -> Iterator[None]:
     try:
-        parameters = inspect.signature(method).parameters
-    except (TypeError, ValueError):
-        return None
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return None
-    return frozenset(parameters)
+        yield
+    except (StopTrainingError, CheckpointError):
+        raise
+    except Exception as error:
+        name = type(callback).__name__
+        raise CheckpointError(
+            f"The callback `{name}` could not load its state ({type(error).__name__}: {error}). Another version of it, "
+            f"or another callback of this name, may have saved the state. Let `{name}.load_state_dict` accept that "
+            "state, or remove the callback."
+        ) from error
 
 
-def _as_iterable(callbacks: Callbacks) -> Iterable[Any]:
-    if callbacks is None:
-        return ()
-    if inspect.isclass(callbacks) or isinstance(callbacks, TrainerCallback):
-        return (callbacks,)
-    if isinstance(callbacks, (str, Mapping)):
-        raise TypeError(
-            f"`callbacks` is a {type(callbacks).__name__}. Expected callbacks, which are instances or classes of "
-            "`TrainerCallback`. Pass a list of them."
-        )
-    return callbacks if hasattr(callbacks, "__iter__") else (callbacks,)
-
-
-def _as_instance(callback: object) -> object:
-    instance = callback
-    if inspect.isclass(callback):
-        try:
-            instance = callback()
-        except TypeError as error:
-            raise TypeError(
-                f"The callback class `{callback.__name__}` cannot be instantiated without arguments ({error}). "
-                f"Pass an instance instead, such as `{callback.__name__}(...)`."
-            ) from error
-    is_callback = isinstance(instance, TrainerCallback) or any(
-        callable(getattr(instance, event, None)) for event in EVENTS
-    )
-    if not is_callback:
-        raise TypeError(
-            f"{instance!r} is not a callback. Expected a `TrainerCallback` (an instance or a class) in `callbacks`, "
-            "or an object with at least one of its events. Define one, such as `on_train_epoch_end(self, trainer, "
-            "**kwargs)`."
-        )
-    return instance
-
-
-def _warn_about_misspelled_events(callback: object) -> None:
-    for name in dir(type(callback)):
-        if not name.startswith("on_") or name in EVENTS:
-            continue
-        nearest = difflib.get_close_matches(name, EVENTS, n=1, cutoff=_SIMILAR_ENOUGH)
-        if nearest:
-            warnings.warn(
-                f"`{type(callback).__name__}.{name}` resembles the event `{nearest[0]}` but is not an event, so the "
-                f"trainer never calls it. Rename it to `{nearest[0]}`; if you fire this event yourself, choose a name "
-                "that differs more.",
-                stacklevel=4,
-            )
-
-
-def _describe_origin(callback: object, event: str, args: tuple[object, ...], kwargs: dict[str, object]) -> str:
+def _describe_origin(
+    error: Exception, callback: object, event: str, args: tuple[object, ...], kwargs: dict[str, object]
+) -> str:
     place = f"raised by the callback `{type(callback).__name__}` in `{event}`"
     history = getattr(args[0], "run_history", None) if args else None
     epoch = getattr(history, "current_epoch", None)
@@ -362,4 +318,7 @@ def _describe_origin(callback: object, event: str, args: tuple[object, ...], kwa
         place += f", epoch {epoch}"
     if "step" in kwargs:
         place += f", step {kwargs['step']}"
+    if isinstance(error, AttributeError) and getattr(error, "obj", None) is callback:
+        forgotten = describe_forgotten_init(type(callback))
+        place += "" if forgotten is None else f". {forgotten}"
     return place

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._run import library_of
 from pytorch_accelerated._signals import PREEMPTION_SIGNALS
 from pytorch_accelerated.callbacks.base import TrainerCallback
@@ -30,6 +31,7 @@ class PreemptionCallback(TrainerCallback):
         >>> callback = PreemptionCallback(signals=[signal.SIGTERM])
     """
 
+    @explains_arguments
     def __init__(self, signals: Iterable[int] = PREEMPTION_SIGNALS) -> None:
         self.signals = tuple(signals)
 

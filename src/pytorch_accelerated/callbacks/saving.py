@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,16 +16,17 @@ from pytorch_accelerated._checkpoint.optimizer_state import DifferentPartError
 from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._checkpoint.weights import frozen_in, frozen_parameters
 from pytorch_accelerated._distributed.collectives import run_on_main
+from pytorch_accelerated._hints.arguments import explains_arguments
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._metrics import BestMetric, ComparisonOfMetric, NewValues
 from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._run import Run, library_of, run_of
 from pytorch_accelerated._signals import PREEMPTION_SIGNALS
 from pytorch_accelerated._validation import check_positive_integer, check_positive_number
+from pytorch_accelerated.callbacks._watching import num_values_of, watched_value
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.stopping import (
     check_watched_metric,
-    measured_metric,
-    num_values_of,
     warn_about_direction,
 )
 from pytorch_accelerated.exceptions import CheckpointError
@@ -70,6 +70,7 @@ class SaveBestModelCallback(TrainerCallback):
     operator = ComparisonOfMetric()
     """``operator.gt`` if larger values are better, ``operator.lt`` if smaller ones are."""
 
+    @explains_arguments
     def __init__(
         self,
         save_path: str | os.PathLike[str] = "best_model.pt",
@@ -133,7 +134,7 @@ class SaveBestModelCallback(TrainerCallback):
         self._save_if_best(trainer)
 
     def _save_if_best(self, trainer: Trainer) -> None:
-        value = measured_metric(trainer, self.watch_metric)
+        value = watched_value(trainer, self.watch_metric, type(self).__name__)
         if value is None:
             return
         is_new = self._new_values.look(num_values_of(trainer, self.watch_metric))
@@ -156,10 +157,9 @@ class SaveBestModelCallback(TrainerCallback):
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Load the best model, if this run saved one."""
         if "intermediate_" in self.watch_metric and not num_values_of(trainer, self.watch_metric):
-            warnings.warn(
+            warn(
                 f"`{type(self).__name__}` watches {self.watch_metric!r}, which the run has not recorded, so no model "
                 "was saved. Pass a smaller interval to `StepBasedEvaluationCallback`.",
-                stacklevel=2,
             )
         if not (self.load_saved_checkpoint and self._has_saved):
             return
@@ -190,11 +190,10 @@ class SaveBestModelCallback(TrainerCallback):
 def _warn_about_unfrozen(model: nn.Module, checkpoint: StateMapping) -> None:
     names = sorted(set(frozen_in(checkpoint)) - set(frozen_parameters(model)))
     if names:
-        warnings.warn(
+        warn(
             f"The best model was saved with `trainable_only=True`, when these parameters were frozen: "
             f"{', '.join(names)}. They have been unfrozen since, so the file does not have them, and they keep the "
             "values that they have now. Save with `trainable_only=False` in runs that unfreeze parameters.",
-            stacklevel=2,
         )
 
 
@@ -239,6 +238,7 @@ class SaveTrainingStateCallback(TrainerCallback):
     is_called_last = True
     save_dir = PathAttribute()
 
+    @explains_arguments
     def __init__(
         self,
         save_dir: str | os.PathLike[str] = "training_states",
@@ -420,7 +420,7 @@ class SaveTrainingStateCallback(TrainerCallback):
                 raise
             self._saved = None
             if trainer.run_config.is_world_process_zero:
-                warnings.warn(f"{error} Training continues without this state.", stacklevel=2)
+                warn(f"{error} Training continues without this state.")
 
 
 def _is_training(trainer: Trainer) -> bool:

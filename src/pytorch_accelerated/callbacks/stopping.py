@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated._distributed.collectives import run_on_main
+from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._loss_monitor import describe_non_finite_loss
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._metrics import ComparisonOfMetric, NewValues, PatienceCounter
 from pytorch_accelerated._proxy import WritableForwarded
-from pytorch_accelerated._run import library_of, run_of
+from pytorch_accelerated._run import run_of
 from pytorch_accelerated._validation import check_positive_integer
+from pytorch_accelerated.callbacks._watching import check_is_recorded, num_values_of, watched_value
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
@@ -121,6 +122,7 @@ class EarlyStoppingCallback(TrainerCallback):
     operator = ComparisonOfMetric()
     """``operator.gt`` if larger values are better, ``operator.lt`` if smaller ones are."""
 
+    @explains_arguments
     def __init__(
         self,
         early_stopping_patience: int = 1,
@@ -153,7 +155,7 @@ class EarlyStoppingCallback(TrainerCallback):
         Raises:
             StopTrainingError: The patience is used up.
         """
-        value = measured_metric(trainer, self.watch_metric)
+        value = watched_value(trainer, self.watch_metric, type(self).__name__)
         if value is None or not self._new_values.look(num_values_of(trainer, self.watch_metric)):
             return
         previous = self.best_metric
@@ -195,33 +197,6 @@ class EarlyStoppingCallback(TrainerCallback):
         self._new_values.load_state_dict(state_dict)
 
 
-def num_values_of(trainer: Trainer, metric_name: str) -> int:
-    """Return how many values of a metric the main process has recorded. Must be called on every process."""
-    config, history = trainer.run_config, trainer.run_history
-
-    def count() -> int:
-        return len(list(history.get_metric_values(metric_name))) if metric_name in history.get_metric_names() else 0
-
-    return run_on_main(count, config.is_world_process_zero, config.num_processes)
-
-
-def measured_metric(trainer: Trainer, metric_name: str) -> float | None:
-    """Return the latest value of a metric on the main process. Must be called on every process.
-
-    Returns:
-        The value; ``None`` if it is one of intermediate evaluations, the first of which is still to come.
-
-    Raises:
-        ValueError: Nothing was recorded under this name, or the value is not a single number.
-    """
-    dataset_name, is_intermediate, _ = metric_name.partition("intermediate_")
-    if is_intermediate:
-        names = (metric_name, f"{dataset_name}intermediate_update")
-        if not any(num_values_of(trainer, name) for name in names):
-            return None
-    return library_of(trainer).get_agreed_metric(metric_name)
-
-
 _GREATER_IS_BETTER = frozenset(
     ("acc", "accuracy", "auc", "auroc", "f1", "precision", "recall", "map", "iou", "miou", "r2", "dice")
 )
@@ -231,21 +206,21 @@ def warn_about_direction(watch_metric: str, greater_is_better: bool, callback_na
     """Warn if a callback looks for the smallest value of a metric whose name says that larger values are better."""
     words = watch_metric.lower().replace("-", "_").split("_")
     if not greater_is_better and not _GREATER_IS_BETTER.isdisjoint(words):
-        warnings.warn(
+        warn(
             f"`{callback_name}` watches {watch_metric!r} with `greater_is_better=False`, so it takes the smallest "
             "value for the best. Pass `greater_is_better=True` if larger values are better.",
-            stacklevel=4,
         )
 
 
 def check_watched_metric(trainer: Trainer, watch_metric: str, callback_name: str) -> None:
-    """Raise at the start of a run if a callback watches the evaluation loss but the run will not record it.
+    """Raise at the start of a run if a callback watches a metric that the run will not record, as far as is known.
 
     Raises:
-        ValueError: `train` was called without ``eval_dataset``, or with several datasets.
+        ValueError: It will not: for example, `train` was called without ``eval_dataset``, or with several datasets.
     """
     names = run_of(trainer).eval_dataloaders.keys()
     if watch_metric != "eval_loss_epoch" or "" in names:  # a single dataset has no name
+        check_is_recorded(trainer, watch_metric, callback_name)
         return
     if names:
         known = sorted(f"{name}_eval_loss_epoch" for name in names)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pytorch_accelerated._checkpoint.files import PathAttribute, local_path
 from pytorch_accelerated._checkpoint.manifest import read_manifest
 from pytorch_accelerated._checkpoint.resume import entries_of
+from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._run import Run, run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.handler import CallbackHandler
@@ -68,6 +69,7 @@ class WSDCheckpointCallback(TrainerCallback):
     save_dir = PathAttribute()
     initial_checkpoint = PathAttribute()
 
+    @explains_arguments
     def __init__(
         self,
         save_dir: str | PathLike[str] = "checkpoints",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated.schedulers._placeholders import NumberOrPlaceholder, TrainerPlaceholderValues
 from pytorch_accelerated.schedulers.scheduler_base import (
     LOWEST_RATE,
@@ -271,12 +271,11 @@ class CosineLrScheduler(StatefulSchedulerBase):
                 self.warmup_starting_lr_ratio,
             )
         if self.num_warmup_epochs + self.num_cooldown_epochs > self.total_num_epochs:
-            warnings.warn(
+            warn(
                 f"`num_warmup_epochs` is {self.num_warmup_epochs!r} and `num_cooldown_epochs` is "
                 f"{self.num_cooldown_epochs!r}, but both are part of the run, which has only "
                 f"{self.total_num_epochs!r} epochs. The rate drops to the minimum after the warm-up, or the warm-up "
                 "does not end. Shorten them, or train longer.",
-                stacklevel=3,
             )
 
     def _check_lower_end(self, rate_name: str, rate: float, ratio_name: str, ratio: float | None) -> None:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated.exceptions import SchedulerSettingsError
 from pytorch_accelerated.schedulers._placeholders import NumberOrPlaceholder, TrainerPlaceholderValues
 from pytorch_accelerated.schedulers.scheduler_base import (
@@ -439,10 +439,9 @@ class WSDLrScheduler(StatefulSchedulerBase):
         replaced = [f"`{name}` is {settings[name]!r}, not {own[name]!r}" for name in own if settings[name] != own[name]]
         checkpoint_steps = estimate_checkpoint_steps(self.total_steps, settings["num_checkpoints"])  # may raise
         if replaced:
-            warnings.warn(
+            warn(
                 f"This run continues another one, and takes over its decay: {', '.join(replaced)}. Pass the same "
                 "settings as before, or load the checkpoint without its scheduler (`load_scheduler=False`).",
-                stacklevel=3,
             )
         vars(self).update(settings)
         self._set_checkpoints(checkpoint_steps)
