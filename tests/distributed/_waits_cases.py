@@ -21,10 +21,10 @@ TIMEOUT_SECONDS = 1
 
 
 def main(folder: Path, stopped_rank: int, where: str) -> None:
-    """Train, and stop one of the processes; when all others have ended, kill it."""
+    """Train, and stop one of the processes."""
     process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=TIMEOUT_SECONDS))
     accelerator = Accelerator(cpu=True, kwargs_handlers=[process_group])
-    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    rank = accelerator.process_index
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
 
     def stop(*_: Any, **__: Any) -> Any:
@@ -43,11 +43,6 @@ def main(folder: Path, stopped_rank: int, where: str) -> None:
     except Exception as error:
         text = "\n".join([str(error), *getattr(error, "__notes__", ())])
         (folder / f"error-{rank}.txt").write_text(f"{time.monotonic() - start}\n{text}")
-    others = sorted({*range(num_processes)} - {stopped_rank})
-    if rank == others[0]:
-        while not all((folder / f"error-{other}.txt").exists() for other in others):
-            time.sleep(0.01)
-        os.kill(int((folder / f"pid-{stopped_rank}").read_text()), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import distributed
 PROCESS_TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another one, unless the user's accelerator sets another timeout."""
 
-_LONGEST_ROLL_CALL = timedelta(seconds=5)
+_LONGEST_ROLL_CALL = timedelta(seconds=3)
 _ROLL = "pytorch_accelerated/waits"
 _LOST = re.compile(r"gloo|NCCL|timed? ?out|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE)
 _TORCH = Path(str(torch.__file__)).parent
@@ -55,8 +56,12 @@ def explain_vain_wait(error: BaseException) -> None:
     num_processes, place = distributed.get_world_size(), _place_of(error)
     timeout = process_timeout()
     answers = _call_roll(place, min(timeout, _LONGEST_ROLL_CALL).total_seconds())
-    answers.setdefault(distributed.get_rank(), place)
-    error.args = (f"{error}\n{_explanation(answers, num_processes, timeout)}",)
+    if answers:
+        missing = [rank for rank in range(num_processes) if rank not in answers]
+    else:  # not even its own: the store does not answer, which is in rank 0 or in the launcher
+        missing = [] if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True) else [0]
+    answers[distributed.get_rank()] = place
+    error.args = (f"{error}\n{_explanation(answers, missing, timeout)}",)
 
 
 def _is_of_collective(error: BaseException) -> bool:
@@ -66,18 +71,19 @@ def _is_of_collective(error: BaseException) -> bool:
 
 
 def _is_explained(error: BaseException) -> bool:
-    return "\nRank" in str(error) or "\nAll ranks" in str(error)
+    return "\nRank" in str(error) or "\nNo rank is known" in str(error)
 
 
-def _explanation(answers: Mapping[int, str], num_processes: int, timeout: timedelta) -> str:
-    missing = [str(rank) for rank in range(num_processes) if rank not in answers]
+def _explanation(answers: Mapping[int, str], missing: Sequence[int], timeout: timedelta) -> str:
     places = " ".join(f"Rank {rank} waited {answers[rank]}." for rank in sorted(answers))
     if not missing:
-        return f"All ranks still answer, so they wait for different things. {places}"
-    subject = f"Rank {missing[0]} does" if len(missing) == 1 else f"Ranks {', '.join(missing)} do"
+        return f"No rank is known to be missing. {places}"
+    one = len(missing) == 1
+    subject = f"Rank {missing[0]} does" if one else f"Ranks {', '.join(map(str, missing))} do"
     return (
-        f"{subject} not answer: a process that is stopped, hangs or has ended; its own output may say why. {places} "
-        f"Processes wait {timeout.total_seconds():g} s for each other, as set by `InitProcessGroupKwargs(timeout=...)`."
+        f"{subject} not answer: {'it is' if one else 'they are'} stopped, busy or gone; see {'its' if one else 'their'} "
+        f"own output. {places} Processes wait {timeout.total_seconds():g} s for each other, which "
+        "`InitProcessGroupKwargs(timeout=...)` sets."
     )
 
 
