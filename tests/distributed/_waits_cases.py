@@ -15,14 +15,17 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from _cases import make_dataset, make_trainer, train
 from _support import Probe
 from pytorch_accelerated._checkpoint import writer
+from pytorch_accelerated._distributed import waiting
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback
 
-TIMEOUT_SECONDS = 1
+TIMEOUT_SECONDS, LONG_SECONDS = 1, 60
 
 
 def main(folder: Path, stopped_rank: int, where: str) -> None:
     """Train, and stop one of the processes."""
-    process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    seconds = LONG_SECONDS if where == "new group" else TIMEOUT_SECONDS
+    process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
+    waiting.TIME_TO_CONNECT = timedelta(seconds=TIMEOUT_SECONDS)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[process_group])
     rank = accelerator.process_index
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
@@ -35,6 +38,10 @@ def main(folder: Path, stopped_rank: int, where: str) -> None:
         callbacks.append(SaveTrainingStateCallback(folder / "states", save_every_n_steps=2, in_background=True))
         if rank == stopped_rank:
             writer._write_files = stop
+    elif where == "new group":
+        callbacks.append(SaveTrainingStateCallback(folder / "states", save_every_n_steps=2, in_background=True))
+        if rank == stopped_rank:
+            waiting.distributed.new_group = lambda **_: os.kill(os.getpid(), signal.SIGKILL)
     elif rank == stopped_rank:
         callbacks.append(Probe(on_train_step_end=stop))
     start = time.monotonic()

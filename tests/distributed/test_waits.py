@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ import pytest
 from _processes import launch
 
 CASES = Path(__file__).with_name("_waits_cases.py")
-slow = pytest.mark.slow
 
 
 def is_running(folder: Path, rank: int) -> bool:
@@ -32,7 +32,8 @@ def kill_after(folder: Path, stopped: int, others: Iterable[int]) -> None:
     deadline = time.monotonic() + 30
     while any(is_running(folder, rank) for rank in others) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.kill(int((folder / f"pid-{stopped}").read_text()), signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.kill(int((folder / f"pid-{stopped}").read_text()), signal.SIGKILL)
 
 
 @pytest.mark.distributed
@@ -40,11 +41,9 @@ def kill_after(folder: Path, stopped: int, others: Iterable[int]) -> None:
     ("num_processes", "stopped", "where"),
     [
         (2, 1, "background save"),
-        (2, 0, "background save"),
-        (3, 1, "step"),
-        pytest.param(3, 1, "background save", marks=slow),
-        pytest.param(3, 0, "background save", marks=slow),
-        pytest.param(2, 0, "step", marks=slow),
+        (3, 0, "step"),
+        (3, 1, "background save"),
+        (2, 1, "new group"),
     ],
 )
 def test_a_stopped_process_ends_the_others_after_the_configured_timeout(num_processes, stopped, where, tmp_path):
@@ -60,7 +59,7 @@ def test_a_stopped_process_ends_the_others_after_the_configured_timeout(num_proc
         print(seconds, error)
         assert float(seconds) < 20
         assert f"Rank {stopped} does not answer" in error
-        assert "Processes wait 1 s for each other" in error
+        assert f"Processes wait {60 if where == 'new group' else 1} s for each other" in error
         told = others if stopped != 0 else {rank}  # rank 0 keeps what the others tell each other
         assert all(f"Rank {other} waited in `" in error for other in told)
         if where == "background save":

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 import torch._dynamo  # optimizers import it at their first step, which would take seconds in each process
+from _kills import start, wait
 from torch import nn, optim
 from torch.utils.data import WeightedRandomSampler
 
-from _kills import start, wait
 from _processes import free_port
 from _runs import NoisySamples, differences, masked
 from pytorch_accelerated import Trainer
@@ -182,9 +182,7 @@ def make_model(program: Program) -> nn.Module:
     size = 8
     normalizations = {"none": nn.Identity(), "layer": nn.LayerNorm(size), "batch": nn.BatchNorm1d(size)}
     normalization = normalizations[program.normalization]
-    return nn.Sequential(
-        nn.Linear(4, size), normalization, nn.Tanh(), nn.Dropout(program.dropout), nn.Linear(size, 1)
-    )
+    return nn.Sequential(nn.Linear(4, size), normalization, nn.Tanh(), nn.Dropout(program.dropout), nn.Linear(size, 1))
 
 
 def make_trainer(program: Program, folder: Path, kill: TrainerCallback | None) -> Trainer:

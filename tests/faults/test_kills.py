@@ -10,7 +10,7 @@ import pytest
 from _starting import run
 
 PROGRAMS = Path(__file__).with_name("_programs.py")
-NUM_PROGRAMS = 5
+NUM_PROGRAMS = 4
 SCRIPT = Path(__file__).with_name("_kills.py")
 NUM_KILLS = 6
 

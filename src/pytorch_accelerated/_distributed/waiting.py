@@ -17,6 +17,9 @@ from torch import distributed
 PROCESS_TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another one, unless the user's accelerator sets another timeout."""
 
+TIME_TO_CONNECT = timedelta(seconds=10)
+"""How long processes that have all begun to form a group wait for each other to complete it."""
+
 _LONGEST_ROLL_CALL = timedelta(seconds=3)
 _ROLL = "pytorch_accelerated/waits"
 _LOST = re.compile(r"gloo|NCCL|timed? ?out|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE)
@@ -38,8 +41,16 @@ def process_timeout() -> timedelta:
 
 
 def new_host_group() -> distributed.ProcessGroup:
-    """Create a process group that connects hosts, in which processes wait as long as in the default group."""
-    return distributed.new_group(backend="gloo", timeout=process_timeout())
+    """Create a process group that connects hosts, in which processes wait as long as in the default group.
+
+    Must be called on every process. To connect takes an instant once all have come here, but does not notice if one of
+    them ends meanwhile: that wait is a short one.
+    """
+    timeout = process_timeout()
+    distributed.all_gather_object([None] * distributed.get_world_size(), None)  # all are here, or an error tells
+    group: distributed.ProcessGroup = distributed.new_group(backend="gloo", timeout=min(timeout, TIME_TO_CONNECT))
+    distributed.distributed_c10d._set_pg_timeout(timeout, group)  # noqa: SLF001 - no public name
+    return group
 
 
 def explain_vain_wait(error: BaseException) -> None:
@@ -59,7 +70,8 @@ def explain_vain_wait(error: BaseException) -> None:
     if answers:
         missing = [rank for rank in range(num_processes) if rank not in answers]
     else:  # not even its own: the store does not answer, which is in rank 0 or in the launcher
-        missing = [] if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True) else [0]
+        is_in_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+        missing = [] if is_in_launcher or distributed.get_rank() == 0 else [0]
     answers[distributed.get_rank()] = place
     error.args = (f"{error}\n{_explanation(answers, missing, timeout)}",)
 
@@ -78,12 +90,11 @@ def _explanation(answers: Mapping[int, str], missing: Sequence[int], timeout: ti
     places = " ".join(f"Rank {rank} waited {answers[rank]}." for rank in sorted(answers))
     if not missing:
         return f"No rank is known to be missing. {places}"
-    one = len(missing) == 1
-    subject = f"Rank {missing[0]} does" if one else f"Ranks {', '.join(map(str, missing))} do"
+    ranks = ", ".join(map(str, missing))
+    subject = f"Rank {ranks} does" if len(missing) == 1 else f"Ranks {ranks} do"
     return (
-        f"{subject} not answer: {'it is' if one else 'they are'} stopped, busy or gone; see {'its' if one else 'their'} "
-        f"own output. {places} Processes wait {timeout.total_seconds():g} s for each other, which "
-        "`InitProcessGroupKwargs(timeout=...)` sets."
+        f"{subject} not answer: stopped, busy or gone, as the output there may tell. {places} Processes wait "
+        f"{timeout.total_seconds():g} s for each other, which `InitProcessGroupKwargs(timeout=...)` sets."
     )
 
 
