@@ -17,7 +17,7 @@ from torch import distributed
 PROCESS_TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another one, unless the user's accelerator sets another timeout."""
 
-TIME_TO_CONNECT = timedelta(seconds=10)
+TIME_TO_CONNECT, TIME_PER_PROCESS = timedelta(seconds=15), timedelta(seconds=0.1)
 """How long processes that have all begun to form a group wait for each other to complete it."""
 
 _LONGEST_ROLL_CALL = timedelta(seconds=3)
@@ -46,9 +46,10 @@ def new_host_group() -> distributed.ProcessGroup:
     Must be called on every process. To connect takes an instant once all have come here, but does not notice if one of
     them ends meanwhile: that wait is a short one.
     """
-    timeout = process_timeout()
-    distributed.all_gather_object([None] * distributed.get_world_size(), None)  # all are here, or an error tells
-    group: distributed.ProcessGroup = distributed.new_group(backend="gloo", timeout=min(timeout, TIME_TO_CONNECT))
+    timeout, num_processes = process_timeout(), distributed.get_world_size()
+    distributed.all_gather_object([None] * num_processes, None)  # all are here, or an error tells
+    time_to_connect = min(timeout, TIME_TO_CONNECT + num_processes * TIME_PER_PROCESS)
+    group: distributed.ProcessGroup = distributed.new_group(backend="gloo", timeout=time_to_connect)
     distributed.distributed_c10d._set_pg_timeout(timeout, group)  # noqa: SLF001 - no public name
     return group
 
