@@ -37,7 +37,7 @@ FLOORS = [
     {"_scheduling"},
     {"_run"},
     {"callbacks"},
-    {"_loop"},
+    {"_loop", "_before_run"},
     {"trainer"},
     {"verification"},
     {"__init__"},
