@@ -42,7 +42,7 @@ from _failing import CODES, failing
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files come from /proc")
 
 IS_COMPLETE = os.environ.get("NUM_DISK_FAULTS") == "all"
-STRIDE = 11
+STRIDE, STRIDE_OF_RUNS = 23, 89
 """Of how many operations one fails by default."""
 
 OLD, NEW = {"marker": "old"}, {"marker": "new"}
@@ -228,8 +228,9 @@ def fails_at(point, code, stays_broken, save, trainer, folder):
 @pytest.mark.parametrize("name", SAVES)
 def test_an_operation_that_fails_costs_nothing_that_was_saved(trainer, before, tmp_path, name, stays_broken):
     save, folder, outcomes = SAVES[name], tmp_path / "folder", Counter[str]()
+    stride = 1 if IS_COMPLETE else STRIDE_OF_RUNS if save.is_run else STRIDE
     for number, code in enumerate(CODES):
-        for point in count(0) if IS_COMPLETE else count((len(name) + 5 * number) % STRIDE, STRIDE):
+        for point in count((len(name) + 7 * number) % stride, stride):
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(before, folder)
             outcome = fails_at(point, code, stays_broken, save, trainer, folder)
