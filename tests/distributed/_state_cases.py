@@ -25,7 +25,7 @@ from _support import train as train_for_one_epoch
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated._checkpoint.manifest import read_manifest
 from pytorch_accelerated._distributed import collectives
-from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
+from pytorch_accelerated.callbacks import SaveBestModelCallback, SaveTrainingStateCallback, TrainerCallback
 from pytorch_accelerated.callbacks import saving as saving_module
 from pytorch_accelerated.exceptions import CheckpointError
 
@@ -421,6 +421,28 @@ def case_a_checkpoint_that_cannot_be_written_fails_on_all(rank: int, directory: 
         (directory / "file").touch()
     Accelerator().wait_for_everyone()
     return message_of(lambda: make_trainer().save_checkpoint(directory / "file" / "model.pt", save_per_node=False))
+
+
+def case_the_best_model_of_an_abandoned_run_is_loaded_by_no_process(rank: int, directory: Path) -> Any:
+    """The second process sees the file of the first one only."""
+
+    def run(scores: list[float], **kwargs: Any) -> dict[str, Any]:
+        score = Probe(on_train_epoch_end=lambda t, **_: t.run_history.update_metric("score", scores.pop(0)))
+        best = SaveBestModelCallback(directory / "best.pt", watch_metric="score")
+        states = SaveTrainingStateCallback(directory / "states", save_every_n_epochs=1)
+        trained: dict[str, Any] = {}
+        last = Probe(on_training_run_epoch_end=lambda t, **_: trained.update(weights_of(t.get_model())))
+        trainer = make_trainer(callbacks=[score, best, states, last], seed=0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train_for_one_epoch(trainer, **{"num_epochs": 3, **kwargs})
+        is_last = all(torch.equal(value, trained[name]) for name, value in weights_of(trainer.model).items())
+        return {"is last": is_last, "warnings": [str(each.message) for each in caught], "best": best.state_dict()}
+
+    run([2.0, 3.0, 1.0])
+    worse = run([4.0, 5.0], num_epochs=4, resume_from=directory / "states" / "epoch_2")
+    better = run([1.5, 4.0], num_epochs=4, resume_from=directory / "states" / "epoch_2")
+    return {"worse": worse, "better": better, "names": names_in(directory)}
 
 
 CASES = {name.removeprefix("case_"): value for name, value in list(globals().items()) if name.startswith("case_")}
