@@ -436,7 +436,8 @@ class Run:
         self.num_batches_to_skip = progress.num_batches_in_epoch if progress.phase == "training" else 0
         self.stream_position = training.stream_position
         self.total_num_epochs = num_epochs
-        self.is_epoch_cut_short = self._was_epoch_cut_short()
+        if not progress.is_between_epochs():
+            self.is_epoch_cut_short = self._was_epoch_cut_short()
         self.is_resumed = True
         training.restart_scheduler_updates()
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pytorch_accelerated._checkpoint.checksum import EMPTY_CHECKSUM, LENGTH_SIZE, seal
-from pytorch_accelerated._checkpoint.files import as_plain, local_path, write_atomically
+from pytorch_accelerated._checkpoint.files import as_plain, local_path, name_for_pytorch, write_atomically
 from pytorch_accelerated._checkpoint.names import METADATA
 from pytorch_accelerated._types import StateDict, StateMapping
 from pytorch_accelerated.exceptions import CheckpointError
@@ -115,10 +115,10 @@ def load_safetensors(path: str | os.PathLike[str]) -> StateDict:
 
     path = local_path(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with name_for_pytorch(path) as name, safe_open(name, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
             names = list(file.keys())
-            tensors: dict[str, Any] = {name: file.get_tensor(name).clone() for name in names}  # they are memory-mapped
+            tensors: dict[str, Any] = {key: file.get_tensor(key).clone() for key in names}  # they are memory-mapped
         entries = {name: json.loads(text) for name, text in json.loads(metadata.get(_ENTRIES, "{}")).items()}
         versions = json.loads(metadata.get(_VERSIONS, "{}"))
     except (SafetensorError, ValueError, AttributeError) as error:

@@ -90,6 +90,7 @@ class Parts:
         companions: What else has a state.
         num_metric_values_seen: How many values of its metric the scheduler has been stepped with.
         is_optimizer_training: Whether an optimizer that has modes is in training mode; ``None`` if there is none.
+        is_epoch_cut_short: Whether the limit of updates ended the last epoch before its last batch.
     """
 
     model: nn.Module
@@ -110,6 +111,7 @@ class Parts:
     companions: Companions = field(default_factory=Companions)
     num_metric_values_seen: int = 0
     is_optimizer_training: bool | None = None
+    is_epoch_cut_short: bool = False
 
     @property
     def shared(self) -> dict[str, object]:
@@ -201,6 +203,7 @@ def _shared_state(
             "stopped": parts.stop_reason,
             "num_metric_values_seen": parts.num_metric_values_seen,
             "is_optimizer_training": parts.is_optimizer_training,
+            "is_epoch_cut_short": parts.is_epoch_cut_short,
             "knows_stream": stream is not None and stream["state"] is not None,
             "companions": parts.companions.shared_state(),
         },
@@ -334,6 +337,11 @@ class StateContents:
         """Why the run was stopped for good; ``None`` if it was not."""
         reason: str | None = self.trainer_state["trainer"]["stopped"]
         return reason
+
+    @property
+    def is_epoch_cut_short(self) -> bool:
+        """Whether the limit of updates had ended the last epoch; earlier versions did not save it."""
+        return bool(self.trainer_state["trainer"].get("is_epoch_cut_short", False))
 
     @property
     def user_entries(self) -> StateDict:
