@@ -5,15 +5,10 @@ In each case, one process has a reason to stop, somewhere, and the other has non
 
 from __future__ import annotations
 
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from _processes import run_cases
-from _support import HOOKS, Probe, make_dataset, make_trainer, train
+from _support import HOOKS, make_dataset, make_trainer, train
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import (
     EVENTS,
@@ -24,7 +19,7 @@ from pytorch_accelerated.callbacks import (
     StopTrainingError,
     TerminateOnNaNCallback,
 )
-from pytorch_accelerated.exceptions import CheckpointError, NonFiniteLossError
+from pytorch_accelerated.exceptions import NonFiniteLossError
 
 
 class OwnStopError(StopTrainingError):
@@ -41,7 +36,9 @@ REASONS = {
     "non-finite": lambda: NonFiniteLossError("mine", 3),
 }
 EVENTS_OF_TRAINING = [
-    event for event in EVENTS if event not in ("on_init_end", "on_exception", "on_log_point") and "_evaluation_" not in event
+    event
+    for event in EVENTS
+    if event not in ("on_init_end", "on_exception", "on_log_point") and "_evaluation_" not in event
 ]
 HOOKS_WITHOUT_RESULT = [hook for hook in HOOKS if hook.endswith(("_start", "_end")) and "evaluation" not in hook]
 

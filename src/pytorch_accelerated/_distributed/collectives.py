@@ -104,15 +104,19 @@ def run_on_all(func: Callable[[], T], num_processes: int, group: distributed.Pro
         result = func()
     except Exception as caught:
         error = caught
-    failure = None if error is None else (str(error), packed(error) if is_reason(error) else None)
+    is_of_program = error is not None and not isinstance(error, CheckpointError)
+    failure = None if error is None else (str(error), packed(error) if is_reason(error) else None, is_of_program)
     failures = [failure for failure in all_gather_objects(failure, num_processes, group) if failure is not None]
-    reasons = [unpacked(reason) for _, reason in failures if reason is not None]
+    reasons = [unpacked(reason) for _, reason, _ in failures if reason is not None]
     if reasons:
         raise first_of(reasons) from error
-    if error is not None and not isinstance(error, CheckpointError):
+    if error is not None and is_of_program:
         raise error
     if failures:
-        raise CheckpointError(failures[0][0]) from error
+        message, _, is_of_program = max(failures, key=lambda failure: failure[-1])
+        failed = CheckpointError(message)
+        failed.is_of_program = is_of_program
+        raise failed from error
     return result
 
 

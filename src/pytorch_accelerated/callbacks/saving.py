@@ -474,8 +474,8 @@ class SaveTrainingStateCallback(TrainerCallback):
     def _handled_save_error(self, trainer: Trainer) -> Iterator[None]:
         try:
             yield
-        except CheckpointError as error:  # raised on every process or on none
-            if self.on_save_error == "raise":
+        except CheckpointError as error:  # raised on every process, unless it has another kind of error
+            if self.on_save_error == "raise" or error.is_of_program:
                 raise
             self._saved = None
             if trainer.run_config.is_world_process_zero:
