@@ -577,7 +577,7 @@ class TrainingLoop:
         run.is_epoch_cut_short = run.is_update_limit_reached and not is_last
         run.training.progress.phase = "evaluation"
         run.training.optimizer_mode.eval(self.optimizer)
-        self._add_epoch_loss_to_run_history("train_loss_epoch")
+        run.call(self._add_epoch_loss_to_run_history, "train_loss_epoch")
         run.call(self.train_epoch_end)
         self._loop_fire(TrainerCallback.on_train_epoch_end)
         run.consensus.sync()
@@ -788,7 +788,7 @@ class TrainingLoop:
                 run.call(self._loop_eval_step, batch, step)
                 if is_repeatable:
                     run.check_signals()
-            self._add_epoch_loss_to_run_history(evaluation.loss_name)
+            run.call(self._add_epoch_loss_to_run_history, evaluation.loss_name)
             run.call(self.eval_epoch_end)
             self._loop_fire(TrainerCallback.on_eval_epoch_end, is_intermediate=is_intermediate)
 
