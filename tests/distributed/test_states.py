@@ -234,3 +234,7 @@ def test_the_best_model_of_an_abandoned_run_is_loaded_by_no_process(results):
         assert result["names"] == ["best.previous.pt", "best.pt", "states"]
     for name in ("worse", "better"):
         assert results[0][name]["best"] == results[1][name]["best"]
+
+
+def test_the_buffers_of_each_process_resume_exactly_within_a_window(results):
+    assert results == [{1: [], 2: [], 3: [], 5: [], 8: []}] * 2
