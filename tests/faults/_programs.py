@@ -372,6 +372,7 @@ def output_of(folder: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--programs", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first program (default: 0)")
     parser.add_argument("--seed", type=int, default=None, help="decides what the programs are (default: the time)")
     parser.add_argument("--only", type=int, default=None, help="run only the program of this number")
     arguments = parser.parse_args()
@@ -379,7 +380,9 @@ def main() -> int:
     print(f"seed {seed}", flush=True)
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="programs_"))
-    numbers = range(arguments.programs) if arguments.only is None else [arguments.only]
+    numbers = (
+        range(arguments.first, arguments.first + arguments.programs) if arguments.only is None else [arguments.only]
+    )
     begin, num_failed = time.monotonic(), 0
     for number in numbers:
         program, folder = Program.make_up(random.Random(f"{seed}/{number}")), root / str(number)
