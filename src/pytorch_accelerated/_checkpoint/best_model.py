@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pytorch_accelerated._types import StateDict, StateMapping
 
 
+@dataclass
 class BestModelFile:
     """Knows which file a run has saved, and tells it from one that another run, or a later epoch, has put in its place.
 
@@ -32,10 +34,9 @@ class BestModelFile:
             of the library saved the state that the run was resumed from.
     """
 
-    def __init__(self) -> None:
-        self.identity: str | None = None
-        self._found: str | None = None
-        self._kept: str | None = None
+    identity: str | None = None
+    _found: str | None = None
+    _kept: str | None = None
 
     def state_dict(self) -> StateDict:
         """Return the identities of the file that the run saved, and of the one that is kept."""
