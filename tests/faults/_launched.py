@@ -51,6 +51,7 @@ def happens(folder: Path, what: str, rank: int, update: int) -> Probe:
 def run(folder: Path, happenings: dict[str, list[int]]) -> None:
     """Train from the newest state, and save the outcome."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process has the handler of the launcher
     os.environ["ACCELERATE_USE_CPU"] = "true"
     callbacks = [happens(folder, what, *where) for what, where in happenings.items()]
     trainer = _runs.make_trainer(folder / "states", callbacks=callbacks, max_checkpoints=2, in_background=True)
