@@ -78,6 +78,7 @@ from pytorch_accelerated._distributed.waiting import explain_vain_wait
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._hints.classes import words_of_user
 from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_modes, report_exception
+from pytorch_accelerated._measuring.metric_set import MetricSet
 from pytorch_accelerated._optimizers import checks as optimizer_checks
 from pytorch_accelerated._optimizers.closure import WindowClosure, create_closure
 from pytorch_accelerated._optimizers.group import OptimizerGroup
@@ -95,6 +96,7 @@ from pytorch_accelerated._types import (
     EvalData,
     Loader,
     LossFunction,
+    Metrics,
     ModelOutput,
     Optimizers,
     SchedulerFactory,
@@ -158,6 +160,11 @@ class Trainer(TrainingLoop):
         seed: Seeds all random number generators now, and the data order of each run. With ``None`` nothing is seeded,
             and the data order derives from the seed that the program passed to ``torch.manual_seed``.
         accelerator: An `accelerate.Accelerator`, or keyword arguments to create one with.
+        metrics: Computed on the training data and on each evaluation dataset, and recorded as ``train_<name>``,
+            ``eval_<name>`` and so on: a dictionary of metrics of torchmetrics or of `pytorch_accelerated.metrics`, or
+            of functions, which are called with what `get_metric_inputs` returns and averaged over the samples. See
+            `docs/metrics.md`.
+        compute_train_metrics: Whether they are computed on the training data too.
 
     Example:
         >>> import torch
@@ -183,10 +190,12 @@ class Trainer(TrainingLoop):
         mixed_precision: str | None = None,
         seed: int | None = None,
         accelerator: Accelerator | Mapping[str, Any] | None = None,
+        metrics: Metrics | None = None,
+        compute_train_metrics: bool = True,
     ) -> None:
         _validation.check_seed(seed)
         _validation.check_run_history(run_history)
-        super().__init__(model, loss_func, optimizer, run_history)
+        super().__init__(model, loss_func, optimizer, run_history, MetricSet(metrics, compute_train_metrics))
         self.train_dataset: Any = None
         self.eval_dataset: Any = None
         self.collate_fn: CollateFunction | None = None
@@ -630,6 +639,8 @@ class Trainer(TrainingLoop):
         rank, num_processes = int(accelerator.process_index), int(accelerator.num_processes)
         seed = choose_seed(self._loop_seed, rank, num_processes)
         run = self._loop_run = Run(seed, rank, is_sharded(accelerator), previous=outer)
+        run.metrics = self._loop_metrics
+        run.metrics.place(self.device)
         run.is_active = True
         self.callback_handler.refresh()
         try:
@@ -727,6 +738,7 @@ class Trainer(TrainingLoop):
         self._prepare_model_optimizer_and_dataloaders()
         run.show_users_arguments()
         run.config = self.run_config = self._create_run_config(**numbers)
+        run.metrics.check_names(run.eval_dataloaders, run.is_training_run)
         if not overrides_any(self, ("_clip_gradients",)):
             check_clipping(self._accelerator, run.config.gradient_clip_value, run.config.gradient_clip_norm)
 
@@ -864,6 +876,7 @@ class Trainer(TrainingLoop):
             run_history=self.run_history,
             callbacks=self.callback_handler,
             means=training.epoch.means,
+            metrics=run.metrics.of_training,
             window=training.window,
             stream=next((loader.stream for loader in run.seeded_train_loaders), None),
             order=next((loader.order_state for loader in run.seeded_train_loaders), None),

@@ -1,0 +1,342 @@
+"""What a metric has gathered in one pass over the data on one process, for each kind of metric."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, zip_longest
+from typing import Any
+
+import torch
+from torch import nn
+
+from pytorch_accelerated._joining import OutputJoiner, as_parts, dresser_of
+from pytorch_accelerated._measuring.states import is_torchmetric, load_state, merged, metrics_in, state_of
+from pytorch_accelerated._metrics import one_number
+from pytorch_accelerated._nested import rebuild
+from pytorch_accelerated._types import MetricValue, Nested, StateDict, StateMapping
+from pytorch_accelerated.metrics import FromLoss, WholeSet
+
+Number = float | torch.Tensor
+
+
+class Accumulator(ABC):
+    """Gathers what one metric needs of each step, without reading it from an accelerator.
+
+    Its state is plain, and the states of several processes together give the result for all samples.
+    """
+
+    needs_inputs = True
+    """Whether `update` has to be called."""
+
+    @abstractmethod
+    def update(self, args: Sequence[Nested], kwargs: Mapping[str, Nested], num_samples: int) -> None:
+        """Add a step.
+
+        Args:
+            args: What the metric is called with, such as outputs and targets.
+            kwargs: Keyword arguments; there are either these or ``args``.
+            num_samples: The size of the batch.
+        """
+
+    @abstractmethod
+    def compute(self, states: Sequence[StateMapping], mean_loss: float) -> MetricValue:
+        """Return the result for some states, or ``None`` if they hold nothing.
+
+        Args:
+            states: What `state_dict` returned on each process, this one included.
+            mean_loss: The mean loss of the pass, on all processes.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget all steps."""
+
+    @abstractmethod
+    def state_dict(self) -> StateDict:
+        """Return what was gathered so far."""
+
+    @abstractmethod
+    def load_state_dict(self, state_dict: StateMapping) -> None:
+        """Restore what `state_dict` returned."""
+
+
+def create_accumulator(metric: Any, device: torch.device) -> Accumulator:
+    """Create the accumulator of a metric, which has a copy of the metric if that has a state."""
+    if is_torchmetric(metric):
+        return OfTorchMetric(metric, device)
+    if isinstance(metric, WholeSet):
+        return OfWholeSet(metric)
+    if isinstance(metric, FromLoss):
+        return OfLoss(metric)
+    return OfBatchMeans(metric.to(device) if isinstance(metric, nn.Module) else metric)
+
+
+# --- plain functions ---------------------------------------------------------------------------------------------
+
+
+class OfBatchMeans(Accumulator):
+    """The weighted mean of what a function returns for each batch.
+
+    Args:
+        function: Returns a number, or several in a tensor, sequence or mapping; in a pair, the second is the weight.
+
+    Example:
+        >>> accumulator = OfBatchMeans(lambda outputs, targets: (outputs - targets).abs().mean())
+        >>> accumulator.update((torch.zeros(3), torch.ones(3)), {}, 3)
+        >>> accumulator.update((torch.zeros(1), torch.ones(1) * 5), {}, 1)
+        >>> accumulator.compute([accumulator.state_dict()], 0.0)
+        2.0
+    """
+
+    def __init__(self, function: Callable[..., MetricValue]) -> None:
+        self._function = function
+        self._totals: dict[str, Number] = {}
+        self._weights: dict[str, Number] = {}
+
+    def update(self, args: Sequence[Nested], kwargs: Mapping[str, Nested], num_samples: int) -> None:
+        """Call the function, and add what it returned; nothing if it returned ``None``."""
+        weight: Any = num_samples
+        value = self._function(*args, **kwargs)
+        if isinstance(value, tuple) and len(value) == 2:
+            value, weight = value
+        if weight.__class__ is not int:
+            weight = _as_weight(weight)
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                self._add(str(key), item, weight)
+        elif value is not None:
+            self._add("", value, weight)
+
+    def _add(self, key: str, value: MetricValue, weight: Number) -> None:
+        if value.__class__ is not float:
+            value = _as_summand(value)
+        total = self._totals.get(key, 0.0)
+        if isinstance(value, torch.Tensor):
+            if isinstance(total, torch.Tensor) and total.shape != value.shape:
+                raise ValueError(
+                    f"It returned the shape {tuple(value.shape)} for a batch, and {tuple(total.shape)} for those "
+                    "before. Expected the mean over the batch: return that, or use "
+                    "`pytorch_accelerated.metrics.WholeSet(function)` for a function of all samples."
+                )
+            self._totals[key] = _wide(value) * weight + total
+        else:
+            self._totals[key] = value * weight + total
+        self._weights[key] = self._weights.get(key, 0) + weight
+
+    def compute(self, states: Sequence[StateMapping], mean_loss: float) -> MetricValue:
+        """Return the mean, or a dictionary of means if the function returned a mapping."""
+        pairs: dict[str, list[tuple[Number, Number]]] = {}
+        for state in states:
+            for key, total in state["totals"].items():
+                pairs.setdefault(key, []).append((total, state["weights"][key]))
+        means = {key: _mean(of_processes) for key, of_processes in pairs.items()}
+        return means.get("", means or None)
+
+    def reset(self) -> None:
+        """Forget all sums."""
+        self._totals, self._weights = {}, {}
+
+    def state_dict(self) -> StateDict:
+        """Return the weighted sums, and the sums of the weights."""
+        return {"totals": dict(self._totals), "weights": dict(self._weights)}
+
+    def load_state_dict(self, state_dict: StateMapping) -> None:
+        """Restore what `state_dict` returned."""
+        self._totals, self._weights = dict(state_dict["totals"]), dict(state_dict["weights"])
+
+
+def _as_summand(value: MetricValue) -> Number:
+    """Return a number in host memory as such, and anything else as a tensor."""
+    if isinstance(value, torch.Tensor):
+        if value.is_complex():
+            raise TypeError("It returned complex numbers. Expected real ones.")
+        value = value.detach()
+        if value.numel() == 1:
+            return _read_if_free(value)
+        return value
+    number = one_number(value)
+    try:
+        return torch.as_tensor(value) if number is None else number
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"It returned {value!r}, of type {type(value).__name__}. Expected a number, or a tensor or mapping of "
+            "numbers: the mean over the batch, and `None` where there is none."
+        ) from error
+
+
+def _as_weight(weight: Any) -> Number:
+    number = one_number(weight)
+    if number is None:
+        raise TypeError(
+            f"It returned a pair whose second item, the weight of the value, is {weight!r}. Expected a single number. "
+            "Return several values as a tensor, list or mapping."
+        )
+    if isinstance(number, torch.Tensor):
+        return _read_if_free(number.detach())
+    return number
+
+
+def _read_if_free(value: torch.Tensor) -> Number:
+    """Return a single number from host memory as such; one on an accelerator, for which the host would wait, stays."""
+    number: Number = value.item() if value.is_cpu else value.reshape(())
+    return number
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    return value.to(torch.float32 if value.device.type == "mps" else torch.float64)  # MPS has no float64
+
+
+def _mean(pairs: Sequence[tuple[Number, Number]]) -> Number | None:
+    total = sum((_on_host(total) for total, _ in pairs), 0.0)
+    weight = sum((_on_host(weight) for _, weight in pairs), 0.0)
+    return total / weight if weight else None
+
+
+def _on_host(number: Number) -> Number:
+    if not isinstance(number, torch.Tensor):
+        return number
+    return float(number) if number.ndim == 0 else number.cpu()
+
+
+class OfWholeSet(Accumulator):
+    """Keeps what a function needs of all steps, on the device.
+
+    Args:
+        metric: The function, and how to join what it is called with.
+    """
+
+    def __init__(self, metric: WholeSet) -> None:
+        self._metric = metric
+        self._chunks: list[StateDict] = []
+
+    def update(self, args: Sequence[Nested], kwargs: Mapping[str, Nested], num_samples: int) -> None:
+        """Keep a copy: what the model returned may be overwritten in the next step."""
+        named = {f"{index}": value for index, value in enumerate(args)} | dict(kwargs)
+        self._chunks.append({"size": num_samples, "num_args": len(args), "inputs": _copied(named)})
+
+    def compute(self, states: Sequence[StateMapping], mean_loss: float) -> MetricValue:
+        """Join the steps, in the order in which the processes took turns, and call the function."""
+        turns = chain.from_iterable(zip_longest(*(state["chunks"] for state in states)))
+        chunks = [chunk for chunk in turns if chunk is not None]
+        if not chunks:
+            return None
+        joiner = OutputJoiner(self._metric.padding_value, to_host=False)
+        joiner.num_expected = sum(chunk["size"] for chunk in chunks)
+        for chunk in chunks:
+            size, parts = chunk["size"], chunk["inputs"]
+            joiner.add({name: as_parts(value, size, (name,)) for name, value in parts.items()}, size)
+        joined = dresser_of(chunks[0]["inputs"])(joiner.result())
+        args = [joined.pop(f"{index}") for index in range(chunks[0]["num_args"])]
+        return self._metric.function(*args, **joined)
+
+    def reset(self) -> None:
+        """Forget all steps."""
+        self._chunks = []
+
+    def state_dict(self) -> StateDict:
+        """Return the arguments and the size of each step."""
+        return {"chunks": list(self._chunks)}
+
+    def load_state_dict(self, state_dict: StateMapping) -> None:
+        """Restore what `state_dict` returned."""
+        self._chunks = list(state_dict["chunks"])
+
+
+def _copied(value: Nested) -> Nested:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return rebuild(value, _copied)
+
+
+class OfLoss(Accumulator):
+    """Gathers nothing: the trainer knows the mean loss.
+
+    Args:
+        metric: The function of the mean loss.
+    """
+
+    needs_inputs = False
+
+    def __init__(self, metric: FromLoss) -> None:
+        self._metric = metric
+
+    def update(self, args: Sequence[Nested], kwargs: Mapping[str, Nested], num_samples: int) -> None:
+        """Do nothing."""
+
+    def compute(self, states: Sequence[StateMapping], mean_loss: float) -> MetricValue:
+        """Call the function with the mean loss."""
+        return self._metric.function(mean_loss)
+
+    def reset(self) -> None:
+        """Do nothing."""
+
+    def state_dict(self) -> StateDict:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: StateMapping) -> None:
+        """Do nothing."""
+
+
+# --- torchmetrics ------------------------------------------------------------------------------------------------
+
+
+class OfTorchMetric(Accumulator):
+    """A copy of a metric, or of a collection of metrics, of torchmetrics.
+
+    Args:
+        metric: The metric.
+        device: Where the copy is.
+    """
+
+    def __init__(self, metric: Any, device: torch.device) -> None:
+        self._metric = copy.deepcopy(metric).to(device)
+        self._metric.reset()
+        for each in self._parts().values():
+            each.distributed_available_fn = _is_never_available  # processes are put together by `compute`
+
+    def _parts(self) -> dict[str, Any]:
+        return metrics_in(self._metric)
+
+    def update(self, args: Sequence[Nested], kwargs: Mapping[str, Nested], num_samples: int) -> None:
+        """Update the metric."""
+        self._metric.update(*args, **kwargs)
+
+    def compute(self, states: Sequence[StateMapping], mean_loss: float) -> MetricValue:
+        """Put the states together, which leaves the metric with the result, and compute that."""
+        parts = self._parts()
+        is_own = len(states) == 1
+        for name, part in parts.items():
+            if not is_own:
+                load_state(part, merged(part, [state["metrics"][name] for state in states]))
+        if not any(part.update_count for part in parts.values()):
+            return None
+        return self._metric.compute()
+
+    def reset(self) -> None:
+        """Reset the metric."""
+        self._metric.reset()
+
+    def state_dict(self) -> StateDict:
+        """Return the state of the metric, and of each metric in it."""
+        return {"metrics": {name: state_of(part) for name, part in self._parts().items()}}
+
+    def load_state_dict(self, state_dict: StateMapping) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: It is that of another metric.
+        """
+        parts, saved = self._parts(), state_dict["metrics"]
+        sums = {name: set(part.metric_state) for name, part in parts.items()}
+        saved_sums = {name: set(state["sums"]) for name, state in saved.items()}
+        if sums != saved_sums:
+            raise ValueError(f"it has the sums {saved_sums} instead of {sums}")
+        for name, part in parts.items():
+            load_state(part, saved[name])
+
+
+def _is_never_available() -> bool:
+    return False

@@ -1,0 +1,78 @@
+"""States of the metrics of torchmetrics: what they have summed, and how that of several processes is put together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+
+from pytorch_accelerated._types import StateDict, StateMapping
+
+
+def is_torchmetric(value: object) -> bool:
+    """Tell whether something is a metric, or a collection of metrics, of torchmetrics, without importing it."""
+    torchmetrics = sys.modules.get("torchmetrics")
+    return torchmetrics is not None and isinstance(value, (torchmetrics.Metric, torchmetrics.MetricCollection))
+
+
+def metrics_in(metric: Any) -> dict[str, Any]:
+    """Return a metric and those in it, by name; those of a collection refer to what they have in common."""
+    if hasattr(metric, "add_metrics"):  # a collection
+        metric.items(keep_base=True, copy_state=False)  # the members of a group get the state of its first
+    return {name: each for name, each in metric.named_modules() if hasattr(type(each), "update_count")}
+
+
+def state_of(metric: Any) -> StateDict:
+    """Return what a single metric has summed, and the numbers that it keeps besides, such as that of its updates."""
+    numbers = {name: value for name, value in vars(metric).items() if _is_number(value) and name != "_computed"}
+    return {"sums": dict(metric.metric_state), "numbers": numbers}
+
+
+def load_state(metric: Any, state: StateMapping) -> None:
+    """Restore what `state_of` returned; tensors are moved to the device of the metric."""
+    metric.reset()
+    for name, value in state["sums"].items():
+        setattr(metric, name, _on_device(value, metric.device))
+    for name, number in state["numbers"].items():
+        setattr(metric, name, _on_device(number, metric.device))
+
+
+def merged(metric: Any, states: Sequence[StateMapping]) -> StateDict:
+    """Put the states of one metric together that several processes have, as torchmetrics does.
+
+    Args:
+        metric: The metric, which knows how.
+        states: What `state_of` returned on each of them.
+    """
+    reductions: Mapping[str, Any] = metric._reductions  # noqa: SLF001 - torchmetrics has no public name for it
+    sums = {
+        name: _reduced(reductions[name], [_on_device(state["sums"][name], metric.device) for state in states])
+        for name in metric.metric_state
+    }
+    num_updates = sum(state["numbers"].get("_update_count", 0) for state in states)
+    return {"sums": sums, "numbers": {**states[0]["numbers"], "_update_count": num_updates}}
+
+
+def _reduced(reduction: Any, values: list[Any]) -> Any:
+    if isinstance(values[0], torch.Tensor):
+        if len({value.shape for value in values}) > 1:
+            return torch.cat([value.reshape(-1) if value.ndim == 0 else value for value in values])
+        value: Any = torch.stack(values)
+    else:
+        value = list(chain.from_iterable(values))
+        if not value or not isinstance(value[0], torch.Tensor):
+            return value
+    return value if reduction is None else reduction(value)
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return [_on_device(item, device) for item in value] if isinstance(value, list) else value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
