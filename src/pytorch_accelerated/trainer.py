@@ -317,7 +317,7 @@ class Trainer(TrainingLoop):
         _warn_about_start(self, per_device_batch_size, train_dataloader_kwargs, eval_dataloader_kwargs)
         with self._loop_run_context() as run:
             run.stepping = stepping
-            state = self._loop_find_state(resume_from, allow_other_num_processes)
+            state = _find_state(self, resume_from, allow_other_num_processes)
             self._loop_make_train_loader(per_device_batch_size, train_dataloader_kwargs)
             if eval_dataset is not None:
                 self._loop_make_eval_loaders(per_device_batch_size, eval_dataloader_kwargs)
@@ -678,30 +678,6 @@ class Trainer(TrainingLoop):
             self._check_eval_batch_size()
             run.consensus = _create_consensus(self)
             yield
-
-    def _loop_find_state(
-        self, resume_from: str | os.PathLike[str] | bool | None, allow_other_num_processes: bool
-    ) -> SavedState | Callable[[], StateDict] | None:
-        """Return the verified state that the run continues from; ``None`` if it starts from scratch.
-
-        If a subclass overrides `load_training_state`, its method reads and checks the state. It is returned instead.
-        """
-        options = {"allow_other_num_processes": True} if allow_other_num_processes else {}
-        is_overridden = overrides_any(self, ("load_training_state",))
-        if is_overridden and resume.is_directory(resume_from):
-            return partial(self.load_training_state, resume_from, **options)
-        saved = resume.find_state_to_resume(
-            resume_from,
-            _folders_of_states(self.callback_handler),
-            self,
-            is_main=self._accelerator.is_main_process,
-            num_processes=int(self._accelerator.num_processes),
-            allow_other_num_processes=allow_other_num_processes,
-            print_fn=self.print,
-        )
-        if is_overridden and saved is not None:
-            return partial(self.load_training_state, str(saved.path), **options)
-        return saved
 
     def _loop_make_train_loader(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:
         self._loop_run.train_dl_kwargs = None  # those of an earlier run
@@ -1076,6 +1052,32 @@ def _seed_loader(dataset_name: str, loader: Loader, accelerator: Accelerator) ->
     _validation.check_data_of_loader(dataset_name, loader)
     _validation.warn_about_ready_batches(dataset_name, loader)
     return rebuild_loader(loader, placement_of(accelerator))
+
+
+def _find_state(
+    trainer: Trainer, resume_from: str | os.PathLike[str] | bool | None, allow_other_num_processes: bool
+) -> SavedState | Callable[[], StateDict] | None:
+    """Return the verified state that the run continues from; ``None`` if it starts from scratch.
+
+    If a subclass overrides `load_training_state`, its method reads and checks the state. It is returned instead.
+    """
+    options = {"allow_other_num_processes": True} if allow_other_num_processes else {}
+    is_overridden = overrides_any(trainer, ("load_training_state",))
+    if is_overridden and resume.is_directory(resume_from):
+        return partial(trainer.load_training_state, resume_from, **options)
+    accelerator = trainer._accelerator  # noqa: SLF001 - same module
+    saved = resume.find_state_to_resume(
+        resume_from,
+        _folders_of_states(trainer.callback_handler),
+        trainer,
+        is_main=accelerator.is_main_process,
+        num_processes=int(accelerator.num_processes),
+        allow_other_num_processes=allow_other_num_processes,
+        print_fn=trainer.print,
+    )
+    if is_overridden and saved is not None:
+        return partial(trainer.load_training_state, str(saved.path), **options)
+    return saved
 
 
 def _folders_of_states(callback_handler: CallbackHandler) -> set[Path]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -152,10 +153,9 @@ def _as_summand(value: MetricValue) -> Number:
     if isinstance(value, torch.Tensor):
         if value.is_complex():
             raise TypeError("It returned complex numbers. Expected real ones.")
-        value = value.detach()
-        if value.numel() == 1:
-            return _read_if_free(value)
-        return value
+        return _read_if_free(value) if value.numel() == 1 else value.detach()
+    if isinstance(value, np.floating):
+        return float(value)
     number = one_number(value)
     try:
         return torch.as_tensor(value) if number is None else number
@@ -174,13 +174,13 @@ def _as_weight(weight: Any) -> Number:
             "Return several values as a tensor, list or mapping."
         )
     if isinstance(number, torch.Tensor):
-        return _read_if_free(number.detach())
+        return _read_if_free(number)
     return number
 
 
 def _read_if_free(value: torch.Tensor) -> Number:
     """Return a single number from host memory as such; one on an accelerator, for which the host would wait, stays."""
-    number: Number = value.item() if value.is_cpu else value.reshape(())
+    number: float | torch.Tensor = value.item() if value.is_cpu else value.detach().reshape(())
     return number
 
 
