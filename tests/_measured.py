@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torchmetrics import MeanSquaredError, MetricCollection, PearsonCorrCoef
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
 from pytorch_accelerated import Trainer
+from pytorch_accelerated.callbacks import SaveTrainingStateCallback, StepBasedEvaluationCallback
 from pytorch_accelerated.metrics import Accuracy, FromLoss, MeanAbsoluteError, Perplexity, TopKAccuracy, WholeSet
 
 NUM_CLASSES = 3
@@ -62,7 +64,7 @@ def make_trainer(metrics: Any = None, lr: float = 0.1, callbacks: Any = (), **kw
     return Trainer(model, nn.CrossEntropyLoss(), optimizer, callbacks, metrics=metrics, **kwargs)
 
 
-def train(trainer: Trainer, total_batch_size: int = 4, num_processes: int = 1, **kwargs: Any) -> dict[str, list[Any]]:
+def train(trainer: Trainer, total_batch_size: int = 6, num_processes: int = 1, **kwargs: Any) -> dict[str, list[Any]]:
     """Train and evaluate, and return the history."""
     kwargs = {"num_epochs": 2, "eval_dataset": make_classes(13, seed=2), **kwargs}
     trainer.train(make_classes(), per_device_batch_size=total_batch_size // num_processes, **kwargs)
@@ -76,10 +78,10 @@ def history_of(trainer: Trainer) -> dict[str, list[Any]]:
 
 
 def whole_run(num_processes: int) -> dict[str, list[Any]]:
-    """Train in batches of four in total, and evaluate a dataset by itself, with a metric that sees the order."""
+    """Train in batches of six in total, and evaluate a dataset by itself, with a metric that sees the order."""
     histories = train(make_trainer(), num_processes=num_processes)
     in_order = make_trainer({"order": WholeSet(scores_and_positions)})
-    in_order.evaluate(make_classes(13), per_device_batch_size=4 // num_processes)
+    in_order.evaluate(make_classes(13), per_device_batch_size=6 // num_processes)
     return {**histories, **history_of(in_order), **regression(num_processes)}
 
 
@@ -93,8 +95,19 @@ def regression(num_processes: int) -> dict[str, list[Any]]:
     metrics = {"mae": MeanAbsoluteError(), "mse": MeanSquaredError(), "pearson": PearsonCorrCoef()}
     trainer = Flat(model, nn.MSELoss(), None, (), metrics=metrics)
     data = TensorDataset(inputs, inputs.sum(1, keepdim=True) + inputs[:, :1] ** 2)
-    trainer.evaluate(data, per_device_batch_size=4 // num_processes)
+    trainer.evaluate(data, per_device_batch_size=6 // num_processes)
     return history_of(trainer)
+
+
+def resumable(folder: Path, metrics: Any = None) -> Trainer:
+    """Create a trainer that saves a state after every step."""
+    saver = SaveTrainingStateCallback(folder, save_every_n_steps=1, max_checkpoints=None)
+    return make_trainer(metrics, callbacks=[StepBasedEvaluationCallback(eval_every_n_steps=2), saver])
+
+
+def states_in(folder: Path) -> list[Path]:
+    """Return the states in a folder, the oldest first."""
+    return sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
 
 
 class Flat(Trainer):

@@ -27,8 +27,9 @@ def metrics_in(metric: Any) -> dict[str, Any]:
 
 def state_of(metric: Any) -> StateDict:
     """Return what a single metric has summed, and the numbers that it keeps besides, such as that of its updates."""
-    numbers = {name: value for name, value in vars(metric).items() if _is_number(value) and name != "_computed"}
-    return {"sums": dict(metric.metric_state), "numbers": numbers}
+    sums = {name: [*value] if isinstance(value, list) else value for name, value in metric.metric_state.items()}
+    others = {name: value for name, value in vars(metric).items() if name not in sums and name != "_computed"}
+    return {"sums": sums, "numbers": {name: value for name, value in others.items() if _is_number(value)}}
 
 
 def load_state(metric: Any, state: StateMapping) -> None:
@@ -57,15 +58,12 @@ def merged(metric: Any, states: Sequence[StateMapping]) -> StateDict:
 
 
 def _reduced(reduction: Any, values: list[Any]) -> Any:
-    if isinstance(values[0], torch.Tensor):
-        if len({value.shape for value in values}) > 1:
-            return torch.cat([value.reshape(-1) if value.ndim == 0 else value for value in values])
-        value: Any = torch.stack(values)
-    else:
-        value = list(chain.from_iterable(values))
-        if not value or not isinstance(value[0], torch.Tensor):
-            return value
-    return value if reduction is None else reduction(value)
+    if isinstance(values[0], list):
+        return list(chain.from_iterable(values))  # as one process would have it
+    if len({value.shape for value in values}) > 1:
+        return torch.cat([value.reshape(-1) if value.ndim == 0 else value for value in values])
+    stacked = torch.stack(values)
+    return stacked if reduction is None else reduction(stacked)
 
 
 def _on_device(value: Any, device: torch.device) -> Any:
