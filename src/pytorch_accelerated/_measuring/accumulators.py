@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pytorch_accelerated._joining import OutputJoiner, as_parts, dresser_of
-from pytorch_accelerated._measuring.states import is_torchmetric, load_state, merged, metrics_in, state_of
+from pytorch_accelerated._measuring.states import is_torchmetric, load_state, merged, metrics_in, on_device, state_of
 from pytorch_accelerated._metrics import one_number
 from pytorch_accelerated._nested import rebuild
 from pytorch_accelerated._types import MetricValue, Nested, StateDict, StateMapping
@@ -68,10 +68,10 @@ def create_accumulator(metric: Any, device: torch.device) -> Accumulator:
     if is_torchmetric(metric):
         return OfTorchMetric(metric, device)
     if isinstance(metric, WholeSet):
-        return OfWholeSet(metric)
+        return OfWholeSet(metric, device)
     if isinstance(metric, FromLoss):
         return OfLoss(metric)
-    return OfBatchMeans(metric.to(device) if isinstance(metric, nn.Module) else metric)
+    return OfBatchMeans(metric.to(device) if isinstance(metric, nn.Module) else metric, device)
 
 
 # --- plain functions ---------------------------------------------------------------------------------------------
@@ -82,17 +82,19 @@ class OfBatchMeans(Accumulator):
 
     Args:
         function: Returns a number, or several in a tensor, sequence or mapping; in a pair, the second is the weight.
+        device: Where tensors are.
 
     Example:
-        >>> accumulator = OfBatchMeans(lambda outputs, targets: (outputs - targets).abs().mean())
+        >>> accumulator = OfBatchMeans(lambda outputs, targets: (outputs - targets).abs().mean(), torch.device("cpu"))
         >>> accumulator.update((torch.zeros(3), torch.ones(3)), {}, 3)
         >>> accumulator.update((torch.zeros(1), torch.ones(1) * 5), {}, 1)
         >>> accumulator.compute([accumulator.state_dict()], 0.0)
         2.0
     """
 
-    def __init__(self, function: Callable[..., MetricValue]) -> None:
+    def __init__(self, function: Callable[..., MetricValue], device: torch.device) -> None:
         self._function = function
+        self._device = device
         self._totals: dict[str, Number] = {}
         self._weights: dict[str, Number] = {}
 
@@ -110,7 +112,7 @@ class OfBatchMeans(Accumulator):
         elif value is not None:
             self._add("", value, weight)
 
-    def _add(self, key: str, value: MetricValue, weight: Number) -> None:
+    def _add(self, key: str, value: MetricValue, weight: Any) -> None:
         if value.__class__ is not float:
             value = _as_summand(value)
         total = self._totals.get(key, 0.0)
@@ -121,7 +123,10 @@ class OfBatchMeans(Accumulator):
                     "before. Expected the mean over the batch: return that, or use "
                     "`pytorch_accelerated.metrics.WholeSet(function)` for a function of all samples."
                 )
-            self._totals[key] = _wide(value) * weight + total
+            if isinstance(total, torch.Tensor) and weight.__class__ is int:
+                total.add_(value, alpha=weight)  # a single operation
+            else:
+                self._totals[key] = _wide(value) * weight + total
         else:
             self._totals[key] = value * weight + total
         self._weights[key] = self._weights.get(key, 0) + weight
@@ -145,7 +150,8 @@ class OfBatchMeans(Accumulator):
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
-        self._totals, self._weights = dict(state_dict["totals"]), dict(state_dict["weights"])
+        state = on_device(dict(state_dict), self._device)
+        self._totals, self._weights = state["totals"], state["weights"]
 
 
 def _as_summand(value: MetricValue) -> Number:
@@ -205,10 +211,12 @@ class OfWholeSet(Accumulator):
 
     Args:
         metric: The function, and how to join what it is called with.
+        device: Where tensors are.
     """
 
-    def __init__(self, metric: WholeSet) -> None:
+    def __init__(self, metric: WholeSet, device: torch.device) -> None:
         self._metric = metric
+        self._device = device
         self._chunks: list[StateDict] = []
 
     def update(self, args: Sequence[Nested], kwargs: Mapping[str, Nested], num_samples: int) -> None:
@@ -241,7 +249,7 @@ class OfWholeSet(Accumulator):
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
-        self._chunks = list(state_dict["chunks"])
+        self._chunks = on_device(list(state_dict["chunks"]), self._device)
 
 
 def _copied(value: Nested) -> Nested:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from pytorch_accelerated._types import StateDict, StateMapping
+from pytorch_accelerated._nested import rebuild
+from pytorch_accelerated._types import Nested, StateDict, StateMapping
 
 
 def is_torchmetric(value: object) -> bool:
@@ -36,9 +37,9 @@ def load_state(metric: Any, state: StateMapping) -> None:
     """Restore what `state_of` returned; tensors are moved to the device of the metric."""
     metric.reset()
     for name, value in state["sums"].items():
-        setattr(metric, name, _on_device(value, metric.device))
+        setattr(metric, name, on_device(value, metric.device))
     for name, number in state["numbers"].items():
-        setattr(metric, name, _on_device(number, metric.device))
+        setattr(metric, name, on_device(number, metric.device))
 
 
 def merged(metric: Any, states: Sequence[StateMapping]) -> StateDict:
@@ -50,7 +51,7 @@ def merged(metric: Any, states: Sequence[StateMapping]) -> StateDict:
     """
     reductions: Mapping[str, Any] = metric._reductions  # noqa: SLF001 - torchmetrics has no public name for it
     sums = {
-        name: _reduced(reductions[name], [_on_device(state["sums"][name], metric.device) for state in states])
+        name: _reduced(reductions[name], [on_device(state["sums"][name], metric.device) for state in states])
         for name in metric.metric_state
     }
     num_updates = sum(state["numbers"].get("_update_count", 0) for state in states)
@@ -66,10 +67,11 @@ def _reduced(reduction: Any, values: list[Any]) -> Any:
     return stacked if reduction is None else reduction(stacked)
 
 
-def _on_device(value: Any, device: torch.device) -> Any:
+def on_device(value: Nested, device: torch.device) -> Nested:
+    """Return a nested structure with its tensors on a device."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
-    return [_on_device(item, device) for item in value] if isinstance(value, list) else value
+    return rebuild(value, lambda item: on_device(item, device))
 
 
 def _is_number(value: object) -> bool:
