@@ -302,6 +302,7 @@ class OfTorchMetric(Accumulator):
     def __init__(self, metric: Any, device: torch.device) -> None:
         self._metric = copy.deepcopy(metric).to(device)
         self._metric.reset()
+        self._num_updates = 0  # metrics around others do not count them
         for each in self._parts().values():
             each.distributed_available_fn = _is_never_available  # processes are put together by `compute`
 
@@ -311,25 +312,25 @@ class OfTorchMetric(Accumulator):
     def update(self, args: Sequence[Nested], kwargs: Mapping[str, Nested], num_samples: int) -> None:
         """Update the metric."""
         self._metric.update(*args, **kwargs)
+        self._num_updates += 1
 
     def compute(self, states: Sequence[StateMapping], mean_loss: float) -> MetricValue:
         """Put the states together, which leaves the metric with the result, and compute that."""
-        parts = self._parts()
-        is_own = len(states) == 1
-        for name, part in parts.items():
-            if not is_own:
-                load_state(part, merged(part, [state["metrics"][name] for state in states]))
-        if not any(part.update_count for part in parts.values()):
+        if not any(state["num_updates"] for state in states):
             return None
+        for name, part in self._parts().items() if len(states) > 1 else ():
+            load_state(part, merged(part, [state["metrics"][name] for state in states]))
         return self._metric.compute()
 
     def reset(self) -> None:
         """Reset the metric."""
         self._metric.reset()
+        self._num_updates = 0
 
     def state_dict(self) -> StateDict:
         """Return the state of the metric, and of each metric in it."""
-        return {"metrics": {name: state_of(part) for name, part in self._parts().items()}}
+        metrics = {name: state_of(part) for name, part in self._parts().items()}
+        return {"metrics": metrics, "num_updates": self._num_updates}
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned.
@@ -344,6 +345,7 @@ class OfTorchMetric(Accumulator):
             raise ValueError(f"it has the sums {saved_sums} instead of {sums}")
         for name, part in parts.items():
             load_state(part, saved[name])
+        self._num_updates = state_dict["num_updates"]
 
 
 def _is_never_available() -> bool:

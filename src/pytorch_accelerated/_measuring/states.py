@@ -68,9 +68,9 @@ def _reduced(reduction: Any, values: list[Any]) -> Any:
 
 
 def on_device(value: Nested, device: torch.device) -> Nested:
-    """Return a nested structure with its tensors on a device."""
+    """Return a copy of a nested structure with its tensors on a device; no two of them share their memory."""
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        return value.to(device, copy=True)
     return rebuild(value, lambda item: on_device(item, device))
 
 
