@@ -26,7 +26,6 @@ from pytorch_accelerated._loss_monitor import LossMonitor
 from pytorch_accelerated._measuring.metric_set import MetricSet, PassMetrics
 from pytorch_accelerated._step import read_batch_output
 from pytorch_accelerated.callbacks import TrainerCallback
-from pytorch_accelerated.metrics import Accuracy, Perplexity
 from pytorch_accelerated.tracking import LossTracker
 
 NUM_STEPS = 2000
@@ -58,11 +57,6 @@ def metrics_of_pass(metrics: dict[str, Any]) -> PassMetrics:
     return metric_set.of_training
 
 
-def mean_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the share of predictions that are wrong."""
-    return (outputs.argmax(1) != targets).float().mean()
-
-
 def measure() -> Timer:
     """Train with a hand-written loop that also calls the parts of the library."""
     timed = Timer()
@@ -72,8 +66,7 @@ def measure() -> Timer:
     trainer = Trainer(model, loss_func, optimizer, callbacks=())
     fire = partial(trainer._loop_fire, TrainerCallback.on_train_step_start)
     tracker, monitor, total = LossTracker(), LossMonitor(), torch.zeros(())
-    computed = metrics_of_pass({"accuracy": Accuracy(), "perplexity": Perplexity(), "error": mean_error})
-    trivial = metrics_of_pass({name: lambda outputs, targets: 0.5 for name in ("a", "b", "c")})
+    metrics = metrics_of_pass({name: lambda outputs, targets: 0.5 for name in ("a", "b", "c")})
     wrapped = wrap_optimizer(Accelerator(), optimizer)
     batches = iter(DataLoader(make_dataset(32 * NUM_STEPS), 32))
     for step in range(NUM_STEPS):
@@ -93,8 +86,8 @@ def measure() -> Timer:
             timed("optimizer step, by hand", optimizer.step)
         timed("discarding the gradients, on the fast path", wrapped.zero_grad)
         timed("checking whether a log point is due", monitor.is_due)
-        name, metrics = ("three metrics", computed) if step % 2 else ("three metrics that compute nothing", trivial)
-        timed(name, partial(metrics.update, trainer.get_metric_inputs, (inputs, targets), batch_output, 32))
+        update = partial(metrics.update, trainer.get_metric_inputs, (inputs, targets), batch_output, 32)
+        timed("three metrics, without what their functions compute", update)
     return timed
 
 

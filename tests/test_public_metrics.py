@@ -11,7 +11,7 @@ from torchmetrics.functional.regression import mean_absolute_error
 
 from pytorch_accelerated.metrics import Accuracy, FromLoss, MeanAbsoluteError, Perplexity, TopKAccuracy, WholeSet
 
-SIZES = [1, 7, 3000]
+SIZES = [1, 7, 30000]
 """Of batches. The last one is too large for the short way of small tensors."""
 
 
@@ -100,6 +100,11 @@ def test_the_mean_absolute_error_is_that_of_torchmetrics(size):
 def test_shapes_that_do_not_fit_are_refused(metric, outputs, targets):
     with pytest.raises(ValueError, match=r"got outputs of the shape \(4.*and targets of the shape .*Expected"):
         metric(outputs, targets)
+
+
+def test_an_output_that_is_nan_is_not_right():
+    outputs = torch.tensor([[torch.nan, 1.0, 0.0]] * 2)
+    assert float(TopKAccuracy(1)(outputs, torch.tensor([0, 2]))[0]) == 0.0
 
 
 def test_k_is_at_least_1():

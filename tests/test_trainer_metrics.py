@@ -465,7 +465,7 @@ def test_a_run_that_is_resumed_anywhere_records_the_same_bits(states, tmp_path):
 def test_metrics_that_the_state_lacks_cover_the_rest_of_the_epoch(states, tmp_path):
     folder, _ = states
     metrics = {"accuracy": Accuracy(), "rest": WholeSet(lambda outputs, targets: len(outputs))}
-    with pytest.warns(UserWarning, match="has nothing of `rest` in `metrics`"):
+    with pytest.warns(UserWarning, match="has nothing of `accuracy`, `rest` in `metrics`"):
         history = train(resumable(tmp_path, metrics), gradient_accumulation_steps=2, resume_from=states_in(folder)[1])
     assert history["train_rest"][0] < 22
     assert history["train_rest"][1] == 22

@@ -314,7 +314,7 @@ class TrainingLoop:
             batch_output: What `calculate_train_batch_loss` or `calculate_eval_batch_loss` returned.
 
         Returns:
-            A tuple of arguments, or a dictionary of keyword arguments. No gradients are computed.
+            A tuple of arguments, or a dictionary of keyword arguments. Tensors are detached from the graph.
 
         Raises:
             ValueError: The step returned no ``model_outputs``, or the batch has no targets.

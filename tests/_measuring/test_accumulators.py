@@ -13,8 +13,8 @@ from torchmetrics.wrappers import Running
 
 import _measured
 from pytorch_accelerated._checkpoint.files import as_plain
-from pytorch_accelerated._measuring.accumulators import create_accumulator
-from pytorch_accelerated.metrics import FromLoss, WholeSet
+from pytorch_accelerated._measuring.accumulators import create_accumulator, create_accumulators
+from pytorch_accelerated.metrics import Accuracy, FromLoss, TopKAccuracy, WholeSet
 
 CPU = torch.device("cpu")
 METRICS = {
@@ -31,8 +31,12 @@ def steps(num_steps=5, seed=0):
     return [(torch.randn(size, 3, generator=generator), torch.arange(size) % 3) for size in sizes]
 
 
+def create(metric):
+    return next(iter(create_accumulators({"m": metric}, CPU).values()))
+
+
 def gathered(metric, batches):
-    accumulator = create_accumulator(metric, CPU)
+    accumulator = create(metric)
     for outputs, targets in batches:
         accumulator.update((outputs, targets), {}, len(targets))
     return accumulator
@@ -65,7 +69,7 @@ def test_a_state_restores_everything(name):
     first = gathered(METRICS[name], batches[:2])
     state = as_plain(copy.deepcopy(first.state_dict()))
     first.reset()
-    restored = create_accumulator(METRICS[name], CPU)
+    restored = create(METRICS[name])
     restored.load_state_dict(state)
     for outputs, targets in batches[2:]:
         restored.update((outputs, targets), {}, len(targets))
@@ -77,7 +81,7 @@ def test_a_reset_forgets_everything(name):
     accumulator = gathered(METRICS[name], steps())
     accumulator.reset()
     if not isinstance(METRICS[name], FromLoss):
-        assert accumulator.compute([accumulator.state_dict()], 0.7) is None
+        assert accumulator.compute([accumulator.state_dict()], 0.7) in (None, {"m": None})
     for outputs, targets in steps(seed=1):
         accumulator.update((outputs, targets), {}, len(targets))
     expected = gathered(METRICS[name], steps(seed=1))
@@ -141,3 +145,43 @@ def test_sums_are_precise():
     for value in (torch.tensor([2.0**24, 2.0**24]), torch.ones(2), torch.ones(2)):
         accumulator.update((value,), {}, 1)
     assert accumulator.compute([accumulator.state_dict()], 0.0).tolist() == [(2**24 + 2) / 3] * 2
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 15, 16, 17, 18, 40])
+@pytest.mark.parametrize("sizes", [(4,), (4, 1, 3), (3000, 4)], ids=str)
+def test_batches_that_wait_for_each_other_are_all_counted(num_steps, sizes):
+    """In batches that are small, of different sizes, or large; and with a state in between, bit by bit."""
+    generator = torch.Generator().manual_seed(4)
+    batches = [
+        (torch.randn(size, 3, generator=generator), torch.randint(0, 3, (size,), generator=generator))
+        for size in (sizes[step % len(sizes)] for step in range(num_steps))
+    ]
+    outputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    metrics = {"accuracy": Accuracy(), "top2": TopKAccuracy(2)}
+    (whole,) = create_accumulators(metrics, CPU).values()
+    for step, batch in enumerate(batches):
+        if step == num_steps // 2:
+            (resumed,) = create_accumulators(metrics, CPU).values()
+            resumed.load_state_dict(as_plain(copy.deepcopy(whole.state_dict())))
+        for each in (whole, resumed) if step >= num_steps // 2 else (whole,):
+            each.update(batch, {}, len(batch[0]))
+    results = [each.compute([each.state_dict()], 0.0) for each in (whole, resumed)]
+    assert results[0] == results[1]
+    assert results[0]["accuracy"] == pytest.approx((outputs.argmax(1) == targets).float().mean().item(), abs=1e-6)
+    right = (outputs.topk(2).indices == targets[:, None]).any(1)
+    assert results[0]["top2"] == pytest.approx(right.float().mean().item(), abs=1e-6)
+
+
+def test_shapes_may_change_between_batches():
+    """As the lengths of texts do."""
+    (accumulator,) = create_accumulators({"accuracy": Accuracy()}, CPU).values()
+    for length in (2, 3, 3, 2):
+        accumulator.update((torch.ones(4, 5, length), torch.zeros(4, length, dtype=torch.long)), {}, 4)
+    assert accumulator.compute([accumulator.state_dict()], 0.0) == {"accuracy": 1.0}
+
+
+def test_the_first_batch_is_measured_at_once():
+    """So that an error comes in the first step."""
+    (accumulator,) = create_accumulators({"accuracy": Accuracy()}, CPU).values()
+    with pytest.raises(ValueError, match="got outputs of the shape"):
+        accumulator.update((torch.ones(4, 5), torch.zeros(3, 2)), {}, 4)

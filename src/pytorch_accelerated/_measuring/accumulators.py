@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, zip_longest
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import chain, groupby, zip_longest
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,11 @@ from pytorch_accelerated._measuring.states import is_torchmetric, load_state, me
 from pytorch_accelerated._metrics import one_number
 from pytorch_accelerated._nested import rebuild
 from pytorch_accelerated._types import MetricValue, Nested, StateDict, StateMapping
-from pytorch_accelerated.metrics import FromLoss, WholeSet
+from pytorch_accelerated.metrics import Accuracy, FromLoss, MeanAbsoluteError, TopKAccuracy, WholeSet
+
+_SAMPLE_MEANS = (Accuracy, TopKAccuracy, MeanAbsoluteError)
+_NUM_WAITING = 64  # batches; the first operations after other work take ten times as long
+_MAX_SMALL = 4096  # elements
 
 Number = float | torch.Tensor
 
@@ -30,6 +34,12 @@ class Accumulator(ABC):
 
     needs_inputs = True
     """Whether `update` has to be called."""
+
+    calls_users_code = True
+    """Whether `update` calls code of the user's, or of another library, which may compute gradients."""
+
+    has_names = False
+    """Whether the result is a mapping of metrics with names of their own."""
 
     @abstractmethod
     def update(self, args: Sequence[Nested], kwargs: Mapping[str, Nested], num_samples: int) -> None:
@@ -61,6 +71,24 @@ class Accumulator(ABC):
     @abstractmethod
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
+
+
+def create_accumulators(metrics: Mapping[str, Any], device: torch.device) -> dict[str, Accumulator]:
+    """Create the accumulator of each metric; those of the library share one.
+
+    Args:
+        metrics: The metrics by name.
+        device: Where they are.
+
+    Returns:
+        The accumulators by the name of the metric, or the names of several.
+    """
+    own = {name: metric for name, metric in metrics.items() if type(metric) in _SAMPLE_MEANS}
+    accumulators: dict[str, Accumulator] = {", ".join(own): OfSampleMeans(own, device)} if own else {}
+    for name, metric in metrics.items():
+        if name not in own:
+            accumulators[name] = create_accumulator(metric, device)
+    return accumulators
 
 
 def create_accumulator(metric: Any, device: torch.device) -> Accumulator:
@@ -206,6 +234,85 @@ def _on_host(number: Number) -> Number:
     return float(number) if number.ndim == 0 else number.cpu()
 
 
+class OfSampleMeans(Accumulator):
+    """The means of some metrics of the library, which are means over samples, so batches may be put together.
+
+    Small batches wait for each other. Calling a metric once for several of them takes a fraction of the time.
+
+    Args:
+        metrics: The metrics by name, each a function of outputs and targets.
+        device: Where tensors are.
+    """
+
+    calls_users_code = False
+    has_names = True
+
+    def __init__(self, metrics: Mapping[str, Callable[..., MetricValue]], device: torch.device) -> None:
+        self._means = {name: OfBatchMeans(metric, device) for name, metric in metrics.items()}
+        self._device = device
+        self._waiting: list[list[torch.Tensor]] = []
+        self._is_tried = False
+
+    def update(self, args: Sequence[Nested], kwargs: Mapping[str, Nested], num_samples: int) -> None:
+        """Keep a copy of a small batch until there are several; the first one is measured at once."""
+        if len(args) == 2 and _is_small(args[0]) and _is_small(args[1]):
+            self._waiting.append([args[0].clone(), args[1].clone()])
+            if len(self._waiting) == _NUM_WAITING or not self._is_tried:
+                self._measure_waiting()
+                self._is_tried = True
+        else:
+            self._measure_waiting()
+            self._measure(args, kwargs)
+
+    def _measure(self, args: Sequence[Nested], kwargs: Mapping[str, Nested]) -> None:
+        for means in self._means.values():
+            means.update(args, kwargs, 1)  # the metrics know their weights
+
+    def _measure_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for _, alike in groupby(waiting, key=_kind_of_batch):
+            self._measure([torch.cat(parts) for parts in zip(*alike, strict=True)], {})
+
+    def compute(self, states: Sequence[StateMapping], mean_loss: float) -> MetricValue:
+        """Return the mean of each metric, by name."""
+        completed = [self._completed(state) for state in states]
+        return {
+            name: means.compute([state[name] for state in completed], mean_loss) for name, means in self._means.items()
+        }
+
+    def _completed(self, state: StateMapping) -> StateDict:
+        self.load_state_dict(state)
+        self._measure_waiting()
+        return self.state_dict()["means"]  # type: ignore[no-any-return]  # a state is open
+
+    def reset(self) -> None:
+        """Forget all steps."""
+        self._waiting, self._is_tried = [], False
+        for means in self._means.values():
+            means.reset()
+
+    def state_dict(self) -> StateDict:
+        """Return the sums, and the batches that wait: to measure them now would round other sums."""
+        means = {name: means.state_dict() for name, means in self._means.items()}
+        return {"means": means, "waiting": list(self._waiting), "is_tried": self._is_tried}
+
+    def load_state_dict(self, state_dict: StateMapping) -> None:
+        """Restore what `state_dict` returned."""
+        self.reset()
+        for name, means in self._means.items():
+            means.load_state_dict(state_dict["means"][name])
+        self._waiting = on_device(list(state_dict["waiting"]), self._device)
+        self._is_tried = state_dict["is_tried"]
+
+
+def _is_small(value: Nested) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and value.numel() <= _MAX_SMALL
+
+
+def _kind_of_batch(batch: list[torch.Tensor]) -> Hashable:
+    return tuple((part.shape[1:], part.dtype, part.device) for part in batch)
+
+
 class OfWholeSet(Accumulator):
     """Keeps what a function needs of all steps, on the device.
 
@@ -213,6 +320,8 @@ class OfWholeSet(Accumulator):
         metric: The function, and how to join what it is called with.
         device: Where tensors are.
     """
+
+    calls_users_code = False
 
     def __init__(self, metric: WholeSet, device: torch.device) -> None:
         self._metric = metric
@@ -266,6 +375,7 @@ class OfLoss(Accumulator):
     """
 
     needs_inputs = False
+    calls_users_code = False
 
     def __init__(self, metric: FromLoss) -> None:
         self._metric = metric

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from pytorch_accelerated._measuring.accumulators import Accumulator, create_accumulator
+from pytorch_accelerated._measuring.accumulators import Accumulator, create_accumulators
 from pytorch_accelerated._measuring.names import MetricNames, named_numbers, stems_of_run
 from pytorch_accelerated._measuring.states import is_torchmetric
 from pytorch_accelerated._messages import warn
@@ -31,6 +31,7 @@ class PassMetrics:
     def __init__(self, accumulators: Mapping[str, Accumulator]) -> None:
         self._accumulators = dict(accumulators)
         self._updated = [(name, each) for name, each in accumulators.items() if each.needs_inputs]
+        self._context = torch.no_grad if any(each.calls_users_code for each in accumulators.values()) else nullcontext
         self._earlier: dict[str, list[StateMapping]] = {}
         """States of further processes that the run had before it was resumed."""
 
@@ -47,8 +48,8 @@ class PassMetrics:
         """
         if not self._updated:
             return
-        with torch.no_grad():
-            inputs = _detached(get_inputs(batch, batch_output))
+        inputs = _detached(get_inputs(batch, batch_output))
+        with self._context():
             args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
             for name, accumulator in self._updated:
                 try:
@@ -75,7 +76,8 @@ class PassMetrics:
             for name, accumulator in self._accumulators.items():
                 states = [state for of_process in of_processes for state in of_process[name]]
                 try:
-                    numbers = dict(named_numbers(name, accumulator.compute(states, mean_loss)))
+                    result = accumulator.compute(states, mean_loss)
+                    numbers = dict(named_numbers("" if accumulator.has_names else name, result))
                 except Exception as error:
                     _note_metric(error, name)
                     raise
@@ -211,7 +213,7 @@ class MetricSet:
             self._of_evaluation[key] = metrics
 
     def _created(self, device: torch.device) -> PassMetrics:
-        return PassMetrics({name: create_accumulator(metric, device) for name, metric in self._metrics.items()})
+        return PassMetrics(create_accumulators(self._metrics, device))
 
     def check_names(self, dataset_names: Iterable[str], is_training_run: bool) -> None:
         """Raise at the start of a run if a metric would be recorded under the name of another.
