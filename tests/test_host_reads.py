@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
+from torchmetrics import MeanSquaredError, MetricCollection, R2Score
 
 from _support import Probe, Samples, make_dataset, make_trainer
 from pytorch_accelerated import Trainer, _loss_monitor, callbacks
 from pytorch_accelerated.callbacks import EVENTS, TrainerCallback, get_default_callbacks
+from pytorch_accelerated.metrics import Accuracy, MeanAbsoluteError, Perplexity, WholeSet
 from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
 
 pytestmark = pytest.mark.usefixtures("_fresh_accelerate_state")
@@ -113,9 +115,11 @@ def find_reader(frame):
 
 def readers_in(others, *, cls=Trainer, mixed_precision=None, dataset=DATASET, **kwargs):
     """Train with evaluation, evaluate, and return who read values."""
+    metrics = kwargs.pop("metrics", None)
     reads, loading = Reads(), {"num_workers": 0}
     model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.1), nn.Linear(4, 1))
-    trainer = make_trainer(model, lr=0.01, callbacks=reads.around(others), cls=cls, mixed_precision=mixed_precision)
+    settings = {"cls": cls, "mixed_precision": mixed_precision, "metrics": metrics}
+    trainer = make_trainer(model, lr=0.01, callbacks=reads.around(others), **settings)
     with reads.watching():
         trainer.train(
             dataset,
@@ -225,6 +229,24 @@ def test_a_step_with_the_default_callbacks_reads_nothing_on_the_host(no_log_poin
         get_default_callbacks(), dataset=dataset, gradient_accumulation_steps=num_accumulated, **settings
     )
     assert_no_reads(readers)
+
+
+METRICS = {
+    "accuracy": Accuracy(threshold=0.5),
+    "mae": MeanAbsoluteError(),
+    "perplexity": Perplexity(),
+    "weighted": lambda outputs, targets: ((outputs - targets).mean(), (targets > 0).sum()),
+    "vector": lambda outputs, targets: torch.cat([outputs, targets], 1).mean(0),
+    "named": lambda outputs, targets: {"largest": outputs.max(), "smallest": outputs.min()},
+    "whole": WholeSet(lambda outputs, targets: outputs.max()),
+    "mse": MeanSquaredError(),
+    "both": MetricCollection([MeanSquaredError(), R2Score()], compute_groups=False),
+}
+
+
+def test_a_step_with_metrics_reads_nothing_on_the_host(no_log_point):
+    """The groups of a collection would be formed in its first step, by torchmetrics, which compares states there."""
+    assert_no_reads(readers_in(get_default_callbacks(), metrics=METRICS))
 
 
 STEP_EVENTS = [event for event in EVENTS if "_step_" in event or event == "on_backward_start"]

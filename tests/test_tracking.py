@@ -338,7 +338,7 @@ def test_a_metric_of_a_step_that_is_no_number_is_refused_by_its_name(value):
 
 
 def test_a_metric_of_a_step_without_a_name_is_refused():
-    with pytest.raises(TypeError, match="The name of a metric of a step is 3, of type int"):
+    with pytest.raises(TypeError, match="A step returned a metric with the name 3, of type int"):
         EpochMeans().update_metrics({"metrics": {3: 1.0}}, 4)
 
 

@@ -18,6 +18,8 @@ from pytorch_accelerated._loss_monitor import (
     describe_non_finite_loss,
     describe_non_finite_parameters,
 )
+from pytorch_accelerated._measuring.metric_set import MetricSet, PassMetrics
+from pytorch_accelerated._measuring.names import MetricNames, stems_of_run
 from pytorch_accelerated._optimizers.closure import WindowClosure, WindowStep, scaled
 from pytorch_accelerated._optimizers.group import parameters_of
 from pytorch_accelerated._optimizers.modes import OptimizerMode
@@ -75,6 +77,9 @@ class DataPass:
         self.is_intermediate = is_intermediate
         self.means = EpochMeans()
         """The weighted means of loss and metrics so far, on this rank."""
+
+        self.metrics: PassMetrics | None = None
+        """What the metrics of the trainer have gathered; ``None`` if they are not computed in this pass."""
 
         self.monitor = LossMonitor()
         """Says when a log point is due, and knows the loss as of the last one."""
@@ -292,6 +297,9 @@ class Run:
         """The batch of the step and what came of it, for ``on_train_step_end``; several if a subclass makes it so."""
 
         self.gradient_norm: torch.Tensor | None = None
+        self.metrics = MetricSet()
+        """The metrics of the trainer."""
+
         self.stepping = SchedulerStepping()
         """When and how the scheduler is stepped."""
 
@@ -464,7 +472,24 @@ class Run:
         training.start_epoch(loader, num_done)
         epoch = training.progress.num_epochs_completed
         self.set_data_epoch(self.seeded_train_loaders, loader, epoch, training.seed, training.run_number)
+        training.epoch.metrics = self.metrics.of_training
+        self.start_metrics(training.epoch, "train_", is_resumed=num_done > 0)
         return num_done
+
+    def start_metrics(self, data_pass: DataPass, stem: str, is_resumed: bool = False) -> None:
+        """Start the metrics of a pass, or continue those of a training epoch that a resumed run is in.
+
+        Args:
+            data_pass: The pass.
+            stem: What is put in front of the names of its metrics.
+            is_resumed: Whether some of its steps were done before.
+        """
+        stems = stems_of_run(self.eval_dataloaders, self.is_training_run)
+        data_pass.means.names = MetricNames(stem, stems, self.metrics.names)
+        if data_pass.metrics is not None and is_resumed:
+            data_pass.metrics.warn_about_rest()
+        elif data_pass.metrics is not None:
+            data_pass.metrics.reset()
 
     def epoch_start(self, num_done: int, optimizer: Any, stateful: Iterable[object]) -> AbstractContextManager[None]:
         """Return the context of the events at the start of an epoch; they change no state if it was started before."""

@@ -64,6 +64,13 @@ DataLoaderKwargs: TypeAlias = Mapping[str, Any]
 MetricValue: TypeAlias = Any
 """What is recorded under the name of a metric, usually a number. Open: a run history stores any value as it is."""
 
+Metric: TypeAlias = Any
+"""A metric of torchmetrics or of `pytorch_accelerated.metrics`, or a function. Open: torchmetrics is optional, and a
+function takes whatever `get_metric_inputs` returns."""
+
+Metrics: TypeAlias = Mapping[str, Metric] | Sequence[Metric] | Metric
+"""Metrics by name, or some that have names of their own."""
+
 # --- states --------------------------------------------------------------------------------------------------------
 
 StateDict: TypeAlias = dict[str, Any]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytorch_accelerated._hints.meaning import metric_meant
+from pytorch_accelerated._measuring.names import MetricNames
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._metrics import one_number
 from pytorch_accelerated.exceptions import UnknownMetricError
@@ -41,8 +42,9 @@ class RunHistory(ABC):
     def get_latest_metric(self, metric_name: str) -> MetricValue:
         """Return the newest value of a metric.
 
-        During a pass over the data whose metrics have a prefix, such as an intermediate evaluation, a name without that
-        prefix means the metric of that pass, if it has one.
+        In the events of a pass over the data, from its start to its end, a plain name means the metric of that pass, if
+        it has one: ``accuracy`` is ``train_accuracy`` in a training epoch, ``intermediate_eval_accuracy`` in an
+        intermediate evaluation, and so on.
 
         Raises:
             ValueError: Nothing was recorded under this name.
@@ -92,6 +94,18 @@ class RunHistory(ABC):
         """Delete all metrics, and return to the first epoch."""
 
     @contextmanager
+    def during_pass(self, stage: str) -> Iterator[None]:
+        """Let plain names mean the metrics of a pass over the data while the body runs: ``accuracy``, for example.
+
+        By default they do not.
+
+        Args:
+            stage: What the names of these metrics begin with, after the prefix: ``train_``, ``eval_`` or
+                ``evaluation_``.
+        """
+        yield
+
+    @contextmanager
     def recording_evaluation(self) -> Iterator[None]:
         """Keep what is recorded while the body runs apart from what training records.
 
@@ -120,6 +134,7 @@ class InMemoryRunHistory(RunHistory):
     def __init__(self) -> None:
         self._current_epoch = 1
         self._prefix = ""
+        self._stage = ""
         self._is_recording_evaluation = False
         self._metrics: defaultdict[str, list[MetricValue]] = defaultdict(list)
         self._newest_series: dict[str, str] = {}
@@ -139,13 +154,15 @@ class InMemoryRunHistory(RunHistory):
     def get_latest_metric(self, metric_name: str) -> MetricValue:
         """Return the newest value of a metric.
 
-        During a pass over the data whose metrics have a prefix, such as an intermediate evaluation, a name without that
-        prefix means the metric of that pass, if it has one.
+        In the events of a pass over the data, from its start to its end, a plain name means the metric of that pass, if
+        it has one: ``accuracy`` is ``train_accuracy`` in a training epoch, ``intermediate_eval_accuracy`` in an
+        intermediate evaluation, and so on.
 
         Raises:
             ValueError: Nothing was recorded under this name.
         """
-        for name in (self._prefix + metric_name, metric_name):
+        names = [self._prefix + metric_name, self._prefix + self._stage + metric_name, metric_name]
+        for name in [*names, self._stage + metric_name]:
             values = self._metrics.get(self._newest_series.get(name, name)) or self._metrics.get(name)
             if values:
                 return values[-1]
@@ -179,6 +196,15 @@ class InMemoryRunHistory(RunHistory):
     def set_metric_name_prefix(self, prefix: str = "") -> None:
         """Add ``prefix`` to the name of every metric recorded from now on."""
         self._prefix = prefix
+
+    @contextmanager
+    def during_pass(self, stage: str) -> Iterator[None]:
+        """Let `get_latest_metric` find ``eval_accuracy`` by the name ``accuracy`` while the body runs."""
+        outer, self._stage = self._stage, stage
+        try:
+            yield
+        finally:
+            self._stage = outer
 
     @contextmanager
     def recording_evaluation(self) -> Iterator[None]:
@@ -240,9 +266,6 @@ def latest_value(history: RunHistory, metric_name: str) -> MetricValue:
     values = list(history.get_metric_values(metric_name))
     return values[-1] if values else history.get_latest_metric(metric_name)
 
-
-_NAMES_OF_LOSS = ("loss", "loss_epoch")
-"""After the prefix of a pass: ``train_loss_epoch``, ``eval_loss_epoch``, ``evaluation_loss``."""
 
 _BUFFER_SIZE = 64  # values
 _MAX_RETAINED_BUFFERS = 256
@@ -500,6 +523,9 @@ class EpochMeans:
     def __init__(self) -> None:
         self.loss = LossTracker()
         self.metrics: dict[str, LossTracker] = {}
+        self.names = MetricNames()
+        """The names that metrics of steps may have."""
+
         self.first_step = 0
         """Index of the first step in these means; above 0 if the run was resumed mid-epoch."""
 
@@ -516,7 +542,7 @@ class EpochMeans:
             return
         for name, value in metrics.items():
             if name not in self.metrics:
-                _check_metric_name(name)
+                self.names.check(name)
                 self.metrics[name] = LossTracker()
             self.metrics[name].update(_as_metric(name, value), weight)
 
@@ -549,16 +575,6 @@ class EpochMeans:
         self.metrics = {name: LossTracker() for name in state_dict["metrics"]}
         for name, tracker in self.metrics.items():
             tracker.load_state_dict(state_dict["metrics"][name])
-
-
-def _check_metric_name(name: object) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"The name of a metric of a step is {name!r}, of type {type(name).__name__}. Expected a text.")
-    if name in _NAMES_OF_LOSS:
-        raise ValueError(
-            f"A step returned a metric with the name {name!r}, under which the library records the loss. Give it "
-            "another name."
-        )
 
 
 def _warn_about_other_metrics(metrics: object) -> None:

@@ -25,6 +25,8 @@ FLOORS = [
         "_nested",
         "_joining",
         "_metrics",
+        "_measuring",
+        "metrics",
         "_signals",
         "_ema",
         "finetuning",

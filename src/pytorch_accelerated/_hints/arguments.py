@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from pytorch_accelerated._hints.hooks import METRICS_OF_STEP
 from pytorch_accelerated._hints.meaning import nearest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -72,7 +71,7 @@ _FOREIGN_ARGUMENTS: dict[str, str | tuple[str, ...]] = {
     **{name: _OF_OPTIMIZER.format(name) for name in ("lr", "weight_decay", "momentum", "betas")},
     "learning_rate": _OF_OPTIMIZER.format("lr"),
     "args": "Pass the settings of a run, such as `num_epochs`, to `train`.",
-    **dict.fromkeys(("metrics", "compute_metrics"), METRICS_OF_STEP),
+    "compute_metrics": "metrics",
     # saving, evaluating, reporting
     **dict.fromkeys(("resume", "resume_from_checkpoint", "ckpt_path", "checkpoint", "resume_training"), "resume_from"),
     **dict.fromkeys(("save_strategy", "default_root_dir", "enable_checkpointing"), _SAVING),
