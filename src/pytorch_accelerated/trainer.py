@@ -77,6 +77,7 @@ from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._distributed.waiting import explain_vain_wait
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._hints.classes import words_of_user
+from pytorch_accelerated._history.records import new_records
 from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_modes, report_exception
 from pytorch_accelerated._optimizers import checks as optimizer_checks
 from pytorch_accelerated._optimizers.closure import WindowClosure, create_closure
@@ -95,6 +96,7 @@ from pytorch_accelerated._types import (
     EvalData,
     Loader,
     LossFunction,
+    MetricValue,
     ModelOutput,
     Optimizers,
     SchedulerFactory,
@@ -122,7 +124,7 @@ from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
 from pytorch_accelerated.tracking import InMemoryRunHistory as InMemoryRunHistory  # as in 0.1.61
 from pytorch_accelerated.tracking import LossTracker as LossTracker  # as in 0.1.61
-from pytorch_accelerated.tracking import RunHistory
+from pytorch_accelerated.tracking import RunHistory, metrics_of_evaluation, records_in
 
 __all__ = [
     "DEFAULT_CALLBACKS",
@@ -231,7 +233,7 @@ class Trainer(TrainingLoop):
         allow_other_num_processes: bool = False,
         step_scheduler: Interval | None = None,
         scheduler_metric: str | None = None,
-    ) -> None:
+    ) -> RunHistory:
         """Train the model.
 
         In short, without the events, which :class:`~pytorch_accelerated.callbacks.TrainerCallback` lists::
@@ -281,6 +283,9 @@ class Trainer(TrainingLoop):
                 which it was recorded. ``None`` for the evaluation loss, or the training loss if there is no
                 ``eval_dataset``.
 
+        Returns:
+            ``trainer.run_history``, which shows what was recorded as a table, a CSV file or a data frame.
+
         Raises:
             ValueError: An argument has an invalid value, or model and optimizer do not belong together.
             CheckpointError: The state to resume is damaged, or does not fit the trainer; nothing has been changed.
@@ -314,10 +319,12 @@ class Trainer(TrainingLoop):
                 self._loop_make_eval_loaders(per_device_batch_size, eval_dataloader_kwargs)
             self._loop_prepare_run(**numbers)
             self._loop_set_up_training(num_epochs, state, reset_run_history)
+            run.record_in(self.run_history)
             self._run_training()
             self._loop_state_writer.wait()
         if run.interruption is not None:
             raise run.interruption.to_exit_exception()
+        return self.run_history
 
     @explains_arguments
     def evaluate(
@@ -326,7 +333,7 @@ class Trainer(TrainingLoop):
         per_device_batch_size: int = 8,
         dataloader_kwargs: DataLoaderKwargs | None = None,
         collate_fn: CollateFunction | None = None,
-    ) -> None:
+    ) -> dict[str, MetricValue]:
         """Evaluate the model, before, after or without training; needs no optimizer.
 
         The loss is recorded as ``evaluation_loss`` in the run history, which keeps what training recorded. What
@@ -340,6 +347,10 @@ class Trainer(TrainingLoop):
             dataloader_kwargs: Keyword arguments for the `DataLoader`; they override the defaults.
             collate_fn: Makes a batch from samples.
 
+        Returns:
+            What this evaluation recorded, by plain names: ``loss``, and the metrics of steps and callbacks. For a
+            dictionary of datasets, such a dictionary for each.
+
         Raises:
             ValueError: There is nothing to evaluate.
         """
@@ -348,13 +359,17 @@ class Trainer(TrainingLoop):
             _validation.check_loss_func(self.loss_func)
         _warn_about_ready_loaders(self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,))
         settings = EvaluationSettings(per_device_batch_size, dataloader_kwargs, collate_fn)
+        num_recorded: dict[str, int] = {}
         with _without_trace_in_a_run(self):
             if dataset is not None:
                 self.eval_dataset = dataset
             else:
                 settings = settings.completed_by(self._loop_last_evaluation)
+            names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+            new_records(records_in(self.run_history), num_recorded)
             with self._loop_evaluation_context(*settings):
                 self._run_evaluation()
+            return metrics_of_evaluation(new_records(records_in(self.run_history), num_recorded), names)
 
     @explains_arguments
     def predict(
@@ -666,6 +681,7 @@ class Trainer(TrainingLoop):
             )
             self._check_eval_batch_size()
             run.consensus = _create_consensus(self)
+            run.record_in(self.run_history)
             yield
 
     def _loop_find_state(

@@ -25,6 +25,7 @@ FLOORS = [
         "_nested",
         "_joining",
         "_metrics",
+        "_history",
         "_signals",
         "_ema",
         "finetuning",
@@ -137,7 +138,9 @@ def test_every_exception_for_accelerate_is_needed():
     assert importing == MAY_NAME_ACCELERATE_IN_TYPES
 
 
-@pytest.mark.parametrize("room", ["_hints", "_data", "_distributed", "_optimizers", "_checkpoint", "_scheduling"])
+@pytest.mark.parametrize(
+    "room", ["_hints", "_history", "_data", "_distributed", "_optimizers", "_checkpoint", "_scheduling"]
+)
 def test_a_room_has_an_empty_init_and_a_readme_with_a_line_for_each_file(room):
     folder = SOURCE / room
     assert (folder / "__init__.py").read_text() == ""
