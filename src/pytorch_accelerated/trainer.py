@@ -319,7 +319,6 @@ class Trainer(TrainingLoop):
                 self._loop_make_eval_loaders(per_device_batch_size, eval_dataloader_kwargs)
             self._loop_prepare_run(**numbers)
             self._loop_set_up_training(num_epochs, state, reset_run_history)
-            run.record_in(self.run_history)
             self._run_training()
             self._loop_state_writer.wait()
         if run.interruption is not None:
