@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytorch_accelerated._hints.meaning import metric_meant
-from pytorch_accelerated._history.log_file import LogFile, from_json_line, to_json_line
+from pytorch_accelerated._history.log_file import LogFile, first_line, from_json_line, to_json_line
 from pytorch_accelerated._history.records import Moment, Record, records_of, rows_of
 from pytorch_accelerated._history.tables import csv_lines, data_frame, html_table, text_table
 from pytorch_accelerated._messages import warn
@@ -345,7 +345,7 @@ class JsonlRunHistory(InMemoryRunHistory):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
-        self._file = LogFile(path, identity=lambda lines: lines[:1])
+        self._file = LogFile(path, identity=first_line)
         self._is_main_process = True
         self._is_new_run = False
         self._is_file_current = False

@@ -13,7 +13,18 @@ from _support import SOURCE, run_python
 
 PACKAGE = "pytorch_accelerated"
 FILES = sorted(SOURCE.rglob("*.py"))
-OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "torchmetrics", "timm", "transformers", "wandb", "torchvision"}
+OPTIONAL = {
+    "matplotlib",
+    "sklearn",
+    "tensorboard",
+    "torchmetrics",
+    "timm",
+    "transformers",
+    "wandb",
+    "torchvision",
+    "mlflow",
+    "pandas",
+}
 
 FLOORS = [
     {"exceptions", "_types", "_messages", "_hints", "_compiled"},
@@ -55,6 +66,7 @@ MAY_IMPORT_ACCELERATE = {
     "_distributed/fast_path.py",
     "_distributed/precision.py",
     "_distributed/registry.py",
+    "_distributed/trackers.py",
 }
 MAY_NAME_ACCELERATE_IN_TYPES = {
     *MAY_IMPORT_ACCELERATE,

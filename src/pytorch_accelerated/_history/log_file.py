@@ -83,6 +83,11 @@ def _size_of(lines: Sequence[str]) -> int:
     return sum(len(line.encode()) + 1 for line in lines)
 
 
+def first_line(lines: Sequence[str]) -> Sequence[str]:
+    """Return the first line, in a list; none if there are no lines."""
+    return lines[:1]
+
+
 def to_json_line(record: Record) -> str:
     """Return a record as a line of JSON. A value that is not finite is a text, because JSON has no number for it.
 
