@@ -364,12 +364,11 @@ class JsonlRunHistory(InMemoryRunHistory):
         super().update_metric(metric_name, metric_value)
         if not self._is_main_process:
             return
-        if self._is_file_current:
-            series, moment = self._moments[-1]
-            self._file.append([to_json_line(Record(series, metric_value, moment))])
-        else:
-            self._file.start(self._lines(), is_new=self._is_new_run)
+        if not self._is_file_current:
+            self._file.start(self._lines()[:-1], is_new=self._is_new_run)
             self._is_file_current, self._is_new_run = True, False
+        series, moment = self._moments[-1]
+        self._file.append([to_json_line(Record(series, metric_value, moment))])
 
     def delete_metric(self, metric_name: str) -> None:
         """Delete a metric and all its values, also from the file.

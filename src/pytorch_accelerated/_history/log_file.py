@@ -21,7 +21,7 @@ class LogFile:
 
     Args:
         path: The file. Its folder is created when the first line is written.
-        identity: Returns what tells a run from others, given lines of its file; something false if they do not say.
+        identity: Returns what tells a run from others, given lines of its file; something false if they tell nothing.
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: Callable[[Sequence[str]], object]) -> None:
@@ -58,16 +58,16 @@ class LogFile:
     def start(self, lines: Sequence[str], *, is_new: bool) -> None:
         """Make the file that of a run which has logged these lines so far.
 
-        What a killed run logged after the state that it is resumed from goes, because it is logged again. The file of
-        another run is set aside: it gets a number before its suffix.
+        What a killed run logged after the state that it is resumed from goes, because it is logged again. A file that
+        may be another run's is set aside: it gets a number before its suffix.
 
         Args:
             lines: The lines so far.
             is_new: Whether the run starts from scratch, so that whatever is there belongs to another one.
         """
         present = self.read()
-        identity = self._identity(lines)
-        if present and (is_new or (identity and identity != self._identity(present))):
+        identity = self._identity(present)
+        if identity and (is_new or identity != self._identity(lines)):
             self.path.replace(self._name_for_earlier())
         if present != lines or not self.path.exists() or self.path.stat().st_size != _size_of(lines):
             self.replace(lines)

@@ -30,7 +30,7 @@ class CSVLogCallback(TrainerCallback):
     never overwritten, but set aside: ``log.csv`` becomes ``log.1.csv``.
 
     Args:
-        path: The file. It is created, with missing folders, when the first epoch ends.
+        path: The file. It is created, with missing folders, when the run starts.
     """
 
     is_called_last = True
@@ -42,8 +42,9 @@ class CSVLogCallback(TrainerCallback):
         """The lines that this callback has written in the current run; ``None`` before the first."""
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Find out later what the file has: the run may be resumed."""
+        """Start the file, or make that of a resumed run what it was when its state was saved."""
         self._lines = None
+        self._write(trainer)
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Write the rows of the epoch."""

@@ -145,8 +145,9 @@ class TrackerCallback(TrainerCallback):
                 self._open_tracker.log(self._newest[1], step=update)
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Start the means anew."""
-        self._step_values.start_epoch()
+        """Start new means, unless a resumed run continues within the epoch."""
+        if run_of(trainer).training.epoch.means.first_step == 0:
+            self._step_values.start_epoch()
 
     def on_train_step_end(
         self,
@@ -158,14 +159,7 @@ class TrackerCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Send the means since the last time, if it is time for that."""
-        run = run_of(trainer)
-        if not self._step_values.is_due(run):
-            return
-        values = self._step_values.read(run, trainer.device)
-        values |= learning_rates_of(trainer.optimizer)
-        if run.gradient_norm is not None:
-            values["gradient_norm"] = float(run.gradient_norm)
-        self._send(trainer, run.training.progress.num_updates, values)
+        self._send_step_values(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Send what was recorded."""
@@ -185,6 +179,11 @@ class TrackerCallback(TrainerCallback):
 
     def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Send what callbacks have recorded since."""
+        self._send_new_records(trainer)
+
+    def on_training_state_save(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Send what is due: a callback may save before this one is called."""
+        self._send_step_values(trainer)
         self._send_new_records(trainer)
 
     # --- state ---------------------------------------------------------------------------------------------------
@@ -228,6 +227,16 @@ class TrackerCallback(TrainerCallback):
     def _was_sent(self, name: str, update: int) -> bool:
         """Return whether the tracker has a value that a resumed run records again."""
         return False
+
+    def _send_step_values(self, trainer: Trainer) -> None:
+        run = run_of(trainer)
+        if not self._step_values.is_due(run):
+            return
+        values = self._step_values.read(run, trainer.device)
+        values |= learning_rates_of(trainer.optimizer)
+        if run.gradient_norm is not None:
+            values["gradient_norm"] = float(run.gradient_norm)
+        self._send(trainer, run.training.progress.num_updates, values)
 
     def _send_new_records(self, trainer: Trainer) -> None:
         run, values_by_update = run_of(trainer), dict[int, dict[str, float]]()
