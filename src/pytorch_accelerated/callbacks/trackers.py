@@ -39,9 +39,9 @@ class TrackerCallback(TrainerCallback):
     When a run starts, so are its hyper-parameters: the run configuration, the groups of the optimizer, and
     ``hyperparameters``. Only the main process sends anything.
 
-    A run that is resumed from a training state continues in the tracker. With TensorBoard, MLflow and Weights & Biases,
-    which have a callback of their own, it does so without doubles; other trackers may show twice what was sent between
-    the state and the interruption.
+    A run that is resumed from a training state continues in the tracker. With TensorBoard, MLflow and Weights & Biases
+    (online), which have a callback of their own, it does so without doubles; other trackers may show twice what was
+    sent between the state and the interruption.
 
     Args:
         tracker: Its name: ``"aim"``, ``"clearml"``, ``"comet_ml"``, ``"dvclive"``, ``"mlflow"``, ``"swanlab"``,
