@@ -410,34 +410,6 @@ class JsonlRunHistory(InMemoryRunHistory):
         self._current_epoch = max(self._current_epoch, (record.moment.epoch or 0) + 1)
 
 
-def records_in(history: RunHistory) -> Iterator[Record]:
-    """Yield all values in a history, oldest first, with their moments if they are known."""
-    return history._iter_records()  # noqa: SLF001 - a subclass of the user's may have any public name
-
-
-def metrics_of_evaluation(records: Iterable[Record], dataset_names: Iterable[str]) -> dict[str, MetricValue]:
-    """Return what an evaluation recorded, by plain names.
-
-    Args:
-        records: The records.
-        dataset_names: The names of the datasets, if there are several. Each gets a dictionary of its own.
-
-    Example:
-        >>> metrics_of_evaluation([Record("evaluation_loss", 0.5), Record("evaluation_accuracy", 0.75)], [])
-        {'loss': 0.5, 'accuracy': 0.75}
-        >>> metrics_of_evaluation([Record("hard_evaluation_loss", 0.5)], ["easy", "hard"])
-        {'easy': {}, 'hard': {'loss': 0.5}}
-    """
-    longest_first = sorted(dataset_names, key=len, reverse=True)
-    metrics: dict[str, MetricValue] = {name: {} for name in dataset_names}
-    for record in records:
-        dataset_name = next((name for name in longest_first if record.name.startswith(f"{name}_")), None)
-        own = metrics if dataset_name is None else metrics[dataset_name]
-        name = record.name if dataset_name is None else record.name[len(dataset_name) + 1 :]
-        own[name.replace(EVALUATION_PREFIX, "", 1)] = record.value
-    return metrics
-
-
 def latest_value(history: RunHistory, metric_name: str) -> MetricValue:
     """Return the newest value of one series, whatever other metrics its name may stand for at the moment.
 

@@ -77,7 +77,7 @@ from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._distributed.waiting import explain_vain_wait
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._hints.classes import words_of_user
-from pytorch_accelerated._history.records import new_records
+from pytorch_accelerated._history.records import metrics_of_evaluation, new_records, records_in
 from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_modes, report_exception
 from pytorch_accelerated._optimizers import checks as optimizer_checks
 from pytorch_accelerated._optimizers.closure import WindowClosure, create_closure
@@ -122,9 +122,9 @@ from pytorch_accelerated.callbacks._checks import say_what_is_missing
 from pytorch_accelerated.callbacks.handler import Callbacks
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
+from pytorch_accelerated.tracking import EVALUATION_PREFIX, RunHistory
 from pytorch_accelerated.tracking import InMemoryRunHistory as InMemoryRunHistory  # as in 0.1.61
 from pytorch_accelerated.tracking import LossTracker as LossTracker  # as in 0.1.61
-from pytorch_accelerated.tracking import RunHistory, metrics_of_evaluation, records_in
 
 __all__ = [
     "DEFAULT_CALLBACKS",
@@ -347,8 +347,8 @@ class Trainer(TrainingLoop):
             collate_fn: Makes a batch from samples.
 
         Returns:
-            What this evaluation recorded, by plain names: ``loss``, and the metrics of steps and callbacks. For a
-            dictionary of datasets, such a dictionary for each.
+            ``loss``, and the metrics of steps and callbacks, by their plain names. For a dictionary of datasets, such a
+            dictionary for each.
 
         Raises:
             ValueError: There is nothing to evaluate.
@@ -368,7 +368,9 @@ class Trainer(TrainingLoop):
             new_records(records_in(self.run_history), num_recorded)
             with self._loop_evaluation_context(*settings):
                 self._run_evaluation()
-            return metrics_of_evaluation(new_records(records_in(self.run_history), num_recorded), names)
+            return metrics_of_evaluation(
+                new_records(records_in(self.run_history), num_recorded), EVALUATION_PREFIX, names
+            )
 
     @explains_arguments
     def predict(

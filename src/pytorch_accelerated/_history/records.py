@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pytorch_accelerated._types import MetricValue, StateDict
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.tracking import RunHistory
 
 
 class Moment(NamedTuple):
@@ -105,3 +108,35 @@ def new_records(records: Iterable[Record], num_seen: dict[str, int]) -> list[Rec
     num_seen.clear()
     num_seen.update(num_values)
     return new
+
+
+def records_in(history: RunHistory) -> Iterator[Record]:
+    """Yield all values in a history, oldest first, with their moments if they are known."""
+    return history._iter_records()  # noqa: SLF001 - a subclass of the user's may have any public name
+
+
+def metrics_of_evaluation(
+    records: Iterable[Record], prefix: str, dataset_names: Iterable[str]
+) -> dict[str, MetricValue]:
+    """Return what an evaluation recorded, by plain names.
+
+    Args:
+        records: The records.
+        prefix: What is in front of the names that are recorded in an evaluation.
+        dataset_names: The names of the datasets, if there are several. Each gets a dictionary of its own.
+
+    Example:
+        >>> records = [Record("easy_evaluation_loss", 0.5), Record("hard_evaluation_loss", 2.0)]
+        >>> metrics_of_evaluation(records, "evaluation_", ["easy", "hard"])
+        {'easy': {'loss': 0.5}, 'hard': {'loss': 2.0}}
+        >>> metrics_of_evaluation([Record("evaluation_accuracy", 0.75)], "evaluation_", [])
+        {'accuracy': 0.75}
+    """
+    longest_first = sorted(dataset_names, key=len, reverse=True)
+    metrics: dict[str, MetricValue] = {name: {} for name in dataset_names}
+    for record in records:
+        dataset_name = next((name for name in longest_first if record.name.startswith(f"{name}_")), None)
+        own = metrics if dataset_name is None else metrics[dataset_name]
+        name = record.name if dataset_name is None else record.name[len(dataset_name) + 1 :]
+        own[name.replace(prefix, "", 1)] = record.value
+    return metrics

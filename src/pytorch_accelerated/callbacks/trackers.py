@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pytorch_accelerated._checkpoint.manifest import installed_versions
 from pytorch_accelerated._distributed.trackers import check_tracker, open_tracker
 from pytorch_accelerated._hints.arguments import explains_arguments
-from pytorch_accelerated._history.records import new_records
+from pytorch_accelerated._history.records import new_records, records_in
 from pytorch_accelerated._history.tables import plain_value
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._metrics import one_number
@@ -19,7 +19,6 @@ from pytorch_accelerated._run import run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks._step_values import StepValues, learning_rates_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
-from pytorch_accelerated.tracking import records_in
 
 if TYPE_CHECKING:
     import os
@@ -103,6 +102,8 @@ class TrackerCallback(TrainerCallback):
         """The last update after which something was sent, and all that was."""
 
         self._step_values = StepValues(every_n_updates)
+        if every_n_updates is None and type(self).on_train_step_end is TrackerCallback.on_train_step_end:
+            vars(self)["on_train_step_end"] = TrainerCallback.on_train_step_end  # so that steps are not slowed down
 
     @property
     def writer(self) -> Any:
