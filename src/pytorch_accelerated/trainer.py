@@ -368,9 +368,8 @@ class Trainer(TrainingLoop):
             new_records(records_in(self.run_history), num_recorded)
             with self._loop_evaluation_context(*settings):
                 self._run_evaluation()
-            return metrics_of_evaluation(
-                new_records(records_in(self.run_history), num_recorded), EVALUATION_PREFIX, names
-            )
+            records = new_records(records_in(self.run_history), num_recorded)
+            return metrics_of_evaluation(records, EVALUATION_PREFIX, names)
 
     @explains_arguments
     def predict(

@@ -21,6 +21,7 @@ from pytorch_accelerated.callbacks import (
     TrackerCallback,
     WandbCallback,
 )
+from pytorch_accelerated.callbacks._step_values import StepValues
 
 pytest.importorskip("tensorboard")
 
@@ -139,6 +140,17 @@ def test_a_second_run_is_a_run_of_its_own():
     for reset_run_history in (True, True, False):
         train(trainer, make_dataset(8), reset_run_history=reset_run_history)
     assert [call[0] for call in tracker.calls] == ["hyperparameters", "log", *["finish", "hyperparameters", "log"] * 2]
+
+
+def test_nothing_is_read_but_every_few_updates_and_no_step_is_slowed_down_if_that_is_not_wanted(monkeypatch):
+    reads, read = [], StepValues.read
+    monkeypatch.setattr(StepValues, "read", lambda *args: reads.append(1) or read(*args))
+    train(make_trainer(callbacks=[TrackerCallback(Tracker(), every_n_updates=3)]), make_dataset(32))
+    assert len(reads) == 2
+    trainer = make_trainer(callbacks=[TrackerCallback(Tracker(), every_n_updates=None)])
+    train(trainer, make_dataset(32))
+    assert len(reads) == 2
+    assert "on_train_step_end" in trainer.callback_handler.events_without_listeners
 
 
 # --- failures ----------------------------------------------------------------------------------------------------

@@ -115,9 +115,7 @@ def records_in(history: RunHistory) -> Iterator[Record]:
     return history._iter_records()  # noqa: SLF001 - a subclass of the user's may have any public name
 
 
-def metrics_of_evaluation(
-    records: Iterable[Record], prefix: str, dataset_names: Iterable[str]
-) -> dict[str, MetricValue]:
+def metrics_of_evaluation(records: Iterable[Record], prefix: str, dataset_names: Iterable[str]) -> StateDict:
     """Return what an evaluation recorded, by plain names.
 
     Args:
