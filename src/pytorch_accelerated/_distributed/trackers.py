@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _EXTRAS = {"tensorboard": "trackers", "mlflow": "mlflow", "wandb": "wandb"}
 """The extra of this library that installs what a tracker needs. That of the others is a package of their name."""
 
-_MODULES = {"mlflow": ("mlflow",), "tensorboard": ("tensorboard", "tensorboardX")}
+_MODULES = {"tensorboard": ("tensorboard", "tensorboardX")}
 """The modules of which a tracker needs one, where it is not that of its own name."""
 
 
@@ -23,39 +23,31 @@ def open_tracker(name: str, project: str, logging_dir: str | None, options: Mapp
     Args:
         name: Its name, such as ``"tensorboard"``.
         project: The project or experiment; for TensorBoard, the folder below ``logging_dir``.
-        logging_dir: Where a tracker that writes files puts them; ``None`` for one that does not.
+        logging_dir: Where a tracker that writes files puts them; ``None`` for ``runs``, if it needs to know.
         options: Further arguments of the tracker's class.
 
     Raises:
         ValueError: Accelerate has no such tracker.
         ModuleNotFoundError: Its package is not installed.
     """
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    classes: dict[str, Any] = {str(kind): cls for kind, cls in LOGGER_TYPE_TO_CLASS.items()}
-    check_tracker(name, classes)
-    folder = {} if logging_dir is None else {"logging_dir": logging_dir}
-    tracker: GeneralTracker = classes[name](project, **folder, **options)
+    check_tracker(name)
+    tracker_class = _tracker_classes()[name]
+    needs_folder = logging_dir is not None or tracker_class.requires_logging_directory
+    folder = {"logging_dir": logging_dir or "runs"} if needs_folder else {}
+    tracker: GeneralTracker = tracker_class(project, **folder, **options)
     if hasattr(tracker, "start"):  # before accelerate 1.8, the constructor starts it
         tracker.start()
     return tracker
 
 
-def check_tracker(name: str, known: Mapping[str, Any] | None = None) -> None:
+def check_tracker(name: str) -> None:
     """Raise unless there is a tracker of this name, and its package is installed.
-
-    Args:
-        name: Its name.
-        known: The trackers by name; ``None`` for those of Accelerate.
 
     Raises:
         ValueError: Accelerate has no such tracker.
         ModuleNotFoundError: Its package is not installed.
     """
-    if known is None:
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-        known = {str(kind): cls for kind, cls in LOGGER_TYPE_TO_CLASS.items()}
+    known = _tracker_classes()
     if name not in known:
         near = get_close_matches(name, known, n=1)
         remedy = f"Did you mean {near[0]!r}?" if near else "Pass one of these, or a tracker of your own."
@@ -67,3 +59,9 @@ def check_tracker(name: str, known: Mapping[str, Any] | None = None) -> None:
             f"The tracker {name!r} needs a package that is not installed. Install it with `pip install '{package}'`.",
             name=name,
         )
+
+
+def _tracker_classes() -> dict[str, Any]:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    return {str(kind): tracker_class for kind, tracker_class in LOGGER_TYPE_TO_CLASS.items()}

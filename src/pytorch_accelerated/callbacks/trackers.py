@@ -46,7 +46,7 @@ class TrackerCallback(TrainerCallback):
         tracker: Its name: ``"aim"``, ``"clearml"``, ``"comet_ml"``, ``"dvclive"``, ``"mlflow"``, ``"swanlab"``,
             ``"tensorboard"``, ``"trackio"`` or ``"wandb"``. Or an `accelerate.tracking.GeneralTracker` of your own.
         project: The name of the project or experiment.
-        logging_dir: Where a tracker puts its files, if it writes files.
+        logging_dir: Where a tracker puts its files, if it writes files; ``None`` for ``runs`` where one is needed.
         every_n_updates: Updates between what is sent within an epoch; ``None`` for nothing. Only then are values read
             from the device.
         hyperparameters: Further hyper-parameters, by name: a mapping, or an object with attributes such as an
