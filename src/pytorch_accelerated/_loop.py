@@ -507,6 +507,7 @@ class TrainingLoop:
 
     def _run_training(self) -> None:
         run = self._loop_run
+        run.record_in(self.run_history)
         with run.interrupt:
             try:
                 self.training_run_start()

@@ -28,7 +28,7 @@ from pytorch_accelerated._scheduling.stepping import SchedulerStepping
 from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError
 from pytorch_accelerated.progress import TrainingProgress
-from pytorch_accelerated.tracking import EpochMeans, weighted_mean
+from pytorch_accelerated.tracking import EpochMeans, RunHistory, weighted_mean
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +51,6 @@ if TYPE_CHECKING:
         StateMapping,
     )
     from pytorch_accelerated.run_config import TrainerRunConfig
-    from pytorch_accelerated.tracking import RunHistory
-
 
 TrainerType = TypeVar("TrainerType", bound="TrainingLoop")
 
@@ -427,6 +425,11 @@ class Run:
         """Forget the metrics of earlier runs."""
         history.reset()
         self.has_reset_history = True
+
+    def record_in(self, history: RunHistory) -> None:
+        """Let a history read the moment of what is recorded from the position of this run."""
+        if isinstance(history, RunHistory):
+            history._follow_run(self.training.progress, self.config.is_world_process_zero)  # noqa: SLF001 - a seam
 
     def start_training(self, num_epochs_completed: int, num_epochs: int, window: AccumulationWindow) -> None:
         """Start a training of its own, in place of the position that the previous run left."""

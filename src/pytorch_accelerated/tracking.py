@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Mapping
@@ -12,15 +13,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytorch_accelerated._hints.meaning import metric_meant
+from pytorch_accelerated._history.log_file import LogFile, first_line, from_json_line, to_json_line
+from pytorch_accelerated._history.records import Moment, Record, records_of, rows_of
+from pytorch_accelerated._history.tables import csv_lines, data_frame, html_table, text_table
 from pytorch_accelerated._measuring.names import MetricNames
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._metrics import one_number
 from pytorch_accelerated.exceptions import UnknownMetricError
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
 
     from pytorch_accelerated._types import BatchOutput, MetricValue, StateDict, StateMapping
+    from pytorch_accelerated.progress import TrainingProgress
 
 
 EVALUATION_PREFIX = "evaluation_"
@@ -28,7 +35,10 @@ EVALUATION_PREFIX = "evaluation_"
 
 
 class RunHistory(ABC):
-    """The metrics of a run and its current epoch. Subclass it to store them somewhere other than in memory."""
+    """The metrics of a run and its current epoch. Subclass it to store them somewhere other than in memory.
+
+    Printed, or shown in a notebook, it is a table with a row for each moment at which something was recorded.
+    """
 
     @abstractmethod
     def get_metric_names(self) -> Iterable[str]:
@@ -113,9 +123,62 @@ class RunHistory(ABC):
         """
         yield
 
+    def to_rows(self) -> list[dict[str, MetricValue]]:
+        """Return a row for each moment at which something was recorded, oldest first.
+
+        What was recorded after the same update is in one row. Its entries are ``epoch``, counted from 1, ``update`` and
+        ``samples``, counted from the start of training over all processes, ``time``, in seconds since 1970, and the
+        metrics recorded then. The four are ``None`` for what an earlier version, or a history that does not keep them,
+        has recorded.
+        """
+        return rows_of(self._iter_records())
+
+    def to_pandas(self) -> Any:
+        """Return the rows of `to_rows` as a `pandas.DataFrame`, with NaN where a metric was not recorded.
+
+        Raises:
+            ModuleNotFoundError: ``pandas`` is not installed; it comes with the extra ``pandas``.
+        """
+        return data_frame(self.to_rows())
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows of `to_rows` to a CSV file, which is replaced as a whole; missing folders are created.
+
+        Args:
+            path: The file. A cell is empty where a metric was not recorded.
+        """
+        LogFile(path, identity=len).replace(csv_lines(self.to_rows()))
+
+    def __repr__(self) -> str:
+        rows = self.to_rows()
+        return f"{self._title(rows)}:\n{text_table(rows)}" if rows else f"{type(self).__name__}: nothing recorded yet"
+
+    def _repr_html_(self) -> str:
+        rows = self.to_rows()
+        return html_table(rows, self._title(rows))
+
+    def _title(self, rows: Sequence[object]) -> str:
+        return f"{type(self).__name__}, {len(list(self.get_metric_names()))} metrics in {len(rows)} rows"
+
+    def _iter_records(self) -> Iterator[Record]:
+        """Yield all values, oldest first, with their moments if they are known."""
+        return records_of({name: list(self.get_metric_values(name)) for name in self.get_metric_names()})
+
+    def _follow_run(self, progress: TrainingProgress, is_main_process: bool) -> None:
+        """Read the moment of each value from the position of a run, until the next run starts.
+
+        Args:
+            progress: The position.
+            is_main_process: Whether this process writes what all processes record.
+        """
+        # Not abstract, because subclasses written for 0.1.61 do not have it.
+        return
+
 
 class InMemoryRunHistory(RunHistory):
     """Keeps all metrics in memory, in lists.
+
+    Each value is kept with the moment it was recorded at: epoch, update, samples and time.
 
     A metric ``accuracy`` that is recorded during `Trainer.evaluate` is a series of its own, ``evaluation_accuracy``.
     `get_latest_metric` returns the newest value of ``accuracy`` and ``evaluation_accuracy``, whichever it is.
@@ -139,6 +202,11 @@ class InMemoryRunHistory(RunHistory):
         self._metrics: defaultdict[str, list[MetricValue]] = defaultdict(list)
         self._newest_series: dict[str, str] = {}
         """The series with the newest value, by the name of the metric, if it is not that of this name."""
+
+        self._moments: list[tuple[str, Moment]] = []
+        """Series and moment of each record, in order. Values of earlier versions have none."""
+
+        self._progress: TrainingProgress | None = None
 
     def get_metric_names(self) -> set[str]:
         """Return the names of all metrics recorded so far."""
@@ -177,6 +245,7 @@ class InMemoryRunHistory(RunHistory):
             series = name
             self._newest_series.pop(name, None)
         self._metrics[series].append(metric_value)
+        self._moments.append((series, self._moment()))
 
     def delete_metric(self, metric_name: str) -> None:
         """Delete a metric and all its values.
@@ -187,6 +256,7 @@ class InMemoryRunHistory(RunHistory):
         if metric_name not in self._metrics:
             raise self._unknown(metric_name)
         del self._metrics[metric_name]
+        self._moments = [entry for entry in self._moments if entry[0] != metric_name]
 
     @property
     def metric_name_prefix(self) -> str:
@@ -230,6 +300,7 @@ class InMemoryRunHistory(RunHistory):
         """Delete all metrics, and return to the first epoch."""
         self._current_epoch = 1
         self._metrics.clear()
+        self._moments.clear()
         self._newest_series.clear()
 
     def state_dict(self) -> StateDict:
@@ -238,6 +309,7 @@ class InMemoryRunHistory(RunHistory):
             "current_epoch": self._current_epoch,
             "metrics": {name: list(values) for name, values in self._metrics.items()},
             "newest_series": dict(self._newest_series),
+            "moments": [[name, *moment] for name, moment in self._moments],
         }
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
@@ -246,7 +318,23 @@ class InMemoryRunHistory(RunHistory):
         self._metrics.clear()
         for name, values in state_dict["metrics"].items():
             self._metrics[name] = list(values)
-        self._newest_series = dict(state_dict.get("newest_series", {}))  # missing in states of earlier versions
+        # Missing in states of earlier versions:
+        self._newest_series = dict(state_dict.get("newest_series", {}))
+        self._moments = [(name, Moment(*moment)) for name, *moment in state_dict.get("moments", ())]
+
+    def _iter_records(self) -> Iterator[Record]:
+        return records_of(self._metrics, self._moments)
+
+    def _follow_run(self, progress: TrainingProgress, is_main_process: bool) -> None:
+        self._progress = progress
+
+    def _moment(self) -> Moment:
+        progress = self._progress
+        if progress is None:
+            return Moment(self._current_epoch, time=time.time())
+        is_between = self._is_recording_evaluation and progress.is_between_epochs()
+        epoch = self._current_epoch - 1 if is_between else self._current_epoch
+        return Moment(epoch, progress.num_updates, progress.num_samples, time.time())
 
     def _unknown(self, metric_name: str) -> UnknownMetricError:
         meant = metric_meant(metric_name, self._metrics)
@@ -255,6 +343,97 @@ class InMemoryRunHistory(RunHistory):
             f"Nothing was recorded under the metric name {metric_name!r}. Recorded so far: {sorted(self._metrics)}."
             + remedy
         )
+
+
+class JsonlRunHistory(InMemoryRunHistory):
+    """Keeps all metrics in memory, and writes each to a file at once: a line of JSON with its moment.
+
+    The file outlives the process, however that ends; a torn last line is skipped when it is read. A run that is resumed
+    from a training state continues it without doubles or gaps: what was written after the state goes, because the run
+    records it again. The file of another run is never overwritten, but set aside: ``history.jsonl`` becomes
+    ``history.1.jsonl``. Only the main process writes.
+
+    A history of a file that exists has what is in it, so one can be read without a trainer. A value that is not a
+    single number is written as a short text.
+
+    Args:
+        path: The file. It is created, with missing folders, when the first value is recorded.
+
+    Raises:
+        ValueError: A line of the file, other than a torn last one, has another format.
+
+    Example::
+
+        trainer = Trainer(..., run_history=JsonlRunHistory("runs/history.jsonl"))
+        trainer.train(dataset, num_epochs=3)
+        print(JsonlRunHistory("runs/history.jsonl"))  # in another process, while it trains
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self._file = LogFile(path, identity=first_line)
+        self._is_main_process = True
+        self._is_new_run = False
+        self._is_file_current = False
+        """Whether the file has the records before the newest one, so that its line only has to be appended."""
+
+        for number, line in enumerate(self._file.read(), start=1):
+            self._add_line(number, line)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._file.path
+
+    def update_metric(self, metric_name: str, metric_value: MetricValue) -> None:
+        """Record another value under `metric_name_prefix` + ``metric_name``, and write it to the file."""
+        super().update_metric(metric_name, metric_value)
+        if not self._is_main_process:
+            return
+        if not self._is_file_current:
+            self._file.start(self._lines()[:-1], is_new=self._is_new_run)
+            self._is_file_current, self._is_new_run = True, False
+        series, moment = self._moments[-1]
+        self._file.append([to_json_line(Record(series, metric_value, moment))])
+
+    def delete_metric(self, metric_name: str) -> None:
+        """Delete a metric and all its values, also from the file.
+
+        Raises:
+            UnknownMetricError: Nothing was recorded under this name. It is a `ValueError` and a `KeyError`.
+        """
+        super().delete_metric(metric_name)
+        if self._is_main_process and self._is_file_current:
+            self._file.replace(self._lines())
+
+    def reset(self) -> None:
+        """Delete all metrics, and return to the first epoch. The file is set aside when the next value is recorded."""
+        super().reset()
+        self._is_file_current, self._is_new_run = False, True
+
+    def load_state_dict(self, state_dict: StateMapping) -> None:
+        """Replace the contents of this history with what `state_dict` returned; the file follows later."""
+        super().load_state_dict(state_dict)
+        self._is_file_current = self._is_new_run = False
+
+    def _follow_run(self, progress: TrainingProgress, is_main_process: bool) -> None:
+        super()._follow_run(progress, is_main_process)
+        self._is_main_process = is_main_process
+
+    def _lines(self) -> list[str]:
+        return [to_json_line(record) for record in self._iter_records()]
+
+    def _add_line(self, number: int, line: str) -> None:
+        try:
+            record = from_json_line(line)
+        except ValueError as error:
+            raise ValueError(
+                f"Line {number} of {str(self.path)!r} is no record of a run history: {error}. Expected an object of "
+                "JSON with `metric` and `value`. Pass another path, or move the file away."
+            ) from error
+        self._metrics[record.name].append(record.value)
+        self._moments.append((record.name, record.moment))
+        self._current_epoch = max(self._current_epoch, (record.moment.epoch or 0) + 1)
 
 
 def latest_value(history: RunHistory, metric_name: str) -> MetricValue:

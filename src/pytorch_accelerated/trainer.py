@@ -76,6 +76,7 @@ from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._distributed.waiting import explain_vain_wait
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._hints.classes import words_of_user
+from pytorch_accelerated._history.records import metrics_of_evaluation, new_records, records_in
 from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_modes, report_exception
 from pytorch_accelerated._measuring.metric_set import MetricSet
 from pytorch_accelerated._optimizers.closure import WindowClosure, create_closure
@@ -94,6 +95,7 @@ from pytorch_accelerated._types import (
     Loader,
     LossFunction,
     Metrics,
+    MetricValue,
     ModelOutput,
     Optimizers,
     SchedulerFactory,
@@ -117,9 +119,9 @@ from pytorch_accelerated.callbacks import TerminateOnNaNCallback as TerminateOnN
 from pytorch_accelerated.callbacks.handler import Callbacks
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
+from pytorch_accelerated.tracking import EVALUATION_PREFIX, RunHistory
 from pytorch_accelerated.tracking import InMemoryRunHistory as InMemoryRunHistory  # as in 0.1.61
 from pytorch_accelerated.tracking import LossTracker as LossTracker  # as in 0.1.61
-from pytorch_accelerated.tracking import RunHistory
 
 __all__ = [
     "DEFAULT_CALLBACKS",
@@ -233,7 +235,7 @@ class Trainer(TrainingLoop):
         allow_other_num_processes: bool = False,
         step_scheduler: Interval | None = None,
         scheduler_metric: str | None = None,
-    ) -> None:
+    ) -> RunHistory:
         """Train the model.
 
         In short, without the events, which :class:`~pytorch_accelerated.callbacks.TrainerCallback` lists::
@@ -283,6 +285,9 @@ class Trainer(TrainingLoop):
                 which it was recorded. ``None`` for the evaluation loss, or the training loss if there is no
                 ``eval_dataset``.
 
+        Returns:
+            ``trainer.run_history``, which shows what was recorded as a table, a CSV file or a data frame.
+
         Raises:
             ValueError: An argument has an invalid value, or model and optimizer do not belong together.
             CheckpointError: The state to resume is damaged, or does not fit the trainer; nothing has been changed.
@@ -320,6 +325,7 @@ class Trainer(TrainingLoop):
             self._loop_state_writer.wait()
         if run.interruption is not None:
             raise run.interruption.to_exit_exception()
+        return self.run_history
 
     @explains_arguments
     def evaluate(
@@ -328,7 +334,7 @@ class Trainer(TrainingLoop):
         per_device_batch_size: int = 8,
         dataloader_kwargs: DataLoaderKwargs | None = None,
         collate_fn: CollateFunction | None = None,
-    ) -> None:
+    ) -> dict[str, MetricValue]:
         """Evaluate the model, before, after or without training; needs no optimizer.
 
         The loss is recorded as ``evaluation_loss`` in the run history, which keeps what training recorded. What
@@ -342,6 +348,10 @@ class Trainer(TrainingLoop):
             dataloader_kwargs: Keyword arguments for the `DataLoader`; they override the defaults.
             collate_fn: Makes a batch from samples.
 
+        Returns:
+            ``loss``, and the metrics of steps and callbacks, by their plain names. For a dictionary of datasets, such a
+            dictionary for each.
+
         Raises:
             ValueError: There is nothing to evaluate.
         """
@@ -352,13 +362,18 @@ class Trainer(TrainingLoop):
             self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,)
         )
         settings = EvaluationSettings(per_device_batch_size, dataloader_kwargs, collate_fn)
+        num_recorded: dict[str, int] = {}
         with _without_trace_in_a_run(self):
             if dataset is not None:
                 self.eval_dataset = dataset
             else:
                 settings = settings.completed_by(self._loop_last_evaluation)
+            names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+            new_records(records_in(self.run_history), num_recorded)
             with self._loop_evaluation_context(*settings):
                 self._run_evaluation()
+            records = new_records(records_in(self.run_history), num_recorded)
+            return metrics_of_evaluation(records, EVALUATION_PREFIX, names)
 
     @explains_arguments
     def predict(
@@ -674,6 +689,7 @@ class Trainer(TrainingLoop):
             )
             self._check_eval_batch_size()
             run.consensus = _create_consensus(self)
+            run.record_in(self.run_history)
             yield
 
     def _loop_make_train_loader(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:

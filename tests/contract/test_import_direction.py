@@ -13,7 +13,18 @@ from _support import SOURCE, run_python
 
 PACKAGE = "pytorch_accelerated"
 FILES = sorted(SOURCE.rglob("*.py"))
-OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "torchmetrics", "timm", "transformers", "wandb", "torchvision"}
+OPTIONAL = {
+    "matplotlib",
+    "sklearn",
+    "tensorboard",
+    "torchmetrics",
+    "timm",
+    "transformers",
+    "wandb",
+    "torchvision",
+    "mlflow",
+    "pandas",
+}
 
 FLOORS = [
     {"exceptions", "_types", "_messages", "_hints", "_compiled"},
@@ -27,6 +38,7 @@ FLOORS = [
         "_metrics",
         "_measuring",
         "metrics",
+        "_history",
         "_signals",
         "_ema",
         "finetuning",
@@ -56,6 +68,7 @@ MAY_IMPORT_ACCELERATE = {
     "_distributed/fast_path.py",
     "_distributed/precision.py",
     "_distributed/registry.py",
+    "_distributed/trackers.py",
 }
 MAY_NAME_ACCELERATE_IN_TYPES = {
     *MAY_IMPORT_ACCELERATE,
@@ -139,7 +152,9 @@ def test_every_exception_for_accelerate_is_needed():
     assert importing == MAY_NAME_ACCELERATE_IN_TYPES
 
 
-@pytest.mark.parametrize("room", ["_hints", "_data", "_distributed", "_optimizers", "_checkpoint", "_scheduling"])
+@pytest.mark.parametrize(
+    "room", ["_hints", "_history", "_data", "_distributed", "_optimizers", "_checkpoint", "_scheduling"]
+)
 def test_a_room_has_an_empty_init_and_a_readme_with_a_line_for_each_file(room):
     folder = SOURCE / room
     assert (folder / "__init__.py").read_text() == ""

@@ -34,6 +34,7 @@ from _support import (
     Probe,
     Samples,
     Stream,
+    history_of,
     make_dataset,
     make_indexed_dataset,
     make_model,
@@ -643,7 +644,7 @@ def counted_run(num_samples: int, accumulation: int, callbacks: Any = ()) -> dic
         mock.patch.object(StopConsensus, "sync", sync_uncounted),
     ):
         train(trainer, Samples(make_dataset(num_samples)), gradient_accumulation_steps=accumulation)
-    result = weights_of(trainer.model), trainer.run_history.state_dict(), trainer.progress.state_dict()
+    result = weights_of(trainer.model), history_of(trainer), trainer.progress.state_dict()
     return {"result": result, "num_updates": trainer.progress.num_updates, "num_exchanges": num_exchanges}
 
 
