@@ -298,5 +298,5 @@ def test_a_log_point_reads_the_mean_loss_once_for_all_callbacks(monkeypatch, dat
     monkeypatch.setattr(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
     num_passes = 2 * NUM_EPOCHS + 1
     assert Counter(readers_in(get_default_callbacks(), dataset=dataset)) == {
-        "LossMonitor.look by __float__": num_passes * (NUM_STEPS - 1)
+        "HostCopy.numbers by tolist": num_passes * (NUM_STEPS - 1)
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +23,10 @@ from pytorch_accelerated._data.rng import forget_spare_gaussian, preserve_rng_st
 from pytorch_accelerated._data.sharding import sharding_of, start_at, without_samples
 from pytorch_accelerated._distributed.accelerator import skip_batches
 from pytorch_accelerated._distributed.collectives import (
-    all_gather_nested,
     average_gradients,
     drop_placeholders,
     gather_uneven,
     run_on_main,
-    sum_over_processes,
 )
 from pytorch_accelerated._distributed.consensus import can_skip_exchange, overrides_any
 from pytorch_accelerated._distributed.fast_path import choose_no_sync
@@ -38,6 +35,7 @@ from pytorch_accelerated._optimizers.checks import as_optimizer, choose_optimize
 from pytorch_accelerated._optimizers.closure import WindowStep, scaled
 from pytorch_accelerated._optimizers.group import discard_gradients, parameters_of
 from pytorch_accelerated._predictions import Predictions, PredictionSettings, caches_of
+from pytorch_accelerated._recording import results_of_pass, take_step_values
 from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute, run_of
 from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated._step import (
@@ -73,7 +71,6 @@ from pytorch_accelerated.tracking import (
     RunHistory,
     as_number,
     latest_value,
-    weighted_mean,
 )
 
 if TYPE_CHECKING:
@@ -180,6 +177,12 @@ class TrainingLoop:
     """The mean loss of the epoch so far, as of the last ``on_log_point``; reading it never waits for the device.
 
     On a CUDA device it is the value of the log point before. ``None`` until it is known.
+    """
+
+    recent_metrics = RunAttribute["dict[str, float]"]("recent_metrics")
+    """The same of ``loss`` and of metrics, by plain name, on this process; empty until they are known.
+
+    Of the metrics of the Trainer, it has those that are means of single numbers.
     """
 
     mean_loss = RunAttribute[float]("mean_loss")
@@ -508,6 +511,7 @@ class TrainingLoop:
     def _run_training(self) -> None:
         run = self._loop_run
         run.record_in(self.run_history)
+        run.training.recorder.start(self.run_history.record_every_n_updates, run.training.progress.num_updates)
         with run.interrupt:
             try:
                 self.training_run_start()
@@ -758,6 +762,8 @@ class TrainingLoop:
 
     def _loop_end_train_step(self, step: int) -> None:
         run = self._loop_run
+        if run.training.progress.num_updates >= run.training.recorder.next_update:
+            record_steps(self, wait=False)
         run.training.progress.num_batches_in_epoch = step + 1
         results, run.step_results = run.step_results, []  # none if a subclass has replaced the step
         for batch, batch_output in results:
@@ -774,7 +780,7 @@ class TrainingLoop:
         current = self._loop_run.training.current_pass
         current.num_batches_done = step + 1
         if current.monitor.is_due():
-            current.monitor.look(current.means.loss)
+            current.monitor.look(current.sums())
             self._loop_fire(TrainerCallback.on_log_point)
 
     # --- evaluation ----------------------------------------------------------------------------------------------
@@ -850,6 +856,7 @@ class TrainingLoop:
             self.run_history.during_pass(stage),
         ):
             self._loop_run.start_metrics(evaluation, self.run_history.metric_name_prefix + stage)
+            record_steps(self)
             if is_intermediate:
                 self.run_history.update_metric("update", training.progress.num_updates)
             yield
@@ -895,16 +902,9 @@ class TrainingLoop:
 
     def _add_epoch_loss_to_run_history(self, name: str) -> None:
         """Record the means over the epoch and all processes, that of the loss as ``name``; then the metrics."""
-        current, config = self._loop_run.training.current_pass, self._loop_run.config
-        sums: Mapping[str, tuple[float | torch.Tensor, float | torch.Tensor]] = current.means.sums(name)
-        if config.is_distributed:
-            sums = sum_over_processes(sums, self._accelerator.device)
-        values = {metric: weighted_mean(total, weight) for metric, (total, weight) in sums.items()}
-        if current.metrics is not None:
-            gather = partial(all_gather_nested, num_processes=config.num_processes, device=self._accelerator.device)
-            results = current.metrics.finish(values[name], gather if config.is_distributed else None)
-            values |= {f"{name.partition('_')[0]}_{metric}": value for metric, value in results.items()}
-        for metric, value in values.items():
+        record_steps(self)
+        run = self._loop_run
+        for metric, value in results_of_pass(run.training.current_pass, name, run.config, self.device).items():
             self.run_history.update_metric(metric, value)
 
     # --- events, and the end of a run ----------------------------------------------------------------------------
@@ -930,6 +930,8 @@ class TrainingLoop:
 
     def _loop_end_run(self, hook: Callable[[], None], event: Callable[..., None]) -> None:
         with suppress(StopTrainingError):  # the run has ended already
+            record_steps(self)
+        with suppress(StopTrainingError):
             hook()
         with suppress(StopTrainingError):
             self._loop_fire(event)
@@ -946,6 +948,22 @@ class TrainingLoop:
         with suppress(StopTrainingError):  # the run is being stopped already
             self._loop_fire(TrainerCallback.on_stop_training_error)
             run.consensus.sync()
+
+
+def record_steps(trainer: TrainingLoop, *, wait: bool = True) -> None:
+    """Record the values of steps that are due, and those taken before, and show them to the callbacks.
+
+    Args:
+        trainer: The trainer.
+        wait: Whether to wait for those that are still on their way from the device.
+    """
+    run, history, recorder = run_of(trainer), trainer.run_history, run_of(trainer).training.recorder
+    if run.training.progress.num_updates >= recorder.next_update:
+        take_step_values(run, history.current_epoch, trainer.optimizer, trainer.device)
+    for moment, values in recorder.known(wait=wait):
+        history._record_step(values, moment)  # noqa: SLF001 - a seam
+        row = {**moment._asdict(), **values}
+        trainer._loop_fire(TrainerCallback.on_step_values, row=row)  # noqa: SLF001 - same module
 
 
 def early_stop_reason(run: Run, callback_handler: CallbackHandler) -> str | None:

@@ -24,6 +24,7 @@ from pytorch_accelerated._optimizers.closure import WindowClosure, WindowStep, s
 from pytorch_accelerated._optimizers.group import parameters_of
 from pytorch_accelerated._optimizers.modes import OptimizerMode
 from pytorch_accelerated._proxy import Forwarded, Value, WritableForwarded
+from pytorch_accelerated._recording import StepRecorder
 from pytorch_accelerated._scheduling.stepping import SchedulerStepping
 from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError
@@ -89,6 +90,10 @@ class DataPass:
         self.is_dummy_step = False
         """Whether the batch of the current step is a dummy, which counts for nothing."""
 
+    def sums(self) -> dict[str, tuple[float | torch.Tensor, float | torch.Tensor]]:
+        """Return the weighted sum and the total weight of each mean so far on this rank, by plain name."""
+        return self.means.plain_sums() | ({} if self.metrics is None else self.metrics.sums())
+
 
 class TrainingPosition:
     """How far training has come, and what else a training state consists of next to model, optimizer and scheduler.
@@ -127,6 +132,9 @@ class TrainingPosition:
         self.suspended_passes: list[DataPass] = []
         """The passes that the current one suspends, the outermost first."""
 
+        self.recorder = StepRecorder()
+        """Takes the values of steps every few updates."""
+
         self.optimizer_mode = OptimizerMode()
         """Whether an optimizer that has modes is in training mode."""
 
@@ -158,6 +166,7 @@ class TrainingPosition:
             epoch.means = self.epoch.means
         else:
             self.window.reset()
+            self.recorder.start_epoch()
         epoch.means.first_step = num_done
         self.epoch = self.current_pass = self.shown_pass = epoch
 
@@ -414,6 +423,11 @@ class Run:
         return self.training.current_pass.monitor.mean
 
     @property
+    def recent_metrics(self) -> dict[str, float]:
+        """The mean loss and metrics of the epoch so far on this rank, by plain name, as of the last log point."""
+        return dict(self.training.current_pass.monitor.means)
+
+    @property
     def mean_loss(self) -> float:
         """The mean loss of the epoch so far on this rank, read from the device; NaN before the first batch."""
         tracker = self.training.current_pass.means.loss
@@ -430,6 +444,10 @@ class Run:
         """Let a history read the moment of what is recorded from the position of this run."""
         if isinstance(history, RunHistory):
             history._follow_run(self.training.progress, self.config.is_world_process_zero)  # noqa: SLF001 - a seam
+
+    def record_steps_every(self, num_updates: int | None) -> None:
+        """Record values of steps every so many updates, or more often if the run history or a callback wants that."""
+        self.training.recorder.take_every(num_updates, self.training.progress.num_updates)
 
     def start_training(self, num_epochs_completed: int, num_epochs: int, window: AccumulationWindow) -> None:
         """Start a training of its own, in place of the position that the previous run left."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
@@ -70,6 +71,9 @@ function takes whatever `get_metric_inputs` returns."""
 
 Metrics: TypeAlias = Mapping[str, Metric] | Sequence[Metric] | Metric
 """Metrics by name, or some that have names of their own."""
+
+WeightedSums: TypeAlias = Mapping[str, tuple[float | torch.Tensor, float | torch.Tensor]]
+"""Of each mean, by name: the weighted sum so far, and the total weight."""
 
 # --- states --------------------------------------------------------------------------------------------------------
 

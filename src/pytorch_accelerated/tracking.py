@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytorch_accelerated._counts import check_positive_integer
 from pytorch_accelerated._hints.meaning import metric_meant
 from pytorch_accelerated._history.log_file import LogFile, first_line, from_json_line, to_json_line
-from pytorch_accelerated._history.records import Moment, Record, records_of, rows_of
+from pytorch_accelerated._history.records import Moment, Record, records_of, rows_of, with_steps
 from pytorch_accelerated._history.tables import csv_lines, data_frame, html_table, text_table
 from pytorch_accelerated._measuring.names import MetricNames
 from pytorch_accelerated._messages import warn
@@ -39,6 +40,9 @@ class RunHistory(ABC):
 
     Printed, or shown in a notebook, it is a table with a row for each moment at which something was recorded.
     """
+
+    record_every_n_updates: int | None = None
+    """Updates from one record of the values of steps to the next; ``None`` if they are not recorded."""
 
     @abstractmethod
     def get_metric_names(self) -> Iterable[str]:
@@ -126,12 +130,12 @@ class RunHistory(ABC):
     def to_rows(self) -> list[dict[str, MetricValue]]:
         """Return a row for each moment at which something was recorded, oldest first.
 
-        What was recorded after the same update is in one row. Its entries are ``epoch``, counted from 1, ``update`` and
-        ``samples``, counted from the start of training over all processes, ``time``, in seconds since 1970, and the
-        metrics recorded then. The four are ``None`` for what an earlier version, or a history that does not keep them,
-        has recorded.
+        What was recorded after the same update is in one row, values of steps too. Its entries are ``epoch``, counted
+        from 1, ``update`` and ``samples``, counted from the start of training over all processes, ``time``, in seconds
+        since 1970, and the metrics recorded then. The four are ``None`` for what an earlier version, or a history that
+        does not keep them, has recorded.
         """
-        return rows_of(self._iter_records())
+        return rows_of(self._iter_records(of_steps=True))
 
     def to_pandas(self) -> Any:
         """Return the rows of `to_rows` as a `pandas.DataFrame`, with NaN where a metric was not recorded.
@@ -150,18 +154,22 @@ class RunHistory(ABC):
         LogFile(path, identity=len).replace(csv_lines(self.to_rows()))
 
     def __repr__(self) -> str:
-        rows = self.to_rows()
+        rows = rows_of(self._iter_records())
         return f"{self._title(rows)}:\n{text_table(rows)}" if rows else f"{type(self).__name__}: nothing recorded yet"
 
     def _repr_html_(self) -> str:
-        rows = self.to_rows()
+        rows = rows_of(self._iter_records())
         return html_table(rows, self._title(rows))
 
     def _title(self, rows: Sequence[object]) -> str:
         return f"{type(self).__name__}, {len(list(self.get_metric_names()))} metrics in {len(rows)} rows"
 
-    def _iter_records(self) -> Iterator[Record]:
-        """Yield all values, oldest first, with their moments if they are known."""
+    def _iter_records(self, *, of_steps: bool = False) -> Iterator[Record]:
+        """Yield all values, oldest first, with their moments if they are known.
+
+        Args:
+            of_steps: Whether to include those of steps.
+        """
         return records_of({name: list(self.get_metric_values(name)) for name in self.get_metric_names()})
 
     def _follow_run(self, progress: TrainingProgress, is_main_process: bool) -> None:
@@ -174,6 +182,10 @@ class RunHistory(ABC):
         # Not abstract, because subclasses written for 0.1.61 do not have it.
         return
 
+    def _record_step(self, values: Mapping[str, MetricValue], moment: Moment) -> None:
+        """Record values of steps. By default, and without `record_every_n_updates`, they are for callbacks only."""
+        return
+
 
 class InMemoryRunHistory(RunHistory):
     """Keeps all metrics in memory, in lists.
@@ -182,6 +194,15 @@ class InMemoryRunHistory(RunHistory):
 
     A metric ``accuracy`` that is recorded during `Trainer.evaluate` is a series of its own, ``evaluation_accuracy``.
     `get_latest_metric` returns the newest value of ``accuracy`` and ``evaluation_accuracy``, whichever it is.
+
+    Args:
+        record_every_n_updates: Records values of steps too, every so many updates: the means of loss and metrics since
+            the last time (``train_loss_step``), the learning rate, and the gradient norm if the run clips by it. They
+            are in `to_rows` and in `get_metric_values`, and no metrics of their own in `get_metric_names`. If a
+            callback wants them more often, they are recorded as often. ``None`` for no such records.
+
+    Raises:
+        ValueError: ``record_every_n_updates`` is no positive number.
 
     Example:
         >>> history = InMemoryRunHistory()
@@ -194,7 +215,10 @@ class InMemoryRunHistory(RunHistory):
         pytorch_accelerated.exceptions.UnknownMetricError: Nothing was ... Did you mean 'accuracy'?
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, record_every_n_updates: int | None = None) -> None:
+        if record_every_n_updates is not None:
+            check_positive_integer("record_every_n_updates", record_every_n_updates, "updates")
+        self.record_every_n_updates = record_every_n_updates
         self._current_epoch = 1
         self._prefix = ""
         self._stage = ""
@@ -206,6 +230,9 @@ class InMemoryRunHistory(RunHistory):
         self._moments: list[tuple[str, Moment]] = []
         """Series and moment of each record, in order. Values of earlier versions have none."""
 
+        self._step_records: list[Record] = []
+        """The values of steps, oldest first."""
+
         self._progress: TrainingProgress | None = None
 
     def get_metric_names(self) -> set[str]:
@@ -215,9 +242,10 @@ class InMemoryRunHistory(RunHistory):
     def get_metric_values(self, metric_name: str) -> list[MetricValue]:
         """Return all values of a metric, oldest first, as a new list; an empty one if there are none.
 
-        If only `Trainer.evaluate` recorded the metric, these are the values.
+        If only `Trainer.evaluate` recorded the metric, these are the values. Values of steps have names of their own.
         """
-        return list(self._metrics.get(metric_name) or self._metrics.get(self._newest_series.get(metric_name, "")) or ())
+        values = self._metrics.get(metric_name) or self._metrics.get(self._newest_series.get(metric_name, ""))
+        return list(values or (record.value for record in self._step_records if record.name == metric_name))
 
     def get_latest_metric(self, metric_name: str) -> MetricValue:
         """Return the newest value of a metric.
@@ -301,6 +329,7 @@ class InMemoryRunHistory(RunHistory):
         self._current_epoch = 1
         self._metrics.clear()
         self._moments.clear()
+        self._step_records.clear()
         self._newest_series.clear()
 
     def state_dict(self) -> StateDict:
@@ -310,6 +339,7 @@ class InMemoryRunHistory(RunHistory):
             "metrics": {name: list(values) for name, values in self._metrics.items()},
             "newest_series": dict(self._newest_series),
             "moments": [[name, *moment] for name, moment in self._moments],
+            "step_records": [[record.name, record.value, *record.moment] for record in self._step_records],
         }
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
@@ -321,12 +351,19 @@ class InMemoryRunHistory(RunHistory):
         # Missing in states of earlier versions:
         self._newest_series = dict(state_dict.get("newest_series", {}))
         self._moments = [(name, Moment(*moment)) for name, *moment in state_dict.get("moments", ())]
+        of_steps = state_dict.get("step_records", ())
+        self._step_records = [Record(name, value, Moment(*moment), True) for name, value, *moment in of_steps]
 
-    def _iter_records(self) -> Iterator[Record]:
-        return records_of(self._metrics, self._moments)
+    def _iter_records(self, *, of_steps: bool = False) -> Iterator[Record]:
+        records = records_of(self._metrics, self._moments)
+        return with_steps(records, self._step_records) if of_steps else records
 
     def _follow_run(self, progress: TrainingProgress, is_main_process: bool) -> None:
         self._progress = progress
+
+    def _record_step(self, values: Mapping[str, MetricValue], moment: Moment) -> None:
+        if self.record_every_n_updates is not None:
+            self._step_records += [Record(name, value, moment, True) for name, value in values.items()]
 
     def _moment(self) -> Moment:
         progress = self._progress
@@ -358,6 +395,7 @@ class JsonlRunHistory(InMemoryRunHistory):
 
     Args:
         path: The file. It is created, with missing folders, when the first value is recorded.
+        record_every_n_updates: Records values of steps too; see `InMemoryRunHistory`.
 
     Raises:
         ValueError: A line of the file, other than a torn last one, has another format.
@@ -369,8 +407,8 @@ class JsonlRunHistory(InMemoryRunHistory):
         print(JsonlRunHistory("runs/history.jsonl"))  # in another process, while it trains
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__()
+    def __init__(self, path: str | os.PathLike[str], *, record_every_n_updates: int | None = None) -> None:
+        super().__init__(record_every_n_updates=record_every_n_updates)
         self._file = LogFile(path, identity=first_line)
         self._is_main_process = True
         self._is_new_run = False
@@ -387,14 +425,10 @@ class JsonlRunHistory(InMemoryRunHistory):
 
     def update_metric(self, metric_name: str, metric_value: MetricValue) -> None:
         """Record another value under `metric_name_prefix` + ``metric_name``, and write it to the file."""
+        self._make_file_current()
         super().update_metric(metric_name, metric_value)
-        if not self._is_main_process:
-            return
-        if not self._is_file_current:
-            self._file.start(self._lines()[:-1], is_new=self._is_new_run)
-            self._is_file_current, self._is_new_run = True, False
         series, moment = self._moments[-1]
-        self._file.append([to_json_line(Record(series, metric_value, moment))])
+        self._append([Record(series, metric_value, moment)])
 
     def delete_metric(self, metric_name: str) -> None:
         """Delete a metric and all its values, also from the file.
@@ -420,8 +454,24 @@ class JsonlRunHistory(InMemoryRunHistory):
         super()._follow_run(progress, is_main_process)
         self._is_main_process = is_main_process
 
+    def _record_step(self, values: Mapping[str, MetricValue], moment: Moment) -> None:
+        num_before = len(self._step_records)
+        if self.record_every_n_updates is not None:
+            self._make_file_current()
+            super()._record_step(values, moment)
+        self._append(self._step_records[num_before:])
+
+    def _make_file_current(self) -> None:
+        if self._is_main_process and not self._is_file_current:
+            self._file.start(self._lines(), is_new=self._is_new_run)
+            self._is_file_current, self._is_new_run = True, False
+
+    def _append(self, records: Sequence[Record]) -> None:
+        if self._is_main_process:
+            self._file.append([to_json_line(record) for record in records])
+
     def _lines(self) -> list[str]:
-        return [to_json_line(record) for record in self._iter_records()]
+        return [to_json_line(record) for record in self._iter_records(of_steps=True)]
 
     def _add_line(self, number: int, line: str) -> None:
         try:
@@ -431,8 +481,11 @@ class JsonlRunHistory(InMemoryRunHistory):
                 f"Line {number} of {str(self.path)!r} is no record of a run history: {error}. Expected an object of "
                 "JSON with `metric` and `value`. Pass another path, or move the file away."
             ) from error
-        self._metrics[record.name].append(record.value)
-        self._moments.append((record.name, record.moment))
+        if record.is_of_step:
+            self._step_records.append(record)
+        else:
+            self._metrics[record.name].append(record.value)
+            self._moments.append((record.name, record.moment))
         self._current_epoch = max(self._current_epoch, (record.moment.epoch or 0) + 1)
 
 
@@ -637,7 +690,7 @@ class _DeviceBuffer:
     def __init__(self, device: torch.device, first: _HostBuffer | None = None) -> None:
         self.device = device
         self.weights: list[float | torch.Tensor] = []
-        self._values = torch.empty(_BUFFER_SIZE, dtype=_wide_dtype(device), device=device)
+        self._values = torch.empty(_BUFFER_SIZE, dtype=wide_dtype(device), device=device)
         self._slots = self._values.unbind()  # views, which take less time than indexing
         if first is not None:
             self.weights = [*first.weights]
@@ -679,7 +732,7 @@ class _DeviceBuffer:
             weights = _wide_tensor(numbers)
         else:
             weights = torch.stack([torch.as_tensor(weight, device=device).reshape(()) for weight in self.weights])
-        return weights.to(device, _wide_dtype(device), non_blocking=True)
+        return weights.to(device, wide_dtype(device), non_blocking=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_slots"}
@@ -733,8 +786,12 @@ class EpochMeans:
                 prefix of the metrics.
         """
         stage = loss_name.partition("_")[0]
-        trackers = {loss_name: self.loss}
-        trackers |= {f"{stage}_{name}": tracker for name, tracker in sorted(self.metrics.items())}
+        plain = self.plain_sums()
+        return {loss_name: plain.pop("loss")} | {f"{stage}_{name}": pair for name, pair in plain.items()}
+
+    def plain_sums(self) -> dict[str, tuple[float | torch.Tensor, float | torch.Tensor]]:
+        """Return the same by plain name: ``loss``, and those of the metrics in alphabetical order."""
+        trackers = {"loss": self.loss, **dict(sorted(self.metrics.items()))}
         return {name: (tracker.total_loss, tracker.running_count) for name, tracker in trackers.items()}
 
     def find_non_finite(self) -> tuple[int, float] | None:
@@ -802,10 +859,11 @@ def as_number(value: MetricValue) -> float:
 
 def widened(value: torch.Tensor) -> torch.Tensor:
     """Return a one-element tensor as a scalar in float64 (float32 on MPS), to keep sums and quotients precise."""
-    return value.reshape(()).to(_wide_dtype(value.device))
+    return value.reshape(()).to(wide_dtype(value.device))
 
 
-def _wide_dtype(device: torch.device) -> torch.dtype:
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the type of floating-point numbers in which a device sums: float64, where it has that."""
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 

@@ -77,7 +77,7 @@ from pytorch_accelerated._distributed.waiting import explain_vain_wait
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._hints.classes import words_of_user
 from pytorch_accelerated._history.records import metrics_of_evaluation, new_records, records_in
-from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_modes, report_exception
+from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_modes, record_steps, report_exception
 from pytorch_accelerated._measuring.metric_set import MetricSet
 from pytorch_accelerated._optimizers.closure import WindowClosure, create_closure
 from pytorch_accelerated._optimizers.group import OptimizerGroup
@@ -578,6 +578,7 @@ class Trainer(TrainingLoop):
         Raises:
             CheckpointError: The state cannot be written, or the previous one in the background could not be.
         """
+        record_steps(self)
         on_collect = partial(self.callback_handler.call_event, "on_training_state_save", self)
         with self._loop_run.training.optimizer_mode.saving(self.optimizer):
             collected = collect_state(self._loop_state_parts(), self._accelerator, checkpoint_kwargs, on_collect)
@@ -864,6 +865,7 @@ class Trainer(TrainingLoop):
             progress=training.progress,
             run_history=self.run_history,
             callbacks=self.callback_handler,
+            recorder=training.recorder,
             means=training.epoch.means,
             metrics=run.metrics.of_training,
             window=training.window,

@@ -14,6 +14,7 @@ import torch
 
 from _support import Probe, make_dataset, make_trainer, train
 from pytorch_accelerated import Trainer
+from pytorch_accelerated._recording import StepRecorder
 from pytorch_accelerated.callbacks import (
     MLflowCallback,
     SaveTrainingStateCallback,
@@ -21,7 +22,6 @@ from pytorch_accelerated.callbacks import (
     TrackerCallback,
     WandbCallback,
 )
-from pytorch_accelerated.callbacks._step_values import StepValues
 
 pytest.importorskip("tensorboard")
 
@@ -142,15 +142,13 @@ def test_a_second_run_is_a_run_of_its_own():
     assert [call[0] for call in tracker.calls] == ["hyperparameters", "log", *["finish", "hyperparameters", "log"] * 2]
 
 
-def test_nothing_is_read_but_every_few_updates_and_no_step_is_slowed_down_if_that_is_not_wanted(monkeypatch):
-    reads, read = [], StepValues.read
-    monkeypatch.setattr(StepValues, "read", lambda *args: reads.append(1) or read(*args))
+def test_values_of_steps_are_taken_only_every_few_updates(monkeypatch):
+    times, take = [], StepRecorder.take
+    monkeypatch.setattr(StepRecorder, "take", lambda *args: times.append(args[1].update) or take(*args))
     train(make_trainer(callbacks=[TrackerCallback(Tracker(), every_n_updates=3)]), make_dataset(32))
-    assert len(reads) == 2
-    trainer = make_trainer(callbacks=[TrackerCallback(Tracker(), every_n_updates=None)])
-    train(trainer, make_dataset(32))
-    assert len(reads) == 2
-    assert "on_train_step_end" in trainer.callback_handler.events_without_listeners
+    assert times == [3, 6]
+    train(make_trainer(callbacks=[TrackerCallback(Tracker(), every_n_updates=None)]), make_dataset(32))
+    assert times == [3, 6]
 
 
 # --- failures ----------------------------------------------------------------------------------------------------

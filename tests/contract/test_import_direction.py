@@ -27,7 +27,7 @@ OPTIONAL = {
 }
 
 FLOORS = [
-    {"exceptions", "_types", "_messages", "_hints", "_compiled"},
+    {"exceptions", "_types", "_messages", "_hints", "_compiled", "_counts"},
     {
         "progress",
         "tracking",
@@ -39,6 +39,7 @@ FLOORS = [
         "_measuring",
         "metrics",
         "_history",
+        "_host_copy",
         "_signals",
         "_ema",
         "finetuning",
@@ -49,6 +50,7 @@ FLOORS = [
     {"_step", "_predictions", "_validation", "states", "utils"},
     {"schedulers"},
     {"_scheduling"},
+    {"_recording"},
     {"_run"},
     {"callbacks"},
     {"_loop", "_before_run"},

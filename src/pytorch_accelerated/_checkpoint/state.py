@@ -89,6 +89,7 @@ class Parts:
         stop_reason: Why the run was stopped for good; ``None`` if it was not.
         settings: The settings of the run; see `run_settings`.
         companions: What else has a state.
+        recorder: What the run has recorded of steps last.
         metrics: What the metrics of the trainer have gathered in the epoch on this process; ``None`` if there are none.
         num_metric_values_seen: How many values of its metric the scheduler has been stepped with.
         is_optimizer_training: Whether an optimizer that has modes is in training mode; ``None`` if there is none.
@@ -110,6 +111,7 @@ class Parts:
     stop_reason: str | None
     settings: RunSettings
     companions: Companions = field(default_factory=Companions)
+    recorder: Stateful | None = None
     metrics: PassMetrics | None = None
     num_metric_values_seen: int = 0
     is_optimizer_training: bool | None = None
@@ -117,7 +119,8 @@ class Parts:
     @property
     def shared(self) -> dict[str, object]:
         """The parts with a ``state_dict`` that is identical on every process."""
-        return {"progress": self.progress, "run_history": self.run_history, "callbacks": self.callbacks}
+        shared = {"progress": self.progress, "run_history": self.run_history, "callbacks": self.callbacks}
+        return shared if self.recorder is None else {**shared, "recorder": self.recorder}
 
     @property
     def local(self) -> dict[str, object]:

@@ -98,7 +98,8 @@ def to_json_line(record: Record) -> str:
     value = plain_value(record.value)
     if isinstance(value, float) and not math.isfinite(value):
         value = str(value)
-    return json.dumps({"metric": record.name, "value": value, **record.moment._asdict()})
+    mark = {"is_of_step": True} if record.is_of_step else {}
+    return json.dumps({"metric": record.name, "value": value, **record.moment._asdict(), **mark})
 
 
 def from_json_line(line: str) -> Record:
@@ -110,7 +111,7 @@ def from_json_line(line: str) -> Record:
     try:
         entries: JsonObject = json.loads(line)
         moment = Moment(**{name: entries.get(name) for name in Moment._fields})
-        value = entries["value"]
-        return Record(str(entries["metric"]), float(value) if value in ("nan", "inf", "-inf") else value, moment)
+        value = float(entries["value"]) if entries["value"] in ("nan", "inf", "-inf") else entries["value"]
+        return Record(str(entries["metric"]), value, moment, entries.get("is_of_step", False))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it has no {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from heapq import merge
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytorch_accelerated._types import MetricValue, StateDict
@@ -37,6 +38,8 @@ class Record(NamedTuple):
     name: str
     value: MetricValue
     moment: Moment = UNKNOWN
+    is_of_step: bool = False
+    """Whether it is a value of steps, recorded every few updates, and not one of a whole pass over the data."""
 
 
 def records_of(
@@ -78,7 +81,7 @@ def rows_of(records: Iterable[Record]) -> list[StateDict]:
         [{'epoch': 1, 'update': 10, 'samples': 80, 'time': 0.5, 'train_loss_epoch': 0.7, 'eval_loss_epoch': 0.9}]
     """
     rows: list[StateDict] = []
-    for name, value, moment in records:
+    for name, value, moment, _ in records:
         column = f"{name} (metric)" if name in Moment._fields else name
         row = rows[-1] if rows else None
         if row is None or column in row or (row["epoch"], row["update"]) != moment[:2]:
@@ -110,9 +113,19 @@ def new_records(records: Iterable[Record], num_seen: dict[str, int]) -> list[Rec
     return new
 
 
-def records_in(history: RunHistory) -> Iterator[Record]:
-    """Yield all values in a history, oldest first, with their moments if they are known."""
-    return history._iter_records()  # noqa: SLF001 - a subclass of the user's may have any public name
+def with_steps(records: Iterable[Record], of_steps: Iterable[Record]) -> Iterator[Record]:
+    """Yield records and those of steps in the order of time."""
+    return merge(records, of_steps, key=lambda record: record.moment.time or 0.0)
+
+
+def records_in(history: RunHistory, *, of_steps: bool = False) -> Iterator[Record]:
+    """Yield all values in a history, oldest first, with their moments if they are known.
+
+    Args:
+        history: The history.
+        of_steps: Whether to include those of steps.
+    """
+    return history._iter_records(of_steps=of_steps)  # noqa: SLF001 - a subclass of the user's may have any public name
 
 
 def metrics_of_evaluation(records: Iterable[Record], prefix: str, dataset_names: Iterable[str]) -> StateDict:

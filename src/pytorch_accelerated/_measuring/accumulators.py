@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import chain, groupby, zip_longest
 from typing import Any
 
@@ -18,6 +18,7 @@ from pytorch_accelerated._metrics import one_number
 from pytorch_accelerated._nested import rebuild
 from pytorch_accelerated._types import MetricValue, Nested, StateDict, StateMapping
 from pytorch_accelerated.metrics import Accuracy, FromLoss, MeanAbsoluteError, TopKAccuracy, WholeSet
+from pytorch_accelerated.tracking import wide_dtype
 
 _SAMPLE_MEANS = (Accuracy, TopKAccuracy, MeanAbsoluteError)
 _NUM_WAITING = 64  # batches; the first operations after other work take ten times as long
@@ -50,6 +51,13 @@ class Accumulator(ABC):
             kwargs: Keyword arguments; there are either these or ``args``.
             num_samples: The size of the batch.
         """
+
+    def sums(self) -> dict[str, tuple[Number, Number]]:
+        """Return the weighted sum and the total weight of each result that is a mean of single numbers, by name.
+
+        The name of the only result is empty. This changes nothing, and reads nothing from an accelerator.
+        """
+        return {}
 
     @abstractmethod
     def compute(self, states: Sequence[StateMapping], mean_loss: float) -> MetricValue:
@@ -154,10 +162,15 @@ class OfBatchMeans(Accumulator):
             if isinstance(total, torch.Tensor) and weight.__class__ is int:
                 total.add_(value, alpha=weight)  # a single operation
             else:
-                self._totals[key] = _wide(value) * weight + total
+                self._totals[key] = value.to(wide_dtype(value.device)) * weight + total
         else:
             self._totals[key] = value * weight + total
         self._weights[key] = self._weights.get(key, 0) + weight
+
+    def sums(self) -> dict[str, tuple[Number, Number]]:
+        """Return the sums of the means so far that are single numbers."""
+        totals = self._totals.items()
+        return {key: (total, self._weights[key]) for key, total in totals if getattr(total, "ndim", 0) == 0}
 
     def compute(self, states: Sequence[StateMapping], mean_loss: float) -> MetricValue:
         """Return the mean, or a dictionary of means if the function returned a mapping."""
@@ -218,10 +231,6 @@ def _read_if_free(value: torch.Tensor) -> Number:
     return number
 
 
-def _wide(value: torch.Tensor) -> torch.Tensor:
-    return value.to(torch.float32 if value.device.type == "mps" else torch.float64)  # MPS has no float64
-
-
 def _mean(pairs: Sequence[tuple[Number, Number]]) -> Number | None:
     total = sum((_on_host(total) for total, _ in pairs), 0.0)
     weight = sum((_on_host(weight) for _, weight in pairs), 0.0)
@@ -248,7 +257,8 @@ class OfSampleMeans(Accumulator):
     has_names = True
 
     def __init__(self, metrics: Mapping[str, Callable[..., MetricValue]], device: torch.device) -> None:
-        self._means = {name: OfBatchMeans(metric, device) for name, metric in metrics.items()}
+        self._metrics = metrics
+        self._means = _means_of(metrics, device)
         self._device = device
         self._waiting: list[list[torch.Tensor]] = []
         self._is_tried = False
@@ -262,16 +272,21 @@ class OfSampleMeans(Accumulator):
                 self._is_tried = True
         else:
             self._measure_waiting()
-            self._measure(args, kwargs)
-
-    def _measure(self, args: Sequence[Nested], kwargs: Mapping[str, Nested]) -> None:
-        for means in self._means.values():
-            means.update(args, kwargs, 1)  # the metrics know their weights
+            _measure(self._means, args, kwargs)
 
     def _measure_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
-        for _, alike in groupby(waiting, key=_kind_of_batch):
-            self._measure([torch.cat(parts) for parts in zip(*alike, strict=True)], {})
+        _measure_batches(self._means, waiting)
+
+    def sums(self) -> dict[str, tuple[Number, Number]]:
+        """Return the sums with those of the batches that wait, which keep waiting."""
+        waiting = _means_of(self._metrics, self._device)
+        _measure_batches(waiting, self._waiting)
+        sums: dict[str, tuple[Number, Number]] = {}
+        for name, pair in ((name, pair) for means in (self._means, waiting) for name, pair in _sums_of(means)):
+            total, weight = sums.get(name, (0.0, 0.0))
+            sums[name] = total + pair[0], weight + pair[1]
+        return sums
 
     def compute(self, states: Sequence[StateMapping], mean_loss: float) -> MetricValue:
         """Return the mean of each metric, by name."""
@@ -303,6 +318,24 @@ class OfSampleMeans(Accumulator):
             means.load_state_dict(state_dict["means"][name])
         self._waiting = on_device(list(state_dict["waiting"]), self._device)
         self._is_tried = state_dict["is_tried"]
+
+
+def _means_of(metrics: Mapping[str, Callable[..., MetricValue]], device: torch.device) -> dict[str, OfBatchMeans]:
+    return {name: OfBatchMeans(metric, device) for name, metric in metrics.items()}
+
+
+def _measure(means: Mapping[str, OfBatchMeans], args: Sequence[Nested], kwargs: Mapping[str, Nested]) -> None:
+    for each in means.values():
+        each.update(args, kwargs, 1)  # the metrics know their weights
+
+
+def _measure_batches(means: Mapping[str, OfBatchMeans], batches: Sequence[list[torch.Tensor]]) -> None:
+    for _, alike in groupby(batches, key=_kind_of_batch):
+        _measure(means, [torch.cat(parts) for parts in zip(*alike, strict=True)], {})
+
+
+def _sums_of(means: Mapping[str, OfBatchMeans]) -> Iterator[tuple[str, tuple[Number, Number]]]:
+    return ((name, pair) for name, each in means.items() for pair in each.sums().values())
 
 
 def _is_small(value: Nested) -> bool:

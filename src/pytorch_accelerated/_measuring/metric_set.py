@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pytorch_accelerated._measuring.accumulators import Accumulator, create_accumulators
+from pytorch_accelerated._measuring.accumulators import Accumulator, Number, create_accumulators
 from pytorch_accelerated._measuring.names import MetricNames, named_numbers, stems_of_run
 from pytorch_accelerated._measuring.states import is_torchmetric
 from pytorch_accelerated._messages import warn
@@ -57,6 +57,15 @@ class PassMetrics:
                 except Exception as error:
                     _note_metric(error, name)
                     raise
+
+    def sums(self) -> dict[str, tuple[Number, Number]]:
+        """Return the weighted sum and the total weight of each metric that is a mean of single numbers, by name."""
+        sums: dict[str, tuple[Number, Number]] = {}
+        with torch.no_grad():
+            for name, accumulator in self._accumulators.items():
+                for key, pair in accumulator.sums().items():
+                    sums[key if accumulator.has_names else f"{name}_{key}" if key else name] = pair
+        return sums
 
     def finish(self, mean_loss: float, gather: Gather | None = None) -> dict[str, float]:
         """Return the results, by name, and forget all steps. Reads from the device.

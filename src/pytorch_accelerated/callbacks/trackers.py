@@ -11,19 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from pytorch_accelerated._checkpoint.manifest import installed_versions
 from pytorch_accelerated._distributed.trackers import check_tracker, open_tracker
 from pytorch_accelerated._hints.arguments import explains_arguments
-from pytorch_accelerated._history.records import new_records, records_in
+from pytorch_accelerated._history.records import Moment, new_records, records_in
 from pytorch_accelerated._history.tables import plain_value
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._metrics import one_number
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated._validation import check_positive_integer
-from pytorch_accelerated.callbacks._step_values import StepValues, learning_rates_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:
     import os
 
-    from pytorch_accelerated._types import Batch, BatchOutput, MaybeNone, StateDict, StateMapping
+    from pytorch_accelerated._types import MaybeNone, StateDict, StateMapping
     from pytorch_accelerated.trainer import Trainer
 
 _MAX_TEXT_LENGTH = 250  # MLflow refuses more
@@ -36,7 +35,8 @@ class TrackerCallback(TrainerCallback):
     evaluation of an epoch ends. In between, every few updates, so are the means of loss and metrics since then
     (``train_loss_step``), the learning rate, the gradient norm if the run clips by it, and ``epoch`` and ``samples``.
     When a run starts, so are its hyper-parameters: the run configuration, the groups of the optimizer, and
-    ``hyperparameters``. Only the main process sends anything.
+    ``hyperparameters``. Only the main process sends anything. If the run history, or another tracker, records values of
+    steps more often, they are sent as often.
 
     A run that is resumed from a training state continues in the tracker. With TensorBoard, MLflow and Weights & Biases
     (online), which have a callback of their own, it does so without doubles; other trackers may show twice what was
@@ -101,9 +101,7 @@ class TrackerCallback(TrainerCallback):
         self._newest: tuple[int, dict[str, float]] = (-1, {})
         """The last update after which something was sent, and all that was."""
 
-        self._step_values = StepValues(every_n_updates)
-        if every_n_updates is None and type(self).on_train_step_end is TrackerCallback.on_train_step_end:
-            vars(self)["on_train_step_end"] = TrainerCallback.on_train_step_end  # so that steps are not slowed down
+        self.every_n_updates = every_n_updates
 
     @property
     def writer(self) -> Any:
@@ -130,7 +128,7 @@ class TrackerCallback(TrainerCallback):
         """Open the tracker, and send the hyper-parameters. A resumed run continues where it was."""
         run = run_of(trainer)
         update = run.training.progress.num_updates
-        self._step_values.start_run(update)
+        run.record_steps_every(self.every_n_updates)
         if not run.is_resumed:
             self._newest, self._num_sent, self.run_id = (-1, {}), {}, None
             if not run.has_reset_history:
@@ -145,22 +143,12 @@ class TrackerCallback(TrainerCallback):
             elif self._resends_newest and self._newest[0] == update:
                 self._open_tracker.log(self._newest[1], step=update)
 
-    def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Start new means, unless a resumed run continues within the epoch."""
-        if run_of(trainer).training.epoch.means.first_step == 0:
-            self._step_values.start_epoch()
-
-    def on_train_step_end(
-        self,
-        trainer: Trainer,
-        batch: Batch = None,
-        batch_output: BatchOutput | MaybeNone = None,
-        *,
-        step: int = 0,
-        **kwargs: Any,
-    ) -> None:
-        """Send the means since the last time, if it is time for that."""
-        self._send_step_values(trainer)
+    def on_step_values(self, trainer: Trainer, *, row: Mapping[str, float] | MaybeNone = None, **kwargs: Any) -> None:
+        """Send them, unless it is another tracker that wants them."""
+        if self.every_n_updates is not None:
+            values = dict(row)
+            epoch, update, samples, _ = (int(values.pop(name)) for name in Moment._fields)
+            self._send(trainer, Moment(epoch, update, samples), values)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Send what was recorded."""
@@ -183,8 +171,7 @@ class TrackerCallback(TrainerCallback):
         self._send_new_records(trainer)
 
     def on_training_state_save(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Send what is due: a callback may save before this one is called."""
-        self._send_step_values(trainer)
+        """Send what was recorded: a callback may save before this one is called."""
         self._send_new_records(trainer)
 
     # --- state ---------------------------------------------------------------------------------------------------
@@ -195,7 +182,6 @@ class TrackerCallback(TrainerCallback):
             "run_id": self.run_id,
             "num_sent": dict(self._num_sent),
             "newest": [self._newest[0], dict(self._newest[1])],
-            "step_values": self._step_values.state_dict(),
         }
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
@@ -204,7 +190,6 @@ class TrackerCallback(TrainerCallback):
         self._num_sent = dict(state_dict["num_sent"])
         update, values = state_dict["newest"]
         self._newest = update, dict(values)
-        self._step_values.load_state_dict(state_dict["step_values"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open_tracker": None}  # a copy opens its own
@@ -229,35 +214,27 @@ class TrackerCallback(TrainerCallback):
         """Return whether the tracker has a value that a resumed run records again."""
         return False
 
-    def _send_step_values(self, trainer: Trainer) -> None:
-        run = run_of(trainer)
-        if not self._step_values.is_due(run):
-            return
-        values = self._step_values.read(run, trainer.device)
-        values |= learning_rates_of(trainer.optimizer)
-        if run.gradient_norm is not None:
-            values["gradient_norm"] = float(run.gradient_norm)
-        self._send(trainer, run.training.progress.num_updates, values)
-
     def _send_new_records(self, trainer: Trainer) -> None:
-        run, values_by_update = run_of(trainer), dict[int, dict[str, float]]()
+        run, progress = run_of(trainer), run_of(trainer).training.progress
         if not run.config.is_world_process_zero:
             return
-        for name, value, moment in new_records(records_in(trainer.run_history), self._num_sent):
+        now = Moment(trainer.run_history.current_epoch, progress.num_updates, progress.num_samples)
+        by_moment: dict[Moment, dict[str, float]] = {}
+        for name, value, moment, _ in new_records(records_in(trainer.run_history), self._num_sent):
             number = one_number(value)
             if number is not None:
-                update = run.training.progress.num_updates if moment.update is None else moment.update
-                values_by_update.setdefault(update, {})[name] = float(number)
-        for update, values in values_by_update.items():
-            self._send(trainer, update, values)
+                known = now if moment.update is None else moment._replace(time=None)
+                by_moment.setdefault(known, {})[name] = float(number)
+        for moment, values in by_moment.items():
+            self._send(trainer, moment, values)
 
-    def _send(self, trainer: Trainer, update: int, values: dict[str, float]) -> None:
-        run = run_of(trainer)
-        if not run.config.is_world_process_zero or self._open_tracker is None:
+    def _send(self, trainer: Trainer, moment: Moment, values: dict[str, float]) -> None:
+        if not run_of(trainer).config.is_world_process_zero or self._open_tracker is None:
             return
+        update = moment.update or 0
         if self._newest[0] != update:
             self._newest = update, {}
-            values |= {"epoch": trainer.run_history.current_epoch, "samples": run.training.progress.num_samples}
+            values |= {"epoch": moment.epoch or 0, "samples": moment.samples or 0}
         values = {name: value for name, value in values.items() if not self._was_sent(name, update)}
         self._newest[1].update(values)
         if values:
