@@ -849,8 +849,8 @@ def as_number(value: MetricValue) -> float:
         ValueError: ``value`` is not a single number.
     """
     try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+        return float(value if isinstance(value, str) else one_number(value))  # type: ignore[arg-type]  # None is refused
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"The metric is {value!r}. Expected a single number, or a tensor or array with one element. Record a "
             "number, or watch another metric."

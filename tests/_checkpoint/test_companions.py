@@ -427,6 +427,20 @@ def test_a_run_that_saves_states_names_what_they_will_not_cover_before_it_starts
     assert (tmp_path / "final").is_dir()
 
 
+class SeesAWorkerDie(Sum):
+    def state_dict(self):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+
+def test_the_failure_of_a_worker_is_not_taken_for_one_of_an_object(tmp_path):
+    """PyTorch raises it from a signal handler, so perhaps within any `state_dict`."""
+    trainer = run(Base())
+    trainer.custom = SeesAWorkerDie()
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
+        trainer.save_training_state(tmp_path / "state")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_left_out_is_not_saved(tmp_path):
     class WithTeacher(Adversarial):
         left_out_of_states = ("networks", "optimizers", "schedule")

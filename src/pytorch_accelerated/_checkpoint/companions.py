@@ -27,6 +27,7 @@ from pytorch_accelerated._checkpoint.optimizer_state import (
     optimizer_state_of,
     parameters_of,
 )
+from pytorch_accelerated._data.workers import is_worker_failure
 from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._measuring.states import load_state, state_of
@@ -221,6 +222,8 @@ def _states_of(
         except CheckpointError as error:
             warn(_describe_not_covered(name, item, str(error)))
         except Exception as error:  # the method is the user's
+            if is_worker_failure(error):
+                raise
             warn(_describe_not_covered(name, item, f"`state_dict` raised {error!r}."))
     return states
 
