@@ -29,7 +29,7 @@ def test_a_mean_in_host_memory_is_up_to_date():
     assert monitor.mean is None
     monitor.look({"loss": (torch.tensor(6.0), 2), "accuracy": (1.0, 2)})
     assert monitor.mean == 3.0
-    assert monitor.means == {"loss": 3.0, "accuracy": 0.5}
+    assert monitor.values == {"loss": 3.0, "accuracy": 0.5}
 
 
 def test_the_recent_loss_at_a_log_point_is_the_mean_of_the_pass_so_far(clock):

@@ -15,15 +15,9 @@ import torch
 
 from _support import make_dataset, make_trainer, train
 from pytorch_accelerated import Trainer
+from pytorch_accelerated._means import EpochMeans, LossTracker, as_number, weighted_mean
 from pytorch_accelerated.callbacks import StepBasedEvaluationCallback
-from pytorch_accelerated.tracking import (
-    EpochMeans,
-    InMemoryRunHistory,
-    LossTracker,
-    RunHistory,
-    as_number,
-    weighted_mean,
-)
+from pytorch_accelerated.tracking import InMemoryRunHistory, RunHistory
 
 
 @pytest.fixture(autouse=True, params=["values in host memory", "values on an accelerator"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pytorch_accelerated.tracking import widened
+from pytorch_accelerated._means import widened
 
 
 class HostCopy:

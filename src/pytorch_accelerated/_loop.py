@@ -30,6 +30,7 @@ from pytorch_accelerated._distributed.collectives import (
 )
 from pytorch_accelerated._distributed.consensus import can_skip_exchange, overrides_any
 from pytorch_accelerated._distributed.fast_path import choose_no_sync
+from pytorch_accelerated._means import LossTracker, as_number
 from pytorch_accelerated._measuring.metric_set import MetricSet
 from pytorch_accelerated._optimizers.checks import as_optimizer, choose_optimizer, warn_about_missing_parameters
 from pytorch_accelerated._optimizers.closure import WindowStep, scaled
@@ -65,13 +66,7 @@ from pytorch_accelerated.callbacks.evaluation import LimitBatchesCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError, add_note
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.run_config import TrainerRunConfig
-from pytorch_accelerated.tracking import (
-    InMemoryRunHistory,
-    LossTracker,
-    RunHistory,
-    as_number,
-    latest_value,
-)
+from pytorch_accelerated.tracking import InMemoryRunHistory, RunHistory, latest_value
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

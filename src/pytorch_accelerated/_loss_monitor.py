@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pytorch_accelerated._host_copy import HostCopy
-from pytorch_accelerated.tracking import weighted_mean
+from pytorch_accelerated._means import weighted_mean
 
 if TYPE_CHECKING:
     from pytorch_accelerated._types import WeightedSums
@@ -25,7 +25,7 @@ class LossMonitor:
     """
 
     def __init__(self) -> None:
-        self.means: dict[str, float] = {}
+        self.values: dict[str, float] = {}
         """The means as of the last log point, by plain name: ``loss``, ``accuracy``. Empty until they are known."""
 
         self._pending: tuple[list[str], HostCopy] | None = None
@@ -34,7 +34,7 @@ class LossMonitor:
     @property
     def mean(self) -> float | None:
         """The mean loss as of the last log point; ``None`` until it is known."""
-        return self.means.get("loss")
+        return self.values.get("loss")
 
     def is_due(self) -> bool:
         """Return whether it is time for a log point, and if so, schedule the next one."""
@@ -63,7 +63,7 @@ class LossMonitor:
             return False
         numbers = copy.numbers()
         pairs = zip(names, numbers[::2], numbers[1::2], strict=True)
-        self.means = {name: weighted_mean(total, weight) for name, total, weight in pairs}
+        self.values = {name: weighted_mean(total, weight) for name, total, weight in pairs}
         self._pending = None
         return True
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytorch_accelerated._distributed.collectives import all_gather_nested, sum_over_processes
 from pytorch_accelerated._history.records import Moment
 from pytorch_accelerated._host_copy import HostCopy
-from pytorch_accelerated.tracking import weighted_mean
+from pytorch_accelerated._means import weighted_mean
 
 if TYPE_CHECKING:
     import torch

@@ -18,6 +18,7 @@ from pytorch_accelerated._loss_monitor import (
     describe_non_finite_loss,
     describe_non_finite_parameters,
 )
+from pytorch_accelerated._means import EpochMeans, weighted_mean
 from pytorch_accelerated._measuring.metric_set import MetricSet, PassMetrics
 from pytorch_accelerated._measuring.names import MetricNames, stems_of_run
 from pytorch_accelerated._optimizers.closure import WindowClosure, WindowStep, scaled
@@ -29,7 +30,7 @@ from pytorch_accelerated._scheduling.stepping import SchedulerStepping
 from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError
 from pytorch_accelerated.progress import TrainingProgress
-from pytorch_accelerated.tracking import EpochMeans, RunHistory, weighted_mean
+from pytorch_accelerated.tracking import RunHistory
 
 if TYPE_CHECKING:
     import torch
@@ -425,7 +426,7 @@ class Run:
     @property
     def recent_metrics(self) -> dict[str, float]:
         """The mean loss and metrics of the epoch so far on this rank, by plain name, as of the last log point."""
-        return dict(self.training.current_pass.monitor.means)
+        return dict(self.training.current_pass.monitor.values)
 
     @property
     def mean_loss(self) -> float:

@@ -39,6 +39,7 @@ FLOORS = [
         "_measuring",
         "metrics",
         "_history",
+        "_means",
         "_host_copy",
         "_signals",
         "_ema",

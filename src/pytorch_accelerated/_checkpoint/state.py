@@ -51,10 +51,11 @@ from pytorch_accelerated._data.streams import TrackedStream
 from pytorch_accelerated._distributed.accelerator import is_sharded
 from pytorch_accelerated._distributed.collectives import run_on_all
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
+from pytorch_accelerated._means import EpochMeans
 from pytorch_accelerated._measuring.metric_set import PassMetrics, joined_states
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.progress import TrainingProgress
-from pytorch_accelerated.tracking import EpochMeans, RunHistory, latest_value
+from pytorch_accelerated.tracking import RunHistory, latest_value
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from pytorch_accelerated._joining import OutputJoiner, as_parts, dresser_of
+from pytorch_accelerated._means import wide_dtype
 from pytorch_accelerated._measuring.states import is_torchmetric, load_state, merged, metrics_in, on_device, state_of
 from pytorch_accelerated._metrics import one_number
 from pytorch_accelerated._nested import rebuild
 from pytorch_accelerated._types import MetricValue, Nested, StateDict, StateMapping
 from pytorch_accelerated.metrics import Accuracy, FromLoss, MeanAbsoluteError, TopKAccuracy, WholeSet
-from pytorch_accelerated.tracking import wide_dtype
 
 _SAMPLE_MEANS = (Accuracy, TopKAccuracy, MeanAbsoluteError)
 _NUM_WAITING = 64  # batches; the first operations after other work take ten times as long
