@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import csv
 import pickle
+import shutil
 import sys
 import time
 
 import pytest
+import torch
 
 from _support import Probe, history_of, make_dataset, make_trainer, train
+from pytorch_accelerated import Trainer
+from pytorch_accelerated._run import run_of
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback, StepBasedEvaluationCallback
 from pytorch_accelerated.tracking import InMemoryRunHistory, JsonlRunHistory, RunHistory
 
@@ -234,7 +238,7 @@ def test_a_file_has_each_value_at_once_and_is_read_back(tmp_path):
     look = Probe(on_train_epoch_end=lambda trainer, **_: seen.append(path.read_text().count("\n")))
     trainer = make_trainer(run_history=JsonlRunHistory(path), callbacks=[look])
     train(trainer, make_dataset(8), num_epochs=2, eval_dataset=make_dataset(4))
-    assert seen == [1, 3]
+    assert seen == [2, 4]  # the first line tells what the run is made of
     read = JsonlRunHistory(path)
     assert read.path == path
     assert read.to_rows() == trainer.run_history.to_rows()
@@ -245,15 +249,14 @@ def test_a_file_has_each_value_at_once_and_is_read_back(tmp_path):
 def test_another_run_sets_the_file_aside_and_one_that_goes_on_continues_it(tmp_path):
     path = tmp_path / "history.jsonl"
     train(make_trainer(run_history=JsonlRunHistory(path)), make_dataset(8))
-    first = path.read_text()
+    first = path.read_text().splitlines()
     trainer = make_trainer(run_history=JsonlRunHistory(path))
     train(trainer, make_dataset(8), reset_run_history=False)
-    assert path.read_text().startswith(first)
-    assert path.read_text().count("\n") == 2
     both = path.read_text()
+    assert both.splitlines()[1:-1] == first[1:]
     train(make_trainer(run_history=JsonlRunHistory(path)), make_dataset(8))
     assert (tmp_path / "history.1.jsonl").read_text() == both
-    assert path.read_text().count("\n") == 1
+    assert path.read_text().count("\n") == 2
 
 
 def test_deleting_a_metric_deletes_it_from_the_file(tmp_path):
@@ -271,3 +274,92 @@ def test_a_damaged_line_is_named(tmp_path):
     path.write_text(f"{lines[0]}\n{lines[1][:9]}\n{lines[1]}\n")
     with pytest.raises(ValueError, match=r"Line 2 of .*history.jsonl' is no record of a run history"):
         JsonlRunHistory(path)
+
+
+# --- values of steps ---------------------------------------------------------------------------------------------
+
+
+class Measures(Trainer):
+    def calculate_train_batch_loss(self, batch):
+        return {**super().calculate_train_batch_loss(batch), "metrics": {"error": 0.5}}
+
+
+def without_times(history):
+    return [{**row, "time": None} for row in history.to_rows()]
+
+
+def test_values_of_steps_are_recorded_every_few_updates_and_are_no_metrics_of_a_pass():
+    losses, rows = [], []
+    look = Probe(
+        on_train_step_end=lambda trainer, batch_output, **_: losses.append(batch_output["loss"].item()),
+        on_step_values=lambda trainer, row, **_: rows.append(row),
+    )
+    history = InMemoryRunHistory(record_every_n_updates=2)
+    trainer = make_trainer(cls=Measures, callbacks=[look], run_history=history, metrics={"half": lambda *_: 0.25})
+    train(trainer, make_dataset(20), num_epochs=2, gradient_clip_norm=1.0)
+    means = [sum(part) / len(part) for part in (losses[0:2], losses[2:4], losses[5:6], losses[6:8], losses[8:10])]
+    assert history.get_metric_values("train_loss_step") == pytest.approx(means)
+    assert history.get_metric_values("train_error_step") == [0.5] * 5
+    assert history.get_metric_values("train_half_step") == [0.25] * 5
+    assert history.get_metric_values("learning_rate") == [0.1] * 5
+    assert len(history.get_metric_values("gradient_norm")) == 5
+    assert history.get_metric_names() == {"train_loss_epoch", "train_error", "train_half"}
+    assert [(row["epoch"], row["update"], row["samples"]) for row in rows] == [
+        (1, 2, 8),
+        (1, 4, 16),
+        (2, 6, 24),
+        (2, 8, 32),
+        (2, 10, 40),
+    ]
+    assert [row["update"] for row in history.to_rows() if "train_loss_step" in row] == [2, 4, 6, 8, 10]
+    assert "train_loss_step" not in repr(history)
+
+
+def test_a_callback_may_want_them_more_often_but_does_not_fill_a_history_without():
+    def ask(trainer, **_):
+        run_of(trainer).record_steps_every(1)
+
+    rows = []
+    look = Probe(on_training_run_start=ask, on_step_values=lambda trainer, row, **_: rows.append(row["update"]))
+    for every, expected in ((4, [1, 2, 3]), (None, [])):
+        history = InMemoryRunHistory(record_every_n_updates=every)
+        train(make_trainer(callbacks=[look], run_history=history), make_dataset(12))
+        assert [row["update"] for row in history.to_rows() if "train_loss_step" in row] == expected
+    assert rows == [1, 2, 3] * 2
+
+
+def test_updates_between_records_must_be_a_positive_number():
+    with pytest.raises(ValueError, match="record_every_n_updates"):
+        InMemoryRunHistory(record_every_n_updates=0)
+
+
+def test_a_resumed_run_has_the_values_of_steps_of_an_uninterrupted_one(tmp_path):
+    def run(name, **kwargs):
+        history = JsonlRunHistory(tmp_path / name, record_every_n_updates=3)
+        saving = SaveTrainingStateCallback(tmp_path / "states", save_every_n_steps=1, max_checkpoints=100)
+        trainer = make_trainer(callbacks=[saving], run_history=history)
+        train(trainer, make_dataset(20), num_epochs=2, eval_dataset=make_dataset(4), **kwargs)
+        return without_times(history)
+
+    expected = run("whole.jsonl")
+    assert [row["update"] for row in expected if "train_loss_step" in row] == [3, 6, 9]
+    shutil.copytree(tmp_path / "states", tmp_path / "copies")
+    for step in (2, 3, 5, 8):
+        path = tmp_path / "copies" / f"step_{step}"
+        assert run(f"{step}.jsonl", resume_from=path) == expected
+        assert without_times(JsonlRunHistory(tmp_path / f"{step}.jsonl")) == expected
+
+
+def test_what_the_run_is_made_of_is_kept_with_its_values(tmp_path):
+    path = tmp_path / "a.jsonl"
+    saving = SaveTrainingStateCallback(tmp_path / "states", save_every_n_epochs=1)
+    trainer = make_trainer(lr=0.25, callbacks=[saving], run_history=JsonlRunHistory(path))
+    train(trainer, make_dataset(8), num_epochs=2)
+    info = JsonlRunHistory(path).run_info
+    assert info == trainer.run_history.run_info
+    assert (info["settings"]["num_epochs"], info["settings"]["optimizer_groups/0/lr"]) == (2, 0.25)
+    assert info["versions"]["torch"] == torch.__version__
+    assert info.keys() == {"settings", "versions", "code", "started"}
+    resumed = make_trainer(callbacks=[saving], run_history=InMemoryRunHistory())
+    train(resumed, make_dataset(8), num_epochs=3, resume_from="latest")
+    assert resumed.run_history.run_info == info

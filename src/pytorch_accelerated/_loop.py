@@ -38,6 +38,7 @@ from pytorch_accelerated._optimizers.group import discard_gradients, parameters_
 from pytorch_accelerated._predictions import Predictions, PredictionSettings, caches_of
 from pytorch_accelerated._recording import results_of_pass, take_step_values
 from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute, run_of
+from pytorch_accelerated._run_info import run_info_of
 from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated._step import (
     batch_loss,
@@ -505,7 +506,7 @@ class TrainingLoop:
 
     def _run_training(self) -> None:
         run = self._loop_run
-        run.record_in(self.run_history)
+        run.record_in(self.run_history, run_info_of(self))
         run.training.recorder.start(self.run_history.record_every_n_updates, run.training.progress.num_updates)
         with run.interrupt:
             try:

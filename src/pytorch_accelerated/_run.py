@@ -30,7 +30,6 @@ from pytorch_accelerated._scheduling.stepping import SchedulerStepping
 from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError
 from pytorch_accelerated.progress import TrainingProgress
-from pytorch_accelerated.tracking import RunHistory
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
         StateMapping,
     )
     from pytorch_accelerated.run_config import TrainerRunConfig
+    from pytorch_accelerated.tracking import RunHistory
 
 TrainerType = TypeVar("TrainerType", bound="TrainingLoop")
 
@@ -441,10 +441,16 @@ class Run:
         history.reset()
         self.has_reset_history = True
 
-    def record_in(self, history: RunHistory) -> None:
-        """Let a history read the moment of what is recorded from the position of this run."""
-        if isinstance(history, RunHistory):
-            history._follow_run(self.training.progress, self.config.is_world_process_zero)  # noqa: SLF001 - a seam
+    def record_in(self, history: RunHistory, run_info: StateMapping | None = None) -> None:
+        """Let a history read the moment of what is recorded from the position of this run.
+
+        Args:
+            history: The history.
+            run_info: What a training run is made of; ``None`` for an evaluation.
+        """
+        history._follow_run(self.training.progress, self.config.is_world_process_zero)  # noqa: SLF001 - a seam
+        if run_info is not None:
+            history._start_run(run_info, is_resumed=self.is_resumed)  # noqa: SLF001 - a seam
 
     def record_steps_every(self, num_updates: int | None) -> None:
         """Record values of steps every so many updates, or more often if the run history or a callback wants that."""

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from pytorch_accelerated._counts import check_positive_integer
 from pytorch_accelerated._hints.meaning import metric_meant
-from pytorch_accelerated._history.log_file import LogFile, first_line, from_json_line, to_json_line
+from pytorch_accelerated._history.comparison import FirstDifference, HistoryDiff, RunTable, compare_named, diff
+from pytorch_accelerated._history.log_file import (
+    LogFile,
+    first_record,
+    from_json_line,
+    run_info_line,
+    run_info_of,
+    to_json_line,
+)
+from pytorch_accelerated._history.plots import plot_records
 from pytorch_accelerated._history.records import Moment, Record, records_of, rows_of, with_steps
 from pytorch_accelerated._history.tables import csv_lines, data_frame, html_table, text_table
 from pytorch_accelerated._means import LossTracker
@@ -18,13 +30,23 @@ from pytorch_accelerated.exceptions import UnknownMetricError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from matplotlib.figure import Figure
 
     from pytorch_accelerated._types import MetricValue, StateDict, StateMapping
     from pytorch_accelerated.progress import TrainingProgress
 
-__all__ = ["EVALUATION_PREFIX", "InMemoryRunHistory", "JsonlRunHistory", "LossTracker", "RunHistory"]
+__all__ = [
+    "FirstDifference",
+    "HistoryDiff",
+    "InMemoryRunHistory",
+    "JsonlRunHistory",
+    "LossTracker",
+    "RunHistory",
+    "RunTable",
+    "compare",
+]
 
 EVALUATION_PREFIX = "evaluation_"
 """In front of the name of a metric that is recorded during `Trainer.evaluate`."""
@@ -132,6 +154,47 @@ class RunHistory(ABC):
         """
         return rows_of(self._iter_records(of_steps=True))
 
+    def plot(
+        self, metrics: Sequence[str] | None = None, *, x: Literal["update", "epoch", "samples", "time"] = "update"
+    ) -> Figure:
+        """Draw the metrics as curves: one diagram for the loss of all passes, one for each other quantity.
+
+        Args:
+            metrics: The names of those to draw; ``None`` for all, and the values of steps.
+            x: The horizontal axis; ``"time"`` is in seconds since the first value.
+
+        Returns:
+            The figure, for example to save it: ``history.plot().savefig("curves.png")``.
+
+        Raises:
+            ModuleNotFoundError: ``matplotlib`` is not installed; it comes with the extra ``plots``.
+            ValueError: Nothing was recorded that can be drawn.
+        """
+        return plot_records(self._iter_records(of_steps=True), metrics, x)
+
+    def diff(self, other: RunHistory | str | os.PathLike[str]) -> HistoryDiff:
+        """Return what differs between the runs of two histories: settings, versions, and values.
+
+        Args:
+            other: The other history, or the file of a `JsonlRunHistory`.
+
+        Example:
+            >>> runs = InMemoryRunHistory(), InMemoryRunHistory()
+            >>> for accuracy, history in zip((0.5, 0.75), runs, strict=True):
+            ...     history.update_metric("accuracy", accuracy)
+            >>> runs[0].diff(runs[1])
+            the first value that differs is `accuracy` after update None of epoch 1: 0.5 and 0.75
+        """
+        return diff(self, _opened(other))
+
+    @property
+    def run_info(self) -> dict[str, Any]:
+        """What the run was made of: ``settings``, ``versions``, ``code`` (the Git commit, if any) and ``started``.
+
+        Empty if it is not known. The settings are those of the run configuration and the optimizer.
+        """
+        return {}
+
     def to_pandas(self) -> Any:
         """Return the rows of `to_rows` as a `pandas.DataFrame`, with NaN where a metric was not recorded.
 
@@ -174,7 +237,11 @@ class RunHistory(ABC):
             progress: The position.
             is_main_process: Whether this process writes what all processes record.
         """
-        # Not abstract, because subclasses written for 0.1.61 do not have it.
+        # None of these is abstract, because subclasses written for 0.1.61 do not have it.
+        return
+
+    def _start_run(self, run_info: Mapping[str, Any], *, is_resumed: bool) -> None:
+        """Keep what a training run is made of, or what is known of the run that is resumed."""
         return
 
     def _record_step(self, values: Mapping[str, MetricValue], moment: Moment) -> None:
@@ -225,6 +292,7 @@ class InMemoryRunHistory(RunHistory):
         self._moments: list[tuple[str, Moment]] = []
         """Series and moment of each record, in order. Values of earlier versions have none."""
 
+        self._run_info: dict[str, Any] = {}
         self._step_records: list[Record] = []
         """The values of steps, oldest first."""
 
@@ -325,6 +393,7 @@ class InMemoryRunHistory(RunHistory):
         self._metrics.clear()
         self._moments.clear()
         self._step_records.clear()
+        self._run_info = {}
         self._newest_series.clear()
 
     def state_dict(self) -> StateDict:
@@ -334,6 +403,7 @@ class InMemoryRunHistory(RunHistory):
             "metrics": {name: list(values) for name, values in self._metrics.items()},
             "newest_series": dict(self._newest_series),
             "moments": [[name, *moment] for name, moment in self._moments],
+            "run_info": self.run_info,
             "step_records": [[record.name, record.value, *record.moment] for record in self._step_records],
         }
 
@@ -346,6 +416,7 @@ class InMemoryRunHistory(RunHistory):
         # Missing in states of earlier versions:
         self._newest_series = dict(state_dict.get("newest_series", {}))
         self._moments = [(name, Moment(*moment)) for name, *moment in state_dict.get("moments", ())]
+        self._run_info = copy.deepcopy(state_dict.get("run_info", {}))
         of_steps = state_dict.get("step_records", ())
         self._step_records = [Record(name, value, Moment(*moment), True) for name, value, *moment in of_steps]
 
@@ -355,6 +426,19 @@ class InMemoryRunHistory(RunHistory):
 
     def _follow_run(self, progress: TrainingProgress, is_main_process: bool) -> None:
         self._progress = progress
+
+    @property
+    def run_info(self) -> dict[str, Any]:
+        """What the run was made of: ``settings``, ``versions``, ``code`` (the Git commit, if any) and ``started``.
+
+        The settings are those of the run configuration and the optimizer. Of several runs it is that of the newest,
+        and of a resumed run that of its start.
+        """
+        return copy.deepcopy(self._run_info)
+
+    def _start_run(self, run_info: Mapping[str, Any], *, is_resumed: bool) -> None:
+        if not (is_resumed and self._run_info):
+            self._run_info = copy.deepcopy(dict(run_info))
 
     def _record_step(self, values: Mapping[str, MetricValue], moment: Moment) -> None:
         if self.record_every_n_updates is not None:
@@ -404,7 +488,7 @@ class JsonlRunHistory(InMemoryRunHistory):
 
     def __init__(self, path: str | os.PathLike[str], *, record_every_n_updates: int | None = None) -> None:
         super().__init__(record_every_n_updates=record_every_n_updates)
-        self._file = LogFile(path, identity=first_line)
+        self._file = LogFile(path, identity=first_record)
         self._is_main_process = True
         self._is_new_run = False
         self._is_file_current = False
@@ -465,11 +549,20 @@ class JsonlRunHistory(InMemoryRunHistory):
         if self._is_main_process:
             self._file.append([to_json_line(record) for record in records])
 
+    def _start_run(self, run_info: Mapping[str, Any], *, is_resumed: bool) -> None:
+        super()._start_run(run_info, is_resumed=is_resumed)
+        self._is_file_current = False  # it begins with what the run is made of
+
     def _lines(self) -> list[str]:
-        return [to_json_line(record) for record in self._iter_records(of_steps=True)]
+        head = [run_info_line(self._run_info)] if self._run_info else []
+        return head + [to_json_line(record) for record in self._iter_records(of_steps=True)]
 
     def _add_line(self, number: int, line: str) -> None:
         try:
+            run_info = run_info_of(line)
+            if run_info is not None:
+                self._run_info = run_info
+                return
             record = from_json_line(line)
         except ValueError as error:
             raise ValueError(
@@ -482,6 +575,38 @@ class JsonlRunHistory(InMemoryRunHistory):
             self._metrics[record.name].append(record.value)
             self._moments.append((record.name, record.moment))
         self._current_epoch = max(self._current_epoch, (record.moment.epoch or 0) + 1)
+
+
+def compare(
+    histories: Mapping[str, RunHistory | str | os.PathLike[str]] | Sequence[RunHistory | str | os.PathLike[str]],
+) -> RunTable:
+    """Return a table of several runs: the settings in which they differ, and the newest value of each metric.
+
+    Args:
+        histories: Run histories, or files of `JsonlRunHistory`, by name or in a list. A file in a list is called by its
+            path, a history by its number.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+
+    Example:
+        >>> history = InMemoryRunHistory()
+        >>> history.update_metric("accuracy", 0.5)
+        >>> compare({"first": history}).to_rows()[0]["accuracy"]
+        0.5
+    """
+    if not isinstance(histories, Mapping):
+        names = (str(number) if isinstance(each, RunHistory) else str(each) for number, each in enumerate(histories, 1))
+        histories = dict(zip(names, histories, strict=True))
+    return compare_named({name: _opened(history) for name, history in histories.items()})
+
+
+def _opened(history: RunHistory | str | os.PathLike[str]) -> RunHistory:
+    if isinstance(history, RunHistory):
+        return history
+    if not Path(history).exists():
+        raise FileNotFoundError(f"There is no file {str(history)!r}. Expected that of a `JsonlRunHistory`.")
+    return JsonlRunHistory(history)
 
 
 def latest_value(history: RunHistory, metric_name: str) -> MetricValue:

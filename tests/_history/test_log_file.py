@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from pytorch_accelerated._history.log_file import LogFile, first_line, from_json_line, to_json_line
+from pytorch_accelerated._history.log_file import LogFile, first_record, from_json_line, to_json_line
 from pytorch_accelerated._history.records import Moment, Record
 
 
 @pytest.fixture
 def log(tmp_path):
-    return LogFile(tmp_path / "new folder" / "log.txt", identity=first_line)
+    return LogFile(tmp_path / "new folder" / "log.txt", identity=first_record)
 
 
 def contents(folder):

@@ -52,7 +52,7 @@ FLOORS = [
     {"schedulers"},
     {"_scheduling"},
     {"_recording"},
-    {"_run"},
+    {"_run", "_run_info"},
     {"callbacks"},
     {"_loop", "_before_run"},
     {"trainer"},
@@ -156,7 +156,7 @@ def test_every_exception_for_accelerate_is_needed():
 
 
 @pytest.mark.parametrize(
-    "room", ["_hints", "_history", "_data", "_distributed", "_optimizers", "_checkpoint", "_scheduling"]
+    "room", ["_hints", "_history", "_measuring", "_data", "_distributed", "_optimizers", "_checkpoint", "_scheduling"]
 )
 def test_a_room_has_an_empty_init_and_a_readme_with_a_line_for_each_file(room):
     folder = SOURCE / room

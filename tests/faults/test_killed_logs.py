@@ -54,7 +54,9 @@ def run(folder, kill, is_killed_last):
         TensorBoardCallback(folder / "events", every_n_updates=3),
         killer,
     ]
-    trainer = make_trainer(callbacks=callbacks, run_history=JsonlRunHistory(folder / "history.jsonl"))
+    trainer = make_trainer(
+        callbacks=callbacks, run_history=JsonlRunHistory(folder / "history.jsonl", record_every_n_updates=3)
+    )
     data = {"num_epochs": 2, "eval_dataset": make_dataset(4), "resume_from": "latest"}
     train(trainer, make_dataset(24), **data)
     trainer.callback_handler.callbacks[3].close()

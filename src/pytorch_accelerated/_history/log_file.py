@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pytorch_accelerated._history.records import Moment, Record
 from pytorch_accelerated._history.tables import plain_value
 from pytorch_accelerated._types import JsonObject
+
+
+_START_OF_RUN_INFO = '{"run": '
 
 
 class LogFile:
@@ -83,9 +87,9 @@ def _size_of(lines: Sequence[str]) -> int:
     return sum(len(line.encode()) + 1 for line in lines)
 
 
-def first_line(lines: Sequence[str]) -> Sequence[str]:
-    """Return the first line, in a list; none if there are no lines."""
-    return lines[:1]
+def first_record(lines: Sequence[str]) -> str | None:
+    """Return the first line with a record; ``None`` if there is none."""
+    return next((line for line in lines if not line.startswith(_START_OF_RUN_INFO)), None)
 
 
 def to_json_line(record: Record) -> str:
@@ -100,6 +104,21 @@ def to_json_line(record: Record) -> str:
         value = str(value)
     mark = {"is_of_step": True} if record.is_of_step else {}
     return json.dumps({"metric": record.name, "value": value, **record.moment._asdict(), **mark})
+
+
+def run_info_line(run_info: Mapping[str, Any]) -> str:
+    """Return what a run is made of as a line of JSON."""
+    return json.dumps({"run": run_info})
+
+
+def run_info_of(line: str) -> dict[str, Any] | None:
+    """Return what `run_info_line` was given; ``None`` if it has not returned this line.
+
+    Raises:
+        ValueError: The line is no JSON.
+    """
+    entries: object = json.loads(line)
+    return entries.get("run") if isinstance(entries, dict) else None
 
 
 def from_json_line(line: str) -> Record:

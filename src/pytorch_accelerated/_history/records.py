@@ -92,8 +92,8 @@ def rows_of(records: Iterable[Record]) -> list[StateDict]:
 
 
 def columns_of(rows: Iterable[Mapping[str, MetricValue]]) -> list[str]:
-    """Return the columns of rows: the parts of a moment, then the metrics in the order of their first appearance."""
-    return list(dict.fromkeys([*Moment._fields, *(column for row in rows for column in row)]))
+    """Return the columns of rows in the order of their first appearance; without rows, the parts of a moment."""
+    return list(dict.fromkeys(column for row in rows for column in row)) or list(Moment._fields)
 
 
 def new_records(records: Iterable[Record], num_seen: dict[str, int]) -> list[Record]:

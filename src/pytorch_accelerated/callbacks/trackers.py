@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytorch_accelerated._checkpoint.manifest import installed_versions
 from pytorch_accelerated._distributed.trackers import check_tracker, open_tracker
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._history.records import Moment, new_records, records_in
-from pytorch_accelerated._history.tables import plain_value
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._metrics import one_number
 from pytorch_accelerated._run import run_of
+from pytorch_accelerated._run_info import Plain, flattened, run_info_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from pytorch_accelerated._types import MaybeNone, StateDict, StateMapping
     from pytorch_accelerated.trainer import Trainer
 
-_MAX_TEXT_LENGTH = 250  # MLflow refuses more
-
 
 class TrackerCallback(TrainerCallback):
     """Sends what a run records to one of Accelerate's experiment trackers.
@@ -34,9 +31,9 @@ class TrackerCallback(TrainerCallback):
     Whatever is recorded in the run history is sent with the number of updates as step, when the training or the
     evaluation of an epoch ends. In between, every few updates, so are the means of loss and metrics since then
     (``train_loss_step``), the learning rate, the gradient norm if the run clips by it, and ``epoch`` and ``samples``.
-    When a run starts, so are its hyper-parameters: the run configuration, the groups of the optimizer, and
-    ``hyperparameters``. Only the main process sends anything. If the run history, or another tracker, records values of
-    steps more often, they are sent as often.
+    If the run history, or another tracker, records them more often, they are sent as often. When a run starts, so are
+    its hyper-parameters: the run configuration, the groups of the optimizer, versions with the Git commit, and
+    ``hyperparameters``. Only the main process sends anything.
 
     A run that is resumed from a training state continues in the tracker. With TensorBoard, MLflow and Weights & Biases
     (online), which have a callback of their own, it does so without doubles; other trackers may show twice what was
@@ -139,7 +136,7 @@ class TrackerCallback(TrainerCallback):
         with self._tolerating_errors():
             self._open_tracker = self._open(update if run.is_resumed else None)
             if not run.is_resumed:
-                self._open_tracker.store_init_configuration(hyperparameters_of(trainer, self.hyperparameters))
+                self._open_tracker.store_init_configuration(self._hyperparameters_of(trainer))
             elif self._resends_newest and self._newest[0] == update:
                 self._open_tracker.log(self._newest[1], step=update)
 
@@ -209,6 +206,12 @@ class TrackerCallback(TrainerCallback):
     def _open_with(self, project: str, logging_dir: Path | None, **options: Any) -> Any:
         folder = None if logging_dir is None else str(logging_dir)
         return open_tracker(self.tracker, project, folder, {**self.options, **options})
+
+    def _hyperparameters_of(self, trainer: Trainer) -> dict[str, Plain]:
+        further = self.hyperparameters
+        named = further if isinstance(further, Mapping) else {} if further is None else vars(further)
+        info = run_info_of(trainer)
+        return {**info["settings"], **flattened({"versions": info["versions"], "code": info["code"] or "", **named})}
 
     def _was_sent(self, name: str, update: int) -> bool:
         """Return whether the tracker has a value that a resumed run records again."""
@@ -416,35 +419,3 @@ class WandbCallback(TrackerCallback):
 
     def _was_sent(self, name: str, update: int) -> bool:
         return update < self._first_new_update
-
-
-def hyperparameters_of(trainer: Trainer, further: object = None) -> dict[str, int | float | str]:
-    """Return the hyper-parameters of a run as numbers and texts: its configuration, its optimizer, and the user's.
-
-    Args:
-        trainer: The trainer, in a training run.
-        further: A mapping, or an object with attributes such as an `argparse.Namespace`; ``None`` for nothing.
-    """
-    groups = getattr(trainer.optimizer, "param_groups", ())
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-    parts = {"model": trainer.get_model(), "optimizer": trainer.optimizer, "scheduler": trainer.scheduler}
-    return _flattened(
-        {
-            **run_of(trainer).config.to_dict(),
-            **{name: type(part).__name__ for name, part in parts.items() if part is not None},
-            "optimizer_groups": dict(enumerate(settings)),
-            "versions": installed_versions(),
-            **(further if isinstance(further, Mapping) else vars(further) if further is not None else {}),
-        }
-    )
-
-
-def _flattened(values: Mapping[Any, Any], prefix: str = "") -> dict[str, int | float | str]:
-    flat: dict[str, int | float | str] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flattened(value, f"{prefix}{name}/")
-        else:
-            plain = value if isinstance(value, bool) else plain_value(value)
-            flat[f"{prefix}{name}"] = plain[:_MAX_TEXT_LENGTH] if isinstance(plain, str) else plain
-    return flat
