@@ -13,7 +13,6 @@ from pytorch_accelerated._history.records import Moment, Record
 from pytorch_accelerated._history.tables import plain_value
 from pytorch_accelerated._types import JsonObject
 
-
 _START_OF_RUN_INFO = '{"run": '
 
 

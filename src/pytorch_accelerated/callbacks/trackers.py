@@ -105,7 +105,8 @@ class TrackerCallback(TrainerCallback):
         """The tracker's own object, to send what is not a number, such as images.
 
         For TensorBoard it is a `torch.utils.tensorboard.SummaryWriter`, for MLflow and Weights & Biases the run.
-        ``None`` before the first run, if the tracker could not be opened, and on all processes but the main one.
+        ``None`` before the first run, if the tracker could not be opened, and on all processes but the main one. The
+        tracker is opened in ``on_training_run_start``, after all callbacks that are not called last.
         """
         return None if self._open_tracker is None else self._open_tracker.tracker
 
