@@ -43,6 +43,7 @@ __all__ = [
     "InMemoryRunHistory",
     "JsonlRunHistory",
     "LossTracker",
+    "Moment",
     "RunHistory",
     "RunTable",
     "compare",
@@ -164,7 +165,7 @@ class RunHistory(ABC):
             x: The horizontal axis; ``"time"`` is in seconds since the first value.
 
         Returns:
-            The figure, for example to save it: ``history.plot().savefig("curves.png")``.
+            The figure. ``history.plot().savefig("curves.png")`` saves it.
 
         Raises:
             ModuleNotFoundError: ``matplotlib`` is not installed; it comes with the extra ``plots``.
