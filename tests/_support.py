@@ -53,7 +53,8 @@ EVENTS_OF_A_RUN = tuple(
     event
     for event in EVENTS
     if not event.startswith("on_evaluation_run_")
-    and event not in ("on_init_end", "on_log_point", "on_exception", "on_stop_training_error", "on_training_state_save")
+    and event not in ("on_init_end", "on_step_values", "on_log_point", "on_exception", "on_stop_training_error")
+    and event != "on_training_state_save"
 )
 """The events that occur in every training run with an evaluation, whatever happens in it."""
 
