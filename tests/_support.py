@@ -53,7 +53,8 @@ EVENTS_OF_A_RUN = tuple(
     event
     for event in EVENTS
     if not event.startswith("on_evaluation_run_")
-    and event not in ("on_init_end", "on_log_point", "on_exception", "on_stop_training_error", "on_training_state_save")
+    and event not in ("on_init_end", "on_step_values", "on_log_point", "on_exception", "on_stop_training_error")
+    and event != "on_training_state_save"
 )
 """The events that occur in every training run with an evaluation, whatever happens in it."""
 
@@ -173,6 +174,12 @@ def losses(trainer: Any, name: str = "train_loss_epoch") -> list[Any]:
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return a copy of a model's state."""
     return copy.deepcopy(model.state_dict())
+
+
+def history_of(trainer: Any) -> dict[str, Any]:
+    """Return the state of a trainer's run history without the times, which differ from run to run."""
+    state = trainer.run_history.state_dict()
+    return {**state, "moments": [moment[:-1] for moment in state["moments"]]}
 
 
 def gradients_of(trainer: Any) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Log points: a few times a second, a run looks at its loss and reports its progress."""
+"""Log points: a few times a second, a run looks at its means and reports its progress."""
 
 from __future__ import annotations
 
@@ -8,27 +8,33 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from pytorch_accelerated.tracking import weighted_mean
+from pytorch_accelerated._host_copy import HostCopy
+from pytorch_accelerated._means import weighted_mean
 
 if TYPE_CHECKING:
-    from pytorch_accelerated.tracking import LossTracker
+    from pytorch_accelerated._types import WeightedSums
 
 SECONDS_BETWEEN_LOG_POINTS = 0.1
 
 
 class LossMonitor:
-    """Knows the mean loss of a pass over the data so far, without making host and device wait for each other.
+    """Knows the means of a pass over the data so far, without making host and device wait for each other.
 
-    On a CUDA device, the copy of the mean starts at one log point and is read at the next, when it has long arrived. A
-    mean in host memory is up to date.
+    On a CUDA device, the copy of the means starts at one log point and is read at the next, when it has long arrived.
+    Means in host memory are up to date.
     """
 
     def __init__(self) -> None:
-        self.mean: float | None = None
-        """The mean as of the last log point; ``None`` until it is known."""
+        self.values: dict[str, float] = {}
+        """The means as of the last log point, by plain name: ``loss``, ``accuracy``. Empty until they are known."""
 
-        self._pending: _AsyncScalar | None = None
+        self._pending: tuple[list[str], HostCopy] | None = None
         self._next_log_point = time.monotonic() + SECONDS_BETWEEN_LOG_POINTS
+
+    @property
+    def mean(self) -> float | None:
+        """The mean loss as of the last log point; ``None`` until it is known."""
+        return self.values.get("loss")
 
     def is_due(self) -> bool:
         """Return whether it is time for a log point, and if so, schedule the next one."""
@@ -38,33 +44,28 @@ class LossMonitor:
         self._next_log_point = now + SECONDS_BETWEEN_LOG_POINTS
         return True
 
-    def look(self, tracker: LossTracker) -> None:
-        """Read the mean, or start copying it."""
-        if self._pending is not None:
-            if not self._pending.ready():
-                return
-            self.mean, self._pending = self._pending.item(), None
-        total, weight = tracker.total_loss, tracker.running_count
-        if isinstance(total, torch.Tensor) and total.is_cuda:
-            self._pending = _AsyncScalar(total / weight)
-        else:
-            self.mean = weighted_mean(total, weight)
+    def look(self, sums: WeightedSums) -> None:
+        """Read the means, or start copying them.
 
+        Args:
+            sums: The weighted sum and the total weight of each, by name.
+        """
+        if self._pending is None:
+            self._pending = list(sums), HostCopy([number for pair in sums.values() for number in pair])
+            self._take()
+        elif self._take():
+            self.look(sums)
 
-class _AsyncScalar:
-    """A number that is being copied from a CUDA device to the host."""
-
-    def __init__(self, number: torch.Tensor) -> None:
-        self._copy = torch.empty_like(number, device="cpu", pin_memory=True)
-        self._copy.copy_(number, non_blocking=True)
-        self._copied = torch.cuda.current_stream(number.device).record_event()
-
-    def ready(self) -> bool:
-        is_ready: bool = self._copied.query()
-        return is_ready
-
-    def item(self) -> float:
-        return float(self._copy)
+    def _take(self) -> bool:
+        assert self._pending is not None
+        names, copy = self._pending
+        if not copy.has_arrived():
+            return False
+        numbers = copy.numbers()
+        pairs = zip(names, numbers[::2], numbers[1::2], strict=True)
+        self.values = {name: weighted_mean(total, weight) for name, total, weight in pairs}
+        self._pending = None
+        return True
 
 
 def describe_non_finite_gradient(model: nn.Module, place: str) -> str:

@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.wrappers import MinMaxMetric, Running
 
 from _saved import assert_equal
-from _support import Samples, make_dataset, train, weights_of
+from _support import Samples, history_of, make_dataset, train, weights_of
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
 from pytorch_accelerated.exceptions import CheckpointError
@@ -70,7 +70,7 @@ class Base(Trainer):
 
     def remembered(self):
         """Return what has to be the same at the end of an interrupted run."""
-        return weights_of(self.model), self.loss_func.state_dict(), self.run_history.state_dict()
+        return weights_of(self.model), self.loss_func.state_dict(), history_of(self)
 
 
 class LearnsItsLoss(Base):

@@ -101,6 +101,7 @@ def test_events_lists_all_events_in_order_of_declaration():
         "on_optimizer_step_start",
         "on_optimizer_step_end",
         "on_train_step_end",
+        "on_step_values",
         "on_log_point",
         "on_train_epoch_end",
         "on_eval_epoch_start",

@@ -13,10 +13,21 @@ from _support import SOURCE, run_python
 
 PACKAGE = "pytorch_accelerated"
 FILES = sorted(SOURCE.rglob("*.py"))
-OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "torchmetrics", "timm", "transformers", "wandb", "torchvision"}
+OPTIONAL = {
+    "matplotlib",
+    "sklearn",
+    "tensorboard",
+    "torchmetrics",
+    "timm",
+    "transformers",
+    "wandb",
+    "torchvision",
+    "mlflow",
+    "pandas",
+}
 
 FLOORS = [
-    {"exceptions", "_types", "_messages", "_hints", "_compiled"},
+    {"exceptions", "_types", "_messages", "_hints", "_compiled", "_counts"},
     {
         "progress",
         "tracking",
@@ -25,6 +36,11 @@ FLOORS = [
         "_nested",
         "_joining",
         "_metrics",
+        "_measuring",
+        "metrics",
+        "_history",
+        "_means",
+        "_host_copy",
         "_signals",
         "_ema",
         "finetuning",
@@ -35,7 +51,8 @@ FLOORS = [
     {"_step", "_predictions", "_validation", "states", "utils"},
     {"schedulers"},
     {"_scheduling"},
-    {"_run"},
+    {"_recording"},
+    {"_run", "_run_info"},
     {"callbacks"},
     {"_loop", "_before_run"},
     {"trainer"},
@@ -54,6 +71,7 @@ MAY_IMPORT_ACCELERATE = {
     "_distributed/fast_path.py",
     "_distributed/precision.py",
     "_distributed/registry.py",
+    "_distributed/trackers.py",
 }
 MAY_NAME_ACCELERATE_IN_TYPES = {
     *MAY_IMPORT_ACCELERATE,
@@ -137,7 +155,9 @@ def test_every_exception_for_accelerate_is_needed():
     assert importing == MAY_NAME_ACCELERATE_IN_TYPES
 
 
-@pytest.mark.parametrize("room", ["_hints", "_data", "_distributed", "_optimizers", "_checkpoint", "_scheduling"])
+@pytest.mark.parametrize(
+    "room", ["_hints", "_history", "_measuring", "_data", "_distributed", "_optimizers", "_checkpoint", "_scheduling"]
+)
 def test_a_room_has_an_empty_init_and_a_readme_with_a_line_for_each_file(room):
     folder = SOURCE / room
     assert (folder / "__init__.py").read_text() == ""

@@ -51,7 +51,7 @@ if NUM_REPEATS > 1:
     EVENTS_OF_TRAINING = [
         event
         for event in EVENTS
-        if event not in ("on_init_end", "on_exception", "on_log_point", "on_stop_training_error")
+        if event not in ("on_init_end", "on_exception", "on_step_values", "on_log_point", "on_stop_training_error")
         and "evaluation_run" not in event
     ]
 HOOKS = [
