@@ -137,7 +137,9 @@ def test_every_exception_for_accelerate_is_needed():
     assert importing == MAY_NAME_ACCELERATE_IN_TYPES
 
 
-@pytest.mark.parametrize("room", ["_hints", "_data", "_distributed", "_optimizers", "_checkpoint", "_scheduling"])
+@pytest.mark.parametrize(
+    "room", ["_hints", "_data", "_distributed", "_optimizers", "_checkpoint", "_scheduling", "callbacks/_console"]
+)
 def test_a_room_has_an_empty_init_and_a_readme_with_a_line_for_each_file(room):
     folder = SOURCE / room
     assert (folder / "__init__.py").read_text() == ""
