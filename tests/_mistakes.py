@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from pytorch_accelerated import Trainer, _messages
+from pytorch_accelerated import Trainer, TrainerPlaceholderValues, _messages
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
     SaveBestModelCallback,
@@ -496,6 +496,60 @@ mistake("a scheduler in place of a function")(lambda: train(make(), create_sched
 mistake("a scheduler class that needs more arguments")(lambda: train(make(), create_scheduler_fn=Decay))
 mistake("the name of a scheduler")(lambda: train(make(), create_scheduler_fn="cosine"))
 
+
+def schedule(create: Callable[[Any], object], **kwargs: Any) -> None:
+    train(make(), create_scheduler_fn=create, **kwargs)
+
+
+UPDATES = TrainerPlaceholderValues.NUM_UPDATE_STEPS_PER_EPOCH
+mistake("a placeholder in a lambda")(lambda: schedule(lambda optimizer: StepLR(optimizer, UPDATES)))
+mistake("a function for a scheduler that returns nothing")(lambda: schedule(lambda optimizer: None))
+mistake("a scheduler of another optimizer")(lambda: schedule(lambda optimizer: StepLR(SGD(), 1)))
+mistake("a misspelt interval of a scheduler")(lambda: schedule(lambda opt: StepLR(opt, 1), step_scheduler="epochs"))
+mistake("a metric for a scheduler that takes none")(
+    lambda: schedule(lambda opt: StepLR(opt, 1), scheduler_metric="eval_loss_epoch")
+)
+mistake("`ReduceLROnPlateau` without evaluation data")(
+    lambda: schedule(ReduceLROnPlateau, scheduler_metric="eval_loss_epoch")
+)
+mistake("`ReduceLROnPlateau` with the metric of another library")(
+    lambda: schedule(ReduceLROnPlateau, scheduler_metric="val_loss", eval_dataset=data())
+)
+mistake("a schedule in epochs that is stepped after each update")(
+    lambda: schedule(lambda opt: StepLR(opt, 1, gamma=0.1), num_epochs=4)
+)
+
+# --- several optimizers, precision, predictions ------------------------------------------------------------------
+
+
+@mistake("a head that is missing in the optimizer")
+def _() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = SGD(model)
+    model[1] = nn.Linear(3, 1)
+    train(make(model=model, optimizer=optimizer))
+
+
+mistake("a list with a single optimizer")(lambda: parts(optimizer=[SGD()]))
+mistake("a class among several optimizers")(lambda: parts(optimizer={"a": SGD(), "b": torch.optim.SGD}))
+mistake("fp16 on a CPU")(lambda: make(mixed_precision="fp16"))
+mistake("a misspelt precision")(lambda: make(mixed_precision="bfloat16"))
+
+
+class Ragged(nn.Module):
+    """Returns as many columns as the largest value in the batch says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, inputs):
+        return self.layer(inputs).expand(-1, 1 + int(inputs.max() > 0))
+
+
+mistake("outputs of different lengths")(lambda: make(model=Ragged()).predict(data(), per_device_batch_size=4))
+mistake("an output that the model does not have")(lambda: make(model=Ragged()).predict(data(), outputs="logits"))
+
 # --- metrics -----------------------------------------------------------------------------------------------------
 
 
@@ -622,6 +676,21 @@ def _() -> None:
 def _() -> None:
     make().save_checkpoint("model.pt")
     make(model=Network()).load_checkpoint("model.pt")
+
+
+@mistake("weights of which nothing fits")
+def _() -> None:
+    torch.save({"encoder.weight": torch.zeros(2, 2)}, "weights.pt")
+    make().load_checkpoint("weights.pt", strict=False)
+
+
+@mistake("a checkpoint in which a bit has changed")
+def _() -> None:
+    make().save_checkpoint("model.pt")
+    contents = bytearray(Path("model.pt").read_bytes())
+    contents[len(contents) // 2] ^= 1
+    Path("model.pt").write_bytes(contents)
+    make().load_checkpoint("model.pt")
 
 
 mistake("`train` within a run")(lambda: train(make(callbacks=[Nested()])))

@@ -370,7 +370,7 @@ def test_something_else_in_the_place_of_the_model_is_refused_and_left_as_it_was(
         (lambda model: [sgd(model)], "a list with a single optimizer in it.*Pass the optimizer itself"),
         (lambda model: {"a": sgd(model)}, "a dict with a single optimizer in it"),
         (lambda model: [], "a list with nothing in it"),
-        (lambda model: {"a": sgd(model), "b": torch.optim.SGD}, "a dict with the class `SGD` in it.*`SGD\\(...\\)`"),
+        (lambda model: {"a": sgd(model), "b": torch.optim.SGD}, "a dict with the class `SGD` in it.*Pass an instance"),
         (lambda model: [sgd(model), "adam"], "a list with 'adam', of type str in it"),
         (lambda model: model.parameters(), "an object of type generator"),
         (lambda model: "adam", "'adam', of type str"),

@@ -145,9 +145,9 @@ def test_a_choice_of_a_dataclass_leaves_the_others_empty_without_a_warning(recwa
 @pytest.mark.parametrize(
     ("form", "choice", "message"),
     [
-        (several, "logit", r"asks for \['logit'\], but the model returned a dict with \['a', 'b', 'count'\]"),
-        (lambda x: (x, x), [0, 2], r"asks for \[2\], but the model returned a tuple with \[0, 1\]"),
-        (lambda x: x, "a", r"asks for \['a'\], but the model returned a Tensor with \[\]"),
+        (several, "logit", r"asks for \['logit'\], but the model returned a `dict` with \['a', 'b', 'count'\]"),
+        (lambda x: (x, x), [0, 2], r"asks for \[2\], but the model returned a `tuple` with \[0, 1\]"),
+        (lambda x: x, "a", r"asks for \['a'\], but the model returned a `Tensor` without names or parts"),
     ],
 )
 def test_a_choice_that_the_model_does_not_return_is_refused(form, choice, message):

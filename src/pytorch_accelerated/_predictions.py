@@ -146,9 +146,10 @@ class Predictions:
         names = [choice] if isinstance(choice, (str, int)) else list(choice)
         missing = [name for name in names if name not in named]
         if missing:
+            contents = f"with {list(named)}" if named else "without names or parts"
             raise ValueError(
-                f"`outputs` asks for {missing}, but the model returned a {type(outputs).__name__} with {list(named)}. "
-                "Pass some of these names or indices, or a function of what the model returns."
+                f"`outputs` asks for {missing}, but the model returned a `{type(outputs).__name__}` {contents}. Pass "
+                "names or indices of what there is, or a function of what the model returns."
             )
         if isinstance(choice, (str, int)):
             return named[choice]

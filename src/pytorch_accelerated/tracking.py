@@ -114,7 +114,7 @@ class InMemoryRunHistory(RunHistory):
         [0.5, 0.75]
         >>> history.get_latest_metric("acuracy")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        pytorch_accelerated.exceptions.UnknownMetricError: Nothing was ... Recorded so far: ['accuracy'].
+        pytorch_accelerated.exceptions.UnknownMetricError: Nothing was ... Did you mean 'accuracy'?
     """
 
     def __init__(self) -> None:

@@ -274,7 +274,7 @@ def case_a_folder_in_use_by_another_run_is_refused(rank: int, directory: Path) -
     holder = None
     if rank == 0:
         code = (
-            "import fcntl, sys; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, fcntl.LOCK_EX);"
+            "import fcntl, sys; file = open(sys.argv[1], 'a+'); fcntl.flock(file, fcntl.LOCK_EX);"
             "file.write('process 7 on mars'); file.flush(); print(flush=True); sys.stdin.read()"
         )
         holder = subprocess.Popen(

@@ -79,7 +79,7 @@ def test_gradients_and_losses_match_those_of_big_batches(results, num_processes,
 
 
 def test_the_fast_path_gives_the_same_bits(results):
-    """As on Accelerate's own path, over the whole grid."""
+    """As on Accelerate's own path, over a part of the grid; one process tries all of it."""
     for different in results:
         assert different == []
 

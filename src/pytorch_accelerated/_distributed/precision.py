@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import PrecisionType
 
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._messages import warn
@@ -16,6 +17,11 @@ from pytorch_accelerated._messages import warn
 SHARDED_TYPES = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 _NOT_ON_CPU = ("fp16", "fp8")
+_OTHER_NAMES = {
+    **dict.fromkeys(("float16", "half", "16", "16-mixed", "torch.float16"), "fp16"),
+    **dict.fromkeys(("bfloat16", "bf16-mixed", "torch.bfloat16"), "bf16"),
+    **dict.fromkeys(("float32", "fp32", "32", "32-true", "torch.float32", "none", "false"), "no"),
+}
 _PRECISION_ENV_VAR, _CPU_ENV_VAR = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"
 
 
@@ -114,6 +120,12 @@ def _check_device_has_precision(settings: dict[str, Any]) -> None:
     One that comes from the configuration was perhaps meant for another machine: it is not used, with a warning.
     """
     requested, configured = settings.get("mixed_precision"), _configured_precision()
+    if requested is not None and str(requested) not in PrecisionType.list():
+        meant = _OTHER_NAMES.get(str(requested).lower())
+        raise ValueError(
+            f"`mixed_precision` is {requested!r}. Expected one of {PrecisionType.list()}, where 'no' means float32. "
+            f"{f'Pass {meant!r}.' if meant else 'Pass one of these.'}"
+        )
     if requested in _NOT_ON_CPU and _will_use_cpu(settings):
         raise ValueError(
             f"`mixed_precision` is {requested!r}, but this run uses a CPU, where Accelerate computes nothing in that "
