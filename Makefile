@@ -3,6 +3,7 @@
 #   make demo                   train on real data and draw the learning curves
 #   make test                   run all tests with branch coverage; JOBS=4 runs more of them at once
 #   make soak KILLS=200         kill runs at random moments and restart them; SEED=7 repeats a soak
+#   make soak PROGRAMS=200      kill and resume random programs on 1 to 3 processes; SEED=7 repeats them
 #   make check                  everything a change must pass: format-check, lint, types, tests, docs
 #   make bench                  compare the speed with other frameworks and with hand-written loops; about an hour
 #   make bench CASES=A,B ROUNDS=3 FRAMEWORKS=pytorch_accelerated,lightning
@@ -19,7 +20,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 TESTS ?=
 JOBS ?= 2
-KILLS ?= 200
+KILLS ?= $(if $(PROGRAMS),,200)
+PROGRAMS ?=
 SEED ?=
 PYTEST_ARGS ?=
 CASES ?=
@@ -107,8 +109,10 @@ test: $(VENV)/.stamp-dev
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) $(if $(TESTS),,$(IN_PARALLEL) --cov --cov-report=term) \
 	  $(PYTEST_ARGS)
 
+soak: SOAK = PYTHONPATH=tests OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python tests/faults
 soak: $(VENV)/.stamp-dev
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/faults/_kills.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+	$(if $(KILLS),$(SOAK)/_kills.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)))
+	$(if $(PROGRAMS),$(SOAK)/_programs.py --programs $(PROGRAMS) $(if $(SEED),--seed $(SEED)))
 
 check: format-check lint types test docs
 

@@ -74,6 +74,7 @@ from pytorch_accelerated._distributed.copies import attributes_of_copy, state_to
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path, unwrap_optimizer
 from pytorch_accelerated._distributed.precision import precision_of, warn_about_unused_precision
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
+from pytorch_accelerated._distributed.waiting import explain_vain_wait
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._hints.classes import words_of_user
 from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_modes, report_exception
@@ -637,6 +638,7 @@ class Trainer(TrainingLoop):
         except BaseException as error:
             with defer_worker_errors():  # the run has failed with another error already
                 try:
+                    explain_vain_wait(error)
                     self._loop_state_writer.finish(error)
                     report_exception(self, error)
                 finally:

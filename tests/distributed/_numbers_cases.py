@@ -706,6 +706,14 @@ class LateFirst(torch.nn.Module):
         return self.last(torch.tanh(self.middle(torch.tanh(self.first(inputs)))))
 
 
+class Normalized(LateFirst):
+    """Has buffers, which DDP sends to all ranks before each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Sequential(self.first, torch.nn.BatchNorm1d(33))
+
+
 class Watched(LateFirst):
     """Has a parameter whose gradient a hook of the user's looks at."""
 
@@ -747,6 +755,7 @@ def case_a_resumed_run_adds_up_gradients_in_the_order_of_the_uninterrupted_one(r
     return {
         "one bucket": resume_sums(directory / "one", LateFirst),
         "small buckets": resume_sums(directory / "small", LateFirst, bucket_cap_mb=0.001),
+        "buffers": resume_sums(directory / "buffers", Normalized, bucket_cap_mb=0.001),
         "views": resume_sums(directory / "views", LateFirst, bucket_cap_mb=0.001, gradient_as_bucket_view=True),
         "accumulation": resume_sums(directory / "accumulation", LateFirst, accumulation=3, bucket_cap_mb=0.001),
         "unused": resume_sums(directory / "unused", unused, find_unused_parameters=True, bucket_cap_mb=0.001),

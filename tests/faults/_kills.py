@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +51,23 @@ def run(folder: Path, kind: str) -> None:
     (folder / "outcome.part").rename(folder / "outcome.pt")
 
 
-def start(folder: Path, kind: str) -> int:
-    """Fork a process that trains, with its workers in a separate process group, and return its pid."""
+def start(output: Path, run: Callable[[], None]) -> int:
+    """Fork a process that trains, with its workers in a separate process group, and return its pid.
+
+    Args:
+        output: The file that what it prints is appended to.
+        run: Trains.
+    """
     child = os.fork()
     if child:
         return child
     code = 1
     try:
         os.setsid()
-        output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        run(folder, kind)
+        printed = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(printed, 1)
+        os.dup2(printed, 2)
+        run()
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -123,7 +130,7 @@ def uninterrupted_run(folder: Path, kind: str) -> tuple[dict[str, Any], float]:
     """Return the outcome of a run that is not killed, and the seconds it took."""
     folder.mkdir()
     begin = time.monotonic()
-    status = wait(start(folder, kind), 120)
+    status = wait(start(folder / "output.txt", partial(run, folder, kind)), 120)
     if status != 0:
         raise RuntimeError((folder / "output.txt").read_text())
     return torch.load(folder / "outcome.pt", weights_only=True), time.monotonic() - begin
@@ -137,7 +144,7 @@ def kill_runs(root: Path, kind: str, num_kills: int, generator: random.Random) -
     folder = root / kind
     while (kills < num_kills or folder.exists()) and not failures:
         folder.mkdir(exist_ok=True)
-        child = start(folder, kind)
+        child = start(folder / "output.txt", partial(run, folder, kind))
         status = wait(child, generator.uniform(0, 1.1 * seconds) if kills < num_kills else 120)
         if status is None:
             os.killpg(child, signal.SIGKILL) if kills % 2 else os.kill(child, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Runs killed at random moments end with the same bits as uninterrupted ones; `make soak` kills 200 times."""
+"""Runs killed at random moments end with the same bits as uninterrupted ones; `make soak` tries many more."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 
 from _starting import run
 
+PROGRAMS = Path(__file__).with_name("_programs.py")
+NUM_PROGRAMS = 4
 SCRIPT = Path(__file__).with_name("_kills.py")
 NUM_KILLS = 6
 
@@ -20,3 +22,11 @@ def test_killed_runs_end_with_the_same_bits():
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"{NUM_KILLS} kills in" in result.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forked")
+def test_programs_that_are_killed_and_resumed_end_with_the_same_bits():
+    """The first few of the random programs of `make soak PROGRAMS=200`."""
+    result = run(PROGRAMS, "--programs", str(NUM_PROGRAMS), "--seed", "1", timeout=120, is_measured=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{NUM_PROGRAMS} programs in" in result.stdout

@@ -30,7 +30,8 @@ from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._checkpoint.host_memory import HostMemory
 from pytorch_accelerated._checkpoint.manifest import FileMetadata, file_metadata, name_state, write_manifest
 from pytorch_accelerated._data.workers import defer_worker_errors, is_worker_failure
-from pytorch_accelerated._distributed.collectives import PROCESS_TIMEOUT, run_on_all
+from pytorch_accelerated._distributed.collectives import run_on_all
+from pytorch_accelerated._distributed.waiting import explain_vain_wait, new_host_group
 from pytorch_accelerated._types import StateDict
 from pytorch_accelerated.exceptions import CheckpointError, add_note
 
@@ -103,6 +104,7 @@ class BackgroundWriter:
         try:
             write()
         except Exception as error:
+            explain_vain_wait(error)
             self._error = error
         finally:
             self._is_done.set()
@@ -189,7 +191,7 @@ class StateWriter:
         # The run continues meanwhile in the default group, whose collectives must be called in the same order on all
         # processes.
         if num_processes > 1 and self._group is None:
-            self._group = distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
+            self._group = new_host_group()
         return self._group
 
 

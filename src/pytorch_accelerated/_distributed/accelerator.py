@@ -23,7 +23,7 @@ from pytorch_accelerated._data.loaders import PlacedBatches, RestOfEpoch, is_sha
 from pytorch_accelerated._data.rng import derive_seed, seed_generators
 from pytorch_accelerated._data.sharding import TrimmedDispatcher
 from pytorch_accelerated._data.workers import shut_down_workers
-from pytorch_accelerated._distributed.collectives import PROCESS_TIMEOUT, all_gather_objects, broadcast_from_main
+from pytorch_accelerated._distributed.collectives import all_gather_objects, broadcast_from_main
 from pytorch_accelerated._distributed.dispatch import DispatchedLoader
 from pytorch_accelerated._distributed.fast_path import FastPathLoader, can_use_fast_path, wrap_optimizer
 from pytorch_accelerated._distributed.lockstep import LocalBatches, LocalLoader
@@ -32,6 +32,7 @@ from pytorch_accelerated._distributed.precision import (
     accelerator_in_precision,
 )
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
+from pytorch_accelerated._distributed.waiting import PROCESS_TIMEOUT
 from pytorch_accelerated._types import Loader, MaybeNone
 
 

@@ -68,12 +68,14 @@ def _let_gradients_arrive(ddp: DistributedDataParallel, parameters: Sequence[nn.
     for parameter in parameters:
         parameter.grad = None
     ddp.module = _SumOfParameters(parameters)
+    syncs_buffers, ddp.require_forward_param_sync = ddp.require_forward_param_sync, False  # there are none meanwhile
     forward: Callable[[], torch.Tensor] = ddp.forward  # not `ddp` itself, which also calls the user's hooks
     try:
         with torch.enable_grad():
             torch.autograd.backward(forward())
     finally:
         ddp.module = module
+        ddp.require_forward_param_sync = syncs_buffers
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
 

@@ -11,19 +11,16 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
-from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from torch import distributed
 
+from pytorch_accelerated._distributed.waiting import new_host_group
 from pytorch_accelerated._nested import rebuild
 from pytorch_accelerated._types import Batch, MaybeNone, Nested
 from pytorch_accelerated.exceptions import CheckpointError, NonFiniteLossError, StopTrainingError
-
-PROCESS_TIMEOUT = timedelta(minutes=10)
-"""How long a process waits for another one, unless the user's accelerator sets another timeout."""
 
 _host_group_of_world: list[distributed.ProcessGroup | None] = []
 """The default process group and the gloo group next to it. All runs share that one, because each holds sockets."""
@@ -35,7 +32,7 @@ def host_group() -> distributed.ProcessGroup | None:
         return None  # the default group connects hosts
     world = distributed.group.WORLD
     if not _host_group_of_world or _host_group_of_world[0] is not world:
-        _host_group_of_world[:] = world, distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
+        _host_group_of_world[:] = world, new_host_group()
     return _host_group_of_world[1]
 
 
