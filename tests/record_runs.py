@@ -175,6 +175,7 @@ class Recorder:
         """Add the contents of all checkpoints and training states in a folder."""
         for path in sorted(folder.rglob("*.pt")):
             contents = torch.load(path, map_location="cpu", weights_only=True)
+            contents.pop("timestamp", None)  # of a checkpoint of `WSDCheckpointCallback`
             if isinstance(contents.get("trainer"), dict):
                 contents["trainer"].pop("stopped", None)  # a message
             self.add(files=[path.relative_to(folder).as_posix(), contents])
@@ -918,7 +919,7 @@ def continue_wsd(session: Session) -> None:
     first = session.create_trainer(WSDCheckpointCallback(session.folder / "valley"))
     session.train(first, create_scheduler_fn=wsd)
     session.record_end(first)
-    checkpoint = min((session.folder / "valley").glob("*_pre_decay.pt"))
+    checkpoint = min((session.folder / "valley").glob("*_pre_decay*"))
     river = WSDCheckpointCallback(session.folder / "river", initial_checkpoint=checkpoint)
     second = session.create_trainer(river)
     session.train(second, create_scheduler_fn=wsd_continued)

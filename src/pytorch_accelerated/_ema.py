@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from pytorch_accelerated._compiled import without_compilation
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -67,7 +69,7 @@ class ModelEma(nn.Module):
         if not 0 <= decay <= 1:
             raise ValueError(f"`decay` is {decay!r}. Expected the weight of the past, a number between 0 and 1.")
         self.decay = decay
-        self.module = copy.deepcopy(getattr(model, "_orig_mod", model))
+        self.module = copy.deepcopy(without_compilation(model))
         self.module.eval()
         self.module.requires_grad_(False)
         self._is_averaged = [

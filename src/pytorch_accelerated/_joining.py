@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any, NoReturn, TypeAlias
@@ -252,7 +253,7 @@ class _Absent:
 ABSENT = _Absent()
 
 
-class _Node:
+class _Node(ABC):
     """The parts of all batches at one place.
 
     Args:
@@ -270,13 +271,13 @@ class _Node:
         self.path = path
         self.joiner = joiner
 
+    @abstractmethod
     def add(self, part: Part, size: int) -> _Node:
         """Add the part of the next batch, and return the node for those that follow."""
-        raise NotImplementedError
 
+    @abstractmethod
     def join(self) -> Any:
         """Return the whole."""
-        raise NotImplementedError
 
     def give_up(self, reason: str | None) -> _Node:
         """Leave this place out, and return the node for it."""

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from pytorch_accelerated._compiled import is_compiled, without_compilation
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._types import ParameterGroup
 
@@ -310,8 +311,7 @@ def _release(module: nn.Module) -> None:
 def _unwrap(model: nn.Module) -> nn.Module:
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return _unwrap(model.module)
-    compiled = dict(model.named_children()).get("_orig_mod")
-    return model if compiled is None else _unwrap(compiled)
+    return _unwrap(without_compilation(model)) if is_compiled(model) else model
 
 
 def _group_modules(model: nn.Module) -> list[nn.Module]:

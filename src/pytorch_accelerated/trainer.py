@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from pytorch_accelerated import _validation
+from pytorch_accelerated import _before_run, _validation
 from pytorch_accelerated._accumulation import AccumulationWindow, OutsideParameters, parameters_outside
 from pytorch_accelerated._checkpoint import portable, resume
 from pytorch_accelerated._checkpoint.companions import (
@@ -46,7 +46,6 @@ from pytorch_accelerated._checkpoint.weights import LoadedCheckpoint as LoadedCh
 from pytorch_accelerated._checkpoint.weights import frozen_parameters
 from pytorch_accelerated._checkpoint.writer import StateWriter
 from pytorch_accelerated._data.build import rebuild_loader
-from pytorch_accelerated._data.checks import check_is_dataset, check_loader_arguments, warn_about_ready_loaders
 from pytorch_accelerated._data.defaults import EvaluationSettings, default_dl_kwargs, merge_dl_kwargs
 from pytorch_accelerated._data.determinism import SeededLoader
 from pytorch_accelerated._data.limits import LIMIT_BATCHES_ENV_VAR, limit_from_environment
@@ -78,13 +77,11 @@ from pytorch_accelerated._distributed.waiting import explain_vain_wait
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._hints.classes import words_of_user
 from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_modes, report_exception
-from pytorch_accelerated._optimizers import checks as optimizer_checks
 from pytorch_accelerated._optimizers.closure import WindowClosure, create_closure
 from pytorch_accelerated._optimizers.group import OptimizerGroup
 from pytorch_accelerated._optimizers.inner import inner_optimizers
 from pytorch_accelerated._predictions import OutputChoice, PredictionSettings
 from pytorch_accelerated._run import Run, do_nothing
-from pytorch_accelerated._scheduling.checks import check_create_scheduler_fn
 from pytorch_accelerated._scheduling.group import load_state_of, start_counting
 from pytorch_accelerated._scheduling.start import choose_stepping, create_checked_scheduler, start_stepping
 from pytorch_accelerated._scheduling.stepping import Interval
@@ -104,7 +101,6 @@ from pytorch_accelerated._types import (
     TimmScheduler,
 )
 from pytorch_accelerated.callbacks import (  # those renamed to themselves can be imported from here, as in 0.1.61
-    EVENTS,
     CallbackHandler,
     LimitBatchesCallback,
     SaveTrainingStateCallback,
@@ -116,7 +112,6 @@ from pytorch_accelerated.callbacks import PrintProgressCallback as PrintProgress
 from pytorch_accelerated.callbacks import ProgressBarCallback as ProgressBarCallback
 from pytorch_accelerated.callbacks import StopTrainingError as StopTrainingError
 from pytorch_accelerated.callbacks import TerminateOnNaNCallback as TerminateOnNaNCallback
-from pytorch_accelerated.callbacks._checks import say_what_is_missing
 from pytorch_accelerated.callbacks.handler import Callbacks
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
@@ -134,8 +129,6 @@ __all__ = [
 ]
 
 DEFAULT_CALLBACKS = get_default_callbacks()
-
-_REPORTING = (PrintProgressCallback, ProgressBarCallback, LogMetricsCallback)
 
 
 class Trainer(TrainingLoop):
@@ -205,7 +198,7 @@ class Trainer(TrainingLoop):
         if seed is not None:
             seed_generators(derive_seed(seed, "rank", rank) if rank else seed)
         self.callback_handler = self._create_callback_handler()
-        _warn_about_uncalled_hooks(self)
+        _before_run.warn_about_uncalled_hooks(self)
         self.callback_handler.call_event("on_init_end", self)
 
     # --- entry points --------------------------------------------------------------------------------------------
@@ -301,7 +294,7 @@ class Trainer(TrainingLoop):
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         _validation.check_reiterable(data, num_epochs, max_num_train_steps)
         stepping = choose_stepping(step_scheduler, scheduler_metric)
-        _check_parts_of_training(self, create_scheduler_fn)
+        _before_run.check_parts_of_training(self, create_scheduler_fn, is_sharded=is_sharded(self._accelerator))
 
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.collate_fn, self.create_scheduler_fn = collate_fn, create_scheduler_fn
@@ -346,7 +339,9 @@ class Trainer(TrainingLoop):
         _validation.check_initialized(self, "_loop_run")
         if not overrides_any(self, ["calculate_eval_batch_loss"]):
             _validation.check_loss_func(self.loss_func)
-        _warn_about_ready_loaders(self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,))
+        _before_run.warn_about_ready_loaders(
+            self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,)
+        )
         settings = EvaluationSettings(per_device_batch_size, dataloader_kwargs, collate_fn)
         with _without_trace_in_a_run(self):
             if dataset is not None:
@@ -400,7 +395,9 @@ class Trainer(TrainingLoop):
             ValueError: The outputs of a batch cannot be joined to those before, or have no part for each sample.
         """
         _validation.check_initialized(self, "_loop_run")
-        _warn_about_ready_loaders(self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,))
+        _before_run.warn_about_ready_loaders(
+            self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,)
+        )
         has_bar = any(isinstance(callback, ProgressBarCallback) for callback in self.callback_handler.callbacks)
         shows_progress = has_bar and not self._loop_run.is_active  # the bar of the run stays
         settings = PredictionSettings(
@@ -694,7 +691,7 @@ class Trainer(TrainingLoop):
 
     def _loop_make_train_loader(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:
         self._loop_run.train_dl_kwargs = None  # those of an earlier run
-        _check_data(self, "train_dataset", self.train_dataset, dl_kwargs)
+        _before_run.check_data(self, "train_dataset", self.train_dataset, dl_kwargs, DataLoader)
         with _validation.explain_bad_data("train_dataset", self.train_dataset):
             loader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
         seeded_loader = _seed_loader("train_dataset", loader, self._accelerator)
@@ -708,7 +705,7 @@ class Trainer(TrainingLoop):
             _validation.check_data_not_empty("eval_dataset", list(datasets))
         self._loop_last_evaluation = EvaluationSettings(batch_size, dl_kwargs, self.collate_fn)
         named_datasets = datasets if isinstance(datasets, dict) else {"": datasets}
-        _check_data(self, "eval_dataset", datasets, dl_kwargs)
+        _before_run.check_data(self, "eval_dataset", datasets, dl_kwargs, DataLoader)
         try:
             for name, dataset in named_datasets.items():
                 self.eval_dataset = dataset  # which the hook reads
@@ -971,24 +968,6 @@ def _preserve_attributes(owner: object, *names: str) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _check_parts_of_training(trainer: Trainer, create_scheduler_fn: object) -> None:
-    """Refuse a model, a loss function, an optimizer or a function for a scheduler that is none.
-
-    A step of one's own may use any loss function, and `create_scheduler` any object for a scheduler.
-    """
-    if not overrides_any(trainer, ["create_scheduler"]):
-        check_create_scheduler_fn(create_scheduler_fn)
-    _validation.check_model(trainer.model)
-    if not overrides_any(trainer, ["calculate_train_batch_loss"]):
-        _validation.check_loss_func(trainer.loss_func)
-    optimizer = trainer.optimizer = optimizer_checks.as_optimizer(trainer.optimizer)  # a program may have replaced it
-    _validation.check_optimizer(optimizer)
-    optimizer_checks.check_group(optimizer, is_sharded=is_sharded(trainer._accelerator))  # noqa: SLF001 - same module
-    if not overrides_any(trainer, ["optimizer_step"]):
-        optimizer_checks.check_step(optimizer)
-    _validation.check_trainable(trainer.model, trainer.loss_func, optimizer)
-
-
 def _create_window(run: Run, optimizer: Optimizer) -> AccumulationWindow:
     config, group = run.config, unwrap_optimizer(optimizer)
     nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
@@ -1010,48 +989,16 @@ def _create_closure(trainer: Trainer) -> WindowClosure | None:
     )
 
 
-def _warn_about_uncalled_hooks(trainer: Trainer) -> None:
-    handler: object = trainer.callback_handler  # that of a subclass may be of any class
-    callbacks = handler.with_nested_callbacks() if isinstance(handler, CallbackHandler) else []
-    words = {word for callback in callbacks for word in words_of_user(type(callback))}
-    _validation.warn_about_uncalled_hooks(type(trainer), EVENTS, words)
-
-
 def _check_not_running(trainer: Trainer) -> None:
     _validation.check_initialized(trainer, "_loop_run")
     _validation.check_no_run(trainer._loop_run.is_active)  # noqa: SLF001 - same module
 
 
 def _warn_about_start(trainer: Trainer, batch_size: int, *dl_kwargs: DataLoaderKwargs | None) -> None:
-    """Tell, before a training run, of what probably is not meant, but may be."""
     data = trainer.train_dataset, trainer.eval_dataset
-    _warn_about_ready_loaders(trainer, data, batch_size, trainer.collate_fn, dl_kwargs)
+    _before_run.warn_about_ready_loaders(trainer, data, batch_size, trainer.collate_fn, dl_kwargs)
     if trainer._callbacks and trainer._accelerator.is_main_process:  # noqa: SLF001 - same module
-        say_what_is_missing(trainer.callback_handler.with_nested_callbacks(), _REPORTING)
-
-
-def _warn_about_ready_loaders(
-    trainer: Trainer,
-    data: tuple[Data | None, EvalData | None],
-    batch_size: int,
-    collate_fn: CollateFunction | None,
-    dl_kwargs: tuple[DataLoaderKwargs | None, ...],
-) -> None:
-    if overrides_any(trainer, ["create_train_dataloader", "create_eval_dataloader"]):
-        return
-    names = ["dataloader_kwargs"] if len(dl_kwargs) == 1 else ["train_dataloader_kwargs", "eval_dataloader_kwargs"]
-    warn_about_ready_loaders(*data, batch_size, collate_fn, dict(zip(names, dl_kwargs, strict=True)))
-
-
-def _check_data(trainer: Trainer, name: str, data: object, dl_kwargs: DataLoaderKwargs | None) -> None:
-    """Refuse data that is none, and arguments that no loader has. A loader of one's own may take anything."""
-    kind = name.removesuffix("_dataset")
-    if overrides_any(trainer, [f"create_{kind}_dataloader"]):
-        return
-    is_training = kind == "train" or trainer._loop_run.train_dataloader is not None  # noqa: SLF001 - same module
-    prefix = f"{kind}_" if is_training else ""  # `evaluate` and `predict` have one dataset
-    check_loader_arguments(f"{prefix}dataloader_kwargs", dl_kwargs, DataLoader)
-    check_is_dataset(f"{prefix}dataset", data, trainer.collate_fn or (dl_kwargs or {}).get("collate_fn"))
+        _before_run.tell_what_is_missing(trainer)
 
 
 def _default_dl_kwargs(dataset: Data, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import zipfile
+import zlib
 
 import pytest
 import torch
@@ -177,3 +178,13 @@ def test_what_is_no_checkpoint_is_refused_with_a_clear_error(tmp_path, contents)
     path.write_bytes(contents)
     with pytest.raises(CheckpointError, match="could not be read"):
         make_trainer(2).load_checkpoint(path)
+
+
+def test_the_checksum_is_a_format(tmp_path):
+    """Later versions have to read it: that of all bytes but its own digits, at the end of the file."""
+    torch.save({"value": torch.arange(5.0)}, tmp_path / "file.pt")
+    seal(tmp_path / "file.pt")
+    contents = (tmp_path / "file.pt").read_bytes()
+    label = b"pytorch_accelerated.crc32:"
+    assert contents[-len(label) - 8 : -8] == label
+    assert contents[-8:] == b"%08x" % zlib.crc32(contents[:-8])

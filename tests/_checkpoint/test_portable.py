@@ -13,7 +13,7 @@ from pytorch_accelerated.exceptions import CheckpointError
 
 def test_a_checkpoint_is_one_flat_dictionary():
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    checkpoint = portable.build_checkpoint({"_orig_mod.weight": 1}, optimizer, None, {"epoch": 3})
+    checkpoint = portable.build_checkpoint({"weight": 1}, optimizer, None, {"epoch": 3})
     assert checkpoint == {
         "model_state_dict": {"weight": 1},
         "optimizer_state_dict": optimizer.state_dict(),

@@ -110,6 +110,30 @@ def test_a_worker_that_is_told_to_terminate_after_the_run_exits_at_once():
     assert worker.exitcode == -signal.SIGTERM
 
 
+def kill_parent(worker_id):
+    parent = os.getppid()
+    os.kill(parent, signal.SIGKILL)
+    while os.getppid() == parent:
+        pass
+
+
+def start_worker_that_kills(connection):
+    worker = multiprocessing.get_context("fork").Process(target=answer, args=(WorkerSetup(kill_parent), connection))
+    worker.start()
+    worker.join()
+
+
+def test_a_worker_whose_parent_is_killed_before_it_is_ready_exits():
+    """PyTorch compares its parent with the one that it has at the end of its start."""
+    ours, theirs = multiprocessing.Pipe()
+    parent = multiprocessing.get_context("fork").Process(target=start_worker_that_kills, args=(theirs,))
+    parent.start()
+    theirs.close()
+    with pytest.raises(EOFError):
+        ours.recv()
+    parent.join()
+
+
 # --- the user's `worker_init_fn` -------------------------------------------------------------------------------------
 
 

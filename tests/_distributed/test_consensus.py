@@ -179,16 +179,16 @@ def test_a_bad_loss_of_another_rank_precedes_a_stop_of_the_main_process(consensu
 def test_all_runs_share_one_group_on_hosts_next_to_a_backend_of_devices(backend, num_groups, monkeypatch):
     groups = []
 
-    def new_group(**settings):
-        groups.append(settings["backend"])
+    def new_host_group():
+        groups.append("gloo")
         return f"group {len(groups)}"
 
     fake = SimpleNamespace(
         is_initialized=lambda: True,
         get_backend=lambda: backend,
-        new_group=new_group,
         group=SimpleNamespace(WORLD=object()),
     )
+    monkeypatch.setattr(collectives_module, "new_host_group", new_host_group)
     for module in (consensus_module, collectives_module):
         monkeypatch.setattr(module, "distributed", fake)
     first_two = [StopConsensus(2), StopConsensus(2)]

@@ -114,7 +114,7 @@ def test_a_parameter_in_two_optimizers_is_refused():
 def test_several_optimizers_are_refused_for_a_sharded_model():
     model = make_model()
     group = OptimizerGroup([sgd([model.weight]), sgd([model.bias])])
-    with pytest.raises(NotImplementedError, match="has 2 optimizers, but FSDP and DeepSpeed prepare a single one"):
+    with pytest.raises(ValueError, match="has 2 optimizers, but FSDP and DeepSpeed prepare a single one"):
         check_group(group, is_sharded=True)
     check_group(group, is_sharded=False)
 

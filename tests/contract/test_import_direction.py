@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "torchmetrics", "timm", "transformers", "wandb", "torchvision"}
 
 FLOORS = [
-    {"exceptions", "_types", "_messages", "_hints"},
+    {"exceptions", "_types", "_messages", "_hints", "_compiled"},
     {
         "progress",
         "tracking",
@@ -37,7 +37,7 @@ FLOORS = [
     {"_scheduling"},
     {"_run"},
     {"callbacks"},
-    {"_loop"},
+    {"_loop", "_before_run"},
     {"trainer"},
     {"verification"},
     {"__init__"},

@@ -12,8 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from _cases import make_dataset, make_trainer, train
-from _support import Probe
+from _support import Probe, make_dataset, make_trainer, train
 from pytorch_accelerated._checkpoint import writer
 from pytorch_accelerated._distributed import waiting
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback

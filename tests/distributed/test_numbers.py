@@ -239,7 +239,7 @@ def test_outputs_that_cannot_be_joined_are_refused_on_all_processes(results):
     assert_identical(results)
     differing, missing, without_targets = results[0]
     assert "`outputs.rows` cannot be joined over the batches: batch 1 has the shape (2, 4)" in differing
-    assert "`outputs` asks for ['logits'], but the model returned a dict with ['rows']" in missing
+    assert "`outputs` asks for ['logits'], but the model returned a `dict` with ['rows']" in missing
     assert "no targets were found in a batch, which is a Tensor" in without_targets
 
 

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 import torch._dynamo  # optimizers import it at their first step, which would take seconds in each process
-from _kills import start, wait
 from torch import nn, optim
 from torch.utils.data import WeightedRandomSampler
 
+from _kills import start, wait
 from _processes import free_port
 from _runs import NoisySamples, differences, masked
 from pytorch_accelerated import Trainer

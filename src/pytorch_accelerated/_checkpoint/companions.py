@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pytorch_accelerated._checkpoint.files import as_plain
-from pytorch_accelerated._checkpoint.model_state import check_model_state, load_model_state, portable_state_dict
+from pytorch_accelerated._checkpoint.model_state import check_model_state, load_model_state
+from pytorch_accelerated._checkpoint.names import match_names, portable_parameters, portable_state_dict
 from pytorch_accelerated._checkpoint.optimizer_state import (
     Named,
     entries_of,
@@ -125,11 +126,7 @@ class Companions:
 
     def trained_state(self) -> StateDict:
         """Return the entries of a checkpoint for what the trainer's optimizer trains outside the model; often none."""
-        modules = {
-            name: portable_state_dict(module.state_dict())
-            for name, module in self.modules.items()
-            if name in self.trained
-        }
+        modules = {name: portable_state_dict(module) for name, module in self.modules.items() if name in self.trained}
         parameters = [parameter.detach() for parameter in self.parameters]
         return {TRAINED: {"modules": modules, "parameters": parameters}} if modules or parameters else {}
 
@@ -245,13 +242,15 @@ def _describe_not_covered(name: str, item: object, reason: str) -> str:
 
 def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the gradients of a model, which are part of its state while an accumulation window is open."""
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    parameters = portable_parameters(model).items()
+    return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
 
 
 def load_gradients(model: nn.Module, gradients: Mapping[str, torch.Tensor]) -> None:
     """Restore what `gradients_of` returned."""
-    gradients = portable_state_dict(gradients)
-    for name, parameter in model.named_parameters():
+    parameters = portable_parameters(model)
+    gradients = match_names(gradients, parameters, "The training state")
+    for name, parameter in parameters.items():
         parameter.grad = gradients[name].to(parameter.device) if name in gradients else None
 
 

@@ -3,42 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from pytorch_accelerated._checkpoint.names import (
+    live_state_dict,
+    match_names,
+    portable_name,
+    portable_state_dict,
+)
 from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
 from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from pytorch_accelerated._types import StateDict, StateMapping
-
-_COMPILED_PREFIX = "_orig_mod."
-"""What `torch.compile` puts before the names of a model's parameters."""
-
-METADATA = "_metadata"
-"""Where PyTorch keeps what belongs to a state but is no entry of it: an attribute, which files preserve."""
+    from pytorch_accelerated._types import StateMapping
 
 _OF_PYTORCH = "torch."
-
-
-def portable_state_dict(state_dict: StateMapping, remove_prefix: str = "", without: Collection[str] = ()) -> StateDict:
-    """Return a copy of a model's state with the parameter names that it has without `torch.compile`.
-
-    Args:
-        state_dict: The state.
-        remove_prefix: Removed from the names that start with it.
-        without: Names that are left out.
-    """
-    state = _renamed(state_dict, lambda name: name.replace(_COMPILED_PREFIX, "").removeprefix(remove_prefix))
-    for name in without:
-        state.pop(name, None)
-    return state
 
 
 def load_model_state(model: nn.Module, state_dict: StateMapping, source: str) -> None:
@@ -53,7 +38,7 @@ def load_model_state(model: nn.Module, state_dict: StateMapping, source: str) ->
         CheckpointError: The model does not accept it; the message names the parameters that differ.
     """
     check_model_state(model, state_dict, source)
-    load_checked_model_state(model, state_dict)
+    load_checked_model_state(model, match_names(state_dict, portable_state_dict(model), source))
 
 
 def load_checked_model_state(model: nn.Module, state_dict: StateMapping, optimizer: Optimizer | None = None) -> None:
@@ -61,11 +46,11 @@ def load_checked_model_state(model: nn.Module, state_dict: StateMapping, optimiz
 
     Args:
         model: The model.
-        state_dict: The state.
+        state_dict: The state, with portable names.
         optimizer: Holds parameters of the model; where loading has replaced some of them, it gets the new ones.
     """
     before = dict(model.named_parameters())
-    model.load_state_dict(_for_model(model, state_dict))
+    model.load_state_dict(live_state_dict(model, state_dict))
     after = dict(model.named_parameters())
     replaced = {before[name]: after[name] for name in before if after.get(name, before[name]) is not before[name]}
     if replaced and optimizer is not None:
@@ -98,8 +83,9 @@ def check_model_state(model: nn.Module, state_dict: StateMapping, source: str) -
         CheckpointError: The model does not accept it; the message lists missing and unexpected parameters, and
             different shapes.
     """
-    state_dict = portable_state_dict(state_dict)
-    differences = _differences(portable_state_dict(model.state_dict()), state_dict)
+    current = portable_state_dict(model)
+    state_dict = match_names(state_dict, current, source)
+    differences = _differences(current, state_dict)
     if not differences and not adapts_states(model):
         return model
     tried = _copy_of(model)
@@ -108,7 +94,7 @@ def check_model_state(model: nn.Module, state_dict: StateMapping, source: str) -
     try:
         if tried is None:
             raise ValueError("it cannot be copied, to try out whether it adapts this state")  # noqa: TRY301
-        tried.load_state_dict(_for_model(tried, state_dict))
+        tried.load_state_dict(live_state_dict(tried, state_dict))
     except Exception as error:
         reason = f"Parameters {differences}" if differences else f"The model says: {error}"
         raise CheckpointError(
@@ -127,15 +113,15 @@ def try_to_load(model: nn.Module, state_dict: StateMapping) -> tuple[list[str], 
     """
     tried = _copy_of(model)
     if tried is None:
-        current = portable_state_dict(model.state_dict())
+        current = portable_state_dict(model)
         missing = [name for name in current if name not in state_dict]
         unexpected = [name for name in state_dict if name not in current]
         return None if names_of_other_shape(current, state_dict) else (missing, unexpected)
     try:
-        keys = tried.load_state_dict(_for_model(tried, state_dict), strict=False)
+        keys = tried.load_state_dict(live_state_dict(tried, state_dict), strict=False)
     except Exception:  # a shape differs, or the user's own code refuses it
         return None
-    missing, unexpected = ([name.replace(_COMPILED_PREFIX, "") for name in part] for part in (keys or ((), ())))
+    missing, unexpected = ([portable_name(tried, name) for name in part] for part in (keys or ((), ())))
     return missing, unexpected
 
 
@@ -175,32 +161,6 @@ def adapts_states(model: nn.Module) -> bool:
         )
         for module in model.modules()
     )
-
-
-def _for_model(model: nn.Module, state_dict: StateMapping) -> StateDict:
-    """Return a new state with the names that a model expects, parts of which may be compiled."""
-    prefixes = {f"{name}.".replace(_COMPILED_PREFIX, ""): f"{name}." for name, _ in model.named_modules() if name}
-
-    def actual(name: str) -> str:
-        head = name
-        while head:
-            head = head.rpartition(".")[0]
-            prefix = f"{head}." if head else ""
-            if prefix in prefixes:
-                return prefixes[prefix] + name[len(prefix) :]
-        return name
-
-    return _renamed(portable_state_dict(state_dict), actual)
-
-
-def _renamed(state_dict: StateMapping, rename: Callable[[str], str]) -> StateDict:
-    """Return a copy of a model's state with other names, in its metadata as well."""
-    renamed = OrderedDict((rename(name), value) for name, value in state_dict.items())
-    metadata = getattr(state_dict, METADATA, None)
-    if metadata is not None:
-        of_modules = ((rename(f"{module}.") if module else "", entry) for module, entry in metadata.items())
-        vars(renamed)[METADATA] = OrderedDict((prefix.removesuffix("."), entry) for prefix, entry in of_modules)
-    return renamed
 
 
 def shape_of(value: object) -> tuple[int, ...] | None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pytorch_accelerated._checkpoint.model_state import METADATA, portable_state_dict, shape_of
+from pytorch_accelerated._checkpoint.model_state import shape_of
+from pytorch_accelerated._checkpoint.names import METADATA, portable_parameters
 from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
 from pytorch_accelerated._nested import tensors_in
 from pytorch_accelerated._optimizers.group import OptimizerGroup
@@ -124,7 +125,7 @@ def parameters_of(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
     return {
         _join(module_name, name): value
         for module_name, module in modules.items()
-        for name, value in portable_state_dict(dict(module.named_parameters())).items()
+        for name, value in portable_parameters(module).items()
     }
 
 

@@ -12,7 +12,8 @@ import torch
 from pytorch_accelerated._checkpoint.checksum import check_undamaged, is_safetensors_file
 from pytorch_accelerated._checkpoint.companions import TRAINED, Companions
 from pytorch_accelerated._checkpoint.files import check_can_write, load_file, local_path, save_file
-from pytorch_accelerated._checkpoint.model_state import load_checked_model_state, portable_state_dict
+from pytorch_accelerated._checkpoint.model_state import load_checked_model_state
+from pytorch_accelerated._checkpoint.names import portable_state_dict
 from pytorch_accelerated._checkpoint.optimizer_state import (
     Named,
     entries_of,
@@ -42,6 +43,7 @@ from pytorch_accelerated._checkpoint.weights import (
     Fit,
     LoadedCheckpoint,
     fit_weights,
+    without_entries,
 )
 from pytorch_accelerated._distributed.accelerator import is_sharded
 from pytorch_accelerated._distributed.collectives import run_on_all
@@ -67,11 +69,9 @@ def unwrap_model(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def model_state_of(model: nn.Module, accelerator: Accelerator) -> StateMapping:
-    """Return the complete state of a model, however it is wrapped. Must be called on every process."""
-    state: StateMapping = (
-        accelerator.get_state_dict(model) if is_sharded(accelerator) else unwrap_model(model, accelerator).state_dict()
-    )
-    return state
+    """Return the complete state of a model by portable names. Must be called on every process."""
+    state = accelerator.get_state_dict(model) if is_sharded(accelerator) else None
+    return portable_state_dict(unwrap_model(model, accelerator), state)
 
 
 def build_checkpoint(
@@ -85,14 +85,14 @@ def build_checkpoint(
     """Build a checkpoint: one flat dictionary with our entries and the user's.
 
     Args:
-        model_state: The state of the model.
+        model_state: The state of the model, by portable names.
         optimizer: The optimizer, or ``None``.
         scheduler: The scheduler, or ``None``.
         extras: The user's entries.
         modules: The modules with the parameters of the optimizer, whose state then knows their names.
         frozen: Names of parameters of the model that are left out, and listed instead.
     """
-    checkpoint: StateDict = {MODEL: portable_state_dict(model_state, without=frozen)}
+    checkpoint: StateDict = {MODEL: without_entries(model_state, frozen)}
     if frozen:
         checkpoint[FROZEN] = list(frozen)
     if optimizer is not None:

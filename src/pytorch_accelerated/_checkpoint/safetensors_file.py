@@ -12,7 +12,7 @@ import torch
 
 from pytorch_accelerated._checkpoint.checksum import EMPTY_CHECKSUM, seal
 from pytorch_accelerated._checkpoint.files import as_plain, local_path, write_atomically
-from pytorch_accelerated._checkpoint.model_state import METADATA
+from pytorch_accelerated._checkpoint.names import METADATA
 from pytorch_accelerated._types import StateDict, StateMapping
 from pytorch_accelerated.exceptions import CheckpointError
 

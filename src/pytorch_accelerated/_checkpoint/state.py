@@ -25,8 +25,8 @@ from pytorch_accelerated._checkpoint.manifest import (
 from pytorch_accelerated._checkpoint.model_state import (
     check_model_state,
     load_checked_model_state,
-    portable_state_dict,
 )
+from pytorch_accelerated._checkpoint.names import match_names, portable_parameters, portable_state_dict
 from pytorch_accelerated._checkpoint.optimizer_state import (
     Named,
     entries_of,
@@ -181,7 +181,7 @@ def _pending_gradients(parts: Parts, model: nn.Module, accelerator: Accelerator)
     if parts.optimizer is None or is_sharded(accelerator):
         return {}
     held = {id(parameter) for group in parts.optimizer.param_groups for parameter in group["params"]}
-    names = {name for name, parameter in model.named_parameters() if id(parameter) not in held}
+    names = {name for name, parameter in portable_parameters(model).items() if id(parameter) not in held}
     return {name: gradient for name, gradient in gradients.items() if name in names}
 
 
@@ -210,7 +210,7 @@ def _shared_state(
 def _model_files(parts: Parts, model: nn.Module, accelerator: Accelerator) -> dict[str, StateDict]:
     if is_sharded(accelerator):
         return {}
-    files = {WEIGHTS: as_plain(portable_state_dict(model.state_dict()))}
+    files = {WEIGHTS: as_plain(portable_state_dict(model))}
     if parts.optimizer is not None:
         modules = {"": model, **parts.companions.modules}
         files[OPTIMIZER] = as_plain(optimizer_state_of(parts.optimizer, modules), "optimizer state")
@@ -410,7 +410,7 @@ def _read_weights_and_optimizer(
     saved: SavedState, model: nn.Module, parts: Parts, trainer_state: StateMapping
 ) -> tuple[StateDict, StateDict | None]:
     source, companions = name_state(saved.path), parts.companions.modules
-    weights = _read_weights(saved, model)
+    weights = match_names(_read_weights(saved, model), portable_state_dict(model), source)
     loaded = check_model_state(model, weights, source)
     optimizer = _read_if_listed(saved, OPTIMIZER)
     if parts.optimizer is None or optimizer is None:
@@ -458,7 +458,7 @@ def _load_large(path: Path) -> StateDict:
 def _read_weights(saved: SavedState, model: nn.Module) -> StateDict:
     if saved.format_version > 1:
         return _load_large(saved.path / WEIGHTS)
-    return _read_safetensors(saved, portable_state_dict(model.state_dict()))
+    return _read_safetensors(saved, portable_state_dict(model))
 
 
 def _read_safetensors(saved: SavedState, current: StateMapping) -> StateDict:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,15 @@ from pytorch_accelerated._checkpoint.model_state import (
     adapts_states,
     check_model_state,
     names_of_other_shape,
-    portable_state_dict,
     shape_of,
     try_to_load,
+)
+from pytorch_accelerated._checkpoint.names import (
+    match_names,
+    portable_parameters,
+    portable_state_dict,
+    renamed,
+    without_compiled,
 )
 from pytorch_accelerated._types import StateDict, StateMapping
 from pytorch_accelerated.exceptions import CheckpointError
@@ -123,7 +130,11 @@ def find_weights(entries: StateMapping, source: str, names: Collection[str] = ()
     for name in _ENTRIES_OF_OTHERS:
         if name in candidates:
             return candidates[name]
-    fitting = [state for state in candidates.values() if any(name in names for name in portable_state_dict(state))]
+    fitting = [
+        state
+        for state in candidates.values()
+        if any(name in names or without_compiled(name) in names for name in state)
+    ]
     if len(candidates) == 1 or len(fitting) == 1:
         return (fitting or list(candidates.values()))[0]
     if candidates:
@@ -162,7 +173,7 @@ def _is_state_of_model(value: object) -> bool:
 
 def frozen_parameters(model: nn.Module) -> list[str]:
     """Return the names of the parameters that are not trained, as they are in the state of the model."""
-    named = portable_state_dict(dict(model.named_parameters(remove_duplicate=False)))
+    named = portable_parameters(model, remove_duplicate=False)
     return [name for name, parameter in named.items() if not parameter.requires_grad]
 
 
@@ -206,10 +217,12 @@ def fit_weights(model: nn.Module, entries: StateMapping, source: str, strict: bo
     Raises:
         CheckpointError: It does not fit, or with ``strict=False``, nothing of it does.
     """
-    current = portable_state_dict(model.state_dict())
+    current = portable_state_dict(model)
     weights = find_weights(entries, source, current.keys())
     first_error: CheckpointError | None = None
-    states = [_completed(model, current, state, frozen_in(entries)) for state in _without_wrappers(weights, current)]
+    states = [
+        _completed(model, current, state, frozen_in(entries)) for state in _without_wrappers(weights, current, source)
+    ]
     for state in states if adapts_states(model) else states[:1]:
         try:
             return Fit(state, check_model_state(model, state, source), state)
@@ -222,13 +235,36 @@ def fit_weights(model: nn.Module, entries: StateMapping, source: str, strict: bo
     ) from first_error
 
 
-def _without_wrappers(weights: StateMapping, current: StateMapping) -> list[StateDict]:
-    """Return a state without prefixes that wrappers put before all names; first the one most of whose names fit."""
-    state = portable_state_dict(weights)
-    prefixes = list(_prefixes(list(state)))
-    num_fitting = {prefix: sum(name.removeprefix(prefix) in current for name in state) for prefix in prefixes}
-    prefixes.sort(key=lambda prefix: -num_fitting[prefix])
-    return [portable_state_dict(state, remove_prefix=prefix) for prefix in prefixes]
+def _without_wrappers(weights: StateMapping, current: StateMapping, source: str) -> list[StateDict]:
+    """Return a state without prefixes that wrappers put before all names; first the one most of whose names fit.
+
+    Raises:
+        CheckpointError: Its names collide with every prefix.
+    """
+    states: list[StateDict] = []
+    first_error: CheckpointError | None = None
+    for prefix in _prefixes(list(weights)):
+        try:
+            inner = renamed(weights, partial(_remove_prefix, prefix), source)
+            states.append(match_names(inner, current, source))
+        except CheckpointError as error:
+            first_error = first_error or error
+    if first_error is not None and not states:
+        raise first_error
+    return sorted(states, key=lambda state: -sum(name in current for name in state))
+
+
+def _remove_prefix(prefix: str, name: str) -> str:
+    is_module = f"{name}." == prefix  # in the metadata of the state
+    return "" if is_module else name.removeprefix(prefix)
+
+
+def without_entries(state: StateMapping, names: Collection[str]) -> StateDict:
+    """Return a copy of a state without some of its entries."""
+    rest = renamed(state, str, "The state")  # with its metadata
+    for name in names:
+        rest.pop(name, None)
+    return rest
 
 
 def _prefixes(names: Sequence[str]) -> Iterator[str]:
@@ -245,7 +281,7 @@ def _prefixes(names: Sequence[str]) -> Iterator[str]:
 def _completed(model: nn.Module, current: StateMapping, state: StateDict, frozen: Iterable[str]) -> StateDict:
     """Add what a file may leave out: frozen parameters, and a parameter that is the same as another of the model."""
     same: defaultdict[int, list[str]] = defaultdict(list)
-    for name, parameter in portable_state_dict(dict(model.named_parameters(remove_duplicate=False))).items():
+    for name, parameter in portable_parameters(model, remove_duplicate=False).items():
         same[id(parameter)].append(name)
     for names in same.values():
         saved = next((name for name in names if name in state), None)
@@ -264,11 +300,11 @@ def _fit_in_part(model: nn.Module, current: StateMapping, state: StateDict, sour
     keys = try_to_load(model, state)
     if keys is None:
         mismatched = [name for name in names_of_other_shape(current, state) if shape_of(current[name]) is not None]
-        state = portable_state_dict(state, without=mismatched)
+        state = without_entries(state, mismatched)
         keys = try_to_load(model, state)
     missing, unexpected = keys or ([], [])
     missing = [name for name in missing if name not in mismatched]
-    fitting = portable_state_dict(state, without=unexpected)
+    fitting = without_entries(state, unexpected)
     if not fitting:
         raise CheckpointError(
             f"{source} belongs to a different model: nothing of it fits, neither by its name nor by its shape. Its "

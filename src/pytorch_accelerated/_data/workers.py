@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -124,6 +125,8 @@ class WorkerSetup:
         _show_user_dataset()
         if self.init is not None:
             self.init(worker_id)
+        if _has_lost_parent():
+            os._exit(1)  # PyTorch notices the loss of the parent only from now on
 
     def _terminate_later(self, signal_number: int, frame: FrameType | None) -> None:
         if self._deadline is None:
@@ -133,6 +136,14 @@ class WorkerSetup:
             os.kill(os.getpid(), signal.SIGTERM)
         signal.signal(signal.SIGALRM, self._terminate_later)
         signal.setitimer(signal.ITIMER_REAL, _SECONDS_BETWEEN_CHECKS)
+
+
+def _has_lost_parent() -> bool:
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return False
+    # Other workers may keep the connection open by which `is_alive` notices the loss; process 1 adopts orphans.
+    return not parent.is_alive() or os.getppid() == 1 != parent.pid
 
 
 def _show_user_dataset() -> None:

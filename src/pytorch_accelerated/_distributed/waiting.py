@@ -22,7 +22,10 @@ TIME_TO_CONNECT, TIME_PER_PROCESS = timedelta(seconds=15), timedelta(seconds=0.1
 
 _LONGEST_ROLL_CALL = timedelta(seconds=3)
 _ROLL = "pytorch_accelerated/waits"
-_LOST = re.compile(r"gloo|NCCL|timed? ?out|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE)
+_LOST = re.compile(
+    r"gloo/|NCCL|timed out waiting \d+ms|application timeout|wait timeout after|connection (closed|reset)|broken pipe",
+    re.IGNORECASE,
+)
 _TORCH = Path(str(torch.__file__)).parent
 _NOT_A_PLACE = (str(_TORCH), str(_TORCH.with_name("accelerate")), str(Path(__file__).parent), "<")
 

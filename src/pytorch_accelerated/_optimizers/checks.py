@@ -59,14 +59,13 @@ def check_group(optimizer: object, *, is_sharded: bool) -> None:
         is_sharded: Whether the model will be split over the processes.
 
     Raises:
-        ValueError: An optimizer or a parameter is in the group twice.
-        NotImplementedError: The model will be sharded.
+        ValueError: An optimizer or a parameter is in the group twice, or the model will be sharded.
     """
     group = unwrap_optimizer(optimizer)
     if not isinstance(group, OptimizerGroup):
         return
     if is_sharded:
-        raise NotImplementedError(
+        raise ValueError(
             f"`optimizer` has {len(group)} optimizers, but FSDP and DeepSpeed prepare a single one. Train with one "
             "optimizer and several parameter groups, or with DDP."
         )

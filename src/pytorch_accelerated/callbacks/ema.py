@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytorch_accelerated._checkpoint.model_state import load_model_state
+from pytorch_accelerated._checkpoint.names import portable_state_dict
 from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._ema import ModelEma
 from pytorch_accelerated._hints.arguments import explains_arguments
@@ -179,7 +181,7 @@ class ModelEmaCallback(SaveBestModelCallback):
         initial = self._initial_numbers
         changed = {name: value for name, value in numbers.items() if value != initial.get(name)}
         return {
-            "ema_model": self.ema_model.state_dict(),
+            "ema_model": portable_state_dict(self.ema_model),
             "ema_model_numbers": changed,
             **self._best.state_dict(),
             "has_saved": self._has_saved,
@@ -194,7 +196,7 @@ class ModelEmaCallback(SaveBestModelCallback):
 
     def _restore(self, state: StateMapping) -> None:
         average = self._average()
-        average.load_state_dict(state["ema_model"])
+        load_model_state(average, state["ema_model"], "The moving average in the training state")
         for name, number in state["ema_model_numbers"].items():
             setattr(average, name, number)
         self._best.load_state_dict(state)

@@ -492,7 +492,8 @@ def test_the_limit_of_evaluation_steps_counts_those_of_all_processes(tmp_path):
     """Row 10.10: also evaluations within an accumulation window, on two processes."""
     script = tmp_path / "limited.py"
     script.write_text(ON_TWO_PROCESSES)
-    launch(script, tmp_path, num_processes=2)
+    for rank, ended in enumerate(launch(script, tmp_path, num_processes=2)):
+        assert ended.returncode == 0, (tmp_path / f"output-{rank}.txt").read_text()
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(1, 1), (2, 2), (9, 3)])

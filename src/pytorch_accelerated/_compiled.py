@@ -1,0 +1,21 @@
+"""Modules that `torch.compile` has wrapped, told from modules of the user that only look so."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+COMPILED = "_orig_mod"
+"""The child in which `torch.compile` keeps the module that it wraps."""
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether `torch.compile` has returned a module; one of the user's may have such a child too."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes seconds
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def without_compilation(module: nn.Module) -> nn.Module:
+    """Return the module that a compiled one wraps, or the module itself."""
+    return module.get_submodule(COMPILED) if is_compiled(module) else module
