@@ -10,7 +10,7 @@ import torch
 from _support import Probe, make_dataset, make_trainer, train
 from pytorch_accelerated import _loss_monitor
 from pytorch_accelerated._loss_monitor import LossMonitor
-from pytorch_accelerated.tracking import LossTracker
+from pytorch_accelerated.tracking import EpochMeans
 
 
 @pytest.fixture
@@ -26,11 +26,13 @@ def test_log_points_come_ten_times_a_second(clock):
 
 
 def test_a_mean_in_host_memory_is_up_to_date():
-    monitor, tracker = LossMonitor(), LossTracker()
+    monitor, means = LossMonitor(), EpochMeans()
     assert monitor.mean is None
-    tracker.update(torch.tensor(3.0), 2)
-    monitor.look(tracker)
+    means.loss.update(torch.tensor(3.0), 2)
+    means.update_metrics({"metrics": {"accuracy": 0.5}}, 2)
+    monitor.look(means)
     assert monitor.mean == 3.0
+    assert monitor.values == {"loss": 3.0, "accuracy": 0.5}
 
 
 def test_the_recent_loss_at_a_log_point_is_the_mean_of_the_pass_so_far(clock):

@@ -11,23 +11,25 @@ from torch import nn
 from pytorch_accelerated.tracking import weighted_mean
 
 if TYPE_CHECKING:
-    from pytorch_accelerated.tracking import LossTracker
+    from collections.abc import Iterable
+
+    from pytorch_accelerated.tracking import EpochMeans
 
 SECONDS_BETWEEN_LOG_POINTS = 0.1
 
 
 class LossMonitor:
-    """Knows the mean loss of a pass over the data so far, without making host and device wait for each other.
+    """Knows the means of a pass over the data so far, without making host and device wait for each other.
 
-    On a CUDA device, the copy of the mean starts at one log point and is read at the next, when it has long arrived. A
-    mean in host memory is up to date.
+    On a CUDA device, the copy of the means starts at one log point and is read at the next, when it has long arrived.
+    Means in host memory are up to date.
     """
 
     def __init__(self) -> None:
-        self.mean: float | None = None
-        """The mean as of the last log point; ``None`` until it is known."""
+        self.values: dict[str, float] = {}
+        """The means of loss and metrics as of the last log point; empty until they are known."""
 
-        self._pending: _AsyncScalar | None = None
+        self._pending: tuple[list[str], _AsyncNumbers] | None = None
         self._next_log_point = time.monotonic() + SECONDS_BETWEEN_LOG_POINTS
 
     def is_due(self) -> bool:
@@ -38,33 +40,50 @@ class LossMonitor:
         self._next_log_point = now + SECONDS_BETWEEN_LOG_POINTS
         return True
 
-    def look(self, tracker: LossTracker) -> None:
-        """Read the mean, or start copying it."""
+    @property
+    def mean(self) -> float | None:
+        """The mean loss as of the last log point; ``None`` until it is known."""
+        return self.values.get("loss")
+
+    def look(self, means: EpochMeans) -> None:
+        """Read the means, or start copying them."""
         if self._pending is not None:
-            if not self._pending.ready():
+            names, numbers = self._pending
+            if not numbers.are_ready():
                 return
-            self.mean, self._pending = self._pending.item(), None
-        total, weight = tracker.total_loss, tracker.running_count
-        if isinstance(total, torch.Tensor) and total.is_cuda:
-            self._pending = _AsyncScalar(total / weight)
+            self.values, self._pending = dict(zip(names, numbers.read(), strict=True)), None
+        trackers = {"loss": means.loss, **means.metrics}
+        sums = {name: (tracker.total_loss, tracker.running_count) for name, tracker in trackers.items()}
+        totals = [total for total, _ in sums.values()]
+        devices = [total.device for total in totals if isinstance(total, torch.Tensor) and total.is_cuda]
+        if not devices:
+            self.values = {name: weighted_mean(total, weight) for name, (total, weight) in sums.items()}
         else:
-            self.mean = weighted_mean(total, weight)
+            self._pending = list(sums), _AsyncNumbers(_quotients_on(devices[0], sums.values()))
 
 
-class _AsyncScalar:
-    """A number that is being copied from a CUDA device to the host."""
+def _quotients_on(
+    device: torch.device, pairs: Iterable[tuple[float | torch.Tensor, float | torch.Tensor]]
+) -> torch.Tensor:
+    wide = [(torch.as_tensor(total, dtype=torch.float64, device=device), weight) for total, weight in pairs]
+    return torch.stack([(total / weight).reshape(()) for total, weight in wide])
 
-    def __init__(self, number: torch.Tensor) -> None:
-        self._copy = torch.empty_like(number, device="cpu", pin_memory=True)
-        self._copy.copy_(number, non_blocking=True)
-        self._copied = torch.cuda.current_stream(number.device).record_event()
 
-    def ready(self) -> bool:
+class _AsyncNumbers:
+    """Numbers that are being copied from a CUDA device to the host."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._copy = torch.empty_like(numbers, device="cpu", pin_memory=True)
+        self._copy.copy_(numbers, non_blocking=True)
+        self._copied = torch.cuda.current_stream(numbers.device).record_event()
+
+    def are_ready(self) -> bool:
         is_ready: bool = self._copied.query()
         return is_ready
 
-    def item(self) -> float:
-        return float(self._copy)
+    def read(self) -> list[float]:
+        numbers: list[float] = self._copy.tolist()
+        return numbers
 
 
 def describe_non_finite_gradient(model: nn.Module, place: str) -> str:

@@ -151,6 +151,8 @@ class Trainer(TrainingLoop):
         seed: Seeds all random number generators now, and the data order of each run. With ``None`` nothing is seeded,
             and the data order derives from the seed that the program passed to ``torch.manual_seed``.
         accelerator: An `accelerate.Accelerator`, or keyword arguments to create one with.
+        verbose: Whether to print anything. With ``False`` there are no bars and no table, and `print` does nothing;
+            warnings and errors remain. The default callbacks print on the main process only.
 
     Example:
         >>> import torch
@@ -176,6 +178,7 @@ class Trainer(TrainingLoop):
         mixed_precision: str | None = None,
         seed: int | None = None,
         accelerator: Accelerator | Mapping[str, Any] | None = None,
+        verbose: bool = True,
     ) -> None:
         _validation.check_seed(seed)
         _validation.check_run_history(run_history)
@@ -195,6 +198,7 @@ class Trainer(TrainingLoop):
         warn_about_unused_precision(self._accelerator)
         rank = int(self._accelerator.process_index)
         self._loop_run = Run(0, rank, is_sharded(self._accelerator))
+        self._loop_run.is_verbose = verbose
         if seed is not None:
             seed_generators(derive_seed(seed, "rank", rank) if rank else seed)
         self.callback_handler = self._create_callback_handler()
@@ -398,8 +402,9 @@ class Trainer(TrainingLoop):
         _before_run.warn_about_ready_loaders(
             self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,)
         )
-        has_bar = any(isinstance(callback, ProgressBarCallback) for callback in self.callback_handler.callbacks)
-        shows_progress = has_bar and not self._loop_run.is_active  # the bar of the run stays
+        run, callbacks = self._loop_run, self.callback_handler.callbacks
+        has_bar = any(isinstance(callback, ProgressBarCallback) for callback in callbacks)
+        shows_progress = has_bar and run.is_verbose and not run.is_active  # the bar of the run stays
         settings = PredictionSettings(
             outputs, return_targets, padding_value, on_every_process, move_to_host, shows_progress
         )

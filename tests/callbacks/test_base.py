@@ -12,7 +12,6 @@ from pytorch_accelerated.callbacks import (
     EVENTS,
     ConvertSyncBatchNormCallback,
     EarlyStoppingCallback,
-    EpochTableCallback,
     LimitBatchesCallback,
     LimitEvalStepsCallback,
     LogMetricsCallback,
@@ -63,7 +62,6 @@ def test_a_callback_can_be_copied_and_pickled(name):
     [
         ConvertSyncBatchNormCallback(),
         EarlyStoppingCallback(early_stopping_patience=3),
-        EpochTableCallback(),
         LimitBatchesCallback(2),
         LimitEvalStepsCallback(2),
         LogMetricsCallback(),

@@ -10,7 +10,7 @@ import pytest
 import _support
 from _support import Probe, make_dataset, make_trainer
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.callbacks import EpochTableCallback, ProgressBarCallback, StepBasedEvaluationCallback
+from pytorch_accelerated.callbacks import LogMetricsCallback, StepBasedEvaluationCallback
 
 train = partial(_support.train, dataset=8)  # two steps per epoch
 
@@ -20,7 +20,7 @@ def lines_of(capsys):
 
 
 def test_each_epoch_has_a_line_below_one_header(capsys):
-    trainer = make_trainer(callbacks=[EpochTableCallback])
+    trainer = make_trainer(callbacks=[LogMetricsCallback])
     train(trainer, num_epochs=3, eval_dataset=make_dataset(4))
     header, *rows = lines_of(capsys)
     assert re.split(r"\s{2,}", header.strip()) == ["epoch", "time", "eta", "lr", "train loss", "eval loss"]
@@ -33,7 +33,7 @@ def test_each_epoch_has_a_line_below_one_header(capsys):
 
 
 def test_the_lowest_loss_so_far_is_marked(capsys):
-    trainer = make_trainer(callbacks=[EpochTableCallback])
+    trainer = make_trainer(callbacks=[LogMetricsCallback])
     train(trainer, num_epochs=3)
     values = trainer.run_history.get_metric_values("train_loss_epoch")
     marks = [row.endswith("*") for row in lines_of(capsys)[1:]]
@@ -41,19 +41,19 @@ def test_the_lowest_loss_so_far_is_marked(capsys):
 
 
 def test_an_evaluation_within_an_epoch_has_a_line_with_the_update(capsys):
-    train(make_trainer(callbacks=[EpochTableCallback, StepBasedEvaluationCallback(1)]), eval_dataset=make_dataset(4))
+    train(make_trainer(callbacks=[LogMetricsCallback, StepBasedEvaluationCallback(1)]), eval_dataset=make_dataset(4))
     labels = [line.strip().split("  ")[0] for line in lines_of(capsys) if "epoch" not in line]
     assert labels == ["update 1", "update 2", "1/1"]
 
 
 def test_several_evaluation_datasets_are_named(capsys):
     datasets = {"one": make_dataset(4), "three": make_dataset(12)}
-    train(make_trainer(callbacks=[EpochTableCallback]), eval_dataset=datasets)
+    train(make_trainer(callbacks=[LogMetricsCallback]), eval_dataset=datasets)
     assert lines_of(capsys)[0].endswith("one eval loss  three eval loss")
 
 
 def test_an_evaluation_run_has_a_line(capsys):
-    make_trainer(callbacks=[EpochTableCallback]).evaluate(make_dataset(4))
+    make_trainer(callbacks=[LogMetricsCallback]).evaluate(make_dataset(4))
     header, row = lines_of(capsys)
     assert header.endswith("loss")
     assert row.startswith("evaluation  ")
@@ -61,7 +61,7 @@ def test_an_evaluation_run_has_a_line(capsys):
 
 def test_an_evaluation_run_within_an_epoch_leaves_the_line_of_the_epoch_complete(capsys):
     nest = Probe(on_train_epoch_end=lambda trainer, **kwargs: trainer.evaluate(make_dataset(4)))
-    train(make_trainer(callbacks=[EpochTableCallback, nest]), num_epochs=2, eval_dataset=make_dataset(4))
+    train(make_trainer(callbacks=[LogMetricsCallback, nest]), num_epochs=2, eval_dataset=make_dataset(4))
     lines = lines_of(capsys)
     rows = [line for line in lines if "epoch" not in line]
     assert [row.split()[0] for row in rows] == ["evaluation", "1/2", "evaluation", "2/2"]
@@ -71,13 +71,13 @@ def test_an_evaluation_run_within_an_epoch_leaves_the_line_of_the_epoch_complete
 
 def test_what_is_recorded_at_the_end_of_the_run_has_a_line(capsys):
     record = Probe(on_training_run_end=lambda trainer, **kwargs: trainer.run_history.update_metric("score", 0.5))
-    train(make_trainer(callbacks=[EpochTableCallback, record]))
+    train(make_trainer(callbacks=[LogMetricsCallback, record]))
     assert lines_of(capsys)[-1].split() == ["end", "0.5000"]
 
 
 def test_a_screen_that_is_too_narrow_gets_two_lines(capsys, monkeypatch):
-    monkeypatch.setattr("pytorch_accelerated.callbacks.epoch_table._line_width", lambda: 40)
-    train(make_trainer(callbacks=[EpochTableCallback]), eval_dataset=make_dataset(4))
+    monkeypatch.setattr("pytorch_accelerated.callbacks._epoch_table.line_width", lambda: 40)
+    train(make_trainer(callbacks=[LogMetricsCallback]), eval_dataset=make_dataset(4))
     lines = lines_of(capsys)
     assert len(lines) == 4
     assert max(map(len, lines)) <= 40
@@ -85,7 +85,7 @@ def test_a_screen_that_is_too_narrow_gets_two_lines(capsys, monkeypatch):
 
 def test_without_a_terminal_there_is_no_carriage_return_and_no_wrapping(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    train(make_trainer(callbacks=[EpochTableCallback]), num_epochs=2, eval_dataset=make_dataset(4))
+    train(make_trainer(callbacks=[LogMetricsCallback]), num_epochs=2, eval_dataset=make_dataset(4))
     output = capsys.readouterr()
     assert "\r" not in output.out + output.err
     assert len(output.out.splitlines()) == 3
@@ -98,12 +98,5 @@ def test_other_processes_print_nothing(capsys):
             object.__setattr__(config, "is_world_process_zero", False)
             return config
 
-    train(make_trainer(cls=SecondProcess, callbacks=[EpochTableCallback]))
+    train(make_trainer(cls=SecondProcess, callbacks=[LogMetricsCallback]))
     assert capsys.readouterr().out == ""
-
-
-def test_the_best_values_are_part_of_the_state():
-    callback, restored = EpochTableCallback(), EpochTableCallback()
-    train(make_trainer(callbacks=[callback, ProgressBarCallback]))
-    restored.load_state_dict(callback.state_dict())
-    assert restored.state_dict() == callback.state_dict() != {"best": {}}

@@ -14,6 +14,7 @@ from _support import SOURCE, run_python
 PACKAGE = "pytorch_accelerated"
 FILES = sorted(SOURCE.rglob("*.py"))
 OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "torchmetrics", "timm", "transformers", "wandb", "torchvision"}
+OPTIONAL |= {"IPython"}
 
 FLOORS = [
     {"exceptions", "_types", "_messages", "_hints", "_compiled"},
@@ -25,6 +26,7 @@ FLOORS = [
         "_nested",
         "_joining",
         "_metrics",
+        "_console",
         "_signals",
         "_ema",
         "finetuning",
@@ -138,7 +140,7 @@ def test_every_exception_for_accelerate_is_needed():
 
 
 @pytest.mark.parametrize(
-    "room", ["_hints", "_data", "_distributed", "_optimizers", "_checkpoint", "_scheduling", "callbacks/_console"]
+    "room", ["_hints", "_data", "_distributed", "_optimizers", "_checkpoint", "_scheduling", "_console"]
 )
 def test_a_room_has_an_empty_init_and_a_readme_with_a_line_for_each_file(room):
     folder = SOURCE / room

@@ -13,7 +13,6 @@ from pytorch_accelerated._ema import ModelEma as ModelEma  # as in 0.1.61
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
 from pytorch_accelerated.callbacks.diagnostics import GradientNormCallback
 from pytorch_accelerated.callbacks.ema import ModelEmaCallback
-from pytorch_accelerated.callbacks.epoch_table import EpochTableCallback
 from pytorch_accelerated.callbacks.evaluation import (
     LimitBatchesCallback,
     LimitEvalStepsCallback,
@@ -37,7 +36,6 @@ __all__ = [
     "CallbackMethodNotImplementedError",
     "ConvertSyncBatchNormCallback",
     "EarlyStoppingCallback",
-    "EpochTableCallback",
     "GradientNormCallback",
     "GradualUnfreezingCallback",
     "LimitBatchesCallback",

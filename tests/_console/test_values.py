@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pytorch_accelerated.callbacks._console.values import duration_text, number_text, seconds_left
+from pytorch_accelerated._console.values import duration_text, number_text
 
 
 @pytest.mark.parametrize(
@@ -36,13 +36,3 @@ def test_numbers_have_four_significant_digits(value, text):
 )
 def test_durations_are_rounded_before_they_are_split(seconds, text):
     assert duration_text(seconds) == text
-
-
-def test_the_time_left_is_that_of_the_rest_at_the_same_pace():
-    assert seconds_left(25, 100, 5.0) == 15.0
-    assert seconds_left(110, 100, 5.0) == 0  # a loader may give more batches than its length says
-
-
-@pytest.mark.parametrize(("num_done", "num_total"), [(0, 100), (5, None), (5, math.inf)])
-def test_the_time_left_is_unknown_without_a_pace_or_a_total(num_done, num_total):
-    assert seconds_left(num_done, num_total, 5.0) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytorch_accelerated.callbacks._console.layout import Cell, table_lines
+from pytorch_accelerated._console.layout import Cell, table_lines
 
 ROW = {
     "epoch": Cell("3/12"),

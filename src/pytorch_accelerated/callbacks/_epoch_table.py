@@ -1,0 +1,177 @@
+"""The table of epochs: one aligned line per epoch, on the screen, in a file, or as a table of a notebook."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from pytorch_accelerated._console.layout import Cell, Column, table_lines
+from pytorch_accelerated._console.pace import Pace
+from pytorch_accelerated._console.screen import LiveHtml, html_escaped, is_notebook, line_width
+from pytorch_accelerated._console.values import (
+    duration_text,
+    greater_is_better,
+    learning_rate_text,
+    number_text,
+    time_left_text,
+    title_of,
+)
+from pytorch_accelerated._metrics import is_better, one_number
+from pytorch_accelerated._run import run_of
+from pytorch_accelerated.tracking import EVALUATION_PREFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pytorch_accelerated._types import MetricValue
+    from pytorch_accelerated.trainer import Trainer
+
+_MAX_TEXT = 24  # characters of a value that is not a number
+_FIRST = ("time", "eta", "lr")
+
+
+class EpochTable:
+    """Collects what is recorded, and prints it, a line per epoch or evaluation.
+
+    The best value so far is marked with ``*``, where the name of the metric tells whether larger values are better:
+    those of the evaluation, or of the training if there is none.
+    """
+
+    def __init__(self) -> None:
+        self._columns: tuple[Column, ...] = ()
+        self._new: dict[str, MetricValue] = {}
+        self._first_names: tuple[str, ...] = ()
+        self._is_in_training_run = False
+        self._is_epoch_open = False
+        self._live: LiveHtml | None = None
+        self._rows: list[Mapping[str, Cell]] = []
+        self._epoch_started_at = 0.0
+        self._pace = Pace()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what is shown: a copy has its own table."""
+        return {**vars(self), "_live": None}
+
+    def start_training_run(self, trainer: Trainer) -> None:
+        """Start a table."""
+        self._start(*_FIRST)
+        self._is_in_training_run = True
+        self._pace = Pace(run_of(trainer).fraction_done(), window=None)
+        self._epoch_started_at = time.perf_counter()
+
+    def start_evaluation_run(self) -> None:
+        """Start a table, unless the evaluation is called within a training run, whose table goes on."""
+        if not self._is_in_training_run:
+            self._start()
+
+    def start_epoch(self) -> None:
+        """Look at the clock."""
+        self._is_epoch_open = True
+        self._epoch_started_at = time.perf_counter()
+
+    def add(self, metrics: Mapping[str, MetricValue]) -> None:
+        """Keep metrics for the next line."""
+        self._new.update(metrics)
+
+    def end_intermediate_evaluation(self, trainer: Trainer) -> None:
+        """Print the line of an evaluation within an epoch, with the number of updates so far."""
+        run = run_of(trainer)
+        if run.current_dataloader is list(run.eval_dataloaders.values())[-1]:  # one line for all datasets
+            self._print_row(trainer, f"update {run.progress.num_updates}")
+
+    def end_epoch(self, trainer: Trainer) -> None:
+        """Print the line of the epoch."""
+        self._is_epoch_open = False
+        run, rate = run_of(trainer), learning_rate_of(trainer)
+        self._pace.mark(run.fraction_done())
+        first = {
+            "time": duration_text(time.perf_counter() - self._epoch_started_at),
+            "eta": time_left_text(self._pace.seconds_left(1.0)),
+            "lr": "" if rate is None else learning_rate_text(rate),
+        }
+        self._print_row(trainer, f"{trainer.run_history.current_epoch}/{run.total_num_epochs}", first)
+
+    def end_evaluation_run(self, trainer: Trainer) -> None:
+        """Print the line of the evaluation; what the epoch has recorded waits for its own."""
+        of_epoch = {name: value for name, value in self._new.items() if EVALUATION_PREFIX not in name}
+        if self._is_in_training_run:
+            self._new = {name: value for name, value in self._new.items() if name not in of_epoch}
+        self._print_row(trainer, "evaluation")
+        if self._is_in_training_run:
+            self._new = of_epoch
+
+    def end_training_run(self, trainer: Trainer) -> None:
+        """Print what was recorded since the last line: that of an epoch that was stopped, or what came after it."""
+        if self._new and self._is_epoch_open:
+            self.end_epoch(trainer)
+        elif self._new:
+            self._print_row(trainer, "end")
+        self._is_in_training_run = self._is_epoch_open = False
+
+    def abandon_run(self) -> None:
+        """Forget a run that has failed."""
+        self._is_in_training_run = self._is_epoch_open = False
+
+    def _start(self, *first_names: str) -> None:
+        self._first_names = first_names
+        self._columns, self._new, self._rows, self._live = (), {}, [], None
+
+    def _print_row(self, trainer: Trainer, label: str, first: Mapping[str, str] | None = None) -> None:
+        metrics, self._new = self._new, {}
+        names = sorted((name for name in metrics if not name.endswith("intermediate_update")), key=_place)
+        row = {"epoch": Cell(label), **{name: Cell((first or {}).get(name, "")) for name in self._first_names}}
+        row |= {title_of(name): self._cell(trainer, name, metrics[name]) for name in names}
+        if not (run_of(trainer).is_verbose and trainer.run_config.is_world_process_zero):
+            return
+        if is_notebook():
+            self._live = self._live or LiveHtml()
+            self._rows.append(row)
+            self._live.show(lambda: _html_of(self._rows), is_last=True)
+        else:
+            self._columns, lines = table_lines(self._columns, row, line_width())
+            trainer.print("\n".join(lines))
+
+    def _cell(self, trainer: Trainer, name: str, value: MetricValue) -> Cell:
+        number = one_number(value)
+        if number is None:
+            text = str(value)
+            return Cell(text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…")
+        text = number_text(value if isinstance(value, int) else float(number))
+        return Cell(text, self._is_best(trainer, name, float(number)))
+
+    def _is_best(self, trainer: Trainer, name: str, value: float) -> bool:
+        is_greater_better = greater_is_better(name)
+        if is_greater_better is None or (name.startswith("train") and run_of(trainer).eval_dataloaders):
+            return False
+        if name.startswith(EVALUATION_PREFIX):
+            return False
+        history, title = trainer.run_history, title_of(name)
+        series = [history.get_metric_values(each) for each in history.get_metric_names() if title_of(each) == title]
+        numbers = [float(number) for values in series for number in map(one_number, values) if number is not None]
+        return value == value and not any(is_better(other, value, is_greater_better) for other in numbers)
+
+
+def learning_rate_of(trainer: Trainer) -> float | None:
+    """Return the learning rate of the first group of parameters; ``None`` if there is none."""
+    groups = getattr(trainer.optimizer, "param_groups", None)
+    rate = one_number(groups[0].get("lr")) if groups else None
+    return None if rate is None else float(rate)
+
+
+def _place(metric_name: str) -> tuple[bool, str, bool, str]:
+    """Return the key by which columns are sorted: training first, then each dataset, with its loss first."""
+    stage = next((f"{word}_" for word in ("train", "evaluation", "eval") if f"{word}_" in metric_name), "")
+    dataset, _, rest = metric_name.partition(stage) if stage else ("", "", metric_name)
+    return not metric_name.startswith("train"), dataset + stage, not rest.startswith("loss"), rest
+
+
+def _html_of(rows: list[Mapping[str, Cell]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    head = "".join(f"<th>{html_escaped(name)}</th>" for name in names)
+    body = "".join("<tr>" + "".join(_td(row.get(name, Cell(""))) for name in names) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _td(cell: Cell) -> str:
+    text = html_escaped(cell.text)
+    return f"<td><b>{text}*</b></td>" if cell.is_best else f"<td>{text}</td>"
