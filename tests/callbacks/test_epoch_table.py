@@ -83,6 +83,13 @@ def test_a_screen_that_is_too_narrow_gets_two_lines(capsys, monkeypatch):
     assert max(map(len, lines)) <= 40
 
 
+def test_a_screen_of_another_width_brings_a_new_header(capsys, monkeypatch):
+    widths = iter([100, 100, 60])
+    monkeypatch.setattr("pytorch_accelerated.callbacks._epoch_table.line_width", lambda: next(widths))
+    train(make_trainer(callbacks=[LogMetricsCallback]), num_epochs=3)
+    assert ["epoch" in line for line in lines_of(capsys)] == [True, False, False, True, False]
+
+
 def test_without_a_terminal_there_is_no_carriage_return_and_no_wrapping(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     train(make_trainer(callbacks=[LogMetricsCallback]), num_epochs=2, eval_dataset=make_dataset(4))

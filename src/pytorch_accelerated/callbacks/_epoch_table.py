@@ -21,13 +21,12 @@ from pytorch_accelerated._run import run_of
 from pytorch_accelerated.tracking import EVALUATION_PREFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from pytorch_accelerated._types import MetricValue
     from pytorch_accelerated.trainer import Trainer
 
 _MAX_TEXT = 24  # characters of a value that is not a number
-_FIRST = ("time", "eta", "lr")
 
 
 class EpochTable:
@@ -39,8 +38,8 @@ class EpochTable:
 
     def __init__(self) -> None:
         self._columns: tuple[Column, ...] = ()
+        self._line_width = 0
         self._new: dict[str, MetricValue] = {}
-        self._first_names: tuple[str, ...] = ()
         self._is_in_training_run = False
         self._is_epoch_open = False
         self._live: LiveHtml | None = None
@@ -54,7 +53,7 @@ class EpochTable:
 
     def start_training_run(self, trainer: Trainer) -> None:
         """Start a table."""
-        self._start(*_FIRST)
+        self._start()
         self._is_in_training_run = True
         self._pace = Pace(run_of(trainer).fraction_done(), window=None)
         self._epoch_started_at = time.perf_counter()
@@ -75,21 +74,25 @@ class EpochTable:
 
     def end_intermediate_evaluation(self, trainer: Trainer) -> None:
         """Print the line of an evaluation within an epoch, with the number of updates so far."""
-        run = run_of(trainer)
+        run, data_pass = run_of(trainer), run_of(trainer).training.epoch
         if run.current_dataloader is list(run.eval_dataloaders.values())[-1]:  # one line for all datasets
-            self._print_row(trainer, f"update {run.progress.num_updates}")
+            of_epoch = [data_pass.loss_name, *(f"train_{name}" for name in data_pass.means.metrics)]
+            widest = f"update {run.config.max_num_train_steps}"
+            label = f"update {run.progress.num_updates}".rjust(len(widest))
+            self._print_row(trainer, label, {"lr": _rate_text(trainer)}, of_epoch)
 
     def end_epoch(self, trainer: Trainer) -> None:
         """Print the line of the epoch."""
         self._is_epoch_open = False
-        run, rate = run_of(trainer), learning_rate_of(trainer)
+        run = run_of(trainer)
         self._pace.mark(run.fraction_done())
         first = {
             "time": duration_text(time.perf_counter() - self._epoch_started_at),
             "eta": time_left_text(self._pace.seconds_left(1.0)),
-            "lr": "" if rate is None else learning_rate_text(rate),
+            "lr": _rate_text(trainer),
         }
-        self._print_row(trainer, f"{trainer.run_history.current_epoch}/{run.total_num_epochs}", first)
+        total = str(run.total_num_epochs)
+        self._print_row(trainer, f"{trainer.run_history.current_epoch:>{len(total)}}/{total}", first)
 
     def end_evaluation_run(self, trainer: Trainer) -> None:
         """Print the line of the evaluation; what the epoch has recorded waits for its own."""
@@ -112,15 +115,29 @@ class EpochTable:
         """Forget a run that has failed."""
         self._is_in_training_run = self._is_epoch_open = False
 
-    def _start(self, *first_names: str) -> None:
-        self._first_names = first_names
+    def _start(self) -> None:
         self._columns, self._new, self._rows, self._live = (), {}, [], None
 
-    def _print_row(self, trainer: Trainer, label: str, first: Mapping[str, str] | None = None) -> None:
+    def _print_row(
+        self, trainer: Trainer, label: str, first: Mapping[str, str] | None = None, coming: Iterable[str] = ()
+    ) -> None:
+        """Print a line of what was recorded since the one before.
+
+        Args:
+            trainer: The trainer.
+            label: What the line is about.
+            first: How long it took, how long the rest takes, and the learning rate.
+            coming: Metrics that a later line will have, so that it needs no other header.
+        """
         metrics, self._new = self._new, {}
-        names = sorted((name for name in metrics if not name.endswith("intermediate_update")), key=_place)
-        row = {"epoch": Cell(label), **{name: Cell((first or {}).get(name, "")) for name in self._first_names}}
-        row |= {title_of(name): self._cell(trainer, name, metrics[name]) for name in names}
+        first_column, unsaid = ("epoch", "") if self._is_in_training_run else (" ", "evaluation ")
+        row = {first_column: Cell(label)}
+        if self._is_in_training_run:
+            row |= {name: Cell((first or {}).get(name, "")) for name in ("time", "eta", "lr")}
+        names = {*(name for name in metrics if not name.endswith("intermediate_update")), *coming}
+        for name in sorted(names, key=_Order(run_of(trainer).eval_dataloaders)):
+            cell = self._cell(trainer, name, metrics[name]) if name in metrics else Cell("")
+            row[title_of(name).replace(unsaid, "")] = cell
         if not (run_of(trainer).is_verbose and trainer.run_config.is_world_process_zero):
             return
         if is_notebook():
@@ -128,7 +145,10 @@ class EpochTable:
             self._rows.append(row)
             self._live.show(lambda: _html_of(self._rows), is_last=True)
         else:
-            self._columns, lines = table_lines(self._columns, row, line_width())
+            width = line_width()
+            if width != self._line_width:  # the screen has another width than when the header was printed
+                self._columns, self._line_width = (), width
+            self._columns, lines = table_lines(self._columns, row, width)
             trainer.print("\n".join(lines))
 
     def _cell(self, trainer: Trainer, name: str, value: MetricValue) -> Cell:
@@ -151,6 +171,11 @@ class EpochTable:
         return value == value and not any(is_better(other, value, is_greater_better) for other in numbers)
 
 
+def _rate_text(trainer: Trainer) -> str:
+    rate = learning_rate_of(trainer)
+    return "" if rate is None else learning_rate_text(rate)
+
+
 def learning_rate_of(trainer: Trainer) -> float | None:
     """Return the learning rate of the first group of parameters; ``None`` if there is none."""
     groups = getattr(trainer.optimizer, "param_groups", None)
@@ -158,11 +183,23 @@ def learning_rate_of(trainer: Trainer) -> float | None:
     return None if rate is None else float(rate)
 
 
-def _place(metric_name: str) -> tuple[bool, str, bool, str]:
-    """Return the key by which columns are sorted: training first, then each dataset, with its loss first."""
-    stage = next((f"{word}_" for word in ("train", "evaluation", "eval") if f"{word}_" in metric_name), "")
-    dataset, _, rest = metric_name.partition(stage) if stage else ("", "", metric_name)
-    return not metric_name.startswith("train"), dataset + stage, not rest.startswith("loss"), rest
+class _Order:
+    """The order of columns: training first, then each dataset, with its loss first.
+
+    Args:
+        datasets: The names of the evaluation datasets, in their order.
+    """
+
+    def __init__(self, datasets: Iterable[str]) -> None:
+        self._prefixes = [f"{name}_" for name in datasets if name]
+
+    def __call__(self, metric_name: str) -> tuple[object, ...]:
+        stage = next((f"{word}_" for word in ("train", "evaluation", "eval") if f"{word}_" in metric_name), "")
+        prefix, _, rest = metric_name.partition(stage) if stage else ("", "", metric_name)
+        number = next(
+            (n for n, dataset in enumerate(self._prefixes) if prefix.startswith(dataset)), len(self._prefixes)
+        )
+        return not metric_name.startswith("train"), not stage, number, prefix, not rest.startswith("loss"), rest
 
 
 def _html_of(rows: list[Mapping[str, Cell]]) -> str:
