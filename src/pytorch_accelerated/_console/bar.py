@@ -64,8 +64,8 @@ def _facts_of(state: BarState, *, is_short: bool = False) -> list[_Fact]:
 
 def _time_left(state: BarState, *, is_short: bool) -> str:
     of_pass, of_run = time_left_text(state.seconds_left), time_left_text(state.seconds_left_of_run)
-    if is_short:
-        return " < ".join([of_pass] * bool(of_pass) + [f"run {of_run}"] * bool(of_run))
+    if is_short and of_pass and of_run:
+        return f"{of_pass} < run {of_run}"
     return ", ".join([f"{of_pass} left"] * bool(of_pass) + [f"run {of_run} left"] * bool(of_run))
 
 

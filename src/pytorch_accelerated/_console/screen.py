@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 _SECONDS_BETWEEN_UPDATES = 0.5  # of what a notebook shows; each is a message to the browser
 _MOVES_CURSOR = re.compile(r"\r|\x1b\[[\d;]*[A-HJKSTf]")
+_WIPE_LINE = "\r\x1b[K"
 _UNLIMITED = sys.maxsize  # characters; a line of a file is not wrapped
 
 
@@ -82,15 +83,19 @@ class LiveHtml:
 
 
 @contextmanager
-def lines_above_bars() -> Iterator[None]:
+def lines_above_bars(*, are_elsewhere: bool = False) -> Iterator[None]:
     """While the body runs, put what the program prints on lines of its own above the open bars of tqdm.
 
     This holds for whatever is written to the standard streams, by `print`, `logging` or `warnings`, if they are
     terminals: the bars are wiped, and drawn again below the text. A line is shown when it is complete. Text that moves
     the cursor itself, such as another bar, is passed on as it is.
+
+    Args:
+        are_elsewhere: Whether another process on the same terminal has the bars. Then the line that the cursor is in is
+            wiped, and the other process draws it again soon.
     """
     streams = {id(stream): stream for stream in (sys.stdout, sys.stderr) if is_terminal(stream)}
-    guards = [_LineGuard(stream) for stream in streams.values()]
+    guards = [_LineGuard(stream, _WIPE_LINE if are_elsewhere else "") for stream in streams.values()]
     try:
         yield
     finally:
@@ -101,8 +106,8 @@ def lines_above_bars() -> Iterator[None]:
 class _LineGuard:
     """Replaces the method ``write`` of a stream, so that all who hold the stream use it."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, prefix: str) -> None:
+        self._stream, self._prefix = stream, prefix
         self._write, self._process = stream.write, os.getpid()
         self._own = vars(stream).get("write") if hasattr(stream, "__dict__") else None
         self._pending = ""
@@ -120,7 +125,7 @@ class _LineGuard:
         *lines, self._pending = (self._pending + text).split("\n")
         if lines:
             with tqdm.external_write_mode():
-                self._write("\n".join([*lines, ""]))
+                self._write("\n".join([self._prefix + lines[0], *lines[1:], ""]))
         return len(text)
 
     def remove(self) -> None:

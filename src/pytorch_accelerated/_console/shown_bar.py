@@ -36,6 +36,7 @@ class ShownBar:
         delay: Seconds before which the bar is not drawn on a terminal.
         live: Where a notebook shows it; by default in an output of its own.
         seconds_between_lines: Between two lines where there is neither a terminal nor a notebook.
+        is_elsewhere: Whether another process shows such a bar, maybe on the same terminal.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class ShownBar:
         delay: float = 0.0,
         live: LiveHtml | None = None,
         seconds_between_lines: float = SECONDS_BETWEEN_LINES,
+        is_elsewhere: bool = False,
     ) -> None:
         self._is_shown, self._print = is_shown, print_fn
         self._live = LiveHtml() if live is None and is_shown and is_notebook() else live
@@ -64,8 +66,8 @@ class ShownBar:
             delay=delay,
         )
         self._guard = ExitStack()
-        if self._is_on_terminal:
-            self._guard.enter_context(lines_above_bars())
+        if self._is_on_terminal or is_elsewhere:
+            self._guard.enter_context(lines_above_bars(are_elsewhere=is_elsewhere))
 
     def seconds(self) -> float:
         """Return how long the bar has been open."""

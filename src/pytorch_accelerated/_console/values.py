@@ -2,16 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
-_WORD = re.compile(r"[a-z]+\d*")
-_LOWER_IS_BETTER = frozenset(
-    {"loss", "error", "perplexity", "mae", "mse", "rmse", "mape", "nll", "brier", "wer", "cer"}
-)
-_GREATER_IS_BETTER = frozenset(
-    {"accuracy", "acc", "top1", "top5", "precision", "recall", "f1", "auc", "auroc", "ap", "map", "iou", "miou"}
-    | {"dice", "bleu", "rouge", "r2", "psnr", "ssim", "mcc", "kappa", "ndcg"}
-)
 _MINUTE, _HOUR = 60, 3600  # seconds
 
 
@@ -81,16 +71,3 @@ def title_of(metric_name: str) -> str:
         ['train loss', 'far eval loss', 'lr']
     """
     return metric_name.replace("intermediate_", "").removesuffix("_epoch").replace("_", " ")
-
-
-def greater_is_better(metric_name: str) -> bool | None:
-    """Return whether larger values of a metric are better, as far as its name tells; otherwise ``None``.
-
-    Example:
-        >>> [greater_is_better(name) for name in ("eval_accuracy", "train_loss_epoch", "eval_lr")]
-        [True, False, None]
-    """
-    words = set(_WORD.findall(metric_name.lower()))
-    if words & _LOWER_IS_BETTER:
-        return False
-    return True if words & _GREATER_IS_BETTER else None

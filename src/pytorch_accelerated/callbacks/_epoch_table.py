@@ -10,13 +10,12 @@ from pytorch_accelerated._console.pace import Pace
 from pytorch_accelerated._console.screen import LiveHtml, html_escaped, is_notebook, line_width
 from pytorch_accelerated._console.values import (
     duration_text,
-    greater_is_better,
     learning_rate_text,
     number_text,
     time_left_text,
     title_of,
 )
-from pytorch_accelerated._metrics import is_better, one_number
+from pytorch_accelerated._metrics import is_better, is_greater_better, one_number
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated.tracking import EVALUATION_PREFIX
 
@@ -160,15 +159,15 @@ class EpochTable:
         return Cell(text, self._is_best(trainer, name, float(number)))
 
     def _is_best(self, trainer: Trainer, name: str, value: float) -> bool:
-        is_greater_better = greater_is_better(name)
-        if is_greater_better is None or (name.startswith("train") and run_of(trainer).eval_dataloaders):
+        is_greater = is_greater_better(name)
+        if is_greater is None or (name.startswith("train") and run_of(trainer).eval_dataloaders):
             return False
         if name.startswith(EVALUATION_PREFIX):
             return False
         history, title = trainer.run_history, title_of(name)
         series = [history.get_metric_values(each) for each in history.get_metric_names() if title_of(each) == title]
         numbers = [float(number) for values in series for number in map(one_number, values) if number is not None]
-        return value == value and not any(is_better(other, value, is_greater_better) for other in numbers)
+        return value == value and not any(is_better(other, value, is_greater) for other in numbers)
 
 
 def _rate_text(trainer: Trainer) -> str:

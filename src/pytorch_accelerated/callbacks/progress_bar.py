@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated._console.bar import BarState
@@ -140,6 +141,7 @@ class _OpenBar(ShownBar):
             BarState(self._title, self._pass.num_batches_done, self._total),
             trainer.print,
             is_shown=is_shown(trainer),
+            is_elsewhere=bool(run_of(trainer).is_verbose and not trainer.run_config.is_world_process_zero),
             delay=delay,
             live=live,
             seconds_between_lines=seconds_between_lines,
@@ -160,7 +162,11 @@ class _OpenBar(ShownBar):
 
     def close_pass(self, trainer: Trainer, *, is_complete: bool) -> None:
         """Close the bar. The trainer may have left the pass already, after an error."""
-        self.close(self._pass.num_batches_done, lambda: self._state(trainer, None), is_complete=is_complete)
+        self.close(
+            self._pass.num_batches_done,
+            lambda: replace(self._state(trainer, None), seconds_left=None),
+            is_complete=is_complete,
+        )
 
     def _state(self, trainer: Trainer, seconds_left_of_run: float | None) -> BarState:
         config, is_training = trainer.run_config, self._pass.stage == "training"
