@@ -18,6 +18,14 @@ from pytorch_accelerated.callbacks import ProgressBarCallback, StepBasedEvaluati
 from pytorch_accelerated.exceptions import StopTrainingError
 
 
+class WithAccuracy(Trainer):
+    def calculate_train_batch_loss(self, batch):
+        return {**super().calculate_train_batch_loss(batch), "metrics": {"accuracy": 0.5}}
+
+    def calculate_eval_batch_loss(self, batch):
+        return {**super().calculate_eval_batch_loss(batch), "metrics": {"accuracy": 0.5}}
+
+
 class RecordingBar:
     """Replaces tqdm's bar."""
 
@@ -212,3 +220,118 @@ def test_a_run_after_a_failed_one_opens_new_bars(bars):
     trainer.callback_handler.callbacks.pop()
     train(trainer)
     assert [(bar.total, bar.count, bar.is_closed) for bar in bars] == [(4, 0, True), (4, 4, True)]
+
+
+# --- what one sees -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def each_step_is_a_log_point(monkeypatch):
+    monkeypatch.setattr(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
+
+
+def drawn_on(terminal):
+    """Return what was drawn on a line, one after the other."""
+    return [text.strip() for text in re.split(r"[\r\n]", terminal.getvalue()) if "|" in text]
+
+
+@pytest.mark.usefixtures("each_step_is_a_log_point")
+def test_the_bar_shows_epoch_loss_metrics_rate_speed_and_time_left(monkeypatch):
+    terminal = use_terminal(monkeypatch, columns=160)
+    train(make_trainer(cls=WithAccuracy, callbacks=[ProgressBarCallback]), num_epochs=12, eval_dataset=make_dataset(8))
+    drawn = drawn_on(terminal)
+    number = r"[\d.,e+-]+"
+    assert re.fullmatch(
+        rf"epoch 3/12  75% \|.*\| 3/4  loss {number}  accuracy 0.5000  lr 1.0e-01  {number} samples/s  "
+        r"\d+s left, run \d+s left",
+        [text for text in drawn if text.startswith("epoch 3/12  75%")][-1],
+    )
+    assert any(re.match(rf"epoch 3/12 evaluation  50% .* 1/2  loss {number}  accuracy 0.5000", text) for text in drawn)
+
+
+def test_the_bar_gives_way_when_its_epoch_ends(monkeypatch):
+    terminal = use_terminal(monkeypatch)
+    train(make_trainer(callbacks=[ProgressBarCallback]), num_epochs=2, eval_dataset=make_dataset(8))
+    assert drawn_on(terminal)
+    assert terminal.screen() == []
+
+
+@pytest.mark.usefixtures("each_step_is_a_log_point")
+def test_bars_of_evaluations_name_their_datasets(monkeypatch):
+    terminal = use_terminal(monkeypatch)
+    trainer = make_trainer(callbacks=[ProgressBarCallback])
+    train(trainer, eval_dataset={"near": make_dataset(8), "far": make_dataset(8)})
+    trainer.evaluate({"moon": make_dataset(8)}, per_device_batch_size=4)
+    titles = {re.match(r"[^%]*?(?=\s+\d+%)", text)[0] for text in drawn_on(terminal)}
+    assert titles == {"epoch 1/1", "epoch 1/1 near", "epoch 1/1 far", "evaluation moon"}
+
+
+@pytest.mark.usefixtures("each_step_is_a_log_point")
+def test_text_of_callbacks_has_lines_of_its_own(monkeypatch):
+    terminal = use_terminal(monkeypatch)
+
+    def tell(trainer, step, **_):
+        print(f"printed in step {step}")
+        trainer.print(f"told in step {step}")
+        assert terminal.screen()[-1].startswith("epoch 1/1"), "the bar is below"
+
+    train(make_trainer(callbacks=[ProgressBarCallback, Probe(on_train_step_end=tell)]))
+    assert terminal.screen() == [f"{verb} in step {step}" for step in range(4) for verb in ("printed", "told")]
+
+
+@pytest.mark.usefixtures("each_step_is_a_log_point")
+def test_after_an_error_the_bar_stays_and_text_goes_on_below_it(monkeypatch):
+    terminal = use_terminal(monkeypatch)
+    fail = Probe(on_train_step_end=lambda trainer, step, **_: step == 2 and raiser(ValueError("mine"))(trainer))
+    with pytest.raises(ValueError, match="mine"):
+        train(make_trainer(callbacks=[fail, ProgressBarCallback]), num_epochs=3)
+    print("traceback")
+    bar, below = terminal.screen()
+    assert re.match(r"epoch 1/3  50% \|.*\| 2/4 ", bar)
+    assert below == "traceback"
+    assert "left" not in bar
+
+
+@pytest.mark.usefixtures("each_step_is_a_log_point")
+def test_without_a_terminal_long_epochs_have_plain_lines(capsys, monkeypatch):
+    """The clock advances by 10 seconds with each reading."""
+    times = itertools.count(step=10)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(times))
+    train(make_trainer(callbacks=[ProgressBarCallback(seconds_between_lines=25)]), 32)
+    output = capsys.readouterr()
+    assert output.err == ""
+    assert not re.search(r"[\r\x1b]", output.out)
+    lines = output.out.splitlines()
+    assert 1 < len(lines) < 8
+    assert re.fullmatch(r"epoch 1/1  \d\d%  \d/8  loss \S+  lr 1.0e-01(  \S+ samples/s  .* left)?", lines[0])
+
+
+@pytest.mark.usefixtures("each_step_is_a_log_point")
+@pytest.mark.parametrize("seconds", [30.0, float("inf")])
+def test_without_a_terminal_short_epochs_have_no_lines(capsys, seconds):
+    train(make_trainer(callbacks=[ProgressBarCallback(seconds)]), eval_dataset=make_dataset(8))
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("each_step_is_a_log_point")
+@pytest.mark.parametrize("make_it", ["not verbose", "another process"])
+def test_nothing_is_shown_if_nothing_is_to_be_shown(monkeypatch, make_it):
+    class SecondProcess(Trainer):
+        def _create_run_config(self, **kwargs):
+            return replace(super()._create_run_config(**kwargs), is_world_process_zero=make_it != "another process")
+
+    terminal = use_terminal(monkeypatch)
+    trainer = make_trainer(cls=SecondProcess, callbacks=[ProgressBarCallback], verbose=make_it != "not verbose")
+    train(trainer, eval_dataset=make_dataset(8))
+    assert terminal.getvalue() == ""
+
+
+def test_text_of_another_process_wipes_the_line_of_the_bar_first(monkeypatch):
+    class SecondProcess(Trainer):
+        def _create_run_config(self, **kwargs):
+            return replace(super()._create_run_config(**kwargs), is_world_process_zero=False)
+
+    terminal = use_terminal(monkeypatch)
+    tell = Probe(on_train_step_end=lambda trainer, step, **_: step == 1 and print("told"))
+    train(make_trainer(cls=SecondProcess, callbacks=[ProgressBarCallback, tell]))
+    assert terminal.getvalue() == "\r\x1b[Ktold\n"
