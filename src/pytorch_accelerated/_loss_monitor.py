@@ -52,14 +52,22 @@ class LossMonitor:
             if not numbers.are_ready():
                 return
             self.values, self._pending = dict(zip(names, numbers.read(), strict=True)), None
-        trackers = {"loss": means.loss, **means.metrics}
-        sums = {name: (tracker.total_loss, tracker.running_count) for name, tracker in trackers.items()}
+        sums = _sums_of(means)
         totals = [total for total, _ in sums.values()]
         devices = [total.device for total in totals if isinstance(total, torch.Tensor) and total.is_cuda]
         if not devices:
-            self.values = {name: weighted_mean(total, weight) for name, (total, weight) in sums.items()}
+            self.read(means)
         else:
             self._pending = list(sums), _AsyncNumbers(_quotients_on(devices[0], sums.values()))
+
+    def read(self, means: EpochMeans) -> None:
+        """Read the means at once, from the device too."""
+        self.values = {name: weighted_mean(total, weight) for name, (total, weight) in _sums_of(means).items()}
+
+
+def _sums_of(means: EpochMeans) -> dict[str, tuple[float | torch.Tensor, float | torch.Tensor]]:
+    trackers = {"loss": means.loss, **means.metrics}
+    return {name: (tracker.total_loss, tracker.running_count) for name, tracker in trackers.items()}
 
 
 def _quotients_on(

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 from tqdm import tqdm
 
@@ -93,7 +94,10 @@ class ShownBar:
             self._print(line_of(state()))
 
     def close(self, num_done: int, state: Callable[[], BarState], *, is_complete: bool) -> None:
-        """Close the bar: wiped if the pass is complete, otherwise as it is, so that one sees how far it came."""
+        """Close the bar: wiped if the pass is complete, otherwise as it is, so that one sees how far it came.
+
+        A notebook keeps it in any case.
+        """
         self.bar.n, self.bar.leave = num_done, not is_complete
         try:
             if self._live is not None:
@@ -134,7 +138,7 @@ def progress_bar(
         yield show
         is_complete = True
     finally:
-        bar.close(done, state, is_complete=is_complete)
+        bar.close(done, lambda: replace(state(), seconds_left=None), is_complete=is_complete)
 
 
 def _html_of(state: BarState) -> str:

@@ -162,11 +162,13 @@ class _OpenBar(ShownBar):
 
     def close_pass(self, trainer: Trainer, *, is_complete: bool) -> None:
         """Close the bar. The trainer may have left the pass already, after an error."""
-        self.close(
-            self._pass.num_batches_done,
-            lambda: replace(self._state(trainer, None), seconds_left=None),
-            is_complete=is_complete,
-        )
+
+        def last_state() -> BarState:
+            if is_complete:
+                self._pass.monitor.read(self._pass.means)
+            return replace(self._state(trainer, None), seconds_left=None)
+
+        self.close(self._pass.num_batches_done, last_state, is_complete=is_complete)
 
     def _state(self, trainer: Trainer, seconds_left_of_run: float | None) -> BarState:
         config, is_training = trainer.run_config, self._pass.stage == "training"
