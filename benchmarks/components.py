@@ -23,9 +23,10 @@ from _common import make_dataset
 from pytorch_accelerated import Trainer
 from pytorch_accelerated._distributed.fast_path import wrap_optimizer
 from pytorch_accelerated._loss_monitor import LossMonitor
+from pytorch_accelerated._means import LossTracker
+from pytorch_accelerated._measuring.metric_set import MetricSet, PassMetrics
 from pytorch_accelerated._step import read_batch_output
 from pytorch_accelerated.callbacks import TrainerCallback
-from pytorch_accelerated.tracking import LossTracker
 
 NUM_STEPS = 2000
 
@@ -48,6 +49,14 @@ class Timer:
         return (statistics.median(self.times[name]) - statistics.median(self.times["nothing"])) / 1000
 
 
+def metrics_of_pass(metrics: dict[str, Any]) -> PassMetrics:
+    """Return what gathers the metrics of a training epoch."""
+    metric_set = MetricSet(metrics)
+    metric_set.place(torch.device("cpu"))
+    assert metric_set.of_training is not None
+    return metric_set.of_training
+
+
 def measure() -> Timer:
     """Train with a hand-written loop that also calls the parts of the library."""
     timed = Timer()
@@ -57,6 +66,7 @@ def measure() -> Timer:
     trainer = Trainer(model, loss_func, optimizer, callbacks=())
     fire = partial(trainer._loop_fire, TrainerCallback.on_train_step_start)
     tracker, monitor, total = LossTracker(), LossMonitor(), torch.zeros(())
+    metrics = metrics_of_pass({name: lambda outputs, targets: 0.5 for name in ("a", "b", "c")})
     wrapped = wrap_optimizer(Accelerator(), optimizer)
     batches = iter(DataLoader(make_dataset(32 * NUM_STEPS), 32))
     for step in range(NUM_STEPS):
@@ -76,6 +86,8 @@ def measure() -> Timer:
             timed("optimizer step, by hand", optimizer.step)
         timed("discarding the gradients, on the fast path", wrapped.zero_grad)
         timed("checking whether a log point is due", monitor.is_due)
+        update = partial(metrics.update, trainer.get_metric_inputs, (inputs, targets), batch_output, 32)
+        timed("three metrics, without what their functions compute", update)
     return timed
 
 

@@ -57,7 +57,8 @@ nitpick_ignore_regex = [
     # `_types.py`
     (
         r"py:class",
-        r"(Batch|BatchOutput|LossFunction|MaybeNone|MetricValue|ParameterGroup|Optimizers|StateDict|StateMapping)",
+        r"(Batch|BatchOutput|LossFunction|MaybeNone|MetricValue|Metrics|ParameterGroup|Optimizers|StateDict"
+        r"|StateMapping)",
     ),
 ]
 

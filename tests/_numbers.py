@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import TensorDataset
 
 from _runs import differences
-from _support import IN_ORDER, Probe, Samples, draw_parameters, recorder_of, weights_of
+from _support import IN_ORDER, Probe, Samples, draw_parameters, history_of, recorder_of, weights_of
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated import trainer as trainer_module
 from pytorch_accelerated._distributed import accelerator as accelerator_module
@@ -188,7 +188,7 @@ def run_of(point: tuple[Any, ...], make_optimizer: Any, **kwargs: Any) -> tuple[
         create_scheduler_fn=make_scheduler_fn("cosine"),
         **kwargs,
     )
-    return weights_of(net), trainer.run_history.state_dict(), torch.get_rng_state(), type(trainer.optimizer).__name__
+    return weights_of(net), history_of(trainer), torch.get_rng_state(), type(trainer.optimizer).__name__
 
 
 OPTIMIZERS = {

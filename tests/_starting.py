@@ -22,7 +22,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,30 +105,40 @@ def start(
 
 def run(script: Path | str, *arguments: str, timeout: float = 240, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """Run a Python script to its end, with the arguments of `start`, and return its exit code and output."""
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = start(script, *arguments, stdout=output.fileno(), stderr=errors.fileno(), **kwargs)
-        try:
-            returncode = process.wait(timeout)
-        finally:
-            process.kill()
-        output.seek(0)
-        errors.seek(0)
-        return subprocess.CompletedProcess([str(script), *arguments], returncode, output.read(), errors.read())
+    return _run(functools.partial(start, script, *arguments, has_own_group=True, **kwargs), timeout)
 
 
 def run_from_scratch(
     script: Path | str, *arguments: str, timeout: float = 240, cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a Python script to its end in a new interpreter, which has imported nothing yet."""
-    return subprocess.run(
-        [sys.executable, str(script), *arguments],
-        env=environment_for_tests(**environment),
-        cwd=cwd,
-        timeout=timeout,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, str(script), *arguments]
+    settings: Any = {"env": environment_for_tests(**environment), "cwd": cwd, "start_new_session": True}
+    return _run(functools.partial(subprocess.Popen, command, stdin=subprocess.DEVNULL, **settings), timeout)
+
+
+def _run(start: Callable[..., Started], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Start a process that leads a group, and wait for its end. The rest of the group ends with it."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:  # pipes may stay open
+        process = start(stdout=output.fileno(), stderr=errors.fileno())
+        try:
+            returncode = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            errors.seek(0)
+            raise TimeoutError(f"still running after {timeout:g} s; its errors:\n{errors.read()[-5000:]}") from None
+        finally:
+            _kill_group(process)
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess([], returncode, output.read(), errors.read())
+
+
+def _kill_group(leader: Started) -> None:
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
+            os.killpg(leader.pid, signal.SIGKILL)
+    else:
+        leader.kill()
 
 
 class _Forked:

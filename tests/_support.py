@@ -175,6 +175,12 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return copy.deepcopy(model.state_dict())
 
 
+def history_of(trainer: Any) -> dict[str, Any]:
+    """Return the state of a trainer's run history without the times, which differ from run to run."""
+    state = trainer.run_history.state_dict()
+    return {**state, "moments": [moment[:-1] for moment in state["moments"]]}
+
+
 def gradients_of(trainer: Any) -> dict[str, torch.Tensor]:
     """Return a copy of the gradients of a trainer's model, by parameter name."""
     return {name: parameter.grad.clone() for name, parameter in trainer.get_model().named_parameters()}

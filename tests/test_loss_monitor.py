@@ -10,7 +10,6 @@ import torch
 from _support import Probe, make_dataset, make_trainer, train
 from pytorch_accelerated import _loss_monitor
 from pytorch_accelerated._loss_monitor import LossMonitor
-from pytorch_accelerated.tracking import EpochMeans
 
 
 @pytest.fixture
@@ -26,11 +25,9 @@ def test_log_points_come_ten_times_a_second(clock):
 
 
 def test_a_mean_in_host_memory_is_up_to_date():
-    monitor, means = LossMonitor(), EpochMeans()
+    monitor = LossMonitor()
     assert monitor.mean is None
-    means.loss.update(torch.tensor(3.0), 2)
-    means.update_metrics({"metrics": {"accuracy": 0.5}}, 2)
-    monitor.look(means)
+    monitor.look({"loss": (torch.tensor(6.0), 2), "accuracy": (1.0, 2)})
     assert monitor.mean == 3.0
     assert monitor.values == {"loss": 3.0, "accuracy": 0.5}
 

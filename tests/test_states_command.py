@@ -5,12 +5,11 @@ from __future__ import annotations
 import ast
 import itertools
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from _saved import make_up_state
+from _starting import run_from_scratch
 from _support import SOURCE
 from pytorch_accelerated import states
 from pytorch_accelerated.exceptions import CheckpointError
@@ -139,11 +138,11 @@ def test_sizes_are_printed_with_three_digits_and_a_unit(size, text):
 
 
 def test_the_command_runs_as_a_module(folder):
-    command = [sys.executable, "-m", "pytorch_accelerated.states", "verify", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ("-m", "pytorch_accelerated.states", "verify", str(folder))
+    result = run_from_scratch(*command)
     assert (result.returncode, result.stderr) == (0, "")
     damage(folder / "epoch_1")
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
+    assert run_from_scratch(*command).returncode == 1
 
 
 def imported_modules(path):

@@ -15,15 +15,9 @@ import torch
 
 from _support import make_dataset, make_trainer, train
 from pytorch_accelerated import Trainer
+from pytorch_accelerated._means import EpochMeans, LossTracker, as_number, weighted_mean
 from pytorch_accelerated.callbacks import StepBasedEvaluationCallback
-from pytorch_accelerated.tracking import (
-    EpochMeans,
-    InMemoryRunHistory,
-    LossTracker,
-    RunHistory,
-    as_number,
-    weighted_mean,
-)
+from pytorch_accelerated.tracking import InMemoryRunHistory, RunHistory
 
 
 @pytest.fixture(autouse=True, params=["values in host memory", "values on an accelerator"])
@@ -92,7 +86,8 @@ def test_a_history_is_restored_from_its_state_dict():
     history._set_epoch(3)
     other.update_metric("b", 9)
     other.load_state_dict(history.state_dict())
-    assert other.state_dict() == {"current_epoch": 3, "metrics": {"a": [1, 2]}, "newest_series": {}}
+    assert other.state_dict() == history.state_dict()
+    assert other.state_dict().items() >= {"current_epoch": 3, "metrics": {"a": [1, 2]}, "newest_series": {}}.items()
     other.update_metric("a", 3)
     assert history.get_metric_values("a") == [1, 2]
 
@@ -338,7 +333,7 @@ def test_a_metric_of_a_step_that_is_no_number_is_refused_by_its_name(value):
 
 
 def test_a_metric_of_a_step_without_a_name_is_refused():
-    with pytest.raises(TypeError, match="The name of a metric of a step is 3, of type int"):
+    with pytest.raises(TypeError, match="A step returned a metric with the name 3, of type int"):
         EpochMeans().update_metrics({"metrics": {3: 1.0}}, 4)
 
 

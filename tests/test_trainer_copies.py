@@ -127,15 +127,19 @@ def test_a_shallow_copy_shares_the_model_and_can_be_used():
 
 def make_callbacks():
     made = {
+        "CSVLogCallback": partial(callbacks.CSVLogCallback, "log.csv"),
         "SaveTrainingStateCallback": partial(callbacks.SaveTrainingStateCallback, "states", save_every_n_epochs=1),
         "GradualUnfreezingCallback": partial(callbacks.GradualUnfreezingCallback, freeze_batch_norms=True),
         "LimitBatchesCallback": partial(callbacks.LimitBatchesCallback, 3),
         "LimitEvalStepsCallback": partial(callbacks.LimitEvalStepsCallback, 2),
         "StepBasedEvaluationCallback": partial(callbacks.StepBasedEvaluationCallback, 3),
+        "TrackerCallback": partial(callbacks.TrackerCallback, "tensorboard", every_n_updates=2),
     }
     own = {name: getattr(callbacks, name) for name in callbacks.__all__ if name.endswith("Callback")}
     own.pop("TrainerCallback")
     own.pop("WSDCheckpointCallback")  # which needs a scheduler
+    for name in ("MLflowCallback", "WandbCallback"):  # which need packages of their own
+        own.pop(name)
     return {name: made.get(name, cls) for name, cls in own.items()}
 
 

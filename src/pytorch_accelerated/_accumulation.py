@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pytorch_accelerated.tracking import widened
+from pytorch_accelerated._means import widened
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -27,17 +27,27 @@ from pytorch_accelerated._distributed.collectives import (
     drop_placeholders,
     gather_uneven,
     run_on_main,
-    sum_over_processes,
 )
 from pytorch_accelerated._distributed.consensus import can_skip_exchange, overrides_any
 from pytorch_accelerated._distributed.fast_path import choose_no_sync
+from pytorch_accelerated._means import LossTracker, as_number
+from pytorch_accelerated._measuring.metric_set import MetricSet
 from pytorch_accelerated._optimizers.checks import as_optimizer, choose_optimizer, warn_about_missing_parameters
 from pytorch_accelerated._optimizers.closure import WindowStep, scaled
 from pytorch_accelerated._optimizers.group import discard_gradients, parameters_of
 from pytorch_accelerated._predictions import Predictions, PredictionSettings, caches_of
+from pytorch_accelerated._recording import results_of_pass, take_step_values
 from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute, run_of
+from pytorch_accelerated._run_info import run_info_of
 from pytorch_accelerated._signals import RunInterruptedError
-from pytorch_accelerated._step import batch_loss, mean_loss, predictions, raise_bad_loss, read_batch_output
+from pytorch_accelerated._step import (
+    batch_loss,
+    mean_loss,
+    metric_inputs,
+    predictions,
+    raise_bad_loss,
+    read_batch_output,
+)
 from pytorch_accelerated._types import (
     Batch,
     BatchOutput,
@@ -58,14 +68,7 @@ from pytorch_accelerated.callbacks.reporting import has_table
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError, add_note
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.run_config import TrainerRunConfig
-from pytorch_accelerated.tracking import (
-    InMemoryRunHistory,
-    LossTracker,
-    RunHistory,
-    as_number,
-    latest_value,
-    weighted_mean,
-)
+from pytorch_accelerated.tracking import InMemoryRunHistory, RunHistory, latest_value
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -116,6 +119,7 @@ class TrainingLoop:
         loss_func: The loss function, or ``None`` if the model returns its loss.
         optimizer: The optimizer, or several in a list or dictionary.
         run_history: Where metrics are recorded; in memory by default.
+        metrics: Those that are computed in each pass over the data.
     """
 
     callback_handler: CallbackHandler
@@ -172,6 +176,12 @@ class TrainingLoop:
     On a CUDA device it is the value of the log point before. ``None`` until it is known.
     """
 
+    recent_metrics = RunAttribute["dict[str, float]"]("recent_metrics")
+    """The same of ``loss`` and of metrics, by plain name, on this process; empty until they are known.
+
+    Of the metrics of the Trainer, it has those that are means of single numbers.
+    """
+
     mean_loss = RunAttribute[float]("mean_loss")
     """The mean loss of the epoch so far on this process, read from the device; NaN before the first batch."""
 
@@ -191,12 +201,14 @@ class TrainingLoop:
         loss_func: LossFunction | None,
         optimizer: Optimizers | None,
         run_history: RunHistory | None = None,
+        metrics: MetricSet | None = None,
     ) -> None:
         self.model: nn.Module | MaybeNone = model
         self.loss_func = loss_func
         self.optimizer: Optimizer | MaybeNone = as_optimizer(optimizer)
         self.scheduler: Scheduler | None = None
         self.run_history: RunHistory = InMemoryRunHistory() if run_history is None else run_history
+        self._loop_metrics = MetricSet() if metrics is None else metrics
         self._loop_run = Run()
 
     # --- hooks: override them to change what happens -------------------------------------------------------------
@@ -289,6 +301,25 @@ class TrainingLoop:
         """
         with torch.no_grad():
             return predictions(self.model, batch)
+
+    def get_metric_inputs(self, batch: Batch, batch_output: BatchOutput) -> Nested:
+        """Return what the metrics of the Trainer are called with, after each step of training and evaluation.
+
+        By default these are two: ``batch_output["model_outputs"]``, or their ``logits`` if they have some, and the
+        targets: the second item of the batch or, in a mapping or dataclass, its ``labels``, ``label``, ``targets``,
+        ``target`` or ``y``.
+
+        Args:
+            batch: The batch.
+            batch_output: What `calculate_train_batch_loss` or `calculate_eval_batch_loss` returned.
+
+        Returns:
+            A tuple of arguments, or a dictionary of keyword arguments. Tensors are detached from the graph.
+
+        Raises:
+            ValueError: The step returned no ``model_outputs``, or the batch has no targets.
+        """
+        return metric_inputs(batch, batch_output)
 
     def eval_epoch_end(self) -> None:
         """Called at the end of each evaluation; its loss is in the run history."""
@@ -484,6 +515,8 @@ class TrainingLoop:
 
     def _run_training(self) -> None:
         run = self._loop_run
+        run.record_in(self.run_history, run_info_of(self))
+        run.training.recorder.start(self.run_history.record_every_n_updates, run.training.progress.num_updates)
         with run.interrupt:
             try:
                 self.training_run_start()
@@ -520,7 +553,8 @@ class TrainingLoop:
                 run.training.optimizer_mode.train(self.optimizer)
                 if overrides_any(self, ("_run_train_epoch",)):
                     run.start_epoch_of_subclass()
-                run.was_last_epoch = self._run_train_epoch(run.train_dataloader)
+                with self.run_history.during_pass("train_"):
+                    run.was_last_epoch = self._run_train_epoch(run.train_dataloader)
                 run.training.optimizer_mode.eval(self.optimizer)
                 run.num_batches_to_skip, progress.phase = 0, "evaluation"
             self._loop_evaluate()
@@ -627,7 +661,7 @@ class TrainingLoop:
         self.backward_step(loss if scale is None else loss * scale)
         if run.closure is not None and run.makes_updates:
             run.closure.add(batch, step, loss, scale)
-        self._loop_track(loss, weight, batch_output)
+        self._loop_track(loss, weight, batch_output, batch, batch_size)
         run.step_results.append((batch, batch_output))
         if not run.makes_updates:
             run.count_step_of_subclass(step, batch_size)
@@ -733,6 +767,8 @@ class TrainingLoop:
 
     def _loop_end_train_step(self, step: int) -> None:
         run = self._loop_run
+        if run.training.progress.num_updates >= run.training.recorder.next_update:
+            record_steps(self, wait=False)
         run.training.progress.num_batches_in_epoch = step + 1
         results, run.step_results = run.step_results, []  # none if a subclass has replaced the step
         for batch, batch_output in results:
@@ -749,7 +785,7 @@ class TrainingLoop:
         current = self._loop_run.training.current_pass
         current.num_batches_done = step + 1
         if current.monitor.is_due():
-            current.monitor.look(current.means)
+            current.monitor.look(current.sums())
             self._loop_fire(TrainerCallback.on_log_point)
 
     # --- evaluation ----------------------------------------------------------------------------------------------
@@ -803,8 +839,8 @@ class TrainingLoop:
     def _loop_eval_step(self, batch: Batch, step: int) -> None:
         self._loop_fire(TrainerCallback.on_eval_step_start, batch=batch, step=step)
         batch_output = self.calculate_eval_batch_loss(batch)
-        weight, _ = read_batch_output(batch_output, "calculate_eval_batch_loss", may_have_several_losses=True)
-        self._loop_track(mean_loss(batch_output["loss"]), weight, batch_output)
+        weight, size = read_batch_output(batch_output, "calculate_eval_batch_loss", may_have_several_losses=True)
+        self._loop_track(mean_loss(batch_output["loss"]), weight, batch_output, batch, size)
         if self._loop_run.training.current_pass.is_dummy_step:
             batch, batch_output = without_samples(batch, batch_output)
         self._loop_fire(TrainerCallback.on_eval_step_end, batch=batch, batch_output=batch_output, step=step)
@@ -815,12 +851,17 @@ class TrainingLoop:
         """Make an evaluation the current pass; after an intermediate one, restore the mode of each module."""
         training, is_intermediate = self._loop_run.training, evaluation.is_intermediate
         is_nested = is_intermediate or self._loop_run.is_nested or self._loop_run.is_evaluating
+        stage = f"{evaluation.loss_name.partition('_')[0]}_"
         with (
             preserve_modes(vars(self).values() if is_intermediate else ()),
             training.optimizer_mode.evaluating(self.optimizer),
             training.suspended_by(evaluation, is_nested),
+            self._loop_metrics.of_evaluation(self.run_history.metric_name_prefix) as evaluation.metrics,
             _metric_prefix(self.run_history, "intermediate_" if is_intermediate else ""),
+            self.run_history.during_pass(stage),
         ):
+            self._loop_run.start_metrics(evaluation, self.run_history.metric_name_prefix + stage)
+            record_steps(self)
             if is_intermediate:
                 self.run_history.update_metric("update", training.progress.num_updates)
             yield
@@ -843,26 +884,33 @@ class TrainingLoop:
 
     # --- what a run records --------------------------------------------------------------------------------------
 
-    def _loop_track(self, loss: float | torch.Tensor, weight: float | torch.Tensor, batch_output: BatchOutput) -> None:
+    def _loop_track(
+        self,
+        loss: float | torch.Tensor,
+        weight: float | torch.Tensor,
+        batch_output: BatchOutput,
+        batch: Batch,
+        batch_size: int,
+    ) -> None:
         """Add loss and metrics of a step to the means of the epoch, unless its batch is a dummy."""
         current = self._loop_run.training.current_pass
         if not current.is_dummy_step:
             self._update_loss_tracker(loss, weight)
             if "metrics" in batch_output:
                 current.means.update_metrics(batch_output, weight)
+            if current.metrics is not None:
+                current.metrics.update(self.get_metric_inputs, batch, batch_output, batch_size)
 
     def _update_loss_tracker(self, loss: float | torch.Tensor, batch_size: float | torch.Tensor) -> None:
         # What 0.1.61 calls the batch size is the weight of the batch.
         self._loop_run.training.current_pass.means.loss.update(loss, batch_size)
 
     def _add_epoch_loss_to_run_history(self, name: str) -> None:
-        """Record the means over the epoch and all processes; that of the loss as ``name``."""
-        sums: Mapping[str, tuple[float | torch.Tensor, float | torch.Tensor]]
-        sums = self._loop_run.training.current_pass.means.sums(name)
-        if self._loop_run.config.is_distributed:
-            sums = sum_over_processes(sums, self._accelerator.device)
-        for metric, (total, weight) in sums.items():
-            self.run_history.update_metric(metric, weighted_mean(total, weight))
+        """Record the means over the epoch and all processes, that of the loss as ``name``; then the metrics."""
+        record_steps(self)
+        run = self._loop_run
+        for metric, value in results_of_pass(run.training.current_pass, name, run.config, self.device).items():
+            self.run_history.update_metric(metric, value)
 
     # --- events, and the end of a run ----------------------------------------------------------------------------
 
@@ -887,6 +935,8 @@ class TrainingLoop:
 
     def _loop_end_run(self, hook: Callable[[], None], event: Callable[..., None]) -> None:
         with suppress(StopTrainingError):  # the run has ended already
+            record_steps(self)
+        with suppress(StopTrainingError):
             hook()
         with suppress(StopTrainingError):
             self._loop_fire(event)
@@ -903,6 +953,22 @@ class TrainingLoop:
         with suppress(StopTrainingError):  # the run is being stopped already
             self._loop_fire(TrainerCallback.on_stop_training_error)
             run.consensus.sync()
+
+
+def record_steps(trainer: TrainingLoop, *, wait: bool = True) -> None:
+    """Record the values of steps that are due, and those taken before, and show them to the callbacks.
+
+    Args:
+        trainer: The trainer.
+        wait: Whether to wait for those that are still on their way from the device.
+    """
+    run, history, recorder = run_of(trainer), trainer.run_history, run_of(trainer).training.recorder
+    if run.training.progress.num_updates >= recorder.next_update:
+        take_step_values(run, history.current_epoch, trainer.optimizer, trainer.device)
+    for moment, values in recorder.known(wait=wait):
+        history._record_step(values, moment)  # noqa: SLF001 - a seam
+        row = {**moment._asdict(), **values}
+        trainer._loop_fire(TrainerCallback.on_step_values, row=row)  # noqa: SLF001 - same module
 
 
 def early_stop_reason(run: Run, callback_handler: CallbackHandler) -> str | None:

@@ -1,4 +1,4 @@
-"""Log points: a few times a second, a run looks at its loss and reports its progress."""
+"""Log points: a few times a second, a run looks at its means and reports its progress."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from pytorch_accelerated.tracking import weighted_mean
+from pytorch_accelerated._host_copy import HostCopy
+from pytorch_accelerated._means import weighted_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from pytorch_accelerated.tracking import EpochMeans
+    from pytorch_accelerated._types import WeightedSums
 
 SECONDS_BETWEEN_LOG_POINTS = 0.1
 
@@ -27,10 +26,15 @@ class LossMonitor:
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}
-        """The means of loss and metrics as of the last log point; empty until they are known."""
+        """The means as of the last log point, by plain name: ``loss``, ``accuracy``. Empty until they are known."""
 
-        self._pending: tuple[list[str], _AsyncNumbers] | None = None
+        self._pending: tuple[list[str], HostCopy] | None = None
         self._next_log_point = time.monotonic() + SECONDS_BETWEEN_LOG_POINTS
+
+    @property
+    def mean(self) -> float | None:
+        """The mean loss as of the last log point; ``None`` until it is known."""
+        return self.values.get("loss")
 
     def is_due(self) -> bool:
         """Return whether it is time for a log point, and if so, schedule the next one."""
@@ -40,58 +44,28 @@ class LossMonitor:
         self._next_log_point = now + SECONDS_BETWEEN_LOG_POINTS
         return True
 
-    @property
-    def mean(self) -> float | None:
-        """The mean loss as of the last log point; ``None`` until it is known."""
-        return self.values.get("loss")
+    def look(self, sums: WeightedSums) -> None:
+        """Read the means, or start copying them.
 
-    def look(self, means: EpochMeans) -> None:
-        """Read the means, or start copying them."""
-        if self._pending is not None:
-            names, numbers = self._pending
-            if not numbers.are_ready():
-                return
-            self.values, self._pending = dict(zip(names, numbers.read(), strict=True)), None
-        sums = _sums_of(means)
-        totals = [total for total, _ in sums.values()]
-        devices = [total.device for total in totals if isinstance(total, torch.Tensor) and total.is_cuda]
-        if not devices:
-            self.read(means)
-        else:
-            self._pending = list(sums), _AsyncNumbers(_quotients_on(devices[0], sums.values()))
+        Args:
+            sums: The weighted sum and the total weight of each, by name.
+        """
+        if self._pending is None:
+            self._pending = list(sums), HostCopy([number for pair in sums.values() for number in pair])
+            self._take()
+        elif self._take():
+            self.look(sums)
 
-    def read(self, means: EpochMeans) -> None:
-        """Read the means at once, from the device too."""
-        self.values = {name: weighted_mean(total, weight) for name, (total, weight) in _sums_of(means).items()}
-
-
-def _sums_of(means: EpochMeans) -> dict[str, tuple[float | torch.Tensor, float | torch.Tensor]]:
-    trackers = {"loss": means.loss, **means.metrics}
-    return {name: (tracker.total_loss, tracker.running_count) for name, tracker in trackers.items()}
-
-
-def _quotients_on(
-    device: torch.device, pairs: Iterable[tuple[float | torch.Tensor, float | torch.Tensor]]
-) -> torch.Tensor:
-    wide = [(torch.as_tensor(total, dtype=torch.float64, device=device), weight) for total, weight in pairs]
-    return torch.stack([(total / weight).reshape(()) for total, weight in wide])
-
-
-class _AsyncNumbers:
-    """Numbers that are being copied from a CUDA device to the host."""
-
-    def __init__(self, numbers: torch.Tensor) -> None:
-        self._copy = torch.empty_like(numbers, device="cpu", pin_memory=True)
-        self._copy.copy_(numbers, non_blocking=True)
-        self._copied = torch.cuda.current_stream(numbers.device).record_event()
-
-    def are_ready(self) -> bool:
-        is_ready: bool = self._copied.query()
-        return is_ready
-
-    def read(self) -> list[float]:
-        numbers: list[float] = self._copy.tolist()
-        return numbers
+    def _take(self) -> bool:
+        assert self._pending is not None
+        names, copy = self._pending
+        if not copy.has_arrived():
+            return False
+        numbers = copy.numbers()
+        pairs = zip(names, numbers[::2], numbers[1::2], strict=True)
+        self.values = {name: weighted_mean(total, weight) for name, total, weight in pairs}
+        self._pending = None
+        return True
 
 
 def describe_non_finite_gradient(model: nn.Module, place: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from pytorch_accelerated._batch_size import LABEL_NAMES, size_of_predictions
+from pytorch_accelerated._batch_size import size_of_predictions
 from pytorch_accelerated._console.shown_bar import progress_bar
 from pytorch_accelerated._data.loaders import (
     batch_size_of,
@@ -23,6 +23,7 @@ from pytorch_accelerated._distributed.collectives import all_gather_nested
 from pytorch_accelerated._joining import OutputJoiner, as_parts, dresser_of
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._nested import named_items
+from pytorch_accelerated._step import targets_of
 from pytorch_accelerated._types import Batch, Loader, ModelOutput, Nested
 from pytorch_accelerated.run_config import TrainerRunConfig
 
@@ -113,7 +114,9 @@ class Predictions:
     def _add(self, outputs: ModelOutput, batch: Batch, is_dummy: bool) -> None:
         whole: dict[Hashable, Nested] = {"outputs": self._choose(outputs)}
         if self._settings.return_targets:
-            whole["targets"] = targets_of(batch)
+            whole["targets"] = targets_of(
+                batch, "`return_targets` is set", "Use data with targets, or leave out `return_targets`."
+            )
         if self._dress is None:
             self._dress = dresser_of(whole)
         told = whole["outputs"] if callable(self._settings.outputs) else outputs
@@ -212,26 +215,6 @@ def _items_of(outputs: ModelOutput) -> Mapping[Any, ModelOutput]:
     if named is not None:
         return named
     return dict(enumerate(outputs)) if isinstance(outputs, (tuple, list)) else {}
-
-
-def targets_of(batch: Batch) -> Nested:
-    """Return the targets of a batch: its second item, or the entry that has one of their usual names.
-
-    Raises:
-        ValueError: It has none.
-    """
-    named = named_items(batch)
-    if named is not None:
-        for name in LABEL_NAMES:
-            if name in named:
-                return named[name]
-    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
-        return batch[1]
-    shown = f"a {type(batch).__name__}" + ("" if named is None else f" with {list(named)}")
-    raise ValueError(
-        f"`return_targets` is set, but no targets were found in a batch, which is {shown}. Expected a pair of inputs "
-        f"and targets, or one of the entries {list(LABEL_NAMES)}. Use data with targets, or leave out `return_targets`."
-    )
 
 
 def caches_of(model: nn.Module) -> set[str]:

@@ -19,15 +19,18 @@ from pytorch_accelerated._loss_monitor import (
     describe_non_finite_loss,
     describe_non_finite_parameters,
 )
+from pytorch_accelerated._means import EpochMeans, weighted_mean
+from pytorch_accelerated._measuring.metric_set import MetricSet, PassMetrics
+from pytorch_accelerated._measuring.names import MetricNames, stems_of_run
 from pytorch_accelerated._optimizers.closure import WindowClosure, WindowStep, scaled
 from pytorch_accelerated._optimizers.group import parameters_of
 from pytorch_accelerated._optimizers.modes import OptimizerMode
 from pytorch_accelerated._proxy import Forwarded, Value, WritableForwarded
+from pytorch_accelerated._recording import StepRecorder
 from pytorch_accelerated._scheduling.stepping import SchedulerStepping
 from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError
 from pytorch_accelerated.progress import TrainingProgress
-from pytorch_accelerated.tracking import EpochMeans, weighted_mean
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +54,6 @@ if TYPE_CHECKING:
     )
     from pytorch_accelerated.run_config import TrainerRunConfig
     from pytorch_accelerated.tracking import RunHistory
-
 
 TrainerType = TypeVar("TrainerType", bound="TrainingLoop")
 
@@ -77,6 +79,9 @@ class DataPass:
         self.means = EpochMeans()
         """The weighted means of loss and metrics so far, on this rank."""
 
+        self.metrics: PassMetrics | None = None
+        """What the metrics of the trainer have gathered; ``None`` if they are not computed in this pass."""
+
         self.monitor = LossMonitor()
         """Says when a log point is due, and knows the loss as of the last one."""
 
@@ -86,6 +91,10 @@ class DataPass:
 
         self.is_dummy_step = False
         """Whether the batch of the current step is a dummy, which counts for nothing."""
+
+    def sums(self) -> dict[str, tuple[float | torch.Tensor, float | torch.Tensor]]:
+        """Return the weighted sum and the total weight of each mean so far on this rank, by plain name."""
+        return self.means.plain_sums() | ({} if self.metrics is None else self.metrics.sums())
 
 
 class TrainingPosition:
@@ -125,6 +134,9 @@ class TrainingPosition:
         self.suspended_passes: list[DataPass] = []
         """The passes that the current one suspends, the outermost first."""
 
+        self.recorder = StepRecorder()
+        """Takes the values of steps every few updates."""
+
         self.optimizer_mode = OptimizerMode()
         """Whether an optimizer that has modes is in training mode."""
 
@@ -156,6 +168,7 @@ class TrainingPosition:
             epoch.means = self.epoch.means
         else:
             self.window.reset()
+            self.recorder.start_epoch()
         epoch.means.first_step = num_done
         self.epoch = self.current_pass = self.shown_pass = epoch
 
@@ -296,6 +309,9 @@ class Run:
         """The batch of the step and what came of it, for ``on_train_step_end``; several if a subclass makes it so."""
 
         self.gradient_norm: torch.Tensor | None = None
+        self.metrics = MetricSet()
+        """The metrics of the trainer."""
+
         self.stepping = SchedulerStepping()
         """When and how the scheduler is stepped."""
 
@@ -425,6 +441,11 @@ class Run:
         return self.training.current_pass.monitor.mean
 
     @property
+    def recent_metrics(self) -> dict[str, float]:
+        """The mean loss and metrics of the epoch so far on this rank, by plain name, as of the last log point."""
+        return dict(self.training.current_pass.monitor.values)
+
+    @property
     def mean_loss(self) -> float:
         """The mean loss of the epoch so far on this rank, read from the device; NaN before the first batch."""
         tracker = self.training.current_pass.means.loss
@@ -436,6 +457,21 @@ class Run:
         """Forget the metrics of earlier runs."""
         history.reset()
         self.has_reset_history = True
+
+    def record_in(self, history: RunHistory, run_info: StateMapping | None = None) -> None:
+        """Let a history read the moment of what is recorded from the position of this run.
+
+        Args:
+            history: The history.
+            run_info: What a training run is made of; ``None`` for an evaluation.
+        """
+        history._follow_run(self.training.progress, self.config.is_world_process_zero)  # noqa: SLF001 - a seam
+        if run_info is not None:
+            history._start_run(run_info, is_resumed=self.is_resumed)  # noqa: SLF001 - a seam
+
+    def record_steps_every(self, num_updates: int | None) -> None:
+        """Record values of steps every so many updates, or more often if the run history or a callback wants that."""
+        self.training.recorder.take_every(num_updates, self.training.progress.num_updates)
 
     def start_training(self, num_epochs_completed: int, num_epochs: int, window: AccumulationWindow) -> None:
         """Start a training of its own, in place of the position that the previous run left."""
@@ -481,7 +517,24 @@ class Run:
         training.start_epoch(loader, num_done)
         epoch = training.progress.num_epochs_completed
         self.set_data_epoch(self.seeded_train_loaders, loader, epoch, training.seed, training.run_number)
+        training.epoch.metrics = self.metrics.of_training
+        self.start_metrics(training.epoch, "train_", is_resumed=num_done > 0)
         return num_done
+
+    def start_metrics(self, data_pass: DataPass, stem: str, is_resumed: bool = False) -> None:
+        """Start the metrics of a pass, or continue those of a training epoch that a resumed run is in.
+
+        Args:
+            data_pass: The pass.
+            stem: What is put in front of the names of its metrics.
+            is_resumed: Whether some of its steps were done before.
+        """
+        stems = stems_of_run(self.eval_dataloaders, self.is_training_run)
+        data_pass.means.names = MetricNames(stem, stems, self.metrics.names)
+        if data_pass.metrics is not None and is_resumed:
+            data_pass.metrics.warn_about_rest()
+        elif data_pass.metrics is not None:
+            data_pass.metrics.reset()
 
     def epoch_start(self, num_done: int, optimizer: Any, stateful: Iterable[object]) -> AbstractContextManager[None]:
         """Return the context of the events at the start of an epoch; they change no state if it was started before."""

@@ -9,11 +9,11 @@ from typing import NoReturn, ParamSpec, TypeVar
 
 import torch
 
-from pytorch_accelerated._batch_size import size_of_batch, size_of_pair
+from pytorch_accelerated._batch_size import LABEL_NAMES, size_of_batch, size_of_pair
 from pytorch_accelerated._data.workers import is_worker_failure
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._metrics import one_number
-from pytorch_accelerated._nested import rebuild
+from pytorch_accelerated._nested import named_items, rebuild
 from pytorch_accelerated._types import Batch, BatchOutput, LossFunction, ModelOutput, Nested
 from pytorch_accelerated._validation import check_loss_func
 from pytorch_accelerated.exceptions import add_note
@@ -127,6 +127,56 @@ def _outline(value: Nested) -> Nested:
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     outline = rebuild(value, _outline)
     return type(value).__name__ if outline is value else outline
+
+
+# --- what metrics are computed from ---------------------------------------------------------------------------------
+
+
+def metric_inputs(batch: Batch, batch_output: BatchOutput) -> tuple[ModelOutput, Nested]:
+    """Return what the metrics of a trainer are called with by default: the model's outputs, and the targets.
+
+    Raises:
+        ValueError: The step returned no outputs, or the batch has no targets.
+    """
+    if "model_outputs" not in batch_output:
+        raise ValueError(
+            f"The step returned no `model_outputs`, which the metrics are computed from, but {sorted(batch_output)}. "
+            "Return what the model has returned under this name, or override `get_metric_inputs`."
+        )
+    outputs = batch_output["model_outputs"]
+    if not isinstance(outputs, torch.Tensor):
+        named = named_items(outputs)
+        if named is not None and "logits" in named:
+            outputs = named["logits"]
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return outputs, batch[1]
+    remedy = "Use data with targets, or override `get_metric_inputs`."
+    return outputs, targets_of(batch, "The Trainer has `metrics`", remedy)
+
+
+def targets_of(batch: Batch, reason: str, remedy: str) -> Nested:
+    """Return the targets of a batch: its second item, or the entry that has one of their usual names.
+
+    Args:
+        batch: The batch.
+        reason: Why targets are needed, for the message.
+        remedy: What to do if there are none.
+
+    Raises:
+        ValueError: It has none.
+    """
+    named = named_items(batch)
+    if named is not None:
+        for name in LABEL_NAMES:
+            if name in named:
+                return named[name]
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return batch[1]
+    shown = f"a {type(batch).__name__}" + ("" if named is None else f" with {list(named)}")
+    raise ValueError(
+        f"{reason}, but no targets were found in a batch, which is {shown}. Expected a pair of inputs and targets, or "
+        f"one of the entries {list(LABEL_NAMES)}. {remedy}"
+    )
 
 
 # --- what a step returns -----------------------------------------------------------------------------------------

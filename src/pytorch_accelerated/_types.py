@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
@@ -63,6 +64,16 @@ DataLoaderKwargs: TypeAlias = Mapping[str, Any]
 
 MetricValue: TypeAlias = Any
 """What is recorded under the name of a metric, usually a number. Open: a run history stores any value as it is."""
+
+Metric: TypeAlias = Any
+"""A metric of torchmetrics or of `pytorch_accelerated.metrics`, or a function. Open: torchmetrics is optional, and a
+function takes whatever `get_metric_inputs` returns."""
+
+Metrics: TypeAlias = Mapping[str, Metric] | Sequence[Metric] | Metric
+"""Metrics by name, or some that have names of their own."""
+
+WeightedSums: TypeAlias = Mapping[str, tuple[float | torch.Tensor, float | torch.Tensor]]
+"""Of each mean, by name: the weighted sum so far, and the total weight."""
 
 # --- states --------------------------------------------------------------------------------------------------------
 

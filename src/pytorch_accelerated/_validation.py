@@ -7,7 +7,7 @@ import inspect
 import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, SupportsIndex, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
+from pytorch_accelerated._counts import check_positive_integer as check_positive_integer
 from pytorch_accelerated._data.loaders import is_dataset, is_map_style, is_shardable, num_batches_of
 from pytorch_accelerated._hints.classes import describe_forgotten_init, find_uncalled
 from pytorch_accelerated._hints.hooks import hook_meant
@@ -53,25 +54,6 @@ def check_run(is_under_way: bool, method: str, event: str, more: str = "") -> No
         raise RuntimeError(
             f"`{method}` was called while no {kind} {more}is under way. Call it in a callback's `{event}`."
         )
-
-
-def check_positive_integer(name: str, value: SupportsIndex, unit: str) -> None:
-    """Raise unless ``value`` is an integer of at least 1.
-
-    Raises:
-        TypeError: It is not an integer.
-        ValueError: It is below 1.
-    """
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError  # noqa: TRY301 - one message serves both cases
-        number = operator.index(value)
-    except TypeError as error:
-        raise TypeError(
-            f"`{name}` is {value!r}, of type {type(value).__name__}. Expected a whole number of {unit}, at least 1."
-        ) from error
-    if number < 1:
-        raise ValueError(f"`{name}` is {value!r}. Expected a whole number of {unit}, at least 1.")
 
 
 def as_whole_number(value: Number) -> Number | int:

@@ -76,7 +76,9 @@ from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._distributed.waiting import explain_vain_wait
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._hints.classes import words_of_user
-from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_modes, report_exception
+from pytorch_accelerated._history.records import metrics_of_evaluation, new_records, records_in
+from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_modes, record_steps, report_exception
+from pytorch_accelerated._measuring.metric_set import MetricSet
 from pytorch_accelerated._optimizers.closure import WindowClosure, create_closure
 from pytorch_accelerated._optimizers.group import OptimizerGroup
 from pytorch_accelerated._optimizers.inner import inner_optimizers
@@ -92,6 +94,8 @@ from pytorch_accelerated._types import (
     EvalData,
     Loader,
     LossFunction,
+    Metrics,
+    MetricValue,
     ModelOutput,
     Optimizers,
     SchedulerFactory,
@@ -115,9 +119,9 @@ from pytorch_accelerated.callbacks import TerminateOnNaNCallback as TerminateOnN
 from pytorch_accelerated.callbacks.handler import Callbacks
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
+from pytorch_accelerated.tracking import EVALUATION_PREFIX, RunHistory
 from pytorch_accelerated.tracking import InMemoryRunHistory as InMemoryRunHistory  # as in 0.1.61
 from pytorch_accelerated.tracking import LossTracker as LossTracker  # as in 0.1.61
-from pytorch_accelerated.tracking import RunHistory
 
 __all__ = [
     "DEFAULT_CALLBACKS",
@@ -151,6 +155,11 @@ class Trainer(TrainingLoop):
         seed: Seeds all random number generators now, and the data order of each run. With ``None`` nothing is seeded,
             and the data order derives from the seed that the program passed to ``torch.manual_seed``.
         accelerator: An `accelerate.Accelerator`, or keyword arguments to create one with.
+        metrics: Computed on the training data and on each evaluation dataset, and recorded as ``train_<name>``,
+            ``eval_<name>`` and so on: a dictionary of metrics of torchmetrics or of `pytorch_accelerated.metrics`, or
+            of functions, which are called with what `get_metric_inputs` returns and averaged over the samples. See
+            `docs/metrics.md`.
+        compute_train_metrics: Whether they are computed on the training data too.
         verbose: Whether to print anything. With ``False`` there are no bars and no table, and `print` does nothing;
             warnings and errors remain. The default callbacks print on the main process only.
 
@@ -178,11 +187,13 @@ class Trainer(TrainingLoop):
         mixed_precision: str | None = None,
         seed: int | None = None,
         accelerator: Accelerator | Mapping[str, Any] | None = None,
+        metrics: Metrics | None = None,
+        compute_train_metrics: bool = True,
         verbose: bool = True,
     ) -> None:
         _validation.check_seed(seed)
         _validation.check_run_history(run_history)
-        super().__init__(model, loss_func, optimizer, run_history)
+        super().__init__(model, loss_func, optimizer, run_history, MetricSet(metrics, compute_train_metrics))
         self.train_dataset: Any = None
         self.eval_dataset: Any = None
         self.collate_fn: CollateFunction | None = None
@@ -228,7 +239,7 @@ class Trainer(TrainingLoop):
         allow_other_num_processes: bool = False,
         step_scheduler: Interval | None = None,
         scheduler_metric: str | None = None,
-    ) -> None:
+    ) -> RunHistory:
         """Train the model.
 
         In short, without the events, which :class:`~pytorch_accelerated.callbacks.TrainerCallback` lists::
@@ -278,6 +289,9 @@ class Trainer(TrainingLoop):
                 which it was recorded. ``None`` for the evaluation loss, or the training loss if there is no
                 ``eval_dataset``.
 
+        Returns:
+            ``trainer.run_history``, which shows what was recorded as a table, a CSV file or a data frame.
+
         Raises:
             ValueError: An argument has an invalid value, or model and optimizer do not belong together.
             CheckpointError: The state to resume is damaged, or does not fit the trainer; nothing has been changed.
@@ -305,7 +319,7 @@ class Trainer(TrainingLoop):
         _warn_about_start(self, per_device_batch_size, train_dataloader_kwargs, eval_dataloader_kwargs)
         with self._loop_run_context() as run:
             run.stepping = stepping
-            state = self._loop_find_state(resume_from, allow_other_num_processes)
+            state = _find_state(self, resume_from, allow_other_num_processes)
             self._loop_make_train_loader(per_device_batch_size, train_dataloader_kwargs)
             if eval_dataset is not None:
                 self._loop_make_eval_loaders(per_device_batch_size, eval_dataloader_kwargs)
@@ -315,6 +329,7 @@ class Trainer(TrainingLoop):
             self._loop_state_writer.wait()
         if run.interruption is not None:
             raise run.interruption.to_exit_exception()
+        return self.run_history
 
     @explains_arguments
     def evaluate(
@@ -323,7 +338,7 @@ class Trainer(TrainingLoop):
         per_device_batch_size: int = 8,
         dataloader_kwargs: DataLoaderKwargs | None = None,
         collate_fn: CollateFunction | None = None,
-    ) -> None:
+    ) -> dict[str, MetricValue]:
         """Evaluate the model, before, after or without training; needs no optimizer.
 
         The loss is recorded as ``evaluation_loss`` in the run history, which keeps what training recorded. What
@@ -337,6 +352,10 @@ class Trainer(TrainingLoop):
             dataloader_kwargs: Keyword arguments for the `DataLoader`; they override the defaults.
             collate_fn: Makes a batch from samples.
 
+        Returns:
+            ``loss``, and the metrics of steps and callbacks, by their plain names. For a dictionary of datasets, such a
+            dictionary for each.
+
         Raises:
             ValueError: There is nothing to evaluate.
         """
@@ -347,13 +366,18 @@ class Trainer(TrainingLoop):
             self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,)
         )
         settings = EvaluationSettings(per_device_batch_size, dataloader_kwargs, collate_fn)
+        num_recorded: dict[str, int] = {}
         with _without_trace_in_a_run(self):
             if dataset is not None:
                 self.eval_dataset = dataset
             else:
                 settings = settings.completed_by(self._loop_last_evaluation)
+            names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+            new_records(records_in(self.run_history), num_recorded)
             with self._loop_evaluation_context(*settings):
                 self._run_evaluation()
+            records = new_records(records_in(self.run_history), num_recorded)
+            return metrics_of_evaluation(records, EVALUATION_PREFIX, names)
 
     @explains_arguments
     def predict(
@@ -559,6 +583,7 @@ class Trainer(TrainingLoop):
         Raises:
             CheckpointError: The state cannot be written, or the previous one in the background could not be.
         """
+        record_steps(self)
         on_collect = partial(self.callback_handler.call_event, "on_training_state_save", self)
         with self._loop_run.training.optimizer_mode.saving(self.optimizer):
             collected = collect_state(self._loop_state_parts(), self._accelerator, checkpoint_kwargs, on_collect)
@@ -632,6 +657,8 @@ class Trainer(TrainingLoop):
         rank, num_processes = int(accelerator.process_index), int(accelerator.num_processes)
         seed = choose_seed(self._loop_seed, rank, num_processes)
         run = self._loop_run = Run(seed, rank, is_sharded(accelerator), previous=outer)
+        run.metrics = self._loop_metrics
+        run.metrics.place(self.device)
         run.is_active = True
         self.callback_handler.refresh()
         try:
@@ -668,31 +695,8 @@ class Trainer(TrainingLoop):
             )
             self._check_eval_batch_size()
             run.consensus = _create_consensus(self)
+            run.record_in(self.run_history)
             yield
-
-    def _loop_find_state(
-        self, resume_from: str | os.PathLike[str] | bool | None, allow_other_num_processes: bool
-    ) -> SavedState | Callable[[], StateDict] | None:
-        """Return the verified state that the run continues from; ``None`` if it starts from scratch.
-
-        If a subclass overrides `load_training_state`, its method reads and checks the state. It is returned instead.
-        """
-        options = {"allow_other_num_processes": True} if allow_other_num_processes else {}
-        is_overridden = overrides_any(self, ("load_training_state",))
-        if is_overridden and resume.is_directory(resume_from):
-            return partial(self.load_training_state, resume_from, **options)
-        saved = resume.find_state_to_resume(
-            resume_from,
-            _folders_of_states(self.callback_handler),
-            self,
-            is_main=self._accelerator.is_main_process,
-            num_processes=int(self._accelerator.num_processes),
-            allow_other_num_processes=allow_other_num_processes,
-            print_fn=self.print,
-        )
-        if is_overridden and saved is not None:
-            return partial(self.load_training_state, str(saved.path), **options)
-        return saved
 
     def _loop_make_train_loader(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:
         self._loop_run.train_dl_kwargs = None  # those of an earlier run
@@ -729,6 +733,7 @@ class Trainer(TrainingLoop):
         self._prepare_model_optimizer_and_dataloaders()
         run.show_users_arguments()
         run.config = self.run_config = self._create_run_config(**numbers)
+        run.metrics.check_names(run.eval_dataloaders, run.is_training_run)
         if not overrides_any(self, ("_clip_gradients",)):
             check_clipping(self._accelerator, run.config.gradient_clip_value, run.config.gradient_clip_norm)
 
@@ -865,7 +870,9 @@ class Trainer(TrainingLoop):
             progress=training.progress,
             run_history=self.run_history,
             callbacks=self.callback_handler,
+            recorder=training.recorder,
             means=training.epoch.means,
+            metrics=run.metrics.of_training,
             window=training.window,
             stream=next((loader.stream for loader in run.seeded_train_loaders), None),
             order=next((loader.order_state for loader in run.seeded_train_loaders), None),
@@ -1015,6 +1022,32 @@ def _seed_loader(dataset_name: str, loader: Loader, accelerator: Accelerator) ->
     _validation.check_data_of_loader(dataset_name, loader)
     _validation.warn_about_ready_batches(dataset_name, loader)
     return rebuild_loader(loader, placement_of(accelerator))
+
+
+def _find_state(
+    trainer: Trainer, resume_from: str | os.PathLike[str] | bool | None, allow_other_num_processes: bool
+) -> SavedState | Callable[[], StateDict] | None:
+    """Return the verified state that the run continues from; ``None`` if it starts from scratch.
+
+    If a subclass overrides `load_training_state`, its method reads and checks the state. It is returned instead.
+    """
+    options = {"allow_other_num_processes": True} if allow_other_num_processes else {}
+    is_overridden = overrides_any(trainer, ("load_training_state",))
+    if is_overridden and resume.is_directory(resume_from):
+        return partial(trainer.load_training_state, resume_from, **options)
+    accelerator = trainer._accelerator  # noqa: SLF001 - same module
+    saved = resume.find_state_to_resume(
+        resume_from,
+        _folders_of_states(trainer.callback_handler),
+        trainer,
+        is_main=accelerator.is_main_process,
+        num_processes=int(accelerator.num_processes),
+        allow_other_num_processes=allow_other_num_processes,
+        print_fn=trainer.print,
+    )
+    if is_overridden and saved is not None:
+        return partial(trainer.load_training_state, str(saved.path), **options)
+    return saved
 
 
 def _folders_of_states(callback_handler: CallbackHandler) -> set[Path]:

@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.wrappers import MinMaxMetric, Running
 
 from _saved import assert_equal
-from _support import Samples, make_dataset, train, weights_of
+from _support import Samples, history_of, make_dataset, train, weights_of
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
 from pytorch_accelerated.exceptions import CheckpointError
@@ -70,7 +70,7 @@ class Base(Trainer):
 
     def remembered(self):
         """Return what has to be the same at the end of an interrupted run."""
-        return weights_of(self.model), self.loss_func.state_dict(), self.run_history.state_dict()
+        return weights_of(self.model), self.loss_func.state_dict(), history_of(self)
 
 
 class LearnsItsLoss(Base):
@@ -425,6 +425,20 @@ def test_a_run_that_saves_states_names_what_they_will_not_cover_before_it_starts
     ):
         run(trainer)
     assert (tmp_path / "final").is_dir()
+
+
+class SeesAWorkerDie(Sum):
+    def state_dict(self):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+
+def test_the_failure_of_a_worker_is_not_taken_for_one_of_an_object(tmp_path):
+    """PyTorch raises it from a signal handler, so perhaps within any `state_dict`."""
+    trainer = run(Base())
+    trainer.custom = SeesAWorkerDie()
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
+        trainer.save_training_state(tmp_path / "state")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_left_out_is_not_saved(tmp_path):

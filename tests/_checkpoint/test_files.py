@@ -409,6 +409,27 @@ def test_the_home_folder_of_nobody_is_refused():
         files_module.local_path("~nobody-of-this-name/model.pt")
 
 
+@pytest.mark.parametrize(
+    ("name", "act"),
+    [
+        ("pathlib.Path.expanduser", files_module.local_path),
+        ("pathlib.Path.absolute", files_module.local_path),
+        ("os.fsync", lambda path: files_module.save_file({}, path)),
+        ("torch.load", files_module.load_file),
+    ],
+)
+def test_the_failure_of_a_worker_is_not_taken_for_one_of_the_file(monkeypatch, tmp_path, name, act):
+    """PyTorch raises it from a signal handler, so anywhere in the program."""
+    files_module.save_file({}, tmp_path / "model.pt")
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr(name, fail)
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"):
+        act(tmp_path / "model.pt")
+
+
 class Owner:
     path = files_module.PathAttribute()
 

@@ -11,8 +11,8 @@ from pytorch_accelerated._checkpoint.files import load_file
 from pytorch_accelerated._checkpoint.layout import BatchLayout, sum_epoch_means, translate_position
 from pytorch_accelerated._checkpoint.manifest import read_manifest
 from pytorch_accelerated._data.sharding import ShardedBatchSampler
+from pytorch_accelerated._means import EpochMeans
 from pytorch_accelerated.progress import TrainingProgress
-from pytorch_accelerated.tracking import EpochMeans
 
 
 def at(num_batches, phase="training"):

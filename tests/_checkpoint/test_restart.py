@@ -12,7 +12,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from _saved import assert_equal
-from _support import Probe, Samples, make_dataset, train, weights_of
+from _support import Probe, Samples, history_of, make_dataset, train, weights_of
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import EarlyStoppingCallback, SaveTrainingStateCallback, TrainerCallback
 
@@ -28,7 +28,7 @@ class Base(Trainer):
         super().__init__(model, nn.MSELoss(), torch.optim.Adam(model.parameters(), lr=self.lr), seed=0, **kwargs)
 
     def remembered(self):
-        return weights_of(self.model), self.run_history.state_dict(), self.optimizer.state_dict()
+        return weights_of(self.model), history_of(self), self.optimizer.state_dict()
 
 
 class Draws(Base):

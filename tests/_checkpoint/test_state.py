@@ -43,6 +43,7 @@ from pytorch_accelerated import Trainer
 from pytorch_accelerated._accumulation import AccumulationWindow
 from pytorch_accelerated._checkpoint import state as state_module
 from pytorch_accelerated._checkpoint.manifest import read_manifest
+from pytorch_accelerated._means import EpochMeans, LossTracker
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
     SaveTrainingStateCallback,
@@ -52,7 +53,7 @@ from pytorch_accelerated.callbacks import (
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.schedulers import CosineLrScheduler
-from pytorch_accelerated.tracking import EpochMeans, InMemoryRunHistory, LossTracker
+from pytorch_accelerated.tracking import InMemoryRunHistory
 
 GOLDEN_STATE = Path(__file__).parents[1] / "golden_states" / "training_state_format_1.tar.xz"
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import doctest
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from _support import SOURCE
+from _starting import run_from_scratch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -27,10 +24,8 @@ def load(monkeypatch):
 
 
 def run_script(*command: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
-    result = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=240, check=True, env=environment
-    )
+    result = run_from_scratch(*command)
+    assert result.returncode == 0, result.stderr
     return result.stdout
 
 

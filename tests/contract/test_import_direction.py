@@ -13,11 +13,22 @@ from _support import SOURCE, run_python
 
 PACKAGE = "pytorch_accelerated"
 FILES = sorted(SOURCE.rglob("*.py"))
-OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "torchmetrics", "timm", "transformers", "wandb", "torchvision"}
-OPTIONAL |= {"IPython"}
+OPTIONAL = {
+    "matplotlib",
+    "sklearn",
+    "tensorboard",
+    "torchmetrics",
+    "timm",
+    "transformers",
+    "wandb",
+    "torchvision",
+    "mlflow",
+    "pandas",
+    "IPython",
+}
 
 FLOORS = [
-    {"exceptions", "_types", "_messages", "_hints", "_compiled"},
+    {"exceptions", "_types", "_messages", "_hints", "_compiled", "_counts"},
     {
         "progress",
         "tracking",
@@ -27,6 +38,11 @@ FLOORS = [
         "_joining",
         "_metrics",
         "_console",
+        "_measuring",
+        "metrics",
+        "_history",
+        "_means",
+        "_host_copy",
         "_signals",
         "_ema",
         "finetuning",
@@ -37,7 +53,8 @@ FLOORS = [
     {"_step", "_predictions", "_validation", "states", "utils"},
     {"schedulers"},
     {"_scheduling"},
-    {"_run"},
+    {"_recording"},
+    {"_run", "_run_info"},
     {"callbacks"},
     {"_loop", "_before_run"},
     {"trainer"},
@@ -56,6 +73,7 @@ MAY_IMPORT_ACCELERATE = {
     "_distributed/fast_path.py",
     "_distributed/precision.py",
     "_distributed/registry.py",
+    "_distributed/trackers.py",
 }
 MAY_NAME_ACCELERATE_IN_TYPES = {
     *MAY_IMPORT_ACCELERATE,
@@ -140,7 +158,18 @@ def test_every_exception_for_accelerate_is_needed():
 
 
 @pytest.mark.parametrize(
-    "room", ["_hints", "_data", "_distributed", "_optimizers", "_checkpoint", "_scheduling", "_console"]
+    "room",
+    [
+        "_hints",
+        "_history",
+        "_measuring",
+        "_data",
+        "_distributed",
+        "_optimizers",
+        "_checkpoint",
+        "_scheduling",
+        "_console",
+    ],
 )
 def test_a_room_has_an_empty_init_and_a_readme_with_a_line_for_each_file(room):
     folder = SOURCE / room

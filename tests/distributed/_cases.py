@@ -38,15 +38,18 @@ from pytorch_accelerated import Trainer, _loss_monitor
 from pytorch_accelerated._checkpoint import portable
 from pytorch_accelerated._distributed import collectives
 from pytorch_accelerated.callbacks import (
+    CSVLogCallback,
     EarlyStoppingCallback,
     ModelEmaCallback,
     SaveTrainingStateCallback,
     StepBasedEvaluationCallback,
+    TensorBoardCallback,
     WSDCheckpointCallback,
     get_default_callbacks,
 )
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
+from pytorch_accelerated.tracking import JsonlRunHistory
 from pytorch_accelerated.utils import local_process_zero_first, local_process_zero_only, world_process_zero_only
 
 
@@ -537,6 +540,34 @@ def case_a_metric_of_one_process_is_averaged_over_its_batches(rank: int, directo
     trainer = make_trainer(cls=OnlyMain, lr=0.0)
     train(trainer, make_dataset(16))
     return metrics_of(trainer)
+
+
+def case_only_the_main_process_writes_logs_and_they_have_the_means_over_all(rank: int, directory: Path) -> Any:
+    folder = directory / "logs"  # the same on both
+    tracking = TensorBoardCallback(folder / "events", every_n_updates=2)
+    callbacks = [CSVLogCallback(folder / "log.csv"), tracking]
+    trainer = make_trainer(callbacks=callbacks, run_history=JsonlRunHistory(folder / "history.jsonl"))
+    train(trainer, Samples(make_dataset(24)), num_epochs=2, eval_dataset=make_dataset(6), per_device_batch_size=2)
+    metrics = trainer.evaluate(make_dataset(6))
+    trainer._accelerator.wait_for_everyone()
+    return {
+        "has_writer": tracking.writer is not None,
+        "files": sorted(path.name for path in folder.iterdir()),
+        "num_event_files": len(list((folder / "events").glob("events.*"))),
+        "num_lines": len((folder / "history.jsonl").read_text().splitlines()),
+        "num_rows": len((folder / "log.csv").read_text().splitlines()),
+        "steps": _scalars_of(folder / "events", "train_loss_step"),
+        "losses": metrics_of(trainer)["train_loss_epoch"],
+        "metrics": metrics,
+    }
+
+
+def _scalars_of(folder: Path, tag: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    return [(point.step, point.value) for point in reader.Scalars(tag)]
 
 
 CASES = {name.removeprefix("case_"): value for name, value in list(globals().items()) if name.startswith("case_")}

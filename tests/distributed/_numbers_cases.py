@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DDPCommunicationHookType
 
+import _measured
 import _numbers
 import _predicting
 from _numbers import IN_ORDER, LossWithParameters, Pair, TextTrainer, gradients_of, make_net, make_texts
@@ -33,6 +34,7 @@ from _support import (
     Probe,
     Samples,
     Stream,
+    history_of,
     make_dataset,
     make_indexed_dataset,
     make_model,
@@ -57,6 +59,28 @@ train = functools.partial(train_for_one_epoch, num_epochs=2, per_device_batch_si
 
 def num_processes() -> int:
     return int(os.environ["WORLD_SIZE"])
+
+
+# --- metrics -----------------------------------------------------------------------------------------------------
+
+
+def case_metrics_are_those_of_one_process(rank: int, directory: Path) -> Any:
+    return _measured.whole_run(num_processes())
+
+
+def case_metrics_are_the_same_after_a_resume(rank: int, directory: Path) -> Any:
+    """In the middle of an epoch. The states are kept for a single process, which resumes one too."""
+    folder = directory / "measured"
+    expected = _measured.train(_measured.resumable(folder), num_processes=num_processes())
+    resumed = [
+        _measured.train(
+            _measured.resumable(directory / f"resumed{index}"),
+            num_processes=num_processes(),
+            resume_from=_measured.states_in(folder)[index],
+        )
+        for index in (1, 2, 6)
+    ]
+    return expected, resumed
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------
@@ -620,7 +644,7 @@ def counted_run(num_samples: int, accumulation: int, callbacks: Any = ()) -> dic
         mock.patch.object(StopConsensus, "sync", sync_uncounted),
     ):
         train(trainer, Samples(make_dataset(num_samples)), gradient_accumulation_steps=accumulation)
-    result = weights_of(trainer.model), trainer.run_history.state_dict(), trainer.progress.state_dict()
+    result = weights_of(trainer.model), history_of(trainer), trainer.progress.state_dict()
     return {"result": result, "num_updates": trainer.progress.num_updates, "num_exchanges": num_exchanges}
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import _measured
 import _numbers
 import _predicting
 from _processes import NUM_REPEATS, launch, read_results
@@ -63,6 +64,38 @@ def plain(value):
 
 def assert_close(left, right, tolerance):
     torch.testing.assert_close(left, right, rtol=0, atol=tolerance)
+
+
+# --- metrics -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def metrics_of_one_process():
+    return _measured.whole_run(1)
+
+
+def test_metrics_are_those_of_one_process(results):
+    """Of every kind: own, functions, of the whole set in the order of the dataset, and of torchmetrics."""
+    assert_identical(results)
+    expected = metrics_of_one_process()
+    assert results[0].keys() == expected.keys()
+    for name, values in expected.items():
+        assert results[0][name] == pytest.approx(values, abs=2e-6), name
+
+
+def test_metrics_are_the_same_after_a_resume(results, finished, tmp_path):
+    """On as many processes bit by bit, and on one process up to rounding."""
+    _, folder = finished
+    assert_identical(results)
+    expected, resumed = results[0]
+    for found in resumed:
+        assert plain(found) == plain(expected)
+    state = _measured.states_in(folder / "metrics_are_the_same_after_a_resume" / "measured")[1]
+    trainer = _measured.resumable(tmp_path)
+    with pytest.warns(UserWarning, match="configured differently"):
+        found = _measured.train(trainer, resume_from=state, allow_other_num_processes=True)
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, abs=2e-6), name
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------

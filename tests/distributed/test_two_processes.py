@@ -289,3 +289,18 @@ def test_a_metric_of_one_process_is_averaged_over_its_batches(results):
     for metrics in results:
         assert metrics["train_rare"] == [3.0]
     assert results[0] == results[1]
+
+
+# --- logs --------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_main_process_writes_logs_and_they_have_the_means_over_all(results):
+    first, second = results
+    assert (first.pop("has_writer"), second.pop("has_writer")) == (True, False)
+    assert first == second
+    assert first["files"] == ["events", "history.jsonl", "log.csv"]
+    assert (first["num_event_files"], first["num_lines"], first["num_rows"]) == (1, 5, 3)
+    assert [step for step, _ in first["steps"]] == [2, 4, 6, 8, 10, 12]
+    means = [sum(value for _, value in part) / 3 for part in (first["steps"][:3], first["steps"][3:])]
+    assert means == pytest.approx(first["losses"], rel=1e-6)  # as one process has them, which other tests compare
+    assert first["metrics"].keys() == {"loss"}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from _processes import free_port
 from _starting import run, run_from_scratch
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "char_gpt.py"
@@ -62,7 +61,7 @@ def test_validation_loss_entropy_and_generated_code_are_printed_at_the_end(outpu
 @pytest.mark.distributed
 def test_two_processes_print_the_losses_of_one(output, tmp_path):
     """24 updates of 8 pieces: 2 batches of 4 in one process, 2 batches of 2 in each of two."""
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     distributed_output = run_example(tmp_path, *launcher)
     assert training_losses(distributed_output) == pytest.approx(training_losses(output), rel=0, abs=1e-4)
     for label in ("train_loss_epoch", "eval_loss_epoch"):

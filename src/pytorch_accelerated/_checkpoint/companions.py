@@ -27,8 +27,10 @@ from pytorch_accelerated._checkpoint.optimizer_state import (
     optimizer_state_of,
     parameters_of,
 )
+from pytorch_accelerated._data.workers import is_worker_failure
 from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
+from pytorch_accelerated._measuring.states import load_state, state_of
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._optimizers.group import optimizers_in
 from pytorch_accelerated._types import StateDict, Stateful, StateMapping
@@ -220,6 +222,8 @@ def _states_of(
         except CheckpointError as error:
             warn(_describe_not_covered(name, item, str(error)))
         except Exception as error:  # the method is the user's
+            if is_worker_failure(error):
+                raise
             warn(_describe_not_covered(name, item, f"`state_dict` raised {error!r}."))
     return states
 
@@ -400,19 +404,11 @@ class _Metric:
 
     def state_dict(self) -> StateDict:
         """Return the sums, and the numbers that it keeps besides, such as that of its updates."""
-        numbers = {name: value for name, value in vars(self._metric).items() if _is_number(value)}
-        return {"sums": dict(self._metric.metric_state), "numbers": numbers}
+        return state_of(self._metric)
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
-        self._metric.reset()
-        self._metric.load_state_dict(state_dict["sums"], strict=False)
-        for name, number in state_dict["numbers"].items():
-            setattr(self._metric, name, number)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
+        load_state(self._metric, state_dict)
 
 
 class _Generator:

@@ -57,6 +57,8 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(path).expanduser().absolute()
     except RuntimeError as error:
+        if is_worker_failure(error):
+            raise
         raise ValueError(f"The path {os.fspath(path)!r} names a home folder that does not exist: {error}") from error
 
 
@@ -242,6 +244,8 @@ def load_file(path: str | os.PathLike[str], *, is_mapped: bool = False) -> State
         check_contents(contents, path.stat().st_size)
         return contents if isinstance(contents, dict) else dict(contents)  # with its attributes
     except Exception as error:
+        if is_worker_failure(error):
+            raise
         raise CheckpointError(
             f"The checkpoint {str(path)!r} could not be read: {_short_reason(error)}. The file is damaged, or it "
             "contains Python objects other than tensors, numbers, strings and containers of these. Such objects are "

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from pytorch_accelerated._means import EpochMeans, LossTracker
 from pytorch_accelerated._types import RunSettings, StateDict, StateMapping
 from pytorch_accelerated.progress import TrainingProgress
-from pytorch_accelerated.tracking import EpochMeans, LossTracker
 
 
 @dataclass(frozen=True)

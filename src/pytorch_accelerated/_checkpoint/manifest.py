@@ -18,10 +18,10 @@ from typing import Literal, TypedDict
 
 from pytorch_accelerated._checkpoint.files import crc32_of, flush_to_disk, load_file, sha256_of
 from pytorch_accelerated._checkpoint.plausible import is_hollow
+from pytorch_accelerated._means import as_number
 from pytorch_accelerated._types import JsonObject, MetricValue, RunSettings, StateMapping
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.progress import TrainingProgress
-from pytorch_accelerated.tracking import as_number
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"

@@ -51,9 +51,11 @@ from pytorch_accelerated._data.streams import TrackedStream
 from pytorch_accelerated._distributed.accelerator import is_sharded
 from pytorch_accelerated._distributed.collectives import run_on_all
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
+from pytorch_accelerated._means import EpochMeans
+from pytorch_accelerated._measuring.metric_set import PassMetrics, joined_states
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.progress import TrainingProgress
-from pytorch_accelerated.tracking import EpochMeans, RunHistory, latest_value
+from pytorch_accelerated.tracking import RunHistory, latest_value
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -88,6 +90,8 @@ class Parts:
         stop_reason: Why the run was stopped for good; ``None`` if it was not.
         settings: The settings of the run; see `run_settings`.
         companions: What else has a state.
+        recorder: What the run has recorded of steps last.
+        metrics: What the metrics of the trainer have gathered in the epoch on this process; ``None`` if there are none.
         num_metric_values_seen: How many values of its metric the scheduler has been stepped with.
         is_optimizer_training: Whether an optimizer that has modes is in training mode; ``None`` if there is none.
     """
@@ -108,18 +112,21 @@ class Parts:
     stop_reason: str | None
     settings: RunSettings
     companions: Companions = field(default_factory=Companions)
+    recorder: Stateful | None = None
+    metrics: PassMetrics | None = None
     num_metric_values_seen: int = 0
     is_optimizer_training: bool | None = None
 
     @property
     def shared(self) -> dict[str, object]:
         """The parts with a ``state_dict`` that is identical on every process."""
-        return {"progress": self.progress, "run_history": self.run_history, "callbacks": self.callbacks}
+        shared = {"progress": self.progress, "run_history": self.run_history, "callbacks": self.callbacks}
+        return shared if self.recorder is None else {**shared, "recorder": self.recorder}
 
     @property
-    def local(self) -> dict[str, Stateful]:
+    def local(self) -> dict[str, object]:
         """The parts with a ``state_dict`` that differs between processes."""
-        return {"means": self.means, "window": self.window}
+        return {"means": self.means, "window": self.window, "metrics": self.metrics}
 
 
 # --- collecting --------------------------------------------------------------------------------------------------
@@ -439,9 +446,10 @@ def _read_process_state(saved: SavedState, process_index: int, num_processes: in
     states = [load_file(saved.path / process_file(index)) for index in range(saved.num_processes)]
     # The means are summed over all processes at the end of the epoch, so one process can take all of them.
     means = sum_epoch_means([state["means"] for state in states] if process_index == 0 else [])
+    metrics = joined_states([state.get("metrics", {}) for state in states], is_main=process_index == 0)
     rng = states[process_index]["rng"] if process_index < saved.num_processes else None
     companions = states[min(process_index, saved.num_processes - 1)].get("companions")
-    return {**states[0], "means": means, "rng": rng, "companions": companions}
+    return {**states[0], "means": means, "metrics": metrics, "rng": rng, "companions": companions}
 
 
 def _read_if_listed(saved: SavedState, name: str) -> StateDict | None:

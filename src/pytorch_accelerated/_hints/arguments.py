@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from pytorch_accelerated._hints.hooks import METRICS_OF_STEP
 from pytorch_accelerated._hints.meaning import nearest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -26,7 +25,7 @@ _EVALUATING = "`train` evaluates after each epoch. For more, add a `StepBasedEva
 _LIMITING = "Add a `LimitBatchesCallback` to the `callbacks` of the Trainer."
 _STOPPING = "Add an `EarlyStoppingCallback` to the `callbacks` of the Trainer."
 _PRECISION = 'Pass `mixed_precision="{0}"` to the Trainer.'
-_LOGGING = "Add a callback that sends `trainer.run_history` there, such as a subclass of `LogMetricsCallback`."
+_LOGGING = "Add a `TensorBoardCallback`, or another `TrackerCallback`, to the `callbacks` of the Trainer."
 _PROGRESS_BAR = (
     "Pass `callbacks=get_default_callbacks(progress_bar=False)` to the Trainer for no progress bar, or `verbose=False` "
     "to print nothing at all."
@@ -75,7 +74,7 @@ _FOREIGN_ARGUMENTS: dict[str, str | tuple[str, ...]] = {
     **{name: _OF_OPTIMIZER.format(name) for name in ("lr", "weight_decay", "momentum", "betas")},
     "learning_rate": _OF_OPTIMIZER.format("lr"),
     "args": "Pass the settings of a run, such as `num_epochs`, to `train`.",
-    **dict.fromkeys(("metrics", "compute_metrics"), METRICS_OF_STEP),
+    "compute_metrics": "metrics",
     # saving, evaluating, reporting
     **dict.fromkeys(("resume", "resume_from_checkpoint", "ckpt_path", "checkpoint", "resume_training"), "resume_from"),
     **dict.fromkeys(("save_strategy", "default_root_dir", "enable_checkpointing"), _SAVING),

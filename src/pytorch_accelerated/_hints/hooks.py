@@ -51,8 +51,8 @@ _LOADER = "Override `{0}(self, batch_size, {1}_dl_kwargs)` instead, or pass the 
 _TRAIN_LOADER = _LOADER.format("create_train_dataloader", "train")
 _EVAL_LOADER = _LOADER.format("create_eval_dataloader", "eval")
 METRICS_OF_STEP = (
-    "Return the metrics of a step as `metrics`, a dictionary, from `calculate_eval_batch_loss`, or compute them in "
-    "`eval_epoch_end`."
+    "Pass functions or metrics of torchmetrics as `metrics` to the Trainer, or return the metrics of a step as "
+    "`metrics`, a dictionary, from `calculate_eval_batch_loss`."
 )
 _OPTIMIZER_AND_SCHEDULER = (
     "Pass the optimizer to the Trainer, and the scheduler as `create_scheduler_fn` to `train`, or override "

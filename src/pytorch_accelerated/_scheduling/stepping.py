@@ -13,10 +13,11 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pytorch_accelerated._checkpoint.scheduler_state import schedulers_in
 from pytorch_accelerated._distributed.collectives import run_on_main
+from pytorch_accelerated._means import as_number
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._scheduling.group import members_of
 from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
-from pytorch_accelerated.tracking import as_number, latest_value
+from pytorch_accelerated.tracking import latest_value
 
 if TYPE_CHECKING:
     from pytorch_accelerated._run import TrainingPosition

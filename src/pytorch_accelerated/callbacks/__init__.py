@@ -11,6 +11,7 @@ from tqdm import tqdm as tqdm  # as in 0.1.61
 from pytorch_accelerated._data.limits import DataLoaderSlice as DataLoaderSlice  # as in 0.1.61
 from pytorch_accelerated._ema import ModelEma as ModelEma  # as in 0.1.61
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
+from pytorch_accelerated.callbacks.csv_log import CSVLogCallback
 from pytorch_accelerated.callbacks.diagnostics import GradientNormCallback
 from pytorch_accelerated.callbacks.ema import ModelEmaCallback
 from pytorch_accelerated.callbacks.evaluation import (
@@ -26,12 +27,14 @@ from pytorch_accelerated.callbacks.progress_bar import ProgressBarCallback
 from pytorch_accelerated.callbacks.reporting import LogMetricsCallback, PrintProgressCallback
 from pytorch_accelerated.callbacks.saving import SaveBestModelCallback, SaveTrainingStateCallback
 from pytorch_accelerated.callbacks.stopping import EarlyStoppingCallback, TerminateOnNaNCallback
+from pytorch_accelerated.callbacks.trackers import MLflowCallback, TensorBoardCallback, TrackerCallback, WandbCallback
 from pytorch_accelerated.callbacks.wsd import WSDCheckpointCallback
 from pytorch_accelerated.exceptions import CallbackMethodNotImplementedError, StopTrainingError
 from pytorch_accelerated.tracking import LossTracker as LossTracker  # as in 0.1.61
 
 __all__ = [
     "EVENTS",
+    "CSVLogCallback",
     "CallbackHandler",
     "CallbackMethodNotImplementedError",
     "ConvertSyncBatchNormCallback",
@@ -41,6 +44,7 @@ __all__ = [
     "LimitBatchesCallback",
     "LimitEvalStepsCallback",
     "LogMetricsCallback",
+    "MLflowCallback",
     "ModelEmaCallback",
     "MoveModulesToDeviceCallback",
     "PreemptionCallback",
@@ -50,9 +54,12 @@ __all__ = [
     "SaveTrainingStateCallback",
     "StepBasedEvaluationCallback",
     "StopTrainingError",
+    "TensorBoardCallback",
     "TerminateOnNaNCallback",
+    "TrackerCallback",
     "TrainerCallback",
     "WSDCheckpointCallback",
+    "WandbCallback",
     "get_default_callbacks",
 ]
 

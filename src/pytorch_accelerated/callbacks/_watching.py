@@ -27,8 +27,9 @@ def check_is_recorded(trainer: Trainer, watch_metric: str, callback_name: str) -
         ValueError: The run will not record the metric.
     """
     known = _metrics_of_run(trainer, watch_metric)
-    if watch_metric in known:
-        return
+    of_trainer = _metrics_of_trainer(trainer, watch_metric)
+    if watch_metric in known or watch_metric.startswith(tuple(f"{name}_" for name in of_trainer)):
+        return  # a result with several entries has the name of the metric in front of theirs
     classes = [type(trainer), *map(type, trainer.callback_handler.with_nested_callbacks())]
     meant = metric_meant(watch_metric, known)
     if all(map(is_of_library, (*classes, type(trainer.run_history)))) and not overrides_any(trainer, HOOKS):
@@ -49,13 +50,26 @@ def _metrics_of_run(trainer: Trainer, watch_metric: str) -> set[str]:
 
     Of the names with a prefix, as within an epoch or of an average, only those with that of the watched metric count.
     """
+    fronts, prefix = _fronts_of_evaluations(trainer, watch_metric)
+    of_evaluation = {f"{front}eval_loss_epoch" for front in fronts} | ({f"{prefix}update"} if prefix else set())
+    of_callbacks = _texts_of(trainer, "metric_name")
+    of_trainer = _metrics_of_trainer(trainer, watch_metric)
+    recorded = trainer.run_history.get_metric_names()
+    return {"train_loss_epoch", *of_evaluation, *of_callbacks, *of_trainer, *recorded}
+
+
+def _metrics_of_trainer(trainer: Trainer, watch_metric: str) -> set[str]:
+    """Return the names under which a run records the `metrics` of the Trainer."""
+    fronts, _ = _fronts_of_evaluations(trainer, watch_metric)
+    return run_of(trainer).metrics.recorded_names({"train_", *(f"{front}eval_" for front in fronts)})
+
+
+def _fronts_of_evaluations(trainer: Trainer, watch_metric: str) -> tuple[set[str], str]:
+    """Return what may be in front of ``eval_`` in the names of metrics, and which prefix the watched metric has."""
     names = {f"{name}_" if name else "" for name in run_of(trainer).eval_dataloaders}  # a single one has no name
     prefixes = ["intermediate_", *_texts_of(trainer, "_track_prefix")]
     prefix = next((prefix for prefix in prefixes if prefix in watch_metric), "")
-    fronts = {front for name in names for front in (name, name + prefix, prefix + name)}
-    of_evaluation = {f"{front}eval_loss_epoch" for front in fronts} | ({f"{prefix}update"} if prefix else set())
-    of_callbacks = _texts_of(trainer, "metric_name")
-    return {"train_loss_epoch", *of_evaluation, *of_callbacks, *trainer.run_history.get_metric_names()}
+    return {front for name in names for front in (name, name + prefix, prefix + name)}, prefix
 
 
 def _texts_of(trainer: Trainer, attribute: str) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pytorch_accelerated._types import Batch, BatchOutput, MaybeNone
     from pytorch_accelerated.trainer import Trainer
 
@@ -93,11 +95,25 @@ class TrainerCallback:
             **kwargs: Reserved for later arguments.
         """
 
+    def on_step_values(self, trainer: Trainer, *, row: Mapping[str, float] | MaybeNone = None, **kwargs: Any) -> None:
+        """Called every few updates if values of steps are recorded: by the run history, or for a tracker.
+
+        With a GPU, they are known only some updates after they were taken.
+
+        Args:
+            trainer: The trainer.
+            row: When they were taken, as ``epoch``, ``update``, ``samples`` and ``time``, and the values: the means of
+                loss and metrics since the last time, such as ``train_loss_step``, the learning rate, and the gradient
+                norm if the run clips by it.
+            **kwargs: Reserved for later arguments.
+        """
+
     def on_log_point(self, trainer: Trainer, **kwargs: Any) -> None:
         """Called about ten times a second, at the end of a training or evaluation step: the place to report progress.
 
         Reading a loss or metric forces a device synchronization. Do it here rather than in every step, or use
-        ``trainer.recent_loss``, which never waits for the device. Log points are timed independently on each process.
+        ``trainer.recent_loss`` and ``trainer.recent_metrics``, which never wait for the device. Log points are timed
+        independently on each process.
         """
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:

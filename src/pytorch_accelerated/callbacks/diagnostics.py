@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated._hints.arguments import explains_arguments
+from pytorch_accelerated._means import LossTracker, weighted_mean
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
-from pytorch_accelerated.tracking import LossTracker, weighted_mean
 
 if TYPE_CHECKING:
     from pytorch_accelerated._types import StateDict, StateMapping

@@ -12,6 +12,7 @@ from pytorch_accelerated._console.shown_bar import SECONDS_BETWEEN_LINES, ShownB
 from pytorch_accelerated._console.values import learning_rate_text, number_text
 from pytorch_accelerated._data.loaders import num_batches_of
 from pytorch_accelerated._hints.arguments import explains_arguments
+from pytorch_accelerated._means import weighted_mean
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated.callbacks._epoch_table import learning_rate_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
@@ -136,6 +137,9 @@ class _OpenBar(ShownBar):
         self._pass: DataPass = run_of(trainer).training.current_pass
         self._title = _title_of(trainer)
         self._total = num_batches_of(self._pass.loader)
+        self._values: dict[str, float] | None = None
+        """The means of the whole pass; ``None`` for those as of the last log point."""
+
         self._pace = Pace(self._pass.num_batches_done)  # above 0 if a resumed run starts within the epoch
         super().__init__(
             BarState(self._title, self._pass.num_batches_done, self._total),
@@ -165,7 +169,7 @@ class _OpenBar(ShownBar):
 
         def last_state() -> BarState:
             if is_complete:
-                self._pass.monitor.read(self._pass.means)
+                self._values = {name: weighted_mean(*sums) for name, sums in self._pass.sums().items()}
             return replace(self._state(trainer, None), seconds_left=None)
 
         self.close(self._pass.num_batches_done, last_state, is_complete=is_complete)
@@ -173,7 +177,8 @@ class _OpenBar(ShownBar):
     def _state(self, trainer: Trainer, seconds_left_of_run: float | None) -> BarState:
         config, is_training = trainer.run_config, self._pass.stage == "training"
         size = config.train_per_device_batch_size if is_training else config.eval_per_device_batch_size
-        values = {name: number_text(value) for name, value in self._pass.monitor.values.items()}
+        means = self._pass.monitor.values if self._values is None else self._values
+        values = {name: number_text(value) for name, value in means.items()}
         rate = learning_rate_of(trainer) if is_training else None
         return BarState(
             self._title,

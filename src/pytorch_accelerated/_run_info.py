@@ -1,0 +1,55 @@
+"""What a run is made of: its settings, the versions of packages, and that of the program."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pytorch_accelerated._checkpoint.manifest import installed_versions
+from pytorch_accelerated._history.code_version import code_version
+from pytorch_accelerated._history.tables import plain_value
+from pytorch_accelerated._run import run_of
+
+if TYPE_CHECKING:
+    from pytorch_accelerated._loop import TrainingLoop
+
+Plain = int | float | str | bool
+
+_MAX_TEXT_LENGTH = 250  # MLflow refuses more
+
+
+def run_info_of(trainer: TrainingLoop) -> dict[str, Any]:
+    """Return what a training run that starts now is made of; see `RunHistory.run_info`."""
+    return {
+        "settings": settings_of(trainer),
+        "versions": installed_versions(),
+        "code": code_version(),
+        "started": time.time(),
+    }
+
+
+def settings_of(trainer: TrainingLoop) -> dict[str, Plain]:
+    """Return the run configuration, the settings of each group of the optimizer, and the names of classes."""
+    groups = getattr(trainer.optimizer, "param_groups", ())
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    parts = {"model": trainer.get_model(), "optimizer": trainer.optimizer, "scheduler": trainer.scheduler}
+    classes = {name: type(part).__name__ for name, part in parts.items() if part is not None}
+    return flattened({**run_of(trainer).config.to_dict(), **classes, "optimizer_groups": dict(enumerate(settings))})
+
+
+def flattened(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Plain]:
+    """Return nested mappings as a single one of numbers and short texts.
+
+    Example:
+        >>> flattened({"net": {"width": 8}, "depth": 3})
+        {'net/width': 8, 'depth': 3}
+    """
+    flat: dict[str, Plain] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{prefix}{name}/")
+        else:
+            plain = value if isinstance(value, bool) else plain_value(value)
+            flat[f"{prefix}{name}"] = plain[:_MAX_TEXT_LENGTH] if isinstance(plain, str) else plain
+    return flat
