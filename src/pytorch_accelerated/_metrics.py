@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from pytorch_accelerated._types import StateDict, StateMapping
 
-_WORD = re.compile(r"[a-z]+\d*")
+_WORD = re.compile(r"top(?=\d)|[a-z]+\d*")
 _LOWER_IS_BETTER = frozenset(
     {"loss", "error", "perplexity", "mae", "mse", "rmse", "mape", "nll", "brier", "wer", "cer"}
 )
 _GREATER_IS_BETTER = frozenset(
-    {"accuracy", "acc", "top1", "top5", "precision", "recall", "f1", "auc", "auroc", "ap", "map", "iou", "miou"}
+    {"accuracy", "acc", "top", "precision", "recall", "f1", "auc", "auroc", "ap", "map", "iou", "miou"}
     | {"dice", "bleu", "rouge", "r2", "psnr", "ssim", "mcc", "kappa", "ndcg"}
 )
 """Words in names of metrics that tell whether smaller or larger values are better."""
@@ -87,8 +87,8 @@ def is_greater_better(metric_name: str) -> bool | None:
     """Return whether larger values of a metric are better, as far as its name tells; otherwise ``None``.
 
     Example:
-        >>> [is_greater_better(name) for name in ("eval_accuracy", "train_loss_epoch", "eval_lr")]
-        [True, False, None]
+        >>> [is_greater_better(name) for name in ("eval_accuracy", "eval_top5", "train_loss_epoch", "lr")]
+        [True, True, False, None]
     """
     words = set(_WORD.findall(metric_name.lower()))
     if words & _LOWER_IS_BETTER:

@@ -1009,7 +1009,8 @@ def _check_not_running(trainer: Trainer) -> None:
 def _warn_about_start(trainer: Trainer, batch_size: int, *dl_kwargs: DataLoaderKwargs | None) -> None:
     data = trainer.train_dataset, trainer.eval_dataset
     _before_run.warn_about_ready_loaders(trainer, data, batch_size, trainer.collate_fn, dl_kwargs)
-    if trainer._callbacks and trainer._accelerator.is_main_process:  # noqa: SLF001 - same module
+    run, is_main = trainer._loop_run, trainer._accelerator.is_main_process  # noqa: SLF001 - same module
+    if trainer._callbacks and is_main and run.is_verbose:  # noqa: SLF001 - same module
         _before_run.tell_what_is_missing(trainer)
 
 
