@@ -107,3 +107,15 @@ def test_other_processes_print_nothing(capsys):
 
     train(make_trainer(cls=SecondProcess, callbacks=[LogMetricsCallback]))
     assert capsys.readouterr().out == ""
+
+
+def test_values_of_any_size_share_one_header(capsys, monkeypatch):
+    monkeypatch.setattr("pytorch_accelerated.callbacks._epoch_table.line_width", lambda: 60)
+    scale = Probe(on_train_epoch_end=lambda trainer, **_: record(trainer))
+
+    def record(trainer):
+        trainer.run_history.update_metric("train_error", 10.0 ** (4 - trainer.run_history.current_epoch))
+
+    train(make_trainer(callbacks=[LogMetricsCallback, scale]), num_epochs=12, eval_dataset=make_dataset(4))
+    lines = lines_of(capsys)
+    assert ["epoch" in line for line in lines] == [False, True] + [False] * 12

@@ -22,6 +22,7 @@ class Cell(NamedTuple):
 
     text: str
     is_best: bool = False
+    width: int = 0  # characters to keep free for later values of the column
 
 
 class _Placed(NamedTuple):
@@ -58,7 +59,7 @@ def table_lines(
     """
     widths = {column.name: column.width for column in columns}
     for name, cell in row.items():
-        widths[name] = max(widths.get(name, _MIN_WIDTH), len(cell.text))
+        widths[name] = max(widths.get(name, _MIN_WIDTH), len(cell.text), cell.width)
     fitted = tuple(Column(name, width) for name, width in widths.items())
     placed = _place(fitted, line_width)
     is_new = not columns or placed != _place(columns, line_width)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+NUMBER_WIDTH = 9
+"""The most characters of a number with four significant digits that is not negative: 0.0001234, 1.235e-05."""
+
 _MINUTE, _HOUR = 60, 3600  # seconds
 
 

@@ -9,6 +9,7 @@ from pytorch_accelerated._console.layout import Cell, Column, table_lines
 from pytorch_accelerated._console.pace import Pace
 from pytorch_accelerated._console.screen import LiveHtml, html_escaped, is_notebook, line_width
 from pytorch_accelerated._console.values import (
+    NUMBER_WIDTH,
     duration_text,
     learning_rate_text,
     number_text,
@@ -135,7 +136,7 @@ class EpochTable:
             row |= {name: Cell((first or {}).get(name, "")) for name in ("time", "eta", "lr")}
         names = {*(name for name in metrics if not name.endswith("intermediate_update")), *coming}
         for name in sorted(names, key=_Order(run_of(trainer).eval_dataloaders)):
-            cell = self._cell(trainer, name, metrics[name]) if name in metrics else Cell("")
+            cell = self._cell(trainer, name, metrics[name]) if name in metrics else Cell("", width=NUMBER_WIDTH)
             row[title_of(name).replace(unsaid, "")] = cell
         if not (run_of(trainer).is_verbose and trainer.run_config.is_world_process_zero):
             return
@@ -156,7 +157,7 @@ class EpochTable:
             text = str(value)
             return Cell(text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…")
         text = number_text(value if isinstance(value, int) else float(number))
-        return Cell(text, self._is_best(trainer, name, float(number)))
+        return Cell(text, self._is_best(trainer, name, float(number)), NUMBER_WIDTH)
 
     def _is_best(self, trainer: Trainer, name: str, value: float) -> bool:
         is_greater = is_greater_better(name)
