@@ -110,7 +110,7 @@ def test_other_processes_print_nothing(capsys):
 
 
 def test_values_of_any_size_share_one_header(capsys, monkeypatch):
-    monkeypatch.setattr("pytorch_accelerated.callbacks._epoch_table.line_width", lambda: 60)
+    monkeypatch.setattr("pytorch_accelerated.callbacks._epoch_table.line_width", lambda: 63)
     scale = Probe(on_train_epoch_end=lambda trainer, **_: record(trainer))
 
     def record(trainer):
