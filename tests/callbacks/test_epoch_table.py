@@ -11,6 +11,7 @@ import _support
 from _support import Probe, make_dataset, make_trainer
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import LogMetricsCallback, StepBasedEvaluationCallback
+from pytorch_accelerated.exceptions import StopTrainingError
 
 train = partial(_support.train, dataset=8)  # two steps per epoch
 
@@ -119,3 +120,43 @@ def test_values_of_any_size_share_one_header(capsys, monkeypatch):
     train(make_trainer(callbacks=[LogMetricsCallback, scale]), num_epochs=12, eval_dataset=make_dataset(4))
     lines = lines_of(capsys)
     assert ["epoch" in line for line in lines] == [False, True] + [False] * 12
+
+
+def test_a_value_is_marked_if_it_is_better_than_all_before(capsys):
+    values = iter([0.5, 0.75, 0.75, float("nan"), 0.25, 1.0])
+    record = Probe(on_eval_epoch_end=lambda trainer, **_: trainer.run_history.update_metric("f1", next(values)))
+    train(make_trainer(callbacks=[LogMetricsCallback, record]), num_epochs=6, eval_dataset=make_dataset(4))
+    marks = [line.endswith("*") for line in lines_of(capsys)[1:]]
+    assert marks == [True, True, False, False, False, True]
+
+
+@pytest.mark.parametrize("name", ["score", "train_accuracy"])
+def test_a_metric_is_not_marked_if_its_direction_is_unknown_or_it_is_of_training(capsys, name):
+    record = Probe(on_eval_epoch_end=lambda trainer, **_: trainer.run_history.update_metric(name, 0.5))
+    train(make_trainer(callbacks=[LogMetricsCallback, record]), eval_dataset=make_dataset(4))
+    assert lines_of(capsys)[1].count("*") == 1
+
+
+def test_a_resumed_run_marks_what_is_better_than_before(capsys, tmp_path):
+    trainer = make_trainer()
+    train(trainer, num_epochs=3)
+    trainer.save_training_state(tmp_path / "state")
+    before = min(trainer.run_history.get_metric_values("train_loss_epoch"))
+    capsys.readouterr()
+    resumed = make_trainer(callbacks=[LogMetricsCallback])
+    train(resumed, num_epochs=4, resume_from=tmp_path / "state")
+    row = lines_of(capsys)[-1]
+    assert row.startswith("  4/4")
+    assert row.endswith("*") == (resumed.run_history.get_latest_metric("train_loss_epoch") < before)
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_run_that_is_stopped_within_an_epoch_has_a_line_for_it(capsys, epoch):
+    def stop(trainer, **_):
+        if trainer.run_history.current_epoch == epoch:
+            raise StopTrainingError("enough")
+
+    train(make_trainer(callbacks=[LogMetricsCallback, Probe(on_train_step_end=stop)]), num_epochs=3)
+    lines = [line for line in lines_of(capsys) if line]
+    assert lines[-1].split()[0] == f"{epoch}/3"
+    assert sum("/3" in line for line in lines) == epoch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -32,8 +33,8 @@ _MAX_TEXT = 24  # characters of a value that is not a number
 class EpochTable:
     """Collects what is recorded, and prints it, a line per epoch or evaluation.
 
-    The best value so far is marked with ``*``, where the name of the metric tells whether larger values are better:
-    those of the evaluation, or of the training if there is none.
+    A value better than all before it is marked with ``*``, where the name of the metric tells whether larger values are
+    better: those of the evaluation, or of the training if there is none.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class EpochTable:
         self._line_width = 0
         self._new: dict[str, MetricValue] = {}
         self._is_in_training_run = False
-        self._is_epoch_open = False
+        self._open_epoch: int | None = None
         self._live: LiveHtml | None = None
         self._rows: list[Mapping[str, Cell]] = []
         self._epoch_started_at = 0.0
@@ -63,9 +64,9 @@ class EpochTable:
         if not self._is_in_training_run:
             self._start()
 
-    def start_epoch(self) -> None:
+    def start_epoch(self, trainer: Trainer) -> None:
         """Look at the clock."""
-        self._is_epoch_open = True
+        self._open_epoch = trainer.run_history.current_epoch
         self._epoch_started_at = time.perf_counter()
 
     def add(self, metrics: Mapping[str, MetricValue]) -> None:
@@ -83,16 +84,9 @@ class EpochTable:
 
     def end_epoch(self, trainer: Trainer) -> None:
         """Print the line of the epoch."""
-        self._is_epoch_open = False
-        run = run_of(trainer)
-        self._pace.mark(run.fraction_done())
-        first = {
-            "time": duration_text(time.perf_counter() - self._epoch_started_at),
-            "eta": time_left_text(self._pace.seconds_left(1.0)),
-            "lr": _rate_text(trainer),
-        }
-        total = str(run.total_num_epochs)
-        self._print_row(trainer, f"{trainer.run_history.current_epoch:>{len(total)}}/{total}", first)
+        self._open_epoch = None
+        self._pace.mark(run_of(trainer).fraction_done())
+        self._print_epoch(trainer, trainer.run_history.current_epoch, self._pace.seconds_left(1.0))
 
     def end_evaluation_run(self, trainer: Trainer) -> None:
         """Print the line of the evaluation; what the epoch has recorded waits for its own."""
@@ -105,18 +99,27 @@ class EpochTable:
 
     def end_training_run(self, trainer: Trainer) -> None:
         """Print what was recorded since the last line: that of an epoch that was stopped, or what came after it."""
-        if self._new and self._is_epoch_open:
-            self.end_epoch(trainer)
+        if self._new and self._open_epoch is not None:
+            self._print_epoch(trainer, self._open_epoch, None)
         elif self._new:
             self._print_row(trainer, "end")
-        self._is_in_training_run = self._is_epoch_open = False
+        self.abandon_run()
 
     def abandon_run(self) -> None:
         """Forget a run that has failed."""
-        self._is_in_training_run = self._is_epoch_open = False
+        self._is_in_training_run, self._open_epoch = False, None
 
     def _start(self) -> None:
         self._columns, self._new, self._rows, self._live = (), {}, [], None
+
+    def _print_epoch(self, trainer: Trainer, epoch: int, seconds_left: float | None) -> None:
+        total = str(run_of(trainer).total_num_epochs)
+        first = {
+            "time": duration_text(time.perf_counter() - self._epoch_started_at),
+            "eta": time_left_text(seconds_left),
+            "lr": _rate_text(trainer),
+        }
+        self._print_row(trainer, f"{epoch:>{len(total)}}/{total}", first)
 
     def _print_row(
         self, trainer: Trainer, label: str, first: Mapping[str, str] | None = None, coming: Iterable[str] = ()
@@ -163,12 +166,13 @@ class EpochTable:
         is_greater = is_greater_better(name)
         if is_greater is None or (name.startswith("train") and run_of(trainer).eval_dataloaders):
             return False
-        if name.startswith(EVALUATION_PREFIX):
+        if name.startswith(EVALUATION_PREFIX) or math.isnan(value):
             return False
         history, title = trainer.run_history, title_of(name)
         series = [history.get_metric_values(each) for each in history.get_metric_names() if title_of(each) == title]
         numbers = [float(number) for values in series for number in map(one_number, values) if number is not None]
-        return value == value and not any(is_better(other, value, is_greater) for other in numbers)
+        numbers.remove(value)
+        return all(is_better(value, other, is_greater) for other in numbers if not math.isnan(other))
 
 
 def _rate_text(trainer: Trainer) -> str:

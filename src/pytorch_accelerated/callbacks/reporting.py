@@ -90,7 +90,7 @@ class LogMetricsCallback(TrainerCallback):
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Look at the clock."""
-        self._table.start_epoch()
+        self._table.start_epoch(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Log the new training metrics."""
