@@ -158,7 +158,7 @@ class EpochTable:
         number = one_number(value)
         if number is None:
             text = str(value)
-            return Cell(text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…")
+            return Cell(text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 3]}...")
         text = number_text(value if isinstance(value, int) else float(number))
         return Cell(text, self._is_best(trainer, name, float(number)), NUMBER_WIDTH)
 
