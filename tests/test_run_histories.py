@@ -352,14 +352,10 @@ def test_a_resumed_run_has_the_values_of_steps_of_an_uninterrupted_one(tmp_path)
 
 def test_what_the_run_is_made_of_is_kept_with_its_values(tmp_path):
     path = tmp_path / "a.jsonl"
-    saving = SaveTrainingStateCallback(tmp_path / "states", save_every_n_epochs=1)
-    trainer = make_trainer(lr=0.25, callbacks=[saving], run_history=JsonlRunHistory(path))
+    trainer = make_trainer(lr=0.25, run_history=JsonlRunHistory(path))
     train(trainer, make_dataset(8), num_epochs=2)
     info = JsonlRunHistory(path).run_info
     assert info == trainer.run_history.run_info
     assert (info["settings"]["num_epochs"], info["settings"]["optimizer_groups/0/lr"]) == (2, 0.25)
     assert info["versions"]["torch"] == torch.__version__
-    assert info.keys() == {"settings", "versions", "code", "started"}
-    resumed = make_trainer(callbacks=[saving], run_history=InMemoryRunHistory())
-    train(resumed, make_dataset(8), num_epochs=3, resume_from="latest")
-    assert resumed.run_history.run_info == info
+    assert info.keys() == {"settings", "versions", "code"}

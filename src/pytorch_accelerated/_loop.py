@@ -32,6 +32,7 @@ from pytorch_accelerated._distributed.consensus import can_skip_exchange, overri
 from pytorch_accelerated._distributed.fast_path import choose_no_sync
 from pytorch_accelerated._means import LossTracker, as_number
 from pytorch_accelerated._measuring.metric_set import MetricSet
+from pytorch_accelerated._measuring.names import stem_of
 from pytorch_accelerated._optimizers.checks import as_optimizer, choose_optimizer, warn_about_missing_parameters
 from pytorch_accelerated._optimizers.closure import WindowStep, scaled
 from pytorch_accelerated._optimizers.group import discard_gradients, parameters_of
@@ -851,16 +852,16 @@ class TrainingLoop:
         """Make an evaluation the current pass; after an intermediate one, restore the mode of each module."""
         training, is_intermediate = self._loop_run.training, evaluation.is_intermediate
         is_nested = is_intermediate or self._loop_run.is_nested or self._loop_run.is_evaluating
-        stage = f"{evaluation.loss_name.partition('_')[0]}_"
+        stem = stem_of(evaluation.loss_name)
         with (
             preserve_modes(vars(self).values() if is_intermediate else ()),
             training.optimizer_mode.evaluating(self.optimizer),
             training.suspended_by(evaluation, is_nested),
             self._loop_metrics.of_evaluation(self.run_history.metric_name_prefix) as evaluation.metrics,
             _metric_prefix(self.run_history, "intermediate_" if is_intermediate else ""),
-            self.run_history.during_pass(stage),
+            self.run_history.during_pass(stem),
         ):
-            self._loop_run.start_metrics(evaluation, self.run_history.metric_name_prefix + stage)
+            self._loop_run.start_metrics(evaluation, self.run_history.metric_name_prefix + stem)
             record_steps(self)
             if is_intermediate:
                 self.run_history.update_metric("update", training.progress.num_updates)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytorch_accelerated._measuring.names import MetricNames
+from pytorch_accelerated._measuring.names import MetricNames, stem_of
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._metrics import one_number
 
@@ -304,9 +304,8 @@ class EpochMeans:
             loss_name: Name of the loss, such as ``train_loss_epoch``. The part before its first underscore becomes the
                 prefix of the metrics.
         """
-        stage = loss_name.partition("_")[0]
-        plain = self.plain_sums()
-        return {loss_name: plain.pop("loss")} | {f"{stage}_{name}": pair for name, pair in plain.items()}
+        stem, plain = stem_of(loss_name), self.plain_sums()
+        return {loss_name: plain.pop("loss")} | {stem + name: pair for name, pair in plain.items()}
 
     def plain_sums(self) -> dict[str, tuple[float | torch.Tensor, float | torch.Tensor]]:
         """Return the same by plain name: ``loss``, and those of the metrics in alphabetical order."""

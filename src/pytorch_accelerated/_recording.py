@@ -13,6 +13,7 @@ from pytorch_accelerated._distributed.collectives import all_gather_nested, sum_
 from pytorch_accelerated._history.records import Moment
 from pytorch_accelerated._host_copy import HostCopy
 from pytorch_accelerated._means import weighted_mean
+from pytorch_accelerated._measuring.names import stem_of
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +43,7 @@ def results_of_pass(
     if current.metrics is not None:
         gather = partial(all_gather_nested, num_processes=config.num_processes, device=device)
         metrics = current.metrics.finish(results[loss_name], gather if config.is_distributed else None)
-        results |= {f"{loss_name.partition('_')[0]}_{name}": value for name, value in metrics.items()}
+        results |= {stem_of(loss_name) + name: value for name, value in metrics.items()}
     return results
 
 

@@ -467,7 +467,7 @@ class Run:
         """
         history._follow_run(self.training.progress, self.config.is_world_process_zero)  # noqa: SLF001 - a seam
         if run_info is not None:
-            history._start_run(run_info, is_resumed=self.is_resumed)  # noqa: SLF001 - a seam
+            history._start_run(run_info)  # noqa: SLF001 - a seam
 
     def record_steps_every(self, num_updates: int | None) -> None:
         """Record values of steps every so many updates, or more often if the run history or a callback wants that."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +20,7 @@ _MAX_TEXT_LENGTH = 250  # MLflow refuses more
 
 def run_info_of(trainer: TrainingLoop) -> dict[str, Any]:
     """Return what a training run that starts now is made of; see `RunHistory.run_info`."""
-    return {
-        "settings": settings_of(trainer),
-        "versions": installed_versions(),
-        "code": code_version(),
-        "started": time.time(),
-    }
+    return {"settings": settings_of(trainer), "versions": installed_versions(), "code": code_version()}
 
 
 def settings_of(trainer: TrainingLoop) -> dict[str, Plain]:

@@ -43,6 +43,7 @@ __all__ = [
     "InMemoryRunHistory",
     "JsonlRunHistory",
     "LossTracker",
+    "Moment",
     "RunHistory",
     "RunTable",
     "compare",
@@ -164,7 +165,7 @@ class RunHistory(ABC):
             x: The horizontal axis; ``"time"`` is in seconds since the first value.
 
         Returns:
-            The figure, for example to save it: ``history.plot().savefig("curves.png")``.
+            The figure. ``history.plot().savefig("curves.png")`` saves it.
 
         Raises:
             ModuleNotFoundError: ``matplotlib`` is not installed; it comes with the extra ``plots``.
@@ -189,7 +190,7 @@ class RunHistory(ABC):
 
     @property
     def run_info(self) -> dict[str, Any]:
-        """What the run was made of: ``settings``, ``versions``, ``code`` (the Git commit, if any) and ``started``.
+        """What the run was made of: ``settings``, ``versions`` and ``code``, the Git commit of the program, if any.
 
         Empty if it is not known. The settings are those of the run configuration and the optimizer.
         """
@@ -240,8 +241,8 @@ class RunHistory(ABC):
         # None of these is abstract, because subclasses written for 0.1.61 do not have it.
         return
 
-    def _start_run(self, run_info: Mapping[str, Any], *, is_resumed: bool) -> None:
-        """Keep what a training run is made of, or what is known of the run that is resumed."""
+    def _start_run(self, run_info: Mapping[str, Any]) -> None:
+        """Keep what a training run is made of."""
         return
 
     def _record_step(self, values: Mapping[str, MetricValue], moment: Moment) -> None:
@@ -403,7 +404,6 @@ class InMemoryRunHistory(RunHistory):
             "metrics": {name: list(values) for name, values in self._metrics.items()},
             "newest_series": dict(self._newest_series),
             "moments": [[name, *moment] for name, moment in self._moments],
-            "run_info": self.run_info,
             "step_records": [[record.name, record.value, *record.moment] for record in self._step_records],
         }
 
@@ -416,7 +416,6 @@ class InMemoryRunHistory(RunHistory):
         # Missing in states of earlier versions:
         self._newest_series = dict(state_dict.get("newest_series", {}))
         self._moments = [(name, Moment(*moment)) for name, *moment in state_dict.get("moments", ())]
-        self._run_info = copy.deepcopy(state_dict.get("run_info", {}))
         of_steps = state_dict.get("step_records", ())
         self._step_records = [Record(name, value, Moment(*moment), True) for name, value, *moment in of_steps]
 
@@ -429,16 +428,14 @@ class InMemoryRunHistory(RunHistory):
 
     @property
     def run_info(self) -> dict[str, Any]:
-        """What the run was made of: ``settings``, ``versions``, ``code`` (the Git commit, if any) and ``started``.
+        """What the newest run was made of: ``settings``, ``versions`` and ``code``, the Git commit, if any.
 
-        The settings are those of the run configuration and the optimizer. Of several runs it is that of the newest,
-        and of a resumed run that of its start.
+        The settings are those of the run configuration and the optimizer.
         """
         return copy.deepcopy(self._run_info)
 
-    def _start_run(self, run_info: Mapping[str, Any], *, is_resumed: bool) -> None:
-        if not (is_resumed and self._run_info):
-            self._run_info = copy.deepcopy(dict(run_info))
+    def _start_run(self, run_info: Mapping[str, Any]) -> None:
+        self._run_info = copy.deepcopy(dict(run_info))
 
     def _record_step(self, values: Mapping[str, MetricValue], moment: Moment) -> None:
         if self.record_every_n_updates is not None:
@@ -549,8 +546,8 @@ class JsonlRunHistory(InMemoryRunHistory):
         if self._is_main_process:
             self._file.append([to_json_line(record) for record in records])
 
-    def _start_run(self, run_info: Mapping[str, Any], *, is_resumed: bool) -> None:
-        super()._start_run(run_info, is_resumed=is_resumed)
+    def _start_run(self, run_info: Mapping[str, Any]) -> None:
+        super()._start_run(run_info)
         self._is_file_current = False  # it begins with what the run is made of
 
     def _lines(self) -> list[str]:

@@ -76,7 +76,7 @@ from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._distributed.waiting import explain_vain_wait
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._hints.classes import words_of_user
-from pytorch_accelerated._history.records import metrics_of_evaluation, new_records, records_in
+from pytorch_accelerated._history.records import metrics_of_evaluation, num_recorded, records_since
 from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_modes, record_steps, report_exception
 from pytorch_accelerated._measuring.metric_set import MetricSet
 from pytorch_accelerated._optimizers.closure import WindowClosure, create_closure
@@ -366,18 +366,16 @@ class Trainer(TrainingLoop):
             self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,)
         )
         settings = EvaluationSettings(per_device_batch_size, dataloader_kwargs, collate_fn)
-        num_recorded: dict[str, int] = {}
         with _without_trace_in_a_run(self):
             if dataset is not None:
                 self.eval_dataset = dataset
             else:
                 settings = settings.completed_by(self._loop_last_evaluation)
             names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
-            new_records(records_in(self.run_history), num_recorded)
+            num_before = num_recorded(self.run_history)
             with self._loop_evaluation_context(*settings):
                 self._run_evaluation()
-            records = new_records(records_in(self.run_history), num_recorded)
-            return metrics_of_evaluation(records, EVALUATION_PREFIX, names)
+            return metrics_of_evaluation(records_since(self.run_history, num_before), EVALUATION_PREFIX, names)
 
     @explains_arguments
     def predict(

@@ -62,8 +62,8 @@ def test_two_nan_are_equal_and_values_that_are_not_numbers_are_compared():
 
 def test_metrics_of_one_run_and_versions_are_told():
     one, other = recorded(a=[1]), recorded(b=[1])
-    one._start_run({"versions": {"torch": "2.0"}, "code": "abc"}, is_resumed=False)
-    other._start_run({"versions": {"torch": "2.1"}, "code": "def"}, is_resumed=False)
+    one._start_run({"versions": {"torch": "2.0"}, "code": "abc"})
+    other._start_run({"versions": {"torch": "2.1"}, "code": "def"})
     diff = one.diff(other)
     assert diff.versions == {"torch": ("2.0", "2.1"), "code": ("abc", "def")}
     assert diff.metrics == (["a"], ["b"])

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from pytorch_accelerated._history.records import UNKNOWN, Moment, Record, columns_of, new_records, records_of, rows_of
+from pytorch_accelerated._history.records import (
+    UNKNOWN,
+    Moment,
+    Record,
+    columns_of,
+    num_recorded,
+    records_of,
+    records_since,
+    rows_of,
+)
 from pytorch_accelerated._history.tables import csv_lines, html_table, text_table
+from pytorch_accelerated.tracking import InMemoryRunHistory
 
 FIRST, SECOND = Moment(1, 10, 80, 1.0), Moment(2, 20, 160, 4.5)
 
@@ -59,11 +69,17 @@ def test_columns_stay_where_they_are():
 
 
 def test_records_are_new_once_even_if_others_were_deleted():
-    seen = {}
-    assert names_and_values(new_records([Record("a", 1), Record("b", 2)], seen)) == [("a", 1), ("b", 2)]
-    assert new_records([Record("a", 1), Record("b", 2)], seen) == []
-    assert new_records([Record("b", 2)], seen) == []
-    assert names_and_values(new_records([Record("b", 2), Record("a", 3)], seen)) == [("a", 3)]
+    history = InMemoryRunHistory()
+    history.update_metric("a", 1)
+    assert names_and_values(records_since(history, {})) == [("a", 1)]
+    before = num_recorded(history)
+    history.update_metric("b", 2)
+    assert names_and_values(records_since(history, before)) == [("b", 2)]
+    history.delete_metric("a")
+    before = num_recorded(history)
+    assert names_and_values(records_since(history, before)) == []
+    history.update_metric("a", 3)
+    assert names_and_values(records_since(history, before)) == [("a", 3)]
 
 
 def test_a_table_has_four_digits_and_the_seconds_since_the_first_row():

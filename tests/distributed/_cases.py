@@ -546,7 +546,8 @@ def case_only_the_main_process_writes_logs_and_they_have_the_means_over_all(rank
     folder = directory / "logs"  # the same on both
     tracking = TensorBoardCallback(folder / "events", every_n_updates=2)
     callbacks = [CSVLogCallback(folder / "log.csv"), tracking]
-    trainer = make_trainer(callbacks=callbacks, run_history=JsonlRunHistory(folder / "history.jsonl"))
+    history = JsonlRunHistory(folder / "history.jsonl", record_every_n_updates=2)
+    trainer = make_trainer(callbacks=callbacks, run_history=history)
     train(trainer, Samples(make_dataset(24)), num_epochs=2, eval_dataset=make_dataset(6), per_device_batch_size=2)
     metrics = trainer.evaluate(make_dataset(6))
     trainer._accelerator.wait_for_everyone()
@@ -557,6 +558,7 @@ def case_only_the_main_process_writes_logs_and_they_have_the_means_over_all(rank
         "num_lines": len((folder / "history.jsonl").read_text().splitlines()),
         "num_rows": len((folder / "log.csv").read_text().splitlines()),
         "steps": _scalars_of(folder / "events", "train_loss_step"),
+        "steps_in_history": history.get_metric_values("train_loss_step"),
         "losses": metrics_of(trainer)["train_loss_epoch"],
         "metrics": metrics,
     }

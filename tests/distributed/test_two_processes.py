@@ -299,8 +299,9 @@ def test_only_the_main_process_writes_logs_and_they_have_the_means_over_all(resu
     assert (first.pop("has_writer"), second.pop("has_writer")) == (True, False)
     assert first == second
     assert first["files"] == ["events", "history.jsonl", "log.csv"]
-    assert (first["num_event_files"], first["num_lines"], first["num_rows"]) == (1, 5, 3)
+    assert (first["num_event_files"], first["num_lines"], first["num_rows"]) == (1, 18, 3)
     assert [step for step, _ in first["steps"]] == [2, 4, 6, 8, 10, 12]
     means = [sum(value for _, value in part) / 3 for part in (first["steps"][:3], first["steps"][3:])]
+    assert [value for _, value in first["steps"]] == pytest.approx(first["steps_in_history"], rel=1e-6)
     assert means == pytest.approx(first["losses"], rel=1e-6)  # as one process has them, which other tests compare
     assert first["metrics"].keys() == {"loss"}

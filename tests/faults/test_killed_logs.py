@@ -90,7 +90,7 @@ def uninterrupted(tmp_path_factory):
 
 def test_an_uninterrupted_run_has_what_the_others_are_compared_with(uninterrupted):
     history, rows, points = uninterrupted
-    assert [row["update"] for row in history] == [4, 6, 8, 12]
+    assert [row["update"] for row in history] == [3, 4, 6, 8, 9, 12]
     assert [row["update"] for row in rows] == ["4", "6", "8", "12"]
     assert [step for step, _ in points["train_loss_step"]] == [3, 6, 9, 12]
     assert [step for step, _ in points["eval_loss_epoch"]] == [6, 12]

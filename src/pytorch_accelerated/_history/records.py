@@ -96,23 +96,6 @@ def columns_of(rows: Iterable[Mapping[str, MetricValue]]) -> list[str]:
     return list(dict.fromkeys(column for row in rows for column in row)) or list(Moment._fields)
 
 
-def new_records(records: Iterable[Record], num_seen: dict[str, int]) -> list[Record]:
-    """Return the records that were not seen before, and count them as seen.
-
-    Args:
-        records: All records, oldest first.
-        num_seen: How many values of each metric were seen before; it is brought up to date.
-    """
-    new, num_values = [], Counter[str]()
-    for record in records:
-        num_values[record.name] += 1
-        if num_values[record.name] > num_seen.get(record.name, 0):
-            new.append(record)
-    num_seen.clear()
-    num_seen.update(num_values)
-    return new
-
-
 def with_steps(records: Iterable[Record], of_steps: Iterable[Record]) -> Iterator[Record]:
     """Yield records and those of steps in the order of time."""
     return merge(records, of_steps, key=lambda record: record.moment.time or 0.0)
@@ -126,6 +109,20 @@ def records_in(history: RunHistory, *, of_steps: bool = False) -> Iterator[Recor
         of_steps: Whether to include those of steps.
     """
     return history._iter_records(of_steps=of_steps)  # noqa: SLF001 - a subclass of the user's may have any public name
+
+
+def num_recorded(history: RunHistory) -> dict[str, int]:
+    """Return how many values of each metric there are in a history."""
+    return dict(Counter(record.name for record in records_in(history)))
+
+
+def records_since(history: RunHistory, num_before: Mapping[str, int]) -> Iterator[Record]:
+    """Yield what was recorded since `num_recorded` returned ``num_before``, oldest first."""
+    num_values = Counter[str]()
+    for record in records_in(history):
+        num_values[record.name] += 1
+        if num_values[record.name] > num_before.get(record.name, 0):
+            yield record
 
 
 def metrics_of_evaluation(records: Iterable[Record], prefix: str, dataset_names: Iterable[str]) -> StateDict:

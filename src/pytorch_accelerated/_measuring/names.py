@@ -66,6 +66,16 @@ class MetricNames:
             raise ValueError(f"{source} a metric with the name {name!r}, {problem}. Give it another name.")
 
 
+def stem_of(loss_name: str) -> str:
+    """Return what is put in front of the names of the metrics of a pass, given the name of its loss.
+
+    Example:
+        >>> stem_of("train_loss_epoch")
+        'train_'
+    """
+    return f"{loss_name.partition('_')[0]}_"
+
+
 def stems_of_run(dataset_names: Iterable[str], is_training_run: bool) -> set[str]:
     """Return the stems of the passes of a run: what is put in front of the names of their metrics.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pytorch_accelerated._distributed.trackers import check_tracker, open_tracker
 from pytorch_accelerated._hints.arguments import explains_arguments
-from pytorch_accelerated._history.records import Moment, new_records, records_in
+from pytorch_accelerated._history.records import Moment, num_recorded, records_since
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._metrics import one_number
 from pytorch_accelerated._run import run_of
@@ -105,7 +105,8 @@ class TrackerCallback(TrainerCallback):
         """The tracker's own object, to send what is not a number, such as images.
 
         For TensorBoard it is a `torch.utils.tensorboard.SummaryWriter`, for MLflow and Weights & Biases the run.
-        ``None`` before the first run, if the tracker could not be opened, and on all processes but the main one.
+        ``None`` before the first run, if the tracker could not be opened, and on all processes but the main one. The
+        tracker is opened in ``on_training_run_start``, after all callbacks that are not called last.
         """
         return None if self._open_tracker is None else self._open_tracker.tracker
 
@@ -129,7 +130,7 @@ class TrackerCallback(TrainerCallback):
         if not run.is_resumed:
             self._newest, self._num_sent, self.run_id = (-1, {}), {}, None
             if not run.has_reset_history:
-                new_records(records_in(trainer.run_history), self._num_sent)
+                self._num_sent = num_recorded(trainer.run_history)
         if not run.config.is_world_process_zero:
             return
         self.close()
@@ -223,11 +224,12 @@ class TrackerCallback(TrainerCallback):
             return
         now = Moment(trainer.run_history.current_epoch, progress.num_updates, progress.num_samples)
         by_moment: dict[Moment, dict[str, float]] = {}
-        for name, value, moment, _ in new_records(records_in(trainer.run_history), self._num_sent):
+        for name, value, moment, _ in records_since(trainer.run_history, self._num_sent):
             number = one_number(value)
             if number is not None:
                 known = now if moment.update is None else moment._replace(time=None)
                 by_moment.setdefault(known, {})[name] = float(number)
+        self._num_sent = num_recorded(trainer.run_history)
         for moment, values in by_moment.items():
             self._send(trainer, moment, values)
 
