@@ -27,6 +27,7 @@ from pytorch_accelerated.callbacks import (
     TrainerCallback,
 )
 from pytorch_accelerated.tracking import InMemoryRunHistory
+from pytorch_accelerated.trainer import DEFAULT_CALLBACKS
 
 SHIPPED = [
     member
@@ -473,6 +474,26 @@ def test_the_bars_are_none_at_first_and_real_bars_while_they_are_open():
     assert seen[6:] == [(True, 1, False)]
     assert bar.pbar.total == 4
     bar.pbar.set_postfix(loss=1)  # as in a later event of a subclass
+
+
+@pytest.mark.parametrize(
+    ("left_out", "has_bar", "has_table"),
+    [(None, True, True), (ProgressBarCallback, False, True), (LogMetricsCallback, True, False)],
+)
+def test_programs_choose_among_the_default_callbacks_by_name(monkeypatch, left_out, has_bar, has_table):
+    """They leave one out, put a subclass in its place, and everything is told once."""
+    terminal, logged = use_terminal(monkeypatch), []
+
+    class Own(LogMetricsCallback):
+        def log_metrics(self, trainer, metrics):
+            logged.append(sorted(metrics))
+
+    chosen = [callback for callback in DEFAULT_CALLBACKS if callback is not left_out]
+    train(make_trainer(callbacks=[*chosen, Own]), num_epochs=2)
+    assert logged == [["train_loss_epoch"]] * 2
+    assert ("epoch 1/2   0% |" in terminal.getvalue()) == has_bar
+    assert sum("train loss" in line for line in terminal.screen()) == has_table
+    assert sum(line == "Starting epoch 2" for line in terminal.screen()) == (not has_table)
 
 
 class BarWithPostfix(ProgressBarCallback):
