@@ -40,7 +40,13 @@ class Kernel:
     kernel = object()
 
 
-@pytest.mark.parametrize(("shell", "expected"), [(None, False), (object(), False), (Kernel(), True)])
+class SpyderShell(Kernel):
+    __module__ = "spyder_kernels.console.shell"
+
+
+@pytest.mark.parametrize(
+    ("shell", "expected"), [(None, False), (object(), False), (Kernel(), True), (SpyderShell(), False)]
+)
 def test_a_notebook_is_recognized_by_its_kernel(monkeypatch, shell, expected):
     assert not is_notebook()
     ipython = types.ModuleType("IPython")

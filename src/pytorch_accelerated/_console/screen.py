@@ -45,7 +45,8 @@ def is_notebook() -> bool:
     """Return whether the program runs in a notebook, whose cells can show HTML."""
     ipython: Any = sys.modules.get("IPython")  # it is there already, or this is no notebook
     shell = ipython.get_ipython() if hasattr(ipython, "get_ipython") else None
-    return getattr(shell, "kernel", None) is not None
+    is_spyder = type(shell).__module__.startswith("spyder")  # its console has a kernel, but shows no HTML
+    return getattr(shell, "kernel", None) is not None and not is_spyder
 
 
 def html_escaped(text: str) -> str:
