@@ -81,3 +81,11 @@ def test_the_browser_gets_a_message_twice_a_second(monkeypatch):
     assert notebook.outputs == ["c"]
     live.show(lambda: "last", is_last=True)
     assert (notebook.outputs, notebook.num_updates) == (["last"], 2)
+
+
+def test_a_long_table_is_complete_in_the_end(monkeypatch):
+    notebook = use_notebook(monkeypatch)
+    monkeypatch.setattr("pytorch_accelerated.callbacks._epoch_table._MANY_ROWS", 2)
+    train(make_trainer(callbacks=get_default_callbacks(progress_bar=False)), 4, num_epochs=9)
+    assert len(re.findall(r"<tr><td>", notebook.outputs[0])) == 9
+    assert notebook.num_updates < 9

@@ -160,3 +160,23 @@ def test_a_run_that_is_stopped_within_an_epoch_has_a_line_for_it(capsys, epoch):
     lines = [line for line in lines_of(capsys) if line]
     assert lines[-1].split()[0] == f"{epoch}/3"
     assert sum("/3" in line for line in lines) == epoch
+
+
+def test_metrics_of_like_names_have_columns_of_their_own(capsys):
+    def record(trainer, **_):
+        for number, name in enumerate(("eval_loss", "lr", "lr_epoch")):
+            trainer.run_history.update_metric(name, number + 0.5)
+
+    train(make_trainer(callbacks=[LogMetricsCallback, Probe(on_eval_epoch_end=record)]), eval_dataset=make_dataset(4))
+    header, row = lines_of(capsys)
+    assert re.split(r"\s{2,}", header)[4:] == ["train loss", "eval loss", "eval_loss_epoch", "metric lr", "lr_epoch"]
+    assert row.split()[5::2] == ["0.5000*", "1.500"]
+
+
+def test_an_evaluation_of_data_of_its_own_within_an_epoch_has_a_line(capsys):
+    class Own(Trainer):
+        def train_epoch_end(self):
+            self._run_eval_epoch(self._train_dataloader, is_intermediate=True)
+
+    train(make_trainer(cls=Own, callbacks=[LogMetricsCallback]))
+    assert lines_of(capsys)[1].split()[:2] == ["update", "2"]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pytorch_accelerated._types import MetricValue
     from pytorch_accelerated.trainer import Trainer
 
+_MANY_ROWS = 100  # a notebook gets the whole table with each row, so more than these are sent now and then
 _MAX_TEXT = 24  # characters of a value that is not a number
 
 
@@ -76,7 +77,8 @@ class EpochTable:
     def end_intermediate_evaluation(self, trainer: Trainer) -> None:
         """Print the line of an evaluation within an epoch, with the number of updates so far."""
         run, data_pass = run_of(trainer), run_of(trainer).training.epoch
-        if run.current_dataloader is list(run.eval_dataloaders.values())[-1]:  # one line for all datasets
+        more_to_come = list(run.eval_dataloaders.values())[:-1]  # one line for all datasets
+        if not any(run.current_dataloader is loader for loader in more_to_come):
             of_epoch = [data_pass.loss_name, *(f"train_{name}" for name in data_pass.means.metrics)]
             widest = f"update {run.config.max_num_train_steps}"
             label = f"update {run.progress.num_updates}".rjust(len(widest))
@@ -106,7 +108,9 @@ class EpochTable:
         self.abandon_run()
 
     def abandon_run(self) -> None:
-        """Forget a run that has failed."""
+        """Forget the run, which may have failed."""
+        if self._live is not None:
+            self._live.show(lambda: _html_of(self._rows), is_last=True)
         self._is_in_training_run, self._open_epoch = False, None
 
     def _start(self) -> None:
@@ -140,13 +144,14 @@ class EpochTable:
         names = {*(name for name in metrics if not name.endswith("intermediate_update")), *coming}
         for name in sorted(names, key=_Order(run_of(trainer).eval_dataloaders)):
             cell = self._cell(trainer, name, metrics[name]) if name in metrics else Cell("", width=NUMBER_WIDTH)
-            row[title_of(name).replace(unsaid, "")] = cell
+            title = title_of(name).replace(unsaid, "")
+            row[next(free for free in (title, name, f"metric {name}") if free not in row)] = cell
         if not (run_of(trainer).is_verbose and trainer.run_config.is_world_process_zero):
             return
         if is_notebook():
             self._live = self._live or LiveHtml()
             self._rows.append(row)
-            self._live.show(lambda: _html_of(self._rows), is_last=True)
+            self._live.show(lambda: _html_of(self._rows), is_last=len(self._rows) < _MANY_ROWS)
         else:
             width = line_width()
             if width != self._line_width:  # the screen has another width than when the header was printed
@@ -166,13 +171,19 @@ class EpochTable:
         is_greater = is_greater_better(name)
         if is_greater is None or (name.startswith("train") and run_of(trainer).eval_dataloaders):
             return False
-        if name.startswith(EVALUATION_PREFIX) or math.isnan(value):
+        if EVALUATION_PREFIX in name or math.isnan(value):
             return False
-        history, title = trainer.run_history, title_of(name)
-        series = [history.get_metric_values(each) for each in history.get_metric_names() if title_of(each) == title]
+        history, names = trainer.run_history, trainer.run_history.get_metric_names()
+        series = [history.get_metric_values(each) for each in names if _plain(each) == _plain(name)]
         numbers = [float(number) for values in series for number in map(one_number, values) if number is not None]
-        numbers.remove(value)
+        if value in numbers:  # a history of another class may keep something else
+            numbers.remove(value)
         return all(is_better(value, other, is_greater) for other in numbers if not math.isnan(other))
+
+
+def _plain(metric_name: str) -> str:
+    """Return the name of a metric of evaluations at the end of epochs, for those within epochs too."""
+    return metric_name.replace("intermediate_", "")
 
 
 def _rate_text(trainer: Trainer) -> str:
