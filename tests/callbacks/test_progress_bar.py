@@ -335,3 +335,27 @@ def test_text_of_another_process_wipes_the_line_of_the_bar_first(monkeypatch):
     tell = Probe(on_train_step_end=lambda trainer, step, **_: step == 1 and print("told"))
     train(make_trainer(cls=SecondProcess, callbacks=[ProgressBarCallback, tell]))
     assert terminal.getvalue() == "\r\x1b[Ktold\n"
+
+
+class LeavesBarsOpen(ProgressBarCallback):
+    def on_train_epoch_end(self, trainer, **kwargs):
+        pass
+
+    def on_eval_epoch_end(self, trainer, **kwargs):
+        pass
+
+
+def test_bars_that_a_subclass_leaves_open_are_closed_with_the_run(monkeypatch):
+    terminal = use_terminal(monkeypatch)
+    trainer = make_trainer(callbacks=[LeavesBarsOpen])
+    train(trainer, num_epochs=2, eval_dataset=make_dataset(8))
+    assert "write" not in vars(terminal)
+    trainer.evaluate(make_dataset(8))
+    assert "write" not in vars(terminal)
+    assert terminal.screen() == []
+
+
+def test_an_evaluation_within_an_epoch_after_its_bar_has_one_of_its_own(bars):
+    evaluate = Probe(on_train_epoch_end=lambda trainer, **_: trainer.evaluate_now())
+    train(make_trainer(callbacks=[ProgressBarCallback, evaluate]), eval_dataset=make_dataset(8))
+    assert [(bar.total, bar.n, bar.is_closed) for bar in bars] == [(4, 4, True), (2, 2, True), (2, 2, True)]

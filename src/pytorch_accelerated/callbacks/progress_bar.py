@@ -86,14 +86,24 @@ class ProgressBarCallback(TrainerCallback):
         self.eval_pbar = open_bar.bar if keeps_bar and open_bar is not None else self._open(trainer)
 
     def on_eval_epoch_end(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
-        """Close the bar."""
-        if not is_intermediate and self._open_bar is not None and self._open_bar.is_current(trainer):
+        """Close the bar, unless it is that of a pass that goes on now."""
+        if self._open_bar is not None and self._open_bar.is_current(trainer):
             self._close(trainer)
 
     def on_log_point(self, trainer: Trainer, **kwargs: Any) -> None:
         """Show the number of finished batches, and what is known of them."""
         if self._open_bar is not None and self._open_bar.is_current(trainer):
             self._open_bar.show_pass(trainer, self._seconds_left_of_run(trainer))
+
+    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Close the bar, if a subclass has left one open."""
+        self._close(trainer)
+
+    def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Close the bar, if a subclass has left one open."""
+        open_bar = self._open_bar
+        if open_bar is not None and not (open_bar.is_current(trainer) or open_bar.is_suspended(trainer)):
+            self._close(trainer)
 
     def on_stop_training_error(self, trainer: Trainer, **kwargs: Any) -> None:
         """Close the bar, if one is open; it stays on the screen."""
