@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from _support import Probe, make_dataset, make_trainer, train
-from pytorch_accelerated import _loss_monitor
+from pytorch_accelerated import Trainer, _loss_monitor
 from pytorch_accelerated._loss_monitor import LossMonitor
+from pytorch_accelerated.metrics import MeanAbsoluteError, WholeSet
 
 
 @pytest.fixture
@@ -87,3 +88,30 @@ def test_no_error_is_found_where_every_loss_is_finite():
         make_trainer(callbacks=[Probe(on_train_epoch_end=lambda trainer: found.append(trainer.find_non_finite_loss()))])
     )
     assert found == [None]
+
+
+def test_the_recent_metrics_are_those_of_the_pass_so_far_and_to_look_at_them_changes_no_result(clock):
+    class Measures(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            return {**super().calculate_train_batch_loss(batch), "metrics": {"step": 0.5}}
+
+    metrics = {
+        "mae": MeanAbsoluteError(),
+        "twice": lambda outputs, targets: 2 * (outputs - targets).abs().mean(),
+        "named": lambda outputs, targets: {"one": 1.0},
+        "vector": lambda outputs, targets: outputs.mean(0),
+        "whole": WholeSet(lambda outputs, targets: outputs.max()),
+    }
+    seen = []
+
+    def run(callbacks):
+        torch.manual_seed(1)
+        trainer = make_trainer(cls=Measures, callbacks=callbacks, metrics=metrics)
+        train(trainer, make_dataset(32), eval_dataset=make_dataset(16))
+        return {**trainer.run_history.to_rows()[0], "time": 0}
+
+    with_looks = run([Probe(on_log_point=lambda trainer: seen.append(trainer.recent_metrics))])
+    assert with_looks == run([])
+    assert seen[0].keys() == {"loss", "step", "mae", "twice", "named_one", "vector"}
+    assert seen[-1].keys() == {"loss", "mae", "twice", "named_one", "vector"}
+    assert all(values["twice"] == pytest.approx(2 * values["mae"]) for values in seen)

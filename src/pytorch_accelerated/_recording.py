@@ -57,6 +57,15 @@ class StepValues(NamedTuple):
     values: dict[str, float]
 
 
+class _Taken(NamedTuple):
+    """Values of steps that the device may not have sent yet: the sums behind each mean, then the single numbers."""
+
+    moment: Moment
+    names_of_means: list[str]
+    names_of_numbers: list[str]
+    copy: HostCopy
+
+
 class StepRecorder:
     """Takes the values of steps every few updates, without making the host wait for the device.
 
@@ -69,7 +78,7 @@ class StepRecorder:
         """The number of updates after which values are due."""
 
         self._every_n_updates: int | None = None
-        self._pending: deque[tuple[Moment, list[str], list[str], HostCopy]] = deque()
+        self._pending: deque[_Taken] = deque()
         self._sums: dict[str, tuple[float, float]] = {}
         """The sums of the epoch as of the last time, and their weights."""
 
@@ -107,7 +116,7 @@ class StepRecorder:
         """
         self._schedule(moment.update or 0)
         copy = HostCopy([*(number for pair in sums.values() for number in pair), *numbers.values()])
-        self._pending.append((moment, list(sums), list(numbers), copy))
+        self._pending.append(_Taken(moment, list(sums), list(numbers), copy))
 
     def known(self, *, wait: bool) -> Iterator[StepValues]:
         """Yield what was taken, oldest first, each once.
@@ -115,12 +124,12 @@ class StepRecorder:
         Args:
             wait: Whether to wait for the newest, if the device has not sent it yet.
         """
-        while self._pending and (wait or len(self._pending) > 1 or self._pending[0][-1].is_on_host):
-            moment, names, others, copy = self._pending.popleft()
-            numbers = copy.numbers()
-            num_sums = 2 * len(names)
-            sums = dict(zip(names, zip(numbers[:num_sums:2], numbers[1:num_sums:2], strict=True), strict=True))
-            yield StepValues(moment, self._means_since(sums) | dict(zip(others, numbers[num_sums:], strict=True)))
+        while self._pending and (wait or len(self._pending) > 1 or self._pending[0].copy.is_on_host):
+            taken = self._pending.popleft()
+            numbers = iter(taken.copy.numbers())
+            sums = {name: (next(numbers), next(numbers)) for name in taken.names_of_means}
+            means = self._means_since(sums)
+            yield StepValues(taken.moment, means | dict(zip(taken.names_of_numbers, numbers, strict=True)))
 
     def _means_since(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
         before, self._sums = self._sums, sums

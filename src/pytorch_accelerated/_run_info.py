@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated._checkpoint.manifest import installed_versions
+from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
 from pytorch_accelerated._history.code_version import code_version
 from pytorch_accelerated._history.tables import plain_value
 from pytorch_accelerated._run import run_of
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 Plain = int | float | str | bool
 
 _MAX_TEXT_LENGTH = 250  # MLflow refuses more
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of an object that has no text of its own
 
 
 def run_info_of(trainer: TrainingLoop) -> dict[str, Any]:
@@ -27,13 +30,14 @@ def settings_of(trainer: TrainingLoop) -> dict[str, Plain]:
     """Return the run configuration, the settings of each group of the optimizer, and the names of classes."""
     groups = getattr(trainer.optimizer, "param_groups", ())
     settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-    parts = {"model": trainer.get_model(), "optimizer": trainer.optimizer, "scheduler": trainer.scheduler}
+    optimizer = unwrap_optimizer(trainer.optimizer)
+    parts = {"model": trainer.get_model(), "optimizer": optimizer, "scheduler": trainer.scheduler}
     classes = {name: type(part).__name__ for name, part in parts.items() if part is not None}
     return flattened({**run_of(trainer).config.to_dict(), **classes, "optimizer_groups": dict(enumerate(settings))})
 
 
 def flattened(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Plain]:
-    """Return nested mappings as a single one of numbers and short texts.
+    """Return nested mappings as a single one of numbers and short texts, which are the same in each process.
 
     Example:
         >>> flattened({"net": {"width": 8}, "depth": 3})
@@ -45,5 +49,5 @@ def flattened(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Plain]:
             flat |= flattened(value, f"{prefix}{name}/")
         else:
             plain = value if isinstance(value, bool) else plain_value(value)
-            flat[f"{prefix}{name}"] = plain[:_MAX_TEXT_LENGTH] if isinstance(plain, str) else plain
+            flat[f"{prefix}{name}"] = _ADDRESS.sub("", plain)[:_MAX_TEXT_LENGTH] if isinstance(plain, str) else plain
     return flat

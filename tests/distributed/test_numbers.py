@@ -23,7 +23,7 @@ from _support import make_dataset
 pytestmark = pytest.mark.distributed
 
 CASES = Path(__file__).with_name("_numbers_cases.py")
-TIMEOUT_SECONDS = 120 + 10 * NUM_REPEATS
+TIMEOUT_SECONDS = 150 + 10 * NUM_REPEATS
 """Far more than the cases need. A run that takes longer is stuck."""
 
 
