@@ -44,8 +44,13 @@ class SpyderShell(Kernel):
     __module__ = "spyder_kernels.console.shell"
 
 
+class InForkedProcess:
+    kernel = types.SimpleNamespace(session=types.SimpleNamespace(pid=-1))
+
+
 @pytest.mark.parametrize(
-    ("shell", "expected"), [(None, False), (object(), False), (Kernel(), True), (SpyderShell(), False)]
+    ("shell", "expected"),
+    [(InForkedProcess(), False), (None, False), (object(), False), (Kernel(), True), (SpyderShell(), False)],
 )
 def test_a_notebook_is_recognized_by_its_kernel(monkeypatch, shell, expected):
     assert not is_notebook()

@@ -42,11 +42,16 @@ def line_width() -> int:
 
 
 def is_notebook() -> bool:
-    """Return whether the program runs in a notebook, whose cells can show HTML."""
+    """Return whether the program runs in a notebook, whose cells can show HTML.
+
+    A process that was forked from that of the notebook cannot, but what it prints is shown.
+    """
     ipython: Any = sys.modules.get("IPython")  # it is there already, or this is no notebook
     shell = ipython.get_ipython() if hasattr(ipython, "get_ipython") else None
     is_spyder = type(shell).__module__.startswith("spyder")  # its console has a kernel, but shows no HTML
-    return getattr(shell, "kernel", None) is not None and not is_spyder
+    kernel = getattr(shell, "kernel", None)
+    process = getattr(getattr(kernel, "session", None), "pid", os.getpid())
+    return kernel is not None and not is_spyder and process == os.getpid()
 
 
 def html_escaped(text: str) -> str:
