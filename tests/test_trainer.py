@@ -198,7 +198,7 @@ def test_default_callbacks_report_a_run(capsys):
     trainer = Trainer(model, mse, torch.optim.SGD(model.parameters(), lr=0.1))
     trainer.train(make_dataset(8), num_epochs=1, eval_dataset=make_dataset(4))
     printed = capsys.readouterr().out
-    for words in ("Starting training run", "Starting epoch 1", "train_loss_epoch: ", "eval_loss_epoch: ", "Finishing"):
+    for words in ("Starting training run", "epoch ", "train loss  eval loss", "  1/1 ", "Finishing training run"):
         assert words in printed
 
 

@@ -18,6 +18,7 @@ from _predicting import (
     indices_of,
     language_model_predictions,
 )
+from _screens import use_terminal
 from _support import Batches, Probe, Samples, make_dataset, make_indexed_dataset, make_model, make_trainer
 from pytorch_accelerated import Trainer
 from pytorch_accelerated.callbacks import LimitBatchesCallback, ProgressBarCallback
@@ -227,21 +228,24 @@ def test_predictions_have_no_gradients_whatever_calculates_them():
 # --- the progress bar --------------------------------------------------------------------------------------------
 
 
-def test_a_progress_bar_shows_the_batches_if_the_trainer_has_progress_bars(capsys):
-    Trainer(nn.Identity(), None, None, callbacks=[ProgressBarCallback]).predict(indices_of(5), 2)
-    assert "Predicting: 100%" in (shown := capsys.readouterr().err)
-    assert "3/3" in shown
-    Trainer(nn.Identity(), None, None, callbacks=()).predict(indices_of(5), 2)
-    assert "Predicting" not in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("callbacks", "verbose", "is_shown"),
+    [([ProgressBarCallback], True, True), ([ProgressBarCallback], False, False), ([], True, False)],
+)
+def test_a_progress_bar_shows_the_batches_if_the_trainer_has_progress_bars(monkeypatch, callbacks, verbose, is_shown):
+    terminal = use_terminal(monkeypatch)
+    Trainer(nn.Identity(), None, None, callbacks, verbose=verbose).predict(indices_of(5), 2)
+    assert ("predictions   0% |" in terminal.getvalue() and " 0/3" in terminal.getvalue()) == is_shown
+    assert terminal.screen() == [], "the bar is wiped at the end"
 
 
-def test_predictions_within_a_run_have_no_bar_of_their_own(capsys):
+def test_predictions_within_a_run_have_no_bar_of_their_own(monkeypatch):
+    terminal = use_terminal(monkeypatch)
     probe = Probe(on_train_epoch_end=lambda trainer: trainer.predict(make_dataset(4)))
     trainer = make_trainer(callbacks=[ProgressBarCallback(), probe])
     trainer.train(make_dataset(4), num_epochs=1)
-    shown = capsys.readouterr().err
-    assert "1/1" in shown
-    assert "Predicting" not in shown
+    assert "epoch 1/1" in terminal.getvalue()
+    assert "predictions" not in terminal.getvalue()
 
 
 # --- a language model --------------------------------------------------------------------------------------------

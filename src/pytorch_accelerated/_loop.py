@@ -65,6 +65,7 @@ from pytorch_accelerated._types import (
 from pytorch_accelerated._validation import check_positive_integer, check_run
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.evaluation import LimitBatchesCallback
+from pytorch_accelerated.callbacks.reporting import has_table
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError, add_note
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.run_config import TrainerRunConfig
@@ -363,7 +364,12 @@ class TrainingLoop:
         return context
 
     def print(self, *args: object, **kwargs: object) -> None:
-        """Print on the main process of each node only, on lines of their own next to open progress bars."""
+        """Print on the main process of each node only, on lines of their own next to open progress bars.
+
+        With ``Trainer(verbose=False)`` nothing is printed.
+        """
+        if not self._loop_run.is_verbose:
+            return
         with tqdm.external_write_mode(kwargs.get("file")):
             self._accelerator.print(*args, **kwargs)
 
@@ -451,9 +457,12 @@ class TrainingLoop:
         check_run(
             run.is_active and bool(run.eval_dataloaders), "evaluate_now", "on_train_step_end", "with `eval_dataset` "
         )
-        self.print(f"Evaluating after {run.training.progress.num_updates} updates")
+        is_told = has_table(self.callback_handler)
+        if not is_told:
+            self.print(f"Evaluating after {run.training.progress.num_updates} updates")
         self._loop_evaluate(is_intermediate=True)
-        self.print("Training continues")
+        if not is_told:
+            self.print("Training continues")
 
     def evaluate_another(self, model: nn.Module, callback_handler: CallbackHandler, metric_name_prefix: str) -> None:
         """Evaluate another model on the data of the evaluation under way; call it in ``on_eval_epoch_end``.
@@ -871,7 +880,7 @@ class TrainingLoop:
                 run.set_data_epoch(run.seeded_eval_loaders, loader, 0, run.seed)
                 self.eval_epoch_start()
                 rank, caches = self._accelerator.process_index, caches_of(self.get_model())
-                predictions = Predictions(settings, config, loader, self.device, rank, caches)
+                predictions = Predictions(settings, config, loader, self.device, rank, caches, self.print)
                 results[name] = predictions.of_all_batches(self.calculate_predictions)
         return results
 

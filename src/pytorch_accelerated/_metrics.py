@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytorch_accelerated._types import StateDict, StateMapping
+
+_WORD = re.compile(r"top(?=\d)|[a-z]+\d*")
+_LOWER_IS_BETTER = frozenset(
+    {"loss", "error", "perplexity", "mae", "mse", "rmse", "mape", "nll", "brier", "wer", "cer"}
+)
+_GREATER_IS_BETTER = frozenset(
+    {"accuracy", "acc", "top", "precision", "recall", "f1", "auc", "auroc", "ap", "map", "iou", "miou"}
+    | {"dice", "bleu", "rouge", "r2", "psnr", "ssim", "mcc", "kappa", "ndcg"}
+)
+"""Words in names of metrics that tell whether smaller or larger values are better."""
 
 
 def one_number(value: object) -> float | torch.Tensor | None:
@@ -60,6 +71,29 @@ def is_better(value: float, best: float | None, greater_is_better: bool, thresho
         return True
     improvement = value - best if greater_is_better else best - value
     return improvement > threshold
+
+
+def rounded(value: float | None) -> float | None:
+    """Return a value with four significant digits, for a sentence.
+
+    Example:
+        >>> rounded(0.11396957099437714), rounded(1.0)
+        (0.114, 1.0)
+    """
+    return None if value is None else float(f"{value:.4g}")
+
+
+def is_greater_better(metric_name: str) -> bool | None:
+    """Return whether larger values of a metric are better, as far as its name tells; otherwise ``None``.
+
+    Example:
+        >>> [is_greater_better(name) for name in ("eval_accuracy", "eval_top5", "train_loss_epoch", "lr")]
+        [True, True, False, None]
+    """
+    words = set(_WORD.findall(metric_name.lower()))
+    if words & _LOWER_IS_BETTER:
+        return False
+    return True if words & _GREATER_IS_BETTER else None
 
 
 @dataclass

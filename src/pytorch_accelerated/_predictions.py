@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from pytorch_accelerated._batch_size import size_of_predictions
+from pytorch_accelerated._console.shown_bar import progress_bar
 from pytorch_accelerated._data.loaders import (
     batch_size_of,
     enumerate_batches,
@@ -65,6 +65,7 @@ class Predictions:
         device: The device of this process.
         process_index: Its rank.
         caches: Names of outputs that are left out unless they are asked for.
+        print_fn: Prints the progress where there is no terminal.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Predictions:
         device: torch.device,
         process_index: int = 0,
         caches: Collection[str] = CACHES,
+        print_fn: Callable[[str], object] = print,
     ) -> None:
         self._settings = settings
         self._config = config
@@ -85,6 +87,7 @@ class Predictions:
         self._joiner = OutputJoiner(settings.padding_value, settings.move_to_host, self._is_kept)
         if settings.outputs is None:
             self._joiner.left_out.update(("outputs", name) for name in caches)
+        self._print = print_fn
         self._dress: Callable[[Nested], Nested] | None = None
 
     def of_all_batches(self, calculate: Callable[[Batch], ModelOutput]) -> ModelOutput:
@@ -100,14 +103,12 @@ class Predictions:
                 name that was asked for. Raised on every process.
         """
         sharding = sharding_of(self._loader)
-        has_bar = self._settings.shows_progress and self._config.is_local_process_zero
-        with tqdm(
-            total=num_batches_of(self._loader), desc="Predicting", disable=not has_bar, dynamic_ncols=True
-        ) as bar:
+        is_shown = self._settings.shows_progress and self._config.is_world_process_zero
+        with progress_bar("predictions", num_batches_of(self._loader), self._print, is_shown=is_shown) as show:
             for step, batch, _ in enumerate_batches(self._loader):
                 is_dummy = sharding is not None and sharding.is_dummy(step)
                 self._add(calculate(batch), batch, is_dummy)
-                bar.update()
+                show(step + 1, self._num_samples.done)
         return self._result()
 
     def _add(self, outputs: ModelOutput, batch: Batch, is_dummy: bool) -> None:
@@ -179,7 +180,9 @@ class _NumSamples:
     def __init__(self, loader: Loader, num_processes: int, process_index: int) -> None:
         self._num_processes = num_processes
         self._process_index = process_index
-        self._num_done = 0
+        self.done = 0
+        """The samples in the batches so far."""
+
         self._batch_size: int | None = None
         self._keeps_batches = False
         source: Any = getattr(loader, "dl", loader)
@@ -197,7 +200,7 @@ class _NumSamples:
 
     def in_next_batch(self) -> int | None:
         """Return the number of samples in the next batch of this process; ``None`` if it is not known."""
-        num_left = self.total - self._num_done
+        num_left = self.total - self.done
         if self._batch_size is None or num_left <= 0:
             return self._batch_size
         if num_left >= self._batch_size * self._num_processes:  # there is a full batch for each rank
@@ -209,7 +212,7 @@ class _NumSamples:
 
     def add(self, num_samples: int) -> None:
         """Count the samples in a step of all processes."""
-        self._num_done += num_samples
+        self.done += num_samples
 
 
 def _items_of(outputs: ModelOutput) -> Mapping[Any, ModelOutput]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pytorch_accelerated._accumulation import AccumulationWindow, GradientCheck, OutsideParameters, are_finite
 from pytorch_accelerated._checkpoint.folder import Lineage
+from pytorch_accelerated._console.pace import fraction_done
 from pytorch_accelerated._data.loaders import guarantee_of_skipping, order_may_differ, reliable_num_batches_of
 from pytorch_accelerated._data.rng import derive_seed
 from pytorch_accelerated._distributed.collectives import average_gradients, mean_over_processes, share_of_processes
@@ -229,6 +230,9 @@ class Run:
         self.is_active = False
         """Whether the run is under way."""
 
+        self.is_verbose: bool = previous is None or previous.is_verbose
+        """Whether anything is printed."""
+
         self.config: TrainerRunConfig = None  # type: ignore[assignment]  # created when the loaders are prepared
         self.is_resumed = False
         self.has_reset_history = False
@@ -392,6 +396,19 @@ class Run:
     def progress(self) -> TrainingProgress:
         """How far training has come."""
         return self.training.progress
+
+    def fraction_done(self) -> float:
+        """Return how much of a training run is done, from 0 to 1."""
+        progress, num_batches = self.training.progress, self.num_batches_per_epoch
+        of_epoch = progress.num_batches_in_epoch / num_batches if num_batches else 0.0
+        num_epochs = progress.num_epochs_completed + (of_epoch if progress.phase == "training" else 1.0)
+        return fraction_done(num_epochs, self.total_num_epochs, progress.num_updates, self.update_limit)
+
+    @property
+    def name_of_current_dataset(self) -> str:
+        """The name of the evaluation dataset under way; empty if it is the only one."""
+        loader = self.training.current_pass.loader
+        return next((name for name, each in self.eval_dataloaders.items() if each is loader), "")
 
     @property
     def is_between_updates(self) -> bool:

@@ -161,6 +161,8 @@ class Trainer(TrainingLoop):
             of functions, which are called with what `get_metric_inputs` returns and averaged over the samples. See
             `docs/metrics.md`.
         compute_train_metrics: Whether they are computed on the training data too.
+        verbose: Whether to print anything. With ``False`` there are no bars and no table, and `print` does nothing;
+            warnings and errors remain. The default callbacks print on the main process only.
 
     Example:
         >>> import torch
@@ -188,6 +190,7 @@ class Trainer(TrainingLoop):
         accelerator: Accelerator | Mapping[str, Any] | None = None,
         metrics: Metrics | None = None,
         compute_train_metrics: bool = True,
+        verbose: bool = True,
     ) -> None:
         _validation.check_seed(seed)
         _validation.check_run_history(run_history)
@@ -207,6 +210,7 @@ class Trainer(TrainingLoop):
         warn_about_unused_precision(self._accelerator)
         rank = int(self._accelerator.process_index)
         self._loop_run = Run(0, rank, is_sharded(self._accelerator))
+        self._loop_run.is_verbose = verbose
         if seed is not None:
             seed_generators(derive_seed(seed, "rank", rank) if rank else seed)
         self.callback_handler = self._create_callback_handler()
@@ -421,8 +425,9 @@ class Trainer(TrainingLoop):
         _before_run.warn_about_ready_loaders(
             self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,)
         )
-        has_bar = any(isinstance(callback, ProgressBarCallback) for callback in self.callback_handler.callbacks)
-        shows_progress = has_bar and not self._loop_run.is_active  # the bar of the run stays
+        run, callbacks = self._loop_run, self.callback_handler.callbacks
+        has_bar = any(isinstance(callback, ProgressBarCallback) for callback in callbacks)
+        shows_progress = has_bar and run.is_verbose and not run.is_active  # the bar of the run stays
         settings = PredictionSettings(
             outputs, return_targets, padding_value, on_every_process, move_to_host, shows_progress
         )
@@ -1005,7 +1010,8 @@ def _check_not_running(trainer: Trainer) -> None:
 def _warn_about_start(trainer: Trainer, batch_size: int, *dl_kwargs: DataLoaderKwargs | None) -> None:
     data = trainer.train_dataset, trainer.eval_dataset
     _before_run.warn_about_ready_loaders(trainer, data, batch_size, trainer.collate_fn, dl_kwargs)
-    if trainer._callbacks and trainer._accelerator.is_main_process:  # noqa: SLF001 - same module
+    run, is_main = trainer._loop_run, trainer._accelerator.is_main_process  # noqa: SLF001 - same module
+    if trainer._callbacks and is_main and run.is_verbose:  # noqa: SLF001 - same module
         _before_run.tell_what_is_missing(trainer)
 
 

@@ -3,35 +3,54 @@
 from __future__ import annotations
 
 import itertools
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import tqdm
 
+from _screens import use_terminal
 from _support import Batches, Probe, make_dataset, make_trainer, raiser, train
 from pytorch_accelerated import Trainer, _loss_monitor
+from pytorch_accelerated._console import shown_bar as module
 from pytorch_accelerated.callbacks import ProgressBarCallback, StepBasedEvaluationCallback
-from pytorch_accelerated.callbacks import progress_bar as module
 from pytorch_accelerated.exceptions import StopTrainingError
+
+
+class WithAccuracy(Trainer):
+    def calculate_train_batch_loss(self, batch):
+        return {**super().calculate_train_batch_loss(batch), "metrics": {"accuracy": 0.5}}
+
+    def calculate_eval_batch_loss(self, batch):
+        return {**super().calculate_eval_batch_loss(batch), "metrics": {"accuracy": 0.5}}
 
 
 class RecordingBar:
     """Replaces tqdm's bar."""
 
+    format_dict = {"ncols": 120}  # noqa: RUF012 - as tqdm's
+
     def __init__(self, total=None, initial=0, disable=False, **kwargs):
-        self.total, self.count, self.disable = total, initial, disable
-        self.initial = initial
-        self.losses = []
+        self.total, self.n, self.disable = total, initial, disable
+        self.initial, self.bar_format, self.leave = initial, "", False
+        self.shown = []
         self.is_closed = False
 
-    def update(self, num_steps):
-        assert not self.is_closed
-        self.count += num_steps
+    @property
+    def count(self):
+        return self.n
 
-    def set_postfix(self, loss, **kwargs):
+    @property
+    def losses(self):
+        return [found[1] for text in self.shown if (found := re.search(r"loss (\S+)", text))]
+
+    def clear(self, nolock=False):
         assert not self.is_closed
-        self.losses.append(loss)
+
+    def refresh(self, nolock=False):
+        assert not self.is_closed
+        self.shown.append(self.bar_format)
 
     def close(self):
         self.is_closed = True
@@ -39,8 +58,9 @@ class RecordingBar:
 
 @pytest.fixture
 def bars(monkeypatch):
-    """All bars that were opened, in order."""
+    """All bars that were opened on a terminal, in order."""
     opened = []
+    monkeypatch.setattr(module, "is_terminal", lambda stream: True)
 
     def open_bar(**kwargs):
         opened.append(RecordingBar(**kwargs))
@@ -58,39 +78,27 @@ def test_each_epoch_has_a_bar_with_its_number_of_batches(bars):
     assert all(bar.is_closed for bar in bars)
 
 
-def test_the_last_loss_shown_is_the_mean_of_the_epoch(bars):
-    trainer = make_trainer(callbacks=[ProgressBarCallback])
-    train(trainer, eval_dataset=make_dataset(6))
-    shown = [bar.losses[-1] for bar in bars]
-    names = ("train_loss_epoch", "eval_loss_epoch")
-    assert shown == [f"{trainer.run_history.get_latest_metric(name):.4f}" for name in names]
-
-
 def test_the_running_loss_is_shown_at_each_log_point(bars, monkeypatch):
     """The clock is replaced by one that advances 0.04 seconds with each reading."""
     times = itertools.count()
     monkeypatch.setattr(_loss_monitor.time, "monotonic", lambda: next(times) / 25)
     losses = []
-    probe = Probe(on_train_step_end=lambda trainer, **_: losses.append(f"{trainer.mean_loss:.4f}"))
+    probe = Probe(on_train_step_end=lambda trainer, **_: losses.append(f"{trainer.mean_loss:#.4g}"))
     train(make_trainer(callbacks=[probe, ProgressBarCallback]), 32)
     assert len(losses) == 8
-    assert bars[0].losses == [losses[2], losses[5], losses[7]]
+    assert bars[0].losses == [losses[2], losses[5]]
     assert bars[0].count == 8
 
 
 def test_an_empty_bar_is_drawn_unless_the_epoch_before_was_short(monkeypatch):
-    """Seconds between two readings of the clock: 1, then 0.01, so that the second epoch is short."""
-    drawn, times = [], itertools.accumulate([0, 1, 0, 0.01, 0, 1])
-    monkeypatch.setattr(module.time, "perf_counter", lambda: next(times))
-    monkeypatch.setattr(tqdm.tqdm, "refresh", lambda bar, **_: drawn.append(bar.n))
-    train(make_trainer(callbacks=[ProgressBarCallback]), num_epochs=3)
-    assert drawn == [0, 0]
-
-
-def test_a_bar_that_was_not_drawn_when_empty_is_drawn_when_it_closes(capsys):
-    train(make_trainer(callbacks=[ProgressBarCallback]), num_epochs=2)
-    drawn = capsys.readouterr().err
-    assert (drawn.count("0/4"), drawn.count("4/4")) == (1, 2)
+    """The clock advances by 1 second with each reading, but stands still in the second epoch."""
+    drawn, times, epochs = [], itertools.count(), []
+    monkeypatch.setattr(module.time, "perf_counter", lambda: 0.0 if len(epochs) == 1 else next(times))
+    monkeypatch.setattr(tqdm.tqdm, "refresh", lambda bar, **_: drawn.append((len(epochs), bar.n)))
+    use_terminal(monkeypatch)
+    count = Probe(on_training_run_epoch_end=lambda trainer, **_: epochs.append(1))
+    train(make_trainer(callbacks=[ProgressBarCallback, count]), num_epochs=3)
+    assert [number for number, num_done in drawn if num_done == 0] == [0, 1]
 
 
 def test_the_bar_has_no_total_if_the_data_have_no_length(bars):
@@ -118,7 +126,7 @@ def test_a_run_nested_in_a_pass_keeps_the_bar_of_that_pass(bars, event):
         is_nested = False
 
     train(make_trainer(callbacks=[Probe(**{event: nest}), ProgressBarCallback]), eval_dataset=make_dataset(8))
-    assert [(bar.total, bar.count) for bar in bars] == [(4, 4), (2, 2)]
+    assert [(bar.total, bar.count) for bar in bars if not bar.disable] == [(4, 4), (2, 2)]
     assert all(bar.is_closed for bar in bars)
 
 
@@ -139,10 +147,10 @@ def test_the_bar_of_a_resumed_epoch_starts_at_the_resumed_batch(bars, tmp_path):
     assert [(bar.total, bar.initial, bar.count) for bar in bars] == [(4, 3, 4)]
 
 
-def test_only_the_main_process_of_a_node_shows_a_bar(bars):
+def test_only_the_main_process_shows_a_bar(bars):
     class SecondProcess(Trainer):
         def _create_run_config(self, **kwargs):
-            return replace(super()._create_run_config(**kwargs), is_local_process_zero=False)
+            return replace(super()._create_run_config(**kwargs), is_world_process_zero=False)
 
     train(make_trainer(cls=SecondProcess, callbacks=[ProgressBarCallback]))
     assert [bar.disable for bar in bars] == [True]
@@ -161,7 +169,7 @@ def test_bars_are_closed_however_a_run_ends(bars, event, is_first, error):
         with pytest.raises(type(error), match="mine"):
             train(trainer, eval_dataset=make_dataset(4))
     assert [bar.is_closed for bar in bars] == ([True, True] if "eval" in event else [True])
-    assert trainer.callback_handler.callbacks[1 if is_first else 0]._bar is None
+    assert trainer.callback_handler.callbacks[1 if is_first else 0]._open_bar is None
 
 
 def test_bars_are_closed_when_an_evaluation_fails(bars):
@@ -214,9 +222,140 @@ def test_a_run_after_a_failed_one_opens_new_bars(bars):
     assert [(bar.total, bar.count, bar.is_closed) for bar in bars] == [(4, 0, True), (4, 4, True)]
 
 
-def test_the_real_bar_is_written_to_standard_error(capsys):
-    train(make_trainer(callbacks=[ProgressBarCallback]))
+# --- what one sees -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def each_step_is_a_log_point(monkeypatch):
+    monkeypatch.setattr(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
+
+
+def drawn_on(terminal):
+    """Return what was drawn on a line, one after the other."""
+    return [text.strip() for text in re.split(r"[\r\n]", terminal.getvalue()) if "|" in text]
+
+
+@pytest.mark.usefixtures("each_step_is_a_log_point")
+def test_the_bar_shows_epoch_loss_metrics_rate_speed_and_time_left(monkeypatch):
+    terminal = use_terminal(monkeypatch, columns=160)
+    train(make_trainer(cls=WithAccuracy, callbacks=[ProgressBarCallback]), num_epochs=12, eval_dataset=make_dataset(8))
+    drawn = drawn_on(terminal)
+    number = r"[\d.,e+-]+"
+    assert re.fullmatch(
+        rf"epoch 3/12  75% \|.*\| 3/4  loss {number}  accuracy 0.5000  lr 1.0e-01  {number} samples/s  "
+        r"\d+s left, run \d+s left",
+        [text for text in drawn if text.startswith("epoch 3/12  75%")][-1],
+    )
+    assert any(re.match(rf"epoch 3/12 evaluation  50% .* 1/2  loss {number}  accuracy 0.5000", text) for text in drawn)
+
+
+def test_the_bar_gives_way_when_its_epoch_ends(monkeypatch):
+    terminal = use_terminal(monkeypatch)
+    train(make_trainer(callbacks=[ProgressBarCallback]), num_epochs=2, eval_dataset=make_dataset(8))
+    assert drawn_on(terminal)
+    assert terminal.screen() == []
+
+
+@pytest.mark.usefixtures("each_step_is_a_log_point")
+def test_bars_of_evaluations_name_their_datasets(monkeypatch):
+    terminal = use_terminal(monkeypatch)
+    trainer = make_trainer(callbacks=[ProgressBarCallback])
+    train(trainer, eval_dataset={"near": make_dataset(8), "far": make_dataset(8)})
+    trainer.evaluate({"moon": make_dataset(8)}, per_device_batch_size=4)
+    titles = {re.match(r"[^%]*?(?=\s+\d+%)", text)[0] for text in drawn_on(terminal)}
+    assert titles == {"epoch 1/1", "epoch 1/1 near", "epoch 1/1 far", "evaluation moon"}
+
+
+@pytest.mark.usefixtures("each_step_is_a_log_point")
+def test_text_of_callbacks_has_lines_of_its_own(monkeypatch):
+    terminal = use_terminal(monkeypatch)
+
+    def tell(trainer, step, **_):
+        print(f"printed in step {step}")
+        trainer.print(f"told in step {step}")
+        assert terminal.screen()[-1].startswith("epoch 1/1"), "the bar is below"
+
+    train(make_trainer(callbacks=[ProgressBarCallback, Probe(on_train_step_end=tell)]))
+    assert terminal.screen() == [f"{verb} in step {step}" for step in range(4) for verb in ("printed", "told")]
+
+
+@pytest.mark.usefixtures("each_step_is_a_log_point")
+def test_after_an_error_the_bar_stays_and_text_goes_on_below_it(monkeypatch):
+    terminal = use_terminal(monkeypatch)
+    fail = Probe(on_train_step_end=lambda trainer, step, **_: step == 2 and raiser(ValueError("mine"))(trainer))
+    with pytest.raises(ValueError, match="mine"):
+        train(make_trainer(callbacks=[fail, ProgressBarCallback]), num_epochs=3)
+    print("traceback")
+    bar, below = terminal.screen()
+    assert re.match(r"epoch 1/3  50% \|.*\| 2/4 ", bar)
+    assert below == "traceback"
+    assert "left" not in bar
+
+
+@pytest.mark.usefixtures("each_step_is_a_log_point")
+def test_without_a_terminal_long_epochs_have_plain_lines(capsys, monkeypatch):
+    """The clock advances by 10 seconds with each reading."""
+    times = itertools.count(step=10)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(times))
+    train(make_trainer(callbacks=[ProgressBarCallback(seconds_between_lines=25)]), 32)
     output = capsys.readouterr()
-    assert output.out == ""
-    assert "4/4" in output.err
-    assert "loss=" in output.err
+    assert output.err == ""
+    assert not re.search(r"[\r\x1b]", output.out)
+    lines = output.out.splitlines()
+    assert 1 < len(lines) < 8
+    assert re.fullmatch(r"epoch 1/1  \d\d%  \d/8  loss \S+  lr 1.0e-01(  \S+ samples/s  .* left)?", lines[0])
+
+
+@pytest.mark.usefixtures("each_step_is_a_log_point")
+@pytest.mark.parametrize("seconds", [30.0, float("inf")])
+def test_without_a_terminal_short_epochs_have_no_lines(capsys, seconds):
+    train(make_trainer(callbacks=[ProgressBarCallback(seconds)]), eval_dataset=make_dataset(8))
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("each_step_is_a_log_point")
+@pytest.mark.parametrize("make_it", ["not verbose", "another process"])
+def test_nothing_is_shown_if_nothing_is_to_be_shown(monkeypatch, make_it):
+    class SecondProcess(Trainer):
+        def _create_run_config(self, **kwargs):
+            return replace(super()._create_run_config(**kwargs), is_world_process_zero=make_it != "another process")
+
+    terminal = use_terminal(monkeypatch)
+    trainer = make_trainer(cls=SecondProcess, callbacks=[ProgressBarCallback], verbose=make_it != "not verbose")
+    train(trainer, eval_dataset=make_dataset(8))
+    assert terminal.getvalue() == ""
+
+
+def test_text_of_another_process_wipes_the_line_of_the_bar_first(monkeypatch):
+    class SecondProcess(Trainer):
+        def _create_run_config(self, **kwargs):
+            return replace(super()._create_run_config(**kwargs), is_world_process_zero=False)
+
+    terminal = use_terminal(monkeypatch)
+    tell = Probe(on_train_step_end=lambda trainer, step, **_: step == 1 and print("told"))
+    train(make_trainer(cls=SecondProcess, callbacks=[ProgressBarCallback, tell]))
+    assert terminal.getvalue() == "\r\x1b[Ktold\n"
+
+
+class LeavesBarsOpen(ProgressBarCallback):
+    def on_train_epoch_end(self, trainer, **kwargs):
+        pass
+
+    def on_eval_epoch_end(self, trainer, **kwargs):
+        pass
+
+
+def test_bars_that_a_subclass_leaves_open_are_closed_with_the_run(monkeypatch):
+    terminal = use_terminal(monkeypatch)
+    trainer = make_trainer(callbacks=[LeavesBarsOpen])
+    train(trainer, num_epochs=2, eval_dataset=make_dataset(8))
+    assert "write" not in vars(terminal)
+    trainer.evaluate(make_dataset(8))
+    assert "write" not in vars(terminal)
+    assert terminal.screen() == []
+
+
+def test_an_evaluation_within_an_epoch_after_its_bar_has_one_of_its_own(bars):
+    evaluate = Probe(on_train_epoch_end=lambda trainer, **_: trainer.evaluate_now())
+    train(make_trainer(callbacks=[ProgressBarCallback, evaluate]), eval_dataset=make_dataset(8))
+    assert [(bar.total, bar.n, bar.is_closed) for bar in bars] == [(4, 4, True), (2, 2, True), (2, 2, True)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 
+import pytest
 import torch
 
 import _support
@@ -31,6 +31,11 @@ class CollectMetrics(LogMetricsCallback):
         self.logged.append(dict(metrics))
 
 
+class PrintEach(LogMetricsCallback):
+    def log_metrics(self, trainer, metrics):
+        super().log_metrics(trainer, metrics)
+
+
 class WithAccuracy(Trainer):
     def calculate_eval_batch_loss(self, batch):
         return {**super().calculate_eval_batch_loss(batch), "metrics": {"accuracy": torch.tensor(0.5)}}
@@ -47,6 +52,21 @@ def test_the_start_and_end_of_runs_and_epochs_are_printed(capsys):
     )
 
 
+@pytest.mark.parametrize("others", [[LogMetricsCallback], [PrintEach], [PrintEach, LogMetricsCallback]])
+def test_starts_of_epochs_are_left_out_if_a_table_tells_them(capsys, others):
+    trainer = make_trainer(callbacks=[PrintProgressCallback, StepBasedEvaluationCallback(1), *others])
+    train(trainer, eval_dataset=make_dataset(4))
+    trainer.evaluate(make_dataset(4))
+    lines = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith(("Start", "Eval", "Train", "Fin"))
+    ]
+    always = ["Starting training run", "Finishing training run", "Starting evaluation run"]
+    if LogMetricsCallback in others:
+        assert lines == always
+    else:
+        assert set(lines) > {*always, "Starting epoch 1", "Starting evaluation", "Evaluating after 1 updates"}
+
+
 def test_the_reason_for_stopping_early_is_printed(capsys):
     stop = Probe(on_train_epoch_end=raiser(StopTrainingError("that will do")))
     train(make_trainer(callbacks=[stop, PrintProgressCallback]), num_epochs=3)
@@ -55,8 +75,8 @@ def test_the_reason_for_stopping_early_is_printed(capsys):
     ]
 
 
-def test_each_metric_is_printed_on_its_own_line(capsys):
-    trainer = make_trainer(cls=WithAccuracy, callbacks=[LogMetricsCallback])
+def test_a_subclass_that_calls_log_metrics_prints_each_metric_on_its_own_line(capsys):
+    trainer = make_trainer(cls=WithAccuracy, callbacks=[PrintEach])
     train(trainer, num_epochs=2, eval_dataset=make_dataset(4))
     trainer.evaluate(make_dataset(4))
     lines = [line.split(": ") for line in capsys.readouterr().out.splitlines()]
@@ -160,7 +180,7 @@ def test_callbacks_print_only_through_the_trainer(capsys, monkeypatch):
     monkeypatch.setattr(trainer, "print", lambda *args: printed.append(" ".join(args)))
     train(trainer)
     assert capsys.readouterr().out == "", "callbacks print only through `trainer.print`"
-    assert re.fullmatch(r"train_loss_epoch: \d\.\d+", printed[2])
+    assert [text.split()[0] for text in printed] == ["Starting", "epoch", "Finishing"]
 
 
 def test_a_later_callback_sees_the_metrics_recorded_by_an_earlier_one():

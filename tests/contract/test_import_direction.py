@@ -24,6 +24,7 @@ OPTIONAL = {
     "torchvision",
     "mlflow",
     "pandas",
+    "IPython",
 }
 
 FLOORS = [
@@ -36,6 +37,7 @@ FLOORS = [
         "_nested",
         "_joining",
         "_metrics",
+        "_console",
         "_measuring",
         "metrics",
         "_history",
@@ -156,7 +158,18 @@ def test_every_exception_for_accelerate_is_needed():
 
 
 @pytest.mark.parametrize(
-    "room", ["_hints", "_history", "_measuring", "_data", "_distributed", "_optimizers", "_checkpoint", "_scheduling"]
+    "room",
+    [
+        "_hints",
+        "_history",
+        "_measuring",
+        "_data",
+        "_distributed",
+        "_optimizers",
+        "_checkpoint",
+        "_scheduling",
+        "_console",
+    ],
 )
 def test_a_room_has_an_empty_init_and_a_readme_with_a_line_for_each_file(room):
     folder = SOURCE / room

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 from torch.utils.data import Sampler
 
 from _processes import run_cases
+from _screens import Terminal
 from _support import (
     Batches,
     Probe,
@@ -32,7 +34,7 @@ from _support import (
     train,
     weights_of,
 )
-from pytorch_accelerated import Trainer
+from pytorch_accelerated import Trainer, _loss_monitor
 from pytorch_accelerated._checkpoint import portable
 from pytorch_accelerated._distributed import collectives
 from pytorch_accelerated.callbacks import (
@@ -43,6 +45,7 @@ from pytorch_accelerated.callbacks import (
     StepBasedEvaluationCallback,
     TensorBoardCallback,
     WSDCheckpointCallback,
+    get_default_callbacks,
 )
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
@@ -313,6 +316,18 @@ def case_broadcasts_and_sums_cover_all_processes(rank: int, directory: Path) -> 
         "value": collectives.broadcast_from_main({"rank": rank}, 2),
         "sums": {name: [float(number) for number in pair] for name, pair in sums.items()},
     }
+
+
+def case_one_process_shows_one_bar_and_one_line_per_epoch(rank: int, directory: Path) -> Any:
+    _loss_monitor.SECONDS_BETWEEN_LOG_POINTS = 0.0
+    os.environ["TERM"] = "xterm"
+    terminal = Terminal()
+    with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
+        trainer = make_trainer(callbacks=get_default_callbacks())
+        train(trainer, num_epochs=2, eval_dataset=make_dataset(8))
+        trainer.predict(make_dataset(8), per_device_batch_size=4)
+    _loss_monitor.SECONDS_BETWEEN_LOG_POINTS = 0.1
+    return {"written": terminal.getvalue(), "screen": terminal.screen(), "metrics": metrics_of(trainer)}
 
 
 def case_print_writes_on_the_main_process_only(rank: int, directory: Path) -> Any:

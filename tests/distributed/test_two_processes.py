@@ -176,6 +176,19 @@ def test_broadcasts_and_sums_cover_all_processes(results):
     assert results == [{"value": {"rank": 0}, "sums": sums}] * 2
 
 
+def test_one_process_shows_one_bar_and_one_line_per_epoch(results):
+    """The numbers of the table are those of both processes."""
+    shown, of_other = results
+    assert of_other["written"] == ""
+    assert shown["written"].count("epoch 1/2   0% |") == 1
+    assert shown["written"].count("predictions   0% |") == 1
+    _, start, header, *rows, end = shown["screen"]
+    assert (start, header.split()[0], end) == ("Starting training run", "epoch", "Finishing training run")
+    assert [row.split()[0] for row in rows] == ["1/2", "2/2"]
+    losses = [float(row.split()[-1].rstrip("*")) for row in rows]
+    assert losses == pytest.approx(of_other["metrics"]["eval_loss_epoch"], rel=1e-3)
+
+
 def test_print_writes_on_the_main_process_only(results):
     assert results == ["hello\n", ""]
 

@@ -27,6 +27,9 @@ assert x == 2
 pytestmark = pytest.mark.usefixtures("_fresh_accelerate_state")  # a page may set a precision
 FENCED_PYTHON = re.compile(r"^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
+FENCED_TEXT = re.compile(r"^```text\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"\d[\d.]*(e-\d+)?")
+
 
 class Block(NamedTuple):
     """A fenced block and the line of the page on which its code starts."""
@@ -83,6 +86,21 @@ def test_a_block_that_is_not_valid_python_is_reported_with_page_and_line(tmp_pat
     page.write_text("```python\nx = 1\ny = = 2\n```\n")
     with pytest.raises(pytest.fail.Exception, match=r"page\.md:3: SyntaxError"):
         run_page(page)
+
+
+def test_the_readme_shows_what_its_first_program_prints(tmp_path, monkeypatch, capsys):
+    """All but the digits: durations differ, and so may the last digits of a loss with another version of PyTorch."""
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    program = next(block for block in python_blocks(readme) if "Trainer(" in block.code)
+    exec(compile(program.code, "README.md", "exec"), {"__name__": "__docs__"})
+    printed = capsys.readouterr().out.strip()
+    shown = next(match["text"] for match in FENCED_TEXT.finditer(readme) if "train loss" in match["text"]).strip()
+    assert [NUMBER.sub("0", line).split() for line in printed.splitlines()] == [
+        NUMBER.sub("0", line).split() for line in shown.splitlines()
+    ]
+    losses = [[float(number) for number in re.findall(r"0\.\d{3,}", text)] for text in (printed, shown)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def test_the_readme_names_make_demo_and_make_test_which_exist():

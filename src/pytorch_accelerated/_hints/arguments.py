@@ -26,7 +26,10 @@ _LIMITING = "Add a `LimitBatchesCallback` to the `callbacks` of the Trainer."
 _STOPPING = "Add an `EarlyStoppingCallback` to the `callbacks` of the Trainer."
 _PRECISION = 'Pass `mixed_precision="{0}"` to the Trainer.'
 _LOGGING = "Add a `TensorBoardCallback`, or another `TrackerCallback`, to the `callbacks` of the Trainer."
-_PROGRESS_BAR = "Pass `callbacks=get_default_callbacks(progress_bar=False)` to the Trainer for no progress bar."
+_PROGRESS_BAR = (
+    "Pass `callbacks=get_default_callbacks(progress_bar=False)` to the Trainer for no progress bar, or `verbose=False` "
+    "to print nothing at all."
+)
 _DIRECTION = "Pass `greater_is_better=True` if larger values are better."
 _TRAIN_DATA, _EVAL_DATA = ("train_dataset", "dataset"), ("eval_dataset", "dataset")
 

@@ -15,6 +15,7 @@ from pytorch_accelerated._run import library_of, run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks._watching import check_is_recorded, watched_value
 from pytorch_accelerated.callbacks.handler import CallbackHandler
+from pytorch_accelerated.callbacks.reporting import has_table
 from pytorch_accelerated.callbacks.saving import SaveBestModelCallback
 from pytorch_accelerated.callbacks.stopping import warn_about_direction
 
@@ -148,7 +149,8 @@ class ModelEmaCallback(SaveBestModelCallback):
         if not self.evaluate_during_training or is_intermediate or self.ema_model is None:
             return
         self._share_buffers(trainer)
-        trainer.print("Evaluating the moving average of the weights")
+        if not has_table(trainer.callback_handler):
+            trainer.print("Evaluating the moving average of the weights")
         library_of(trainer).evaluate_another(self._average().module, self.callback_handler, self._track_prefix)
         if run_of(trainer).is_training_run:
             self._save_if_best(trainer)

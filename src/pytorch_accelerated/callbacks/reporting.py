@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated._types import MetricValue
+from pytorch_accelerated.callbacks._epoch_table import EpochTable
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class PrintProgressCallback(TrainerCallback):
-    """Prints a line when a run starts or ends, and when the training or the evaluation of an epoch starts."""
+    """Prints a line when a run starts or ends, and when the training or the evaluation of an epoch starts.
+
+    The latter is left out if the metrics are printed by `LogMetricsCallback`, whose lines tell it.
+    """
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Print that the training run starts."""
@@ -24,7 +28,8 @@ class PrintProgressCallback(TrainerCallback):
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Print the number of the epoch."""
-        trainer.print(f"\nStarting epoch {trainer.run_history.current_epoch}")
+        if not has_table(trainer.callback_handler):
+            trainer.print(f"\nStarting epoch {trainer.run_history.current_epoch}")
 
     def on_eval_epoch_start(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
         """Print that an evaluation at the end of an epoch starts, and on which of several datasets.
@@ -32,9 +37,9 @@ class PrintProgressCallback(TrainerCallback):
         The start of an evaluation run is printed already, and the trainer tells about evaluations within an epoch.
         """
         run = run_of(trainer)
-        if run.is_training_run and not is_intermediate:
-            names = [name for name, loader in run.eval_dataloaders.items() if name and loader is run.current_dataloader]
-            trainer.print(f"Starting evaluation{f' on {names[0]!r}' if names else ''}")
+        if run.is_training_run and not is_intermediate and not has_table(trainer.callback_handler):
+            name = run.name_of_current_dataset
+            trainer.print(f"Starting evaluation{f' on {name!r}' if name else ''}")
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Print that the training run ends."""
@@ -45,55 +50,82 @@ class PrintProgressCallback(TrainerCallback):
         trainer.print("\nStarting evaluation run")
 
     def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Print that the evaluation run ends."""
-        trainer.print("Finishing evaluation run")
+        """Print that the evaluation run ends, unless a line with its metrics tells it."""
+        if not has_table(trainer.callback_handler):
+            trainer.print("Finishing evaluation run")
 
 
 class LogMetricsCallback(TrainerCallback):
-    """Prints the metrics recorded since it last did. Override `log_metrics` to send them elsewhere.
+    """Prints the metrics: one aligned line per epoch. Override `log_metrics` to send them elsewhere.
 
-    Metrics whose names start with ``train`` are logged at the end of the training epoch, all others after evaluation.
-    It is called after the callbacks that record metrics, wherever it is in the list.
+    A line has the time that the epoch took, the time left of the run, the learning rate, and what was recorded since
+    the line before. Evaluations within an epoch have lines of their own. The best value so far of each metric is marked
+    with ``*``. In a notebook, the lines are a table.
+
+    If `log_metrics` is overridden, nothing is printed. It gets metrics whose names start with ``train`` at the end of
+    the training epoch, all others after evaluation.
+
+    This callback is called after those that record metrics, wherever it is in the list.
     """
 
     is_called_last = True
 
-    _logged: dict[str, _Logged] | None = None  # here, because a subclass may not call `super().__init__()`
+    # Here, because a subclass may not call `super().__init__()`.
+    _logged: dict[str, _Logged] | None = None
     _run_number: int | None = None
+    _kept_table: EpochTable | None = None
 
     def __init__(self) -> None:  # 0.1.61 has this signature
         super().__init__()
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Mark what earlier runs recorded as logged."""
+        """Mark what earlier runs recorded as logged, and start a table."""
         self._mark_earlier_runs(trainer)
+        self._table.start_training_run(trainer)
 
     def on_evaluation_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Mark what earlier runs recorded as logged."""
+        """Mark what earlier runs recorded as logged, and start a table."""
         self._mark_earlier_runs(trainer)
+        self._table.start_evaluation_run()
+
+    def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Look at the clock."""
+        self._table.start_epoch(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Log the new training metrics."""
         self._log_new_metrics(trainer, lambda name: name.startswith("train"))
 
-    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
+    def on_eval_epoch_end(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
         """Log all new metrics: also those of an evaluation dataset whose name starts with ``train``."""
         self._log_new_metrics(trainer)
+        if is_intermediate and self.prints_table:
+            self._table.end_intermediate_evaluation(trainer)
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Log what callbacks have recorded at the end of the epoch."""
+        """Log what callbacks have recorded at the end of the epoch, and print its line."""
         self._log_new_metrics(trainer)
+        if self.prints_table:
+            self._table.end_epoch(trainer)
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Log what was recorded since."""
         self._log_new_metrics(trainer)
+        if self.prints_table:
+            self._table.end_training_run(trainer)
 
     def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Log what callbacks have recorded at the end of the evaluation."""
+        """Log what callbacks have recorded at the end of the evaluation, and print its line."""
         self._log_new_metrics(trainer)
+        if self.prints_table:
+            self._table.end_evaluation_run(trainer)
+
+    def on_exception(self, trainer: Trainer, *, exception: BaseException, **kwargs: Any) -> None:
+        """Forget the run."""
+        self._table.abandon_run()
 
     def log_metrics(self, trainer: Trainer, metrics: Mapping[str, MetricValue]) -> None:
-        """Print one line per metric.
+        """Print one line per metric. The callback itself prints a table instead, unless this method is overridden.
 
         Args:
             trainer: The trainer.
@@ -101,6 +133,17 @@ class LogMetricsCallback(TrainerCallback):
         """
         for name, value in metrics.items():
             trainer.print(f"{name}: {value}")
+
+    @property
+    def prints_table(self) -> bool:
+        """Whether the callback prints a table; not if `log_metrics` is overridden."""
+        return getattr(self.log_metrics, "__func__", None) is LogMetricsCallback.log_metrics
+
+    @property
+    def _table(self) -> EpochTable:
+        if self._kept_table is None:
+            self._kept_table = EpochTable()
+        return self._kept_table
 
     def _mark_earlier_runs(self, trainer: Trainer) -> None:
         """Mark what earlier runs recorded as logged, but not what callbacks have recorded since this run has begun."""
@@ -126,8 +169,16 @@ class LogMetricsCallback(TrainerCallback):
             if name not in logged or len(values) != logged[name].num_values
         }
         self._logged = {**logged, **_newest(wanted)}
-        if metrics:
+        if metrics and self.prints_table:
+            self._table.add(metrics)
+        elif metrics:
             self.log_metrics(trainer, metrics)
+
+
+def has_table(callback_handler: object) -> bool:
+    """Return whether one of the callbacks prints a table, whose lines tell when an epoch or evaluation has ended."""
+    callbacks = getattr(callback_handler, "callbacks", ())  # a test double may have none
+    return any(isinstance(callback, LogMetricsCallback) and callback.prints_table for callback in callbacks)
 
 
 class _Logged(NamedTuple):

@@ -19,7 +19,7 @@ from pytorch_accelerated._checkpoint.weights import frozen_in, frozen_parameters
 from pytorch_accelerated._distributed.collectives import run_on_main
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._messages import warn
-from pytorch_accelerated._metrics import BestMetric, ComparisonOfMetric, NewValues
+from pytorch_accelerated._metrics import BestMetric, ComparisonOfMetric, NewValues, rounded
 from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._run import Run, library_of, run_of
 from pytorch_accelerated._signals import PREEMPTION_SIGNALS
@@ -216,7 +216,7 @@ class SaveBestModelCallback(TrainerCallback):
 
     def _load_best(self, trainer: Trainer) -> None:
         trainer.print(
-            f"Loading the best model: {self.watch_metric} {self.best_metric} in epoch {self.best_metric_epoch}"
+            f"Loading the best model: {self.watch_metric} {rounded(self.best_metric)} in epoch {self.best_metric_epoch}"
         )
         is_saved = {"load_optimizer": self.save_optimizer, "load_scheduler": self.save_scheduler}
         options = {name: False for name, value in is_saved.items() if not value}

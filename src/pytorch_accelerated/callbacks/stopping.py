@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._loss_monitor import describe_non_finite_loss
 from pytorch_accelerated._messages import warn
-from pytorch_accelerated._metrics import ComparisonOfMetric, NewValues, PatienceCounter
+from pytorch_accelerated._metrics import ComparisonOfMetric, NewValues, PatienceCounter, is_greater_better, rounded
 from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated._validation import check_positive_integer
@@ -161,7 +161,7 @@ class EarlyStoppingCallback(TrainerCallback):
         previous = self.best_metric
         if self._counter.update(value):
             raise StopTrainingError(
-                f"{self.watch_metric} has not improved on {self.best_metric} "
+                f"{self.watch_metric} has not improved on {rounded(self.best_metric)} "
                 f"for {self.early_stopping_patience_counter} epochs{self._note_on_threshold(value)}"
             )
         self._report(trainer, previous)
@@ -171,7 +171,8 @@ class EarlyStoppingCallback(TrainerCallback):
         best, is_better = self.best_metric, self.operator
         if best is None or not is_better(value, best):
             return ""
-        return f" by more than the threshold of {self.early_stopping_threshold:g}, although it still does, to {value}"
+        note = f" by more than the threshold of {self.early_stopping_threshold:g}, although it still does"
+        return f"{note}, to {rounded(value)}"
 
     def _report(self, trainer: Trainer, previous: float | None) -> None:
         best, num_epochs = self.best_metric, self.early_stopping_patience_counter
@@ -197,15 +198,9 @@ class EarlyStoppingCallback(TrainerCallback):
         self._new_values.load_state_dict(state_dict)
 
 
-_GREATER_IS_BETTER = frozenset(
-    ("acc", "accuracy", "auc", "auroc", "f1", "precision", "recall", "map", "iou", "miou", "r2", "dice")
-)
-
-
 def warn_about_direction(watch_metric: str, greater_is_better: bool, callback_name: str) -> None:
     """Warn if a callback looks for the smallest value of a metric whose name says that larger values are better."""
-    words = watch_metric.lower().replace("-", "_").split("_")
-    if not greater_is_better and not _GREATER_IS_BETTER.isdisjoint(words):
+    if not greater_is_better and is_greater_better(watch_metric):
         warn(
             f"`{callback_name}` watches {watch_metric!r} with `greater_is_better=False`, so it takes the smallest "
             "value for the best. Pass `greater_is_better=True` if larger values are better.",
