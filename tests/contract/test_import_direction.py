@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 OPTIONAL = {"matplotlib", "sklearn", "tensorboard", "torchmetrics", "timm", "transformers", "wandb", "torchvision"}
 
 FLOORS = [
-    {"exceptions", "_types", "_messages", "_hints", "_compiled"},
+    {"exceptions", "_types", "_messages", "_hints", "_compiled", "_text"},
     {
         "progress",
         "tracking",
@@ -29,10 +29,10 @@ FLOORS = [
         "_ema",
         "finetuning",
     },
-    {"_accumulation", "_batch_size", "_loss_monitor", "_data"},
+    {"_accumulation", "_batch_size", "_loss_monitor", "_data", "_output_shapes"},
     {"_distributed", "_optimizers"},
     {"_checkpoint"},
-    {"_step", "_predictions", "_validation", "states", "utils"},
+    {"_step", "_predictions", "_validation", "states", "utils", "summary"},
     {"schedulers"},
     {"_scheduling"},
     {"_run"},

@@ -26,6 +26,7 @@ from pytorch_accelerated.callbacks.progress_bar import ProgressBarCallback
 from pytorch_accelerated.callbacks.reporting import LogMetricsCallback, PrintProgressCallback
 from pytorch_accelerated.callbacks.saving import SaveBestModelCallback, SaveTrainingStateCallback
 from pytorch_accelerated.callbacks.stopping import EarlyStoppingCallback, TerminateOnNaNCallback
+from pytorch_accelerated.callbacks.summary import ModelSummaryCallback
 from pytorch_accelerated.callbacks.wsd import WSDCheckpointCallback
 from pytorch_accelerated.exceptions import CallbackMethodNotImplementedError, StopTrainingError
 from pytorch_accelerated.tracking import LossTracker as LossTracker  # as in 0.1.61
@@ -42,6 +43,7 @@ __all__ = [
     "LimitEvalStepsCallback",
     "LogMetricsCallback",
     "ModelEmaCallback",
+    "ModelSummaryCallback",
     "MoveModulesToDeviceCallback",
     "PreemptionCallback",
     "PrintProgressCallback",
