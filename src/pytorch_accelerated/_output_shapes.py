@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -95,9 +95,8 @@ def run_with_recorder(
 def _copy_of_lazy(model: nn.Module) -> nn.Module:
     """Return a copy of a model with uninitialized tensors; PyTorch copies uninitialized parameters, but no buffers."""
     buffers = [buffer for buffer in model.buffers() if is_lazy(buffer)]
-    memo: dict[int, Any] = {
-        id(buffer): UninitializedBuffer(device=buffer.device, dtype=buffer.dtype) for buffer in buffers
-    }
+    create: Callable[..., Any] = UninitializedBuffer  # its stub lacks the arguments
+    memo = {id(buffer): create(device=buffer.device, dtype=buffer.dtype) for buffer in buffers}
     return copy.deepcopy(model, memo)
 
 

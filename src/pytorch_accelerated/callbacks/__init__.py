@@ -20,6 +20,7 @@ from pytorch_accelerated.callbacks.evaluation import (
 )
 from pytorch_accelerated.callbacks.finetuning import GradualUnfreezingCallback
 from pytorch_accelerated.callbacks.handler import CallbackHandler
+from pytorch_accelerated.callbacks.pictures import LearningCurveCallback
 from pytorch_accelerated.callbacks.placement import ConvertSyncBatchNormCallback, MoveModulesToDeviceCallback
 from pytorch_accelerated.callbacks.preemption import PreemptionCallback
 from pytorch_accelerated.callbacks.progress_bar import ProgressBarCallback
@@ -39,6 +40,7 @@ __all__ = [
     "EarlyStoppingCallback",
     "GradientNormCallback",
     "GradualUnfreezingCallback",
+    "LearningCurveCallback",
     "LimitBatchesCallback",
     "LimitEvalStepsCallback",
     "LogMetricsCallback",
