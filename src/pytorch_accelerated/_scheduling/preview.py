@@ -11,8 +11,9 @@ import torch
 from torch.optim import Optimizer
 
 from pytorch_accelerated._optimizers.checks import as_optimizer
-from pytorch_accelerated._optimizers.group import OptimizerGroup
+from pytorch_accelerated._optimizers.group import OptimizerGroup, optimizers_in
 from pytorch_accelerated._scheduling.group import members_of
+from pytorch_accelerated._scheduling.start import create_checked_scheduler
 from pytorch_accelerated._scheduling.stepping import StepRule, rule_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.schedulers._placeholders import placeholders_of_lengths, resolve_placeholders
@@ -56,19 +57,23 @@ def learning_rates_of(
         interval: When schedulers are stepped that take neither a metric nor an epoch.
 
     Raises:
-        TypeError: A number is not an integer.
+        TypeError: A number is not an integer, or the function does not return a scheduler.
         ValueError: A number is below 1, or a scheduler is stepped with a metric.
     """
     check_positive_integer("num_updates", num_updates, "updates")
     check_positive_integer("num_epochs", num_epochs, "epochs")
     stand_in = stand_in_for(optimizer, lr)
     create: Any = resolve_placeholders(create_scheduler_fn, placeholders_of_lengths(num_epochs, num_updates))
-    rules = [rule_of(scheduler) for scheduler in members_of(create(stand_in))]
+    scheduler = create_checked_scheduler(
+        lambda: create(stand_in), stand_in, is_of_function=True, is_stepped_by_trainer=True
+    )
+    rules = [rule_of(member) for member in members_of(scheduler)]
     _check_needs_no_metric(rules)
     per_epoch, rates = -(-num_updates // num_epochs), []
     for update in range(1, num_updates + 1):
         rates.append([float(group["lr"]) for group in stand_in.param_groups])
-        stand_in.step()
+        for member in optimizers_in(stand_in).values():
+            member.step()
         for rule in rules:
             _step(rule, update, interval, num_epochs_done=update // per_epoch if update % per_epoch == 0 else None)
     return np.array(rates)
