@@ -50,14 +50,15 @@ nitpick_ignore_regex = [
         r"(abc|accelerate|argparse|collections|contextlib|enum|logging|matplotlib|nn|np|numpy|os|pathlib|torch|tqdm"
         r"|types|typing)\..*",
     ),
-    (r"py:class", r"(Accelerator|DataLoader|Dataset|Optimizer|Path|PathLike|tqdm)"),
+    (r"py:class", r"(Accelerator|DataLoader|Dataset|Figure|Optimizer|Path|PathLike|tqdm)"),
     # Private base classes and type aliases that appear in signatures but not in the reference.
     (r"py:class", r"pytorch_accelerated\.(.*\.)?_\w.*"),
-    (r"py:class", r"(Callbacks|KnownValues|Number|NumberOrPlaceholder|Template)"),
+    (r"py:class", r"(ArrayLike|Callbacks|CurveSource|Interval|KnownValues|Number|NumberOrPlaceholder|Template)"),
     # `_types.py`
     (
         r"py:class",
-        r"(Batch|BatchOutput|LossFunction|MaybeNone|MetricValue|ParameterGroup|Optimizers|StateDict|StateMapping)",
+        r"(Batch|BatchOutput|LossFunction|MaybeNone|MetricValue|ParameterGroup|Optimizers|SchedulerFactory|StateDict"
+        r"|StateMapping)",
     ),
 ]
 

@@ -28,6 +28,8 @@ Kind = Literal[
     "diverging", "over-fitting", "noisy", "under-fitting", "still falling", "still rising", "flat", "too short"
 ]
 
+__all__ = ["Diagnosis", "Finding", "Kind", "diagnose", "diagnose_curves"]
+
 _MIN_EPOCHS = 4
 _MIN_EPOCHS_FOR_NOISE = 6
 _SHARE_OF_CHANGE = 0.02

@@ -35,6 +35,15 @@ if TYPE_CHECKING:
     from pytorch_accelerated._scheduling.stepping import Interval
     from pytorch_accelerated._types import SchedulerFactory
 
+__all__ = [
+    "confusion_matrix",
+    "plot_confusion_matrix",
+    "plot_layer_statistics",
+    "plot_learning_curves",
+    "plot_schedule",
+    "plot_step_losses",
+]
+
 ArrayLike: TypeAlias = Any
 """Numbers in a list, a NumPy array or a tensor. Open: whatever `numpy.asarray` takes."""
 

@@ -24,6 +24,8 @@ from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.exceptions import add_note
 from pytorch_accelerated.finetuning import is_kept_in_eval_mode
 
+__all__ = ["ModelSummary", "SummaryRow", "summarize"]
+
 _OWN_PARAMETERS = "(own parameters)"
 _MAX_SHAPE_LENGTH = 40
 _HEADER = ("group", "layer", "output shape", "parameters", "state", "dtype", "size")
