@@ -155,6 +155,15 @@ def test_a_loss_that_falls_by_the_same_factor_is_still_falling():
     assert kinds_of([0.5**index for index in range(30)], []) == {"still falling"}
 
 
+def test_epochs_are_those_of_the_evaluations_if_these_are_rarer():
+    rows = [{"epoch": epoch, "train_loss": 2 - epoch / 20} for epoch in range(1, 31)]
+    for row in rows[2::3]:
+        row["eval_loss"] = row["train_loss"]
+    (finding,) = diagnose(rows)
+    assert finding.kind == "still falling"
+    assert "in the last 12 epochs" in finding.text
+
+
 def test_a_baseline_decides_what_is_under_fitting():
     values = [2.31, 2.305, 2.303, 2.302, 2.303, 2.302, 2.303, 2.302]
     assert "under-fitting" in kinds_of(values, values, baseline=math.log(10))

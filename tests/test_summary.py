@@ -135,6 +135,18 @@ def test_wrappers_are_looked_through(wrap):
     assert summarize(wrap(plain), torch.zeros(3, 2)) == summarize(plain, torch.zeros(3, 2))
 
 
+def test_a_model_in_ddp_is_looked_through():
+    plain = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(plain)
+        summary = summarize(wrapped, torch.zeros(3, 2))
+        del wrapped
+    finally:
+        torch.distributed.destroy_process_group()
+    assert summary == summarize(plain, torch.zeros(3, 2))
+
+
 def test_compiled_models_are_called_without_compilation():
     num_compilations = []
 

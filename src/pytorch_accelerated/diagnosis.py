@@ -274,9 +274,9 @@ def _find_trend(costs: _Costs, words: _Words) -> Finding | None:
     num = max(5, math.ceil(len(costs.values) / 4))
     first = max(len(costs.values) - num, 0)
     slope, certainty = costs.trend_of(first)
-    num_epochs = len(costs.values) - 1 - first
-    gain = -slope * num_epochs
-    is_certain = certainty >= _needed_certainty(num_epochs + 1) or costs.falls_every_time(first)
+    num_steps = len(costs.values) - 1 - first
+    gain, num_epochs = -slope * num_steps, costs.epoch(len(costs.values)) - costs.epoch(first)
+    is_certain = certainty >= _needed_certainty(num_steps + 1) or costs.falls_every_time(first)
     if gain <= 0 or not is_certain or not costs.is_material(gain, first) or not costs.is_lowest_at_end():
         return None
     last = words.value(costs.values[-1])
@@ -302,7 +302,7 @@ def _find_plateau(costs: _Costs, words: _Words) -> Finding | None:
         return None
     shown = words.show(words.value(level))
     if first == 0:
-        text = f"The {costs.stage} {words.metric} has stayed at {shown} for all {num_epochs} epochs."
+        text = f"The {costs.stage} {words.metric} has stayed at {shown} in all {num_epochs} epochs with a value."
         advice = (
             "If it should get better, check that gradients reach the parameters, that inputs and targets belong "
             "together, and try other learning rates."

@@ -107,6 +107,7 @@ def test_all_models_of_a_trainer_are_shown_but_no_parts_of_others():
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.part = self.model[0]
+            self.same = self.model
             self.critic = nn.Linear(1, 2)
             self.no_parameters = nn.ReLU()
 
@@ -141,6 +142,21 @@ def test_a_compiled_model_has_shapes_and_is_compiled_as_often_as_without_the_cal
 
     assert num_compilations(callback := ModelSummaryCallback()) == num_compilations()
     assert shapes(callback) == {"": (4, 1), "0": (4, 4), "1": (4, 1)}
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_what_a_callback_evaluates_and_predicts_before_the_first_step_does_not_count(is_compiled):
+    def evaluate(trainer, **kwargs):
+        if trainer.run_history.current_epoch == 1:
+            trainer.evaluate(make_dataset(2), per_device_batch_size=2)
+            trainer.predict(make_dataset(2), per_device_batch_size=2)
+
+    model = torch.compile(create_model(), backend="eager") if is_compiled else create_model()
+    callback = ModelSummaryCallback()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(create_trainer(callback, Probe(on_train_epoch_start=evaluate), model=model))
+    assert shapes(callback)[""] == (4, 1)
 
 
 def test_a_model_that_is_compiled_in_place_is_shown_without_shapes():

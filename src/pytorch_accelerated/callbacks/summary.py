@@ -83,7 +83,7 @@ class ModelSummaryCallback(TrainerCallback):
             recorder = ShapeRecorder(models.values())
             self._hooks = [recorder]
             if len(models) == 1:  # otherwise, the others may be called after the first
-                show = partial(self._show, trainer, recorder)
+                show = partial(self._show_in_training, trainer, recorder)
                 self._hooks.append(models["model"].register_forward_hook(lambda *_: show()))
 
     def on_log_point(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -96,13 +96,15 @@ class ModelSummaryCallback(TrainerCallback):
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Remove the hooks of a run that ended in its first step."""
-        self._remove_hooks()
+        self._give_up()
 
     def on_exception(self, trainer: Trainer, *, exception: BaseException, **kwargs: Any) -> None:
         """Remove the hooks of a run that failed in its first step."""
-        self._remove_hooks()
+        self._give_up()
 
     def _finish(self, trainer: Trainer) -> None:
+        if not _is_training(trainer):
+            return
         if self._is_due:
             recorders = [each for each in self._hooks if isinstance(each, ShapeRecorder)]
             self._show(trainer, *recorders)
@@ -110,7 +112,13 @@ class ModelSummaryCallback(TrainerCallback):
             names, self._left_in_eval_mode = self._left_in_eval_mode, []
             _warn_about_eval_mode(names)
 
+    def _show_in_training(self, trainer: Trainer, recorder: ShapeRecorder) -> None:
+        if _is_training(trainer):
+            self._show(trainer, recorder)
+
     def _show_shapes_without_compilation(self, trainer: Trainer, args: tuple[Any, ...], kwargs: StateMapping) -> None:
+        if not _is_training(trainer):
+            return
         self._remove_hooks()
         try:
             _, recorder = run_with_recorder(_models_of(trainer)["model"], args, kwargs)
@@ -129,10 +137,20 @@ class ModelSummaryCallback(TrainerCallback):
         self._left_in_eval_mode = modules_left_in_eval_mode(models["model"])
         trainer.print(f"\n{self.summary}\n")
 
+    def _give_up(self) -> None:
+        self._is_due, self._left_in_eval_mode = False, []
+        self._remove_hooks()
+
     def _remove_hooks(self) -> None:
         for each in self._hooks:
             each.remove()
         self._hooks = []
+
+
+def _is_training(trainer: Trainer) -> bool:
+    """Tell whether a training step is under way, and no evaluation or prediction that a callback has asked for."""
+    run = run_of(trainer)
+    return run.is_training_run and not run.is_evaluating
 
 
 def _models_of(trainer: Trainer) -> dict[str, nn.Module]:
@@ -142,7 +160,8 @@ def _models_of(trainer: Trainer) -> dict[str, nn.Module]:
         if name != "model" and isinstance(value, nn.Module) and any(True for _ in value.parameters()):
             models[name] = without_wrappers(value)
     parts = {part for model in models.values() for part in model.modules() if part is not model}
-    return {name: model for name, model in models.items() if name == "model" or model not in parts}
+    names = {model: name for name, model in reversed(models.items()) if model not in parts or name == "model"}
+    return {name: model for name, model in models.items() if names.get(model) == name}
 
 
 def _call_before(model: nn.Module, function: Callable[[tuple[Any, ...], StateMapping], None]) -> RemovableHandle:
