@@ -142,6 +142,21 @@ def test_an_evaluation_that_rises_with_training_is_no_over_fitting():
     assert "over-fitting" not in kinds_of(valley(12), valley(12))
 
 
+def test_an_evaluation_that_rises_while_training_stands_still_is_no_over_fitting():
+    generator = random.Random(0)
+    train = [value + generator.gauss(0, 0.003) for value in [1.0, 0.7, *[0.5] * 18]]
+    evaluation = [1.0, 0.7, *[0.5 + 0.01 * index for index in range(18)]]
+    assert "over-fitting" not in kinds_of(train, evaluation)
+    assert "over-fitting" in kinds_of([value - 0.01 * index for index, value in enumerate(train)], evaluation)
+
+
+def test_a_fall_that_is_negligible_or_only_a_recovery_is_not_still_falling():
+    creeping = [1.0, 0.5, 0.2, *[0.1 - 1e-5 * index for index in range(30)]]
+    assert kinds_of(creeping, creeping) == {"flat"}
+    recovering = [1.0, 0.5, 0.3, 0.2, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45]
+    assert "still falling" not in kinds_of(recovering, recovering)
+
+
 def test_a_single_bad_epoch_is_neither_divergence_nor_over_fitting():
     train, evaluation = exponential(20, share=1 / 4), exponential(20, share=1 / 4)
     for values in (train, evaluation):

@@ -201,10 +201,9 @@ def _find_divergence(train: _Costs, words: _Words) -> Finding | None:
     """A rise of the training loss that undoes half of what was gained, and is no noise."""
     lowest, end = train.lowest(), train.end()
     rise, gain = end - train.smooth[lowest], train.smooth[0] - train.smooth[lowest]
-    num_after = len(train.values) - 1 - lowest
     share_of_level = 0.1 if train.noise else 0.5  # without an estimate of the noise, more is needed
     enough = max(0.5 * gain, 5 * train.noise, share_of_level * train.level(train.smooth[lowest]))
-    if num_after < 2 or rise <= enough or train.trend_of(lowest)[0] <= 0:
+    if rise <= enough or train.trend_of(lowest)[0] <= 0:
         return None
     best, last = words.value(train.smooth[lowest]), words.value(end)
     return Finding(
@@ -221,8 +220,6 @@ def _find_over_fitting(train: _Costs, evaluation: _Costs, words: _Words) -> Find
     """The evaluation gets worse from some epoch on, while training still gets better."""
     lowest = evaluation.lowest()
     num_after = len(evaluation.values) - 1 - lowest
-    if num_after < 2:
-        return None
     best, end = evaluation.smooth[lowest], evaluation.end()
     gain = max(evaluation.smooth[: lowest + 1]) - best
     enough = max(3 * evaluation.noise, 0.05 * gain if gain > 3 * evaluation.noise else 0.02 * evaluation.level(best))
