@@ -56,7 +56,9 @@ def test_it_is_drawn_after_each_epoch_if_there_is_time_and_at_the_end(tmp_path, 
     assert drawn == [1, 3]
 
 
-def test_it_is_drawn_when_a_run_fails(tmp_path, drawn):
+def test_it_is_drawn_when_a_run_fails(tmp_path, drawn, monkeypatch):
+    monkeypatch.setattr(pictures, "_SHARE_OF_TIME", 1e-9)  # so that it would not be drawn again
+
     def fail_in_third_epoch(trainer, **kwargs):
         if trainer.run_history.current_epoch == 3:
             raise RuntimeError("broken")
