@@ -53,11 +53,11 @@ nitpick_ignore_regex = [
     (r"py:class", r"(Accelerator|DataLoader|Dataset|Figure|Optimizer|Path|PathLike|tqdm)"),
     # Private base classes and type aliases that appear in signatures but not in the reference.
     (r"py:class", r"pytorch_accelerated\.(.*\.)?_\w.*"),
-    (r"py:class", r"(Callbacks|KnownValues|Number|NumberOrPlaceholder|Template)"),
+    (r"py:class", r"(ArrayLike|Callbacks|CurveSource|Interval|KnownValues|Number|NumberOrPlaceholder|Template)"),
     # `_types.py`
     (
         r"py:class",
-        r"(Batch|BatchOutput|LossFunction|MaybeNone|MetricValue|Metrics|ParameterGroup|Optimizers|StateDict"
+        r"(Batch|BatchOutput|LossFunction|MaybeNone|MetricValue|Metrics|ParameterGroup|Optimizers|SchedulerFactory|StateDict"
         r"|StateMapping)",
     ),
 ]

@@ -14,8 +14,6 @@ import time
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -23,6 +21,7 @@ from torch.utils.data import TensorDataset
 
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated.callbacks import SaveBestModelCallback, get_default_callbacks
+from pytorch_accelerated.plotting import plot_learning_curves
 from pytorch_accelerated.schedulers import CosineLrScheduler
 
 # 1. The data: 1,077 images for training, 360 for choosing the best model, 360 for testing it. The split is fixed.
@@ -117,34 +116,13 @@ def main():
     trainer.print(f"Test accuracy of the best model: {accuracy:.4f}")
 
     if trainer.run_config.is_world_process_zero:  # once, not on every process
-        draw_learning_curves(trainer.run_history, best_epoch, accuracy, arguments.output_dir / "learning_curves.png")
-
-
-def draw_learning_curves(history, best_epoch, test_accuracy, path):
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    figure.suptitle(f"Handwritten digits: test accuracy {test_accuracy:.1%}", fontsize="x-large")
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
-    draw_metric(loss_axes, history, "train_loss_epoch", "eval_loss_epoch", best_epoch)
-    loss_axes.set(title="Loss", ylabel="cross-entropy (log scale)", yscale="log")
-    draw_metric(accuracy_axes, history, "train_accuracy", "eval_accuracy", best_epoch)
-    accuracy_axes.set(title="Accuracy", ylabel="correct predictions")
-    accuracy_axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-    figure.savefig(path, dpi=150)
-
-
-def draw_metric(axes, history, train_metric, validation_metric, best_epoch):
-    for label, metric, color in (
-        ("training", train_metric, "tab:blue"),
-        ("validation", validation_metric, "tab:orange"),
-    ):
-        values = history.get_metric_values(metric)
-        axes.plot(range(1, len(values) + 1), values, ".-", color=color, label=label)
-    axes.axvline(best_epoch, color="tab:gray", linestyle=":", label=f"best model (epoch {best_epoch})")
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(framealpha=1)
+        figure = plot_learning_curves(
+            trainer.run_history,
+            log_scale=["loss"],
+            best_epoch=best_epoch,
+            title=f"Handwritten digits: test accuracy {accuracy:.1%}",
+        )
+        figure.savefig(arguments.output_dir / "learning_curves.png", dpi=150)
 
 
 def parse_arguments():

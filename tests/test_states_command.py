@@ -129,14 +129,6 @@ def test_a_folder_without_states_can_be_listed_but_not_verified(tmp_path, capsys
     assert run(capsys, "list", tmp_path)[0] == 0
 
 
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (35_900, "35.9 kB"), (2.5e9, "2.5 GB"), (3e12, "3 TB")],
-)
-def test_sizes_are_printed_with_three_digits_and_a_unit(size, text):
-    assert states._format_size(size) == text
-
-
 def test_the_command_runs_as_a_module(folder):
     command = ("-m", "pytorch_accelerated.states", "verify", str(folder))
     result = run_from_scratch(*command)

@@ -1,4 +1,4 @@
-"""Modules that `torch.compile` has wrapped, told from modules of the user that only look so."""
+"""Modules that `torch.compile` or a parallel wrapper has wrapped, told from those of the user that only look so."""
 
 from __future__ import annotations
 
@@ -19,3 +19,15 @@ def is_compiled(module: nn.Module) -> bool:
 def without_compilation(module: nn.Module) -> nn.Module:
     """Return the module that a compiled one wraps, or the module itself."""
     return module.get_submodule(COMPILED) if is_compiled(module) else module
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Tell whether `Module.compile` was called, after which the hooks of a module are compiled with it."""
+    return vars(module).get("_compiled_call_impl") is not None
+
+
+def without_wrappers(module: nn.Module) -> nn.Module:
+    """Return the module inside of `DistributedDataParallel`, `DataParallel` and `torch.compile`, in any order."""
+    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return without_wrappers(module.module)
+    return without_wrappers(without_compilation(module)) if is_compiled(module) else module

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from pytorch_accelerated._compiled import is_compiled, without_compilation
+from pytorch_accelerated._compiled import without_wrappers
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._types import ParameterGroup
 
@@ -217,7 +217,7 @@ def _module_is_batch_norm(module: nn.Module) -> bool:
 def group_parameters(model: nn.Module) -> list[list[nn.Parameter]]:
     """Return the parameters of each layer group that can be trained, frozen or not. Each parameter occurs once."""
     groups = _group_modules(model)
-    group_of = dict.fromkeys(_unwrap(model).parameters(recurse=False), 0)
+    group_of = dict.fromkeys(without_wrappers(model).parameters(recurse=False), 0)
     for idx, group in enumerate(groups):
         group_of.update(dict.fromkeys(group.parameters(), idx))
     parameters_of: list[list[nn.Parameter]] = [[] for _ in groups]
@@ -303,19 +303,18 @@ def _keep_in_eval_mode(module: nn.Module) -> None:
     module.training = False
 
 
+def is_kept_in_eval_mode(module: nn.Module) -> bool:
+    """Tell whether `ModelFreezer.freeze` keeps a module in evaluation mode."""
+    return isinstance(vars(module).get("train"), _StayInEvalMode)
+
+
 def _release(module: nn.Module) -> None:
-    if isinstance(vars(module).get("train"), _StayInEvalMode):
+    if is_kept_in_eval_mode(module):
         del vars(module)["train"]
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        return _unwrap(model.module)
-    return _unwrap(without_compilation(model)) if is_compiled(model) else model
-
-
 def _group_modules(model: nn.Module) -> list[nn.Module]:
-    root = _unwrap(model)
+    root = without_wrappers(model)
     return list(root.children()) or [root]
 
 

@@ -24,6 +24,7 @@ from pytorch_accelerated._checkpoint import manifest
 from pytorch_accelerated._checkpoint.files import printable
 from pytorch_accelerated._checkpoint.folder import find_newest_state, list_states
 from pytorch_accelerated._checkpoint.manifest import MANIFEST, SavedState
+from pytorch_accelerated._text import format_size
 from pytorch_accelerated.exceptions import CheckpointError
 
 _GAP = "  "
@@ -91,7 +92,7 @@ def _list(folder: Path) -> bool:
         at = state.position
         place = ("?",) * 3 if at is None else (at.num_epochs_completed, at.num_batches_in_epoch, at.num_updates)
         rows.append(
-            (state.path.name, *map(str, place), _format_size(state.size), _format_metrics(state), _verdict(state))
+            (state.path.name, *map(str, place), format_size(state.size), _format_metrics(state), _verdict(state))
         )
     _print_table(rows)
     return True
@@ -117,12 +118,12 @@ def _show(path: Path) -> bool:
     summary = {
         "state": str(path),
         "files are": _verdict(state),
-        "size": _format_size(state.size),
+        "size": format_size(state.size),
         "format": state.format_version,
         "generation": state.generation,
         "processes": state.num_processes,
     }
-    files = {name: _format_size(file["size"]) for name, file in state.files.items()}
+    files = {name: format_size(file["size"]) for name, file in state.files.items()}
     position = {} if state.position is None else asdict(state.position)
     for title, values in (
         ("", summary),
@@ -160,14 +161,6 @@ def _verdict(state: SavedState) -> str:
 def _format_metrics(state: SavedState) -> str:
     shown = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in state.metrics.items()}
     return " ".join(f"{name}={value}" for name, value in shown.items())
-
-
-def _format_size(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:

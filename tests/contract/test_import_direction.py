@@ -28,7 +28,7 @@ OPTIONAL = {
 }
 
 FLOORS = [
-    {"exceptions", "_types", "_messages", "_hints", "_compiled", "_counts"},
+    {"exceptions", "_types", "_messages", "_hints", "_compiled", "_counts", "_text"},
     {
         "progress",
         "tracking",
@@ -47,14 +47,14 @@ FLOORS = [
         "_ema",
         "finetuning",
     },
-    {"_accumulation", "_batch_size", "_loss_monitor", "_data"},
+    {"_accumulation", "_batch_size", "_loss_monitor", "_data", "_output_shapes", "_curves", "diagnosis"},
     {"_distributed", "_optimizers"},
     {"_checkpoint"},
-    {"_step", "_predictions", "_validation", "states", "utils"},
+    {"_step", "_predictions", "_validation", "states", "utils", "summary"},
     {"schedulers"},
     {"_scheduling"},
     {"_recording"},
-    {"_run", "_run_info"},
+    {"_run", "_run_info", "plotting"},
     {"callbacks"},
     {"_loop", "_before_run"},
     {"trainer"},

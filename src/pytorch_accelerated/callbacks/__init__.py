@@ -21,12 +21,14 @@ from pytorch_accelerated.callbacks.evaluation import (
 )
 from pytorch_accelerated.callbacks.finetuning import GradualUnfreezingCallback
 from pytorch_accelerated.callbacks.handler import CallbackHandler
+from pytorch_accelerated.callbacks.pictures import LearningCurveCallback
 from pytorch_accelerated.callbacks.placement import ConvertSyncBatchNormCallback, MoveModulesToDeviceCallback
 from pytorch_accelerated.callbacks.preemption import PreemptionCallback
 from pytorch_accelerated.callbacks.progress_bar import ProgressBarCallback
 from pytorch_accelerated.callbacks.reporting import LogMetricsCallback, PrintProgressCallback
 from pytorch_accelerated.callbacks.saving import SaveBestModelCallback, SaveTrainingStateCallback
 from pytorch_accelerated.callbacks.stopping import EarlyStoppingCallback, TerminateOnNaNCallback
+from pytorch_accelerated.callbacks.summary import ModelSummaryCallback
 from pytorch_accelerated.callbacks.trackers import MLflowCallback, TensorBoardCallback, TrackerCallback, WandbCallback
 from pytorch_accelerated.callbacks.wsd import WSDCheckpointCallback
 from pytorch_accelerated.exceptions import CallbackMethodNotImplementedError, StopTrainingError
@@ -41,11 +43,13 @@ __all__ = [
     "EarlyStoppingCallback",
     "GradientNormCallback",
     "GradualUnfreezingCallback",
+    "LearningCurveCallback",
     "LimitBatchesCallback",
     "LimitEvalStepsCallback",
     "LogMetricsCallback",
     "MLflowCallback",
     "ModelEmaCallback",
+    "ModelSummaryCallback",
     "MoveModulesToDeviceCallback",
     "PreemptionCallback",
     "PrintProgressCallback",

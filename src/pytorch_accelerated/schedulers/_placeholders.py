@@ -350,3 +350,12 @@ def _lengths_of(run_config: TrainerRunConfig, num_batches_per_epoch: int | None)
     num_batches = num_epochs * (num_batches_per_epoch or 0) + num_updates_left * run_config.gradient_accumulation_steps
     totals = (num_updates, num_updates, num_batches)
     return {_run_of(placeholder): total for placeholder, total in zip(_PER_EPOCH, totals, strict=True)}
+
+
+def placeholders_of_lengths(num_epochs: int, num_updates: int) -> KnownValues:
+    """Return the numbers of a run with one batch per update, whose updates are divided evenly over its epochs."""
+    per_epoch = -(-num_updates // num_epochs)
+    values: KnownValues = {TrainerPlaceholderValues.NUM_EPOCHS: num_epochs, **dict.fromkeys(_PER_EPOCH, per_epoch)}
+    is_limited = num_updates % num_epochs > 0
+    totals: KnownValues = {_run_of(placeholder): num_updates for placeholder in _PER_EPOCH if is_limited}
+    return {**values, **totals}

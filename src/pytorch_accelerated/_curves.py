@@ -1,0 +1,263 @@
+"""Curves of metrics, read from a run history, from rows, or from a file that a run has written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from pytorch_accelerated._hints.meaning import nearest
+from pytorch_accelerated._metrics import one_number
+from pytorch_accelerated._types import MetricValue
+from pytorch_accelerated.tracking import RunHistory
+
+CurveSource: TypeAlias = (
+    "RunHistory | str | os.PathLike[str] | Mapping[str, Sequence[MetricValue]] | Iterable[Mapping[str, Any]]"
+)
+"""What has the curves of a run.
+
+A run history; a file of the format CSV or JSON Lines; a mapping from metrics to their values, one per epoch; or rows,
+each a mapping with the columns ``epoch`` and ``update``, if known, and the metrics.
+"""
+
+_MOMENT = ("epoch", "update", "samples", "time")
+_STAGE = re.compile(
+    r"^(?:(?P<train>train|training)|(?:(?P<dataset>.+)_)?(?P<eval>eval|val|valid|validation))_(?P<metric>.+)$"
+)
+_GREATER_IS_BETTER = re.compile(
+    r"accuracy|acc|f1|fbeta|precision|recall|auc|auroc|roc|m?ap|m?iou|dice|r2|bleu|rouge|psnr|ssim|correct|hits"
+)
+_SMALLER_IS_BETTER = re.compile(r"loss|error|perplexity|r?mse|mae|nll|bpc|wer|cer|fid|lpips|divergence")
+
+
+class Curve(NamedTuple):
+    """The values of one metric."""
+
+    epochs: list[float]
+    """When each value was recorded: the number of the epoch, from 1; a fraction within an epoch."""
+
+    values: list[float]
+
+
+@dataclass
+class MetricCurves:
+    """The curves of one metric: in training, and in evaluations by the name of the dataset."""
+
+    name: str
+    """What it is called without the name of the stage, such as ``loss``."""
+
+    train: Curve | None = None
+    evaluations: dict[str, Curve] = field(default_factory=dict)
+    """By the name of the dataset; ``""`` for the only one."""
+
+    other: Curve | None = None
+    """The curve of a metric that belongs to no stage, such as a learning rate."""
+
+    @property
+    def evaluation(self) -> Curve | None:
+        """The first of the evaluations."""
+        return next(iter(self.evaluations.values()), None)
+
+
+def read_curves(source: CurveSource) -> dict[str, Curve]:
+    """Return the curve of each metric that is recorded as single numbers, by the name it is recorded under.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file has another format.
+        TypeError: The source is of another type.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return _curves_of_rows(_rows_of_file(Path(source)))
+    to_rows = getattr(source, "to_rows", None)  # of a history that knows when each value was recorded
+    if callable(to_rows):
+        return _curves_of_rows(to_rows())
+    if isinstance(source, RunHistory):
+        series = {name: list(source.get_metric_values(name)) for name in source.get_metric_names()}
+        return _curves_of_series(dict(sorted(series.items())))
+    if isinstance(source, Mapping):
+        return _curves_of_series(source)
+    if isinstance(source, Iterable):
+        return _curves_of_rows(source)
+    raise TypeError(
+        f"The source of the curves is a {type(source).__name__}. Expected a run history, the path of a CSV or JSONL "
+        "file, rows, or a mapping from metrics to their values."
+    )
+
+
+def group_by_metric(curves: Mapping[str, Curve]) -> dict[str, MetricCurves]:
+    """Return the curves by plain names of metrics, the loss first: ``train_accuracy`` and ``eval_accuracy`` as one.
+
+    Single values that `Trainer.evaluate` has recorded are left out.
+
+    Example:
+        >>> grouped = group_by_metric({"train_loss_epoch": Curve([1], [0.5]), "eval_loss_epoch": Curve([1], [0.75])})
+        >>> list(grouped), grouped["loss"].evaluations
+        (['loss'], {'': Curve(epochs=[1], values=[0.75])})
+    """
+    grouped: dict[str, MetricCurves] = {}
+    matches = {name: _STAGE.match(name) for name in curves}
+    evaluated = {_plain(match["metric"]) for match in matches.values() if match is not None and match["eval"]}
+    for name, curve in curves.items():
+        match = matches[name]
+        metric = _plain(name if match is None else match["metric"])
+        if name.startswith("evaluation_") or "_evaluation_" in name:
+            continue
+        of_metric = grouped.setdefault(metric, MetricCurves(metric))
+        if match is not None and match["eval"]:
+            of_metric.evaluations[match["dataset"] or ""] = curve
+        elif match is not None or metric in evaluated:  # Keras calls the loss of training `loss`
+            of_metric.train = curve
+        else:
+            of_metric.other = curve
+    return dict(sorted(grouped.items(), key=lambda item: item[0] != "loss"))
+
+
+def choose_metrics(curves: Mapping[str, MetricCurves], metrics: Sequence[str] | None) -> list[MetricCurves]:
+    """Return the curves of some metrics, in the order of their names; by default of all that belong to a stage.
+
+    Args:
+        curves: The curves by plain names.
+        metrics: Plain names, such as ``loss``, or those that are recorded, such as ``eval_loss_epoch``.
+
+    Raises:
+        ValueError: There is no metric of this name, or none at all.
+    """
+    if not curves:
+        raise ValueError("Nothing was recorded, so there are no curves. Train for an epoch first.")
+    plain_names = [_plain_name(name) for name in metrics or ()]
+    for name in plain_names:
+        if name not in curves:
+            meant = nearest(name, curves)
+            raise ValueError(
+                f"There are no curves of {name!r}. Expected one of {list(curves)}."
+                + ("" if meant is None else f" Did you mean {meant!r}?")
+            )
+    if metrics is not None:
+        return [curves[name] for name in dict.fromkeys(plain_names)]
+    with_stage = [each for each in curves.values() if each.train is not None or each.evaluations]
+    return with_stage or list(curves.values())
+
+
+def guess_greater_is_better(metric: str) -> bool | None:
+    """Return whether larger values of a metric are better, as far as its name tells; ``None`` if it does not.
+
+    Example:
+        >>> guess_greater_is_better("top_5_accuracy"), guess_greater_is_better("loss"), guess_greater_is_better("lr")
+        (True, False, None)
+    """
+    words = re.split(r"[^a-z0-9]+", metric.lower())
+    if any(map(_SMALLER_IS_BETTER.fullmatch, words)):
+        return False
+    return True if any(map(_GREATER_IS_BETTER.fullmatch, words)) else None
+
+
+def _plain_name(name: str) -> str:
+    match = _STAGE.match(name)
+    return _plain(name if match is None else match["metric"])
+
+
+def _plain(metric: str) -> str:
+    return "loss" if metric == "loss_epoch" else metric
+
+
+# --- rows and files ----------------------------------------------------------------------------------------------
+
+
+def _rows_of_file(path: Path) -> list[Mapping[str, Any]]:
+    """Return the rows of a file; a last line that is torn, because the run was killed, is left out."""
+    read: dict[str, Callable[[str, Path], list[Mapping[str, Any]]]]
+    read = {".csv": _rows_of_csv, ".jsonl": _rows_of_json_lines, ".ndjson": _rows_of_json_lines}
+    if path.suffix.lower() not in read:
+        raise ValueError(
+            f"{os.fspath(path)!r} has the suffix {path.suffix!r}. Expected a file of the format CSV, with '.csv', or "
+            "JSON Lines, with '.jsonl'. Rename the file, or pass its rows."
+        )
+    text = path.expanduser().read_text(encoding="utf-8", errors="replace")
+    return read[path.suffix.lower()](text, path)
+
+
+def _rows_of_csv(text: str, path: Path) -> list[Mapping[str, Any]]:
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
+
+
+def _rows_of_json_lines(text: str, path: Path) -> list[Mapping[str, Any]]:
+    rows: list[Mapping[str, Any]] = []
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows.append({row["metric"]: row["value"], **row} if "metric" in row and "value" in row else dict(row))
+        except (ValueError, TypeError) as error:
+            if number == len(lines):  # without the end of a line, so the run was killed while it wrote
+                break
+            raise ValueError(
+                f"Line {number} of {os.fspath(path)!r} is {line[:60]!r}. Expected an object of JSON, with the entries "
+                "`metric` and `value`, or one for each metric."
+            ) from error
+    return rows
+
+
+def _curves_of_series(series: Mapping[str, Sequence[MetricValue]]) -> dict[str, Curve]:
+    """Return curves with a value per epoch. Where evaluations within an epoch were is not known: they are left out."""
+    curves: dict[str, Curve] = {}
+    for name, values in series.items():
+        numbers = [_as_float(value) for value in values]
+        known = [number for number in numbers if number is not None]
+        if known and len(known) == len(numbers) and name not in _MOMENT and "intermediate_" not in name:
+            curves[name] = Curve([float(epoch) for epoch in range(1, len(known) + 1)], known)
+    return curves
+
+
+def _curves_of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
+    curves: dict[str, Curve] = {}
+    rows = list(rows)
+    per_epoch = _updates_per_epoch(rows)
+    for index, row in enumerate(rows, start=1):
+        epoch, update = _as_float(row.get("epoch")), _as_float(row.get("update"))
+        for name, value in row.items():
+            number = _as_float(value)
+            if name in (None, *_MOMENT, "metric", "value") or number is None:
+                continue
+            curve = curves.setdefault(str(name), Curve([], []))
+            if "intermediate_" in str(name) and update is not None and per_epoch is not None:
+                curve.epochs.append(update / per_epoch)
+            else:
+                curve.epochs.append(index if epoch is None else epoch)
+            curve.values.append(number)
+    return curves
+
+
+def _updates_per_epoch(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the updates of an epoch, according to the last row of training; ``None`` if that is not known."""
+    for row in reversed(rows):
+        epoch, update = _as_float(row.get("epoch")), _as_float(row.get("update"))
+        if any(str(name).startswith("train_") for name in row) and epoch and update:
+            return update / epoch
+    return None
+
+
+def _as_float(value: MetricValue) -> float | None:
+    """Return a single number as such, also if it is written as text; ``None`` for anything else."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    number = one_number(value)
+    return None if number is None else float(number)
+
+
+def finite(curve: Curve) -> Curve:
+    """Return a curve without values that are NaN or infinite."""
+    pairs = [pair for pair in zip(*curve, strict=True) if math.isfinite(pair[1])]
+    return Curve([epoch for epoch, _ in pairs], [value for _, value in pairs])
