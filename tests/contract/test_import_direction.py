@@ -21,6 +21,7 @@ FLOORS = [
         "progress",
         "tracking",
         "run_config",
+        "time_ledger",
         "_proxy",
         "_nested",
         "_joining",
