@@ -50,8 +50,3 @@ def test_a_run_resumed_mid_epoch_records_the_same_mean_norms(tmp_path):
 
     expected = run()
     assert run(resume_from=tmp_path / "step_3") == expected
-
-
-def test_the_gradient_norm_callback_rejects_a_run_without_clipping_by_norm():
-    with pytest.raises(ValueError, match=r"`gradient_clip_norm` is None.*float\(\"inf\"\)"):
-        train(make_trainer(callbacks=[GradientNormCallback()]), gradient_clip_value=1.0)

@@ -11,7 +11,7 @@ from tqdm import tqdm as tqdm  # as in 0.1.61
 from pytorch_accelerated._data.limits import DataLoaderSlice as DataLoaderSlice  # as in 0.1.61
 from pytorch_accelerated._ema import ModelEma as ModelEma  # as in 0.1.61
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
-from pytorch_accelerated.callbacks.diagnostics import GradientNormCallback
+from pytorch_accelerated.callbacks.diagnostics import GradientNormCallback, LearningRateCallback, UpdateRatioCallback
 from pytorch_accelerated.callbacks.ema import ModelEmaCallback
 from pytorch_accelerated.callbacks.evaluation import (
     LimitBatchesCallback,
@@ -19,13 +19,17 @@ from pytorch_accelerated.callbacks.evaluation import (
     StepBasedEvaluationCallback,
 )
 from pytorch_accelerated.callbacks.finetuning import GradualUnfreezingCallback
+from pytorch_accelerated.callbacks.functions import LambdaCallback
 from pytorch_accelerated.callbacks.handler import CallbackHandler
+from pytorch_accelerated.callbacks.layer_statistics import LayerStatisticsCallback
 from pytorch_accelerated.callbacks.placement import ConvertSyncBatchNormCallback, MoveModulesToDeviceCallback
 from pytorch_accelerated.callbacks.preemption import PreemptionCallback
 from pytorch_accelerated.callbacks.progress_bar import ProgressBarCallback
 from pytorch_accelerated.callbacks.reporting import LogMetricsCallback, PrintProgressCallback
+from pytorch_accelerated.callbacks.resources import MemoryCallback, ProfilerCallback
 from pytorch_accelerated.callbacks.saving import SaveBestModelCallback, SaveTrainingStateCallback
 from pytorch_accelerated.callbacks.stopping import EarlyStoppingCallback, TerminateOnNaNCallback
+from pytorch_accelerated.callbacks.timing import ThroughputCallback, TimeLedgerCallback
 from pytorch_accelerated.callbacks.wsd import WSDCheckpointCallback
 from pytorch_accelerated.exceptions import CallbackMethodNotImplementedError, StopTrainingError
 from pytorch_accelerated.tracking import LossTracker as LossTracker  # as in 0.1.61
@@ -38,20 +42,28 @@ __all__ = [
     "EarlyStoppingCallback",
     "GradientNormCallback",
     "GradualUnfreezingCallback",
+    "LambdaCallback",
+    "LayerStatisticsCallback",
+    "LearningRateCallback",
     "LimitBatchesCallback",
     "LimitEvalStepsCallback",
     "LogMetricsCallback",
+    "MemoryCallback",
     "ModelEmaCallback",
     "MoveModulesToDeviceCallback",
     "PreemptionCallback",
     "PrintProgressCallback",
+    "ProfilerCallback",
     "ProgressBarCallback",
     "SaveBestModelCallback",
     "SaveTrainingStateCallback",
     "StepBasedEvaluationCallback",
     "StopTrainingError",
     "TerminateOnNaNCallback",
+    "ThroughputCallback",
+    "TimeLedgerCallback",
     "TrainerCallback",
+    "UpdateRatioCallback",
     "WSDCheckpointCallback",
     "get_default_callbacks",
 ]
