@@ -29,7 +29,6 @@ from pytorch_accelerated.callbacks import (
 )
 from pytorch_accelerated.time_ledger import PARTS, TimeLedger
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* has taken .* of the time so far")
 is_strict = pytest.mark.filterwarnings("error")
 
 
@@ -264,7 +263,8 @@ def test_what_an_optimizer_with_a_closure_computes_again_is_forward_and_backward
 @pytest.mark.parametrize("error", [StopTrainingError, RuntimeError, KeyboardInterrupt])
 def test_a_run_that_ends_in_the_middle_keeps_what_it_took(clock, event, error):
     late = Probe(**dict.fromkeys(("on_exception", "on_training_run_end"), lambda trainer, **_: clock.take(6)))
-    trainer = slow_trainer(clock, [late, Probe(**{event: raiser(error())})])
+    reason = error()
+    trainer = slow_trainer(clock, [late, Probe(**{event: raiser(reason)})])
     with contextlib.suppress(error):
         train(trainer, SlowData(clock.take), eval_dataset=make_dataset(4), **NO_WORKERS)
     parts = parts_of(trainer)
@@ -274,6 +274,7 @@ def test_a_run_that_ends_in_the_middle_keeps_what_it_took(clock, event, error):
     assert sum(parts.get(part, 0) for part in ("callback_Probe", "other")) == 6  # an error tells all at once
     clock.take(1000)
     assert parts_of(trainer) == parts
+    assert pickle.dumps(make_trainer())  # although `reason` knows the frames of the run, no loader is left open
 
 
 def test_an_error_of_the_dataset_leaves_the_ledger_readable(clock):
@@ -420,6 +421,15 @@ def test_the_first_batch_of_a_short_run_and_very_short_runs_are_not_told_of(cloc
     train(trainer, FirstIsSlow(clock.take), train_dataloader_kwargs={"num_workers": 0, "shuffle": False})
     assert trainer.time_ledger.share("data") == 1
     train(make_trainer(), SlowData(lambda seconds: clock.take(0.02)), **NO_WORKERS)
+
+
+@is_strict
+def test_saving_in_a_short_run_is_not_told_of(clock, tmp_path, monkeypatch):
+    from pytorch_accelerated._checkpoint.writer import StateWriter
+
+    monkeypatch.setattr(StateWriter, "write", lambda *args, **kwargs: clock.take(20))
+    trainer = train(make_trainer(callbacks=[SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1)]))
+    assert parts_of(trainer) == {"saving": 20}
 
 
 def test_in_a_long_run_the_warning_does_not_wait_for_the_end(clock, monkeypatch):

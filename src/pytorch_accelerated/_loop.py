@@ -791,8 +791,10 @@ class TrainingLoop:
             self.eval_epoch_start()
             self._loop_fire(TrainerCallback.on_eval_epoch_start, is_intermediate=is_intermediate)
             sharding = sharding_of(valid_dl)
-            batches = run.ledger.waiting_for(enumerate_batches(valid_dl), EVALUATION_DATA)
-            for step, batch, _ in islice(batches, evaluation.max_num_steps):
+            # No variable holds the batches: it would keep the loader alive as long as an exception that ends the pass.
+            for step, batch, _ in islice(
+                run.ledger.waiting_for(enumerate_batches(valid_dl), EVALUATION_DATA), evaluation.max_num_steps
+            ):
                 evaluation.is_dummy_step = sharding is not None and sharding.is_dummy(step)
                 self._loop_eval_step(batch, step)
                 if is_repeatable:

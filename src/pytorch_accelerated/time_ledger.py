@@ -45,7 +45,7 @@ PARTS = tuple(_DESCRIPTIONS)
 _clock = time.perf_counter_ns
 
 _MIN_SECONDS_OF_PART = 0.5  # nobody minds less
-_SECONDS_BEFORE_WARNING = 30  # until then, the start of worker processes weighs too much
+_LONG_RUN = 30  # seconds; in shorter ones, the start of worker processes and saving at the end weigh too much
 
 
 class TimeLedger:
@@ -168,13 +168,14 @@ class TimeLedger:
         """
         seconds = self.seconds
         total = sum(seconds.values())
-        if self.max_share is None or (total < _SECONDS_BEFORE_WARNING and not is_at_end):
+        is_long = total >= _LONG_RUN
+        if self.max_share is None or not (is_long or is_at_end):
             return []
         found = [
             part
             for part, taken in seconds.items()
             if taken - self._start_of(part, total) > max(self.max_share * total, _MIN_SECONDS_OF_PART)
-            and (part in (DATA, EVALUATION_DATA, SAVING) or part.startswith(CALLBACK_PREFIX))
+            and (part in (DATA, EVALUATION_DATA) or part.startswith(CALLBACK_PREFIX) or (part == SAVING and is_long))
             and part not in self._warned
         ]
         self._warned.update(found)
@@ -182,7 +183,7 @@ class TimeLedger:
 
     def _start_of(self, part: str, total: float) -> float:
         """Return the seconds of a part that do not count for a warning: the start of workers, in a short run."""
-        return self._first_waits[part] / 1e9 if total < _SECONDS_BEFORE_WARNING else 0.0
+        return self._first_waits[part] / 1e9 if total < _LONG_RUN else 0.0
 
     def describe_excess(self, part: str, num_workers: int | None, dl_kwargs_name: str) -> str:
         """Return a sentence that says how much time a part takes, and what to do about it.
