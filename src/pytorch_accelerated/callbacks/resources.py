@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import profiler
 
-from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
@@ -76,7 +75,6 @@ class ProfilerCallback(TrainerCallback):
         >>> callback = ProfilerCallback("traces", wait=10, active=5, record_shapes=True)
     """
 
-    @explains_arguments
     def __init__(
         self,
         folder: str | os.PathLike[str],

@@ -128,6 +128,7 @@ class ThroughputCallback(TrainerCallback):
         self._counter: FlopCounterMode | None = None
         self._is_counted = flops_per_sample is not None or peak_flops is None
         self._start: dict[str, float] = {}
+        self._seconds_in_evaluations = 0.0
         self._before_resume: dict[str, float] = {}
         self._saved: dict[str, float] = {}
         self._num_tokens: float | torch.Tensor = 0
@@ -145,8 +146,16 @@ class ThroughputCallback(TrainerCallback):
 
     def on_train_epoch_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Start the clock."""
-        self._num_tokens = 0
+        self._num_tokens, self._seconds_in_evaluations = 0, 0.0
         self._start = self._now(trainer)
+
+    def on_eval_epoch_start(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
+        """Stop the clock for what callbacks do in an evaluation."""
+        self._seconds_in_evaluations -= self._seconds_outside_evaluation(trainer)
+
+    def on_eval_epoch_end(self, trainer: Trainer, *, is_intermediate: bool = False, **kwargs: Any) -> None:
+        """Let the clock go on."""
+        self._seconds_in_evaluations += self._seconds_outside_evaluation(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Record the rates of the epoch."""
@@ -189,10 +198,13 @@ class ThroughputCallback(TrainerCallback):
             self.flops_per_sample, self._is_counted = state_dict["flops_per_sample"], True
 
     def _now(self, trainer: Trainer) -> dict[str, float]:
-        run = run_of(trainer)
-        seconds = run.ledger.seconds
-        taken = sum(seconds.values()) - sum(seconds[part] for part in _NOT_TRAINING)
-        return {"seconds": taken, "samples": run.progress.num_samples, "updates": run.progress.num_updates}
+        progress = run_of(trainer).progress
+        seconds = self._seconds_outside_evaluation(trainer) - self._seconds_in_evaluations
+        return {"seconds": seconds, "samples": progress.num_samples, "updates": progress.num_updates}
+
+    def _seconds_outside_evaluation(self, trainer: Trainer) -> float:
+        seconds = run_of(trainer).ledger.seconds
+        return sum(seconds.values()) - sum(seconds[part] for part in _NOT_TRAINING)
 
     def _done_in_epoch(self, trainer: Trainer) -> dict[str, float]:
         """Return seconds, and samples, updates and tokens of all processes. Must be called on every process."""
