@@ -44,8 +44,8 @@ def test_a_trace_that_opens_has_the_steps_of_the_schedule(tmp_path):
     names = {event.get("name") for event in traces[0]["traceEvents"]}
     assert {"aten::addmm", "aten::mse_loss"} <= names
     copy.deepcopy(trainer)
-    train(trainer, 24)
-    assert len(traces_in(folder)) == 3  # a second run of six steps makes another
+    train(trainer, 20)
+    assert len(traces_in(folder)) == 3  # a second run of five steps makes another
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), StopTrainingError("enough")])

@@ -106,7 +106,9 @@ class ProfilerCallback(TrainerCallback):
         self._num_steps_left = (schedule["wait"] + schedule["warmup"] + schedule["active"]) * schedule["repeat"]
         self.folder.mkdir(parents=True, exist_ok=True)
         write = profiler.tensorboard_trace_handler(str(self.folder), f"rank{run_of(trainer).process_index}")
-        settings = {"schedule": profiler.schedule(**schedule), "on_trace_ready": write, **self.options}
+        # Without `acc_events`, the second trace comes with a warning that the events of the first are gone.
+        settings = {"acc_events": schedule["repeat"] > 1, "on_trace_ready": write, **self.options}
+        settings["schedule"] = profiler.schedule(**schedule)
         self._profile = profiler.profile(**settings)
         self._profile.start()
 
@@ -114,8 +116,10 @@ class ProfilerCallback(TrainerCallback):
         self, trainer: Trainer, batch: Batch = None, batch_output: BatchOutput | MaybeNone = None, **kwargs: Any
     ) -> None:
         """Tell the profiler that a step has ended; stop it after the last one of the schedule."""
-        if self._profile is not None:
-            self._profile.step()
+        profile, self._profile = self._profile, None  # one that fails here crashes the interpreter if it is stopped
+        if profile is not None:
+            profile.step()
+            self._profile = profile
             self._num_steps_left -= 1
             if self._num_steps_left <= 0:
                 self._stop()
