@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from pytorch_accelerated._compiled import without_compilation
 from pytorch_accelerated._data.build import Placement, shard_loader
 from pytorch_accelerated._data.loaders import PlacedBatches, RestOfEpoch, is_shardable, showing_inner_arguments
 from pytorch_accelerated._data.rng import derive_seed, seed_generators
@@ -190,8 +191,8 @@ class PreparedModel:
 
     def __init__(self, plain: nn.Module) -> None:
         self.plain = plain
-        module = getattr(plain, "_orig_mod", None)  # of a compiled model
-        self._attributes = [(part, AcceleratorRegistry.forward_attributes(part)) for part in (plain, module)]
+        parts = {id(part): part for part in (plain, without_compilation(plain))}.values()
+        self._attributes = [(part, AcceleratorRegistry.forward_attributes(part)) for part in parts]
         self.prepared = plain
 
     def restore(self, accelerator: Accelerator, model: nn.Module) -> nn.Module:
