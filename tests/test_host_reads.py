@@ -251,15 +251,19 @@ def test_a_step_with_metrics_reads_nothing_on_the_host(no_log_point):
 
 STEP_EVENTS = [event for event in EVENTS if "_step_" in event or event == "on_backward_start"]
 STEP_CALLBACKS = {
-    "GradientNormCallback": lambda folder: callbacks.GradientNormCallback(),
+    "GradientNormCallback": lambda folder: callbacks.GradientNormCallback(per_layer=True),
     "GradualUnfreezingCallback": lambda folder: callbacks.GradualUnfreezingCallback(),
+    "LayerStatisticsCallback": lambda folder: callbacks.LayerStatisticsCallback(1),
+    "LearningRateCallback": lambda folder: callbacks.LearningRateCallback(1),
     "ModelEmaCallback": lambda folder: callbacks.ModelEmaCallback(save_path=folder / "average.pt"),
+    "ProfilerCallback": lambda folder: callbacks.ProfilerCallback(folder, active=1),
     "SaveTrainingStateCallback": lambda folder: callbacks.SaveTrainingStateCallback(folder, save_every_n_epochs=1),
     "StepBasedEvaluationCallback": lambda folder: callbacks.StepBasedEvaluationCallback(40),
     "TensorBoardCallback": lambda folder: callbacks.TensorBoardCallback(folder, every_n_updates=10_000),
     "TrackerCallback": lambda folder: callbacks.TrackerCallback(
         "tensorboard", logging_dir=folder, every_n_updates=10_000
     ),
+    "UpdateRatioCallback": lambda folder: callbacks.UpdateRatioCallback(every_n_updates=1),
     "WSDCheckpointCallback": lambda folder: callbacks.WSDCheckpointCallback(folder),
 }
 """The callbacks that act in steps.
@@ -287,6 +291,11 @@ def test_a_step_with_a_callback_that_acts_in_it_reads_nothing_on_the_host(no_log
     schedule = WSDLrScheduler.create_scheduler_fn(decay_phase_ratio=0)  # whose only checkpoint is at the end
     others = [*get_default_callbacks(), STEP_CALLBACKS[name](tmp_path)]
     assert_no_reads(readers_in(others, gradient_clip_norm=1.0, create_scheduler_fn=schedule))
+
+
+def test_counting_tokens_on_the_device_and_operations_reads_nothing_on_the_host(no_log_point):
+    throughput = callbacks.ThroughputCallback(count_tokens=lambda batch: (batch[1] > 0).sum(), peak_flops=1e12)
+    assert_no_reads(readers_in([*get_default_callbacks(), throughput, callbacks.TimeLedgerCallback()]))
 
 
 # --- log points --------------------------------------------------------------------------------------------------

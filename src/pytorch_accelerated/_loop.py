@@ -69,6 +69,7 @@ from pytorch_accelerated.callbacks.reporting import has_table
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError, add_note
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.run_config import TrainerRunConfig
+from pytorch_accelerated.time_ledger import BACKWARD, EVALUATION, EVALUATION_DATA, FORWARD, OPTIMIZER, OTHER, TimeLedger
 from pytorch_accelerated.tracking import InMemoryRunHistory, RunHistory, latest_value
 
 if TYPE_CHECKING:
@@ -158,6 +159,9 @@ class TrainingLoop:
 
     gradient_norm = RunAttribute["torch.Tensor | None"]("gradient_norm")
     """The norm of all gradients before clipping, if the run clips by norm; new in ``on_optimizer_step_end``."""
+
+    time_ledger = RunAttribute[TimeLedger]("ledger")
+    """Where the time of the run under way, or of the last one, goes; ``print(trainer.time_ledger)`` shows a table."""
 
     train_dataloader = RunAttribute[Loader | None]("train_dataloader")
     """The training loader of the run; ``None`` in a call of `evaluate` or `predict`."""
@@ -482,7 +486,7 @@ class TrainingLoop:
         trained_model, handler = self.model, self.callback_handler
         self.model, self.callback_handler = model, callback_handler
         try:
-            with _metric_prefix(self.run_history, metric_name_prefix):
+            with _metric_prefix(self.run_history, metric_name_prefix), self._loop_run.ledger.during(EVALUATION):
                 self._run_eval_epoch(evaluation.loader)
         finally:
             self.model, self.callback_handler = trained_model, handler
@@ -654,6 +658,7 @@ class TrainingLoop:
         weight, batch_size = read_batch_output(batch_output, "calculate_train_batch_loss")
         if training.current_pass.is_dummy_step:
             weight = batch_size = 0
+        run.ledger.switch(BACKWARD)
         self._loop_fire(TrainerCallback.on_backward_start, batch=batch, batch_output=batch_output, step=step)
         loss = batch_output["loss"]
         scale = training.window.add(weight, batch_size, step) if run.makes_updates else run.plain_scale
@@ -680,6 +685,7 @@ class TrainingLoop:
         self._loop_complete_gradients(correction)
         if run.guards_updates:
             run.check_gradients(self.model, self.optimizer)
+        run.ledger.switch(OPTIMIZER)
         self._loop_fire(TrainerCallback.on_optimizer_step_start)
         if run.config.gradient_clip_value is not None or run.config.gradient_clip_norm is not None:
             self._clip_gradients()
@@ -714,10 +720,11 @@ class TrainingLoop:
         no_sync = choose_no_sync(self._accelerator, self.model, run.uses_fast_path)
         self.optimizer_zero_grad()
         for batch, step, scale in steps:
-            with nullcontext() if step == steps[-1].step else no_sync():
+            with nullcontext() if step == steps[-1].step else no_sync(), run.ledger.during(FORWARD):
                 batch_output = self.calculate_train_batch_loss(batch)
                 self._loop_fire(TrainerCallback.on_backward_start, batch=batch, batch_output=batch_output, step=step)
                 loss = scaled(batch_output["loss"], scale)
+                run.ledger.switch(BACKWARD)
                 self.backward_step(loss)
             total = total + loss.detach()
         self._loop_complete_gradients(correction)
@@ -771,6 +778,7 @@ class TrainingLoop:
         if run.training.progress.num_updates >= run.training.recorder.next_update:
             record_steps(self, wait=False)
         run.training.progress.num_batches_in_epoch = step + 1
+        run.ledger.switch(OTHER)
         results, run.step_results = run.step_results, []  # none if a subclass has replaced the step
         for batch, batch_output in results:
             if run.training.current_pass.is_dummy_step:
@@ -788,6 +796,7 @@ class TrainingLoop:
         if current.monitor.is_due():
             current.monitor.look(current.sums())
             self._loop_fire(TrainerCallback.on_log_point)
+            self._loop_run.warn_about_time()
 
     # --- evaluation ----------------------------------------------------------------------------------------------
 
@@ -812,7 +821,7 @@ class TrainingLoop:
         num_done = progress.num_evaluations_in_epoch if ends_epoch else 0  # before the run was resumed
         for name, loader in islice(run.eval_dataloaders.items(), num_done, None):
             run.is_evaluation_repeatable = ends_epoch
-            with _metric_prefix(self.run_history, f"{name}_" if name else ""):
+            with _metric_prefix(self.run_history, f"{name}_" if name else ""), run.ledger.during(EVALUATION):
                 self._run_eval_epoch(loader, **kind)
             if ends_epoch:
                 progress.num_evaluations_in_epoch += 1
@@ -829,7 +838,10 @@ class TrainingLoop:
             run.call(self.eval_epoch_start)
             self._loop_fire(TrainerCallback.on_eval_epoch_start, is_intermediate=is_intermediate)
             sharding = sharding_of(valid_dl)
-            for step, batch, _ in islice(enumerate_batches(valid_dl), evaluation.max_num_steps):
+            # No variable holds the batches: it would keep the loader alive as long as an exception that ends the pass.
+            for step, batch, _ in islice(
+                run.ledger.waiting_for(enumerate_batches(valid_dl), EVALUATION_DATA), evaluation.max_num_steps
+            ):
                 evaluation.is_dummy_step = sharding is not None and sharding.is_dummy(step)
                 run.call(self._loop_eval_step, batch, step)
                 if is_repeatable:
@@ -875,7 +887,13 @@ class TrainingLoop:
                 self.limit_batches(callback.num_batches)
         run, config = self._loop_run, self._loop_run.config
         results = {}
-        with run.training.optimizer_mode.evaluating(self.optimizer), preserve_rng_state(), torch.no_grad():
+        is_training = run.training.optimizer_mode
+        with (
+            is_training.evaluating(self.optimizer),
+            preserve_rng_state(),
+            torch.no_grad(),
+            run.ledger.during(EVALUATION),
+        ):
             for name, loader in run.eval_dataloaders.items():
                 run.set_data_epoch(run.seeded_eval_loaders, loader, 0, run.seed)
                 self.eval_epoch_start()
@@ -944,9 +962,11 @@ class TrainingLoop:
         with suppress(StopTrainingError):
             self._loop_fire(event)
             run.consensus.sync()
+        run.warn_about_time(is_at_end=True)
 
     def _loop_stop(self, stop: StopTrainingError) -> None:
         run = self._loop_run
+        run.ledger.switch(OTHER)
         run.stop_reason = _reason_of(stop)
         if isinstance(stop, RunInterruptedError):
             run.interruption = stop

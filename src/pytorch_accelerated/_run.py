@@ -22,6 +22,7 @@ from pytorch_accelerated._loss_monitor import (
 from pytorch_accelerated._means import EpochMeans, weighted_mean
 from pytorch_accelerated._measuring.metric_set import MetricSet, PassMetrics
 from pytorch_accelerated._measuring.names import MetricNames, stems_of_run
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._optimizers.closure import WindowClosure, WindowStep, scaled
 from pytorch_accelerated._optimizers.group import parameters_of
 from pytorch_accelerated._optimizers.modes import OptimizerMode
@@ -31,6 +32,7 @@ from pytorch_accelerated._scheduling.stepping import SchedulerStepping
 from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 from pytorch_accelerated.progress import TrainingProgress
+from pytorch_accelerated.time_ledger import DATA, EVALUATION, FORWARD, OTHER, TimeLedger
 
 if TYPE_CHECKING:
     import torch
@@ -328,6 +330,9 @@ class Run:
         self.interrupt = InterruptFlag()
         """Raised by a signal; checked after each step."""
 
+        self.ledger = TimeLedger()
+        """Where the time of the run goes."""
+
         self.interruption: RunInterruptedError | None = None
         """The signal that ends the run; ``None`` if there was none."""
 
@@ -338,8 +343,8 @@ class Run:
             self.config, self.created_scheduler = previous.config, previous.created_scheduler
             self.train_dl_kwargs = previous.train_dl_kwargs
             self.gradient_norm = previous.gradient_norm
-            if self.is_nested:  # a signal ends the other run
-                self.interrupt = previous.interrupt
+            if self.is_nested:  # a signal ends the other run, whose time this one takes
+                self.interrupt, self.ledger = previous.interrupt, previous.ledger
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out the loaders: a copy of the trainer makes its own in its next run, and workers cannot be copied."""
@@ -513,6 +518,7 @@ class Run:
         """
         training, num_done = self.training, self.num_batches_to_skip
         self.makes_updates, self.is_update_due = makes_updates, False
+        self.ledger.switch(OTHER)
         if makes_updates:
             self.num_batches_to_skip = 0
         training.start_epoch(loader, num_done)
@@ -666,6 +672,31 @@ class Run:
         """Whether a signal ends the run."""
         return self.interruption is not None
 
+    @contextmanager
+    def keeping_time(self) -> Iterator[None]:
+        """Start the ledger, or let the body be an evaluation in that of the run that this one is nested in."""
+        if self.is_nested:
+            with self.ledger.during(EVALUATION):
+                yield
+            return
+        self.ledger.start()
+        try:
+            yield
+        finally:
+            self.ledger.switch(OTHER)
+
+    def warn_about_time(self, *, is_at_end: bool = False) -> None:
+        """Warn, on the main process, of what takes too large a share of the time of the run."""
+        if not self.config.is_world_process_zero or self.is_nested:
+            return
+        for part in self.ledger.find_excess(is_at_end=is_at_end):
+            loader = self.train_dataloader if part == DATA else next(iter(self.eval_dataloaders.values()), None)
+            if part == DATA:
+                argument = "train_dataloader_kwargs"
+            else:
+                argument = "eval_dataloader_kwargs" if self.is_training_run else "dataloader_kwargs"
+            warn(self.ledger.describe_excess(part, getattr(loader, "num_workers", None), argument))
+
     @property
     def update_limit(self) -> int | None:
         """The number of updates that ends the run, if `max_num_train_steps` was given; ``None`` without a limit.
@@ -696,9 +727,10 @@ class Run:
     def until_update_limit(self, steps: Iterator[tuple[int, Batch, bool]]) -> Iterator[tuple[int, Batch, bool]]:
         """Return the steps of an epoch; none is fetched once the run has made its last update."""
         limit, progress = self.update_limit, self.training.progress
-        if limit is None:
-            return steps
-        return iter(lambda: next(steps, None) if progress.num_updates < limit else None, None)
+        if limit is not None:
+            unlimited = steps
+            steps = iter(lambda: next(unlimited, None) if progress.num_updates < limit else None, None)
+        return self.ledger.waiting_for(steps, DATA, then=FORWARD)
 
     def call(self, hook: Callable[..., object], *args: object) -> None:
         """Call a hook. What ends the run there ends it on all ranks: at once if this is the only one."""

@@ -120,6 +120,7 @@ from pytorch_accelerated.callbacks import TerminateOnNaNCallback as TerminateOnN
 from pytorch_accelerated.callbacks.handler import Callbacks
 from pytorch_accelerated.run_config import TrainerRunConfig, derive_run_config
 from pytorch_accelerated.schedulers._placeholders import TrainerPlaceholderValues, replace_trainer_placeholder_values
+from pytorch_accelerated.time_ledger import SAVING
 from pytorch_accelerated.tracking import EVALUATION_PREFIX, RunHistory
 from pytorch_accelerated.tracking import InMemoryRunHistory as InMemoryRunHistory  # as in 0.1.61
 from pytorch_accelerated.tracking import LossTracker as LossTracker  # as in 0.1.61
@@ -327,7 +328,8 @@ class Trainer(TrainingLoop):
             self._loop_prepare_run(**numbers)
             self._loop_set_up_training(num_epochs, state, reset_run_history)
             self._run_training()
-            self._loop_state_writer.wait()
+            with run.ledger.during(SAVING):
+                self._loop_state_writer.wait()
         if run.interruption is not None:
             raise run.interruption.to_exit_exception()
         return self.run_history
@@ -509,7 +511,8 @@ class Trainer(TrainingLoop):
         companions = self._loop_companions()
         modules = None if self._loop_run.is_sharded else {"": self.get_model(), **companions.modules}
         frozen = frozen_parameters(self.get_model()) if trainable_only else ()
-        with self._loop_run.training.optimizer_mode.evaluating(self.optimizer):
+        run = self._loop_run
+        with run.ledger.during(SAVING), run.training.optimizer_mode.evaluating(self.optimizer):
             model_state = portable.model_state_of(self.model, accelerator)
             extras = {**companions.trained_state(), **(checkpoint_kwargs or {})}
             checkpoint = portable.build_checkpoint(model_state, optimizer, scheduler, extras, modules, frozen)
@@ -584,12 +587,13 @@ class Trainer(TrainingLoop):
         """
         record_steps(self)
         on_collect = partial(self.callback_handler.call_event, "on_training_state_save", self)
-        with self._loop_run.training.optimizer_mode.saving(self.optimizer):
+        run = self._loop_run
+        with run.ledger.during(SAVING), run.training.optimizer_mode.saving(self.optimizer):
             collected = collect_state(self._loop_state_parts(), self._accelerator, checkpoint_kwargs, on_collect)
             self._loop_state_writer.write(
                 output_dir,
                 collected,
-                self._loop_run.training.lineage,
+                run.training.lineage,
                 is_main=self._accelerator.is_main_process,
                 num_processes=int(self._accelerator.num_processes),
                 in_background=in_background,
@@ -602,7 +606,8 @@ class Trainer(TrainingLoop):
         Raises:
             CheckpointError: It could not be written.
         """
-        self._loop_state_writer.wait()
+        with self._loop_run.ledger.during(SAVING):
+            self._loop_state_writer.wait()
 
     def load_training_state(
         self, input_dir: str | os.PathLike[str], *, allow_other_num_processes: bool = False
@@ -661,7 +666,7 @@ class Trainer(TrainingLoop):
         run.is_active = True
         self.callback_handler.refresh()
         try:
-            with restore_generators():
+            with restore_generators(), run.keeping_time():
                 yield run
         except BaseException as error:
             with defer_worker_errors():  # the run has failed with another error already
@@ -951,6 +956,8 @@ class Trainer(TrainingLoop):
         finally:
             if outer.is_active:
                 self._loop_run = outer
+            else:
+                run.ledger.stop()
 
 
 def _create_consensus(trainer: Trainer) -> StopConsensus:

@@ -33,6 +33,7 @@ FLOORS = [
         "progress",
         "tracking",
         "run_config",
+        "time_ledger",
         "_proxy",
         "_nested",
         "_joining",

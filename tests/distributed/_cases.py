@@ -22,6 +22,7 @@ from torch.utils.data import Sampler
 from _processes import run_cases
 from _screens import Terminal
 from _support import (
+    IN_ORDER,
     Batches,
     Probe,
     Samples,
@@ -40,10 +41,17 @@ from pytorch_accelerated._distributed import collectives
 from pytorch_accelerated.callbacks import (
     CSVLogCallback,
     EarlyStoppingCallback,
+    GradientNormCallback,
+    LayerStatisticsCallback,
+    LearningRateCallback,
     ModelEmaCallback,
+    ProfilerCallback,
     SaveTrainingStateCallback,
     StepBasedEvaluationCallback,
     TensorBoardCallback,
+    ThroughputCallback,
+    TimeLedgerCallback,
+    UpdateRatioCallback,
     WSDCheckpointCallback,
     get_default_callbacks,
 )
@@ -570,6 +578,38 @@ def _scalars_of(folder: Path, tag: str) -> list[tuple[int, float]]:
     reader = EventAccumulator(str(folder))
     reader.Reload()
     return [(point.step, point.value) for point in reader.Scalars(tag)]
+
+
+def case_what_looks_on_sees_all_processes_and_changes_nothing(rank: int, directory: Path) -> Any:
+    states, traces = directory / "lookers_on", directory / "traces"
+
+    def run(has_lookers_on: bool, **kwargs: Any) -> Any:
+        statistics = LayerStatisticsCallback(1)
+        callbacks = [
+            statistics,
+            ThroughputCallback(count_tokens=lambda batch: 10 * len(batch[0])),
+            GradientNormCallback(per_layer=True),
+            UpdateRatioCallback(every_n_updates=1),
+            LearningRateCallback(),
+            TimeLedgerCallback(record_epochs=True, print_table=False),
+            ProfilerCallback(traces, wait=0, warmup=1, active=1),
+            SaveTrainingStateCallback(states, save_every_n_steps=3, save_at_end=False),
+        ]
+        trainer = make_trainer(callbacks=callbacks if has_lookers_on else [])
+        settings = {"num_epochs": 2, "per_device_batch_size": 2, "gradient_accumulation_steps": 2, **kwargs}
+        train(trainer, make_dataset(14), train_dataloader_kwargs=IN_ORDER, **settings)
+        metrics = {name: values for name, values in metrics_of(trainer).items() if not name.startswith("seconds")}
+        per_second = [metrics.pop(f"train_{what}_per_second", [1.0]) for what in ("tokens", "samples", "updates")]
+        metrics["tokens of a sample"] = [tokens / samples for tokens, samples in zip(*per_second[:2], strict=True)]
+        looks = [
+            look(name) for look in (statistics.activations, statistics.gradients) for name in ("mean", "std", "zeros")
+        ]
+        ledger = trainer.time_ledger
+        return weights_of(trainer.model), metrics, [look.tolist() for look in looks], sum(ledger.seconds.values()) > 0
+
+    without, complete = run(False)[0], run(True)
+    resumed = run(True, resume_from=states / "step_3")  # within an accumulation window
+    return without, complete, resumed, sorted(path.name.partition(".")[0] for path in traces.iterdir())
 
 
 CASES = {name.removeprefix("case_"): value for name, value in list(globals().items()) if name.startswith("case_")}

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from _processes import launch, read_results
-from _support import make_trainer, recorder_of, train, weights_of
-from pytorch_accelerated.callbacks import WSDCheckpointCallback
+from _support import IN_ORDER, make_dataset, make_trainer, recorder_of, train, weights_of
+from pytorch_accelerated.callbacks import (
+    GradientNormCallback,
+    LayerStatisticsCallback,
+    LearningRateCallback,
+    UpdateRatioCallback,
+    WSDCheckpointCallback,
+)
 from pytorch_accelerated.schedulers import WSDLrScheduler
 
 pytestmark = pytest.mark.distributed
@@ -305,3 +312,30 @@ def test_only_the_main_process_writes_logs_and_they_have_the_means_over_all(resu
     assert [value for _, value in first["steps"]] == pytest.approx(first["steps_in_history"], rel=1e-6)
     assert means == pytest.approx(first["losses"], rel=1e-6)  # as one process has them, which other tests compare
     assert first["metrics"].keys() == {"loss"}
+
+
+def test_what_looks_on_sees_all_processes_and_changes_nothing(results):
+    """Statistics, norms and rates are those of one process with the same updates; a resumed run has the same."""
+    statistics = LayerStatisticsCallback(1)
+    callbacks = [statistics, GradientNormCallback(per_layer=True), UpdateRatioCallback(every_n_updates=1)]
+    trainer = make_trainer(callbacks=[*callbacks, LearningRateCallback()])
+    settings = {"num_epochs": 2, "per_device_batch_size": 4, "gradient_accumulation_steps": 2}
+    train(trainer, make_dataset(14), train_dataloader_kwargs=IN_ORDER, **settings)
+    expected = [
+        look(name) for look in (statistics.activations, statistics.gradients) for name in ("mean", "std", "zeros")
+    ]
+    of_one_process = {
+        name: trainer.run_history.get_metric_values(name) for name in trainer.run_history.get_metric_names()
+    }
+    for without, (weights, metrics, looks, has_time), resumed, ranks in results:
+        assert_equal(weights, without)
+        assert_equal(resumed[0], without)
+        for look, look_of_one in zip(looks, expected, strict=True):
+            np.testing.assert_allclose(look, look_of_one, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(looks, resumed[2], rtol=1e-12)
+        assert metrics.pop("tokens of a sample") == pytest.approx([10, 10])
+        assert resumed[1].pop("tokens of a sample") == pytest.approx([10, 10])
+        assert metrics == resumed[1]
+        assert metrics == {name: pytest.approx(values, rel=1e-4) for name, values in of_one_process.items()}
+        assert has_time
+        assert set(ranks) == {"rank0", "rank1"}

@@ -12,7 +12,7 @@ from pytorch_accelerated._data.limits import DataLoaderSlice as DataLoaderSlice 
 from pytorch_accelerated._ema import ModelEma as ModelEma  # as in 0.1.61
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
 from pytorch_accelerated.callbacks.csv_log import CSVLogCallback
-from pytorch_accelerated.callbacks.diagnostics import GradientNormCallback
+from pytorch_accelerated.callbacks.diagnostics import GradientNormCallback, LearningRateCallback, UpdateRatioCallback
 from pytorch_accelerated.callbacks.ema import ModelEmaCallback
 from pytorch_accelerated.callbacks.evaluation import (
     LimitBatchesCallback,
@@ -20,15 +20,19 @@ from pytorch_accelerated.callbacks.evaluation import (
     StepBasedEvaluationCallback,
 )
 from pytorch_accelerated.callbacks.finetuning import GradualUnfreezingCallback
+from pytorch_accelerated.callbacks.functions import LambdaCallback
 from pytorch_accelerated.callbacks.handler import CallbackHandler
+from pytorch_accelerated.callbacks.layer_statistics import LayerStatisticsCallback
 from pytorch_accelerated.callbacks.pictures import LearningCurveCallback
 from pytorch_accelerated.callbacks.placement import ConvertSyncBatchNormCallback, MoveModulesToDeviceCallback
 from pytorch_accelerated.callbacks.preemption import PreemptionCallback
 from pytorch_accelerated.callbacks.progress_bar import ProgressBarCallback
 from pytorch_accelerated.callbacks.reporting import LogMetricsCallback, PrintProgressCallback
+from pytorch_accelerated.callbacks.resources import MemoryCallback, ProfilerCallback
 from pytorch_accelerated.callbacks.saving import SaveBestModelCallback, SaveTrainingStateCallback
 from pytorch_accelerated.callbacks.stopping import EarlyStoppingCallback, TerminateOnNaNCallback
 from pytorch_accelerated.callbacks.summary import ModelSummaryCallback
+from pytorch_accelerated.callbacks.timing import ThroughputCallback, TimeLedgerCallback
 from pytorch_accelerated.callbacks.trackers import MLflowCallback, TensorBoardCallback, TrackerCallback, WandbCallback
 from pytorch_accelerated.callbacks.wsd import WSDCheckpointCallback
 from pytorch_accelerated.exceptions import CallbackMethodNotImplementedError, StopTrainingError
@@ -43,16 +47,21 @@ __all__ = [
     "EarlyStoppingCallback",
     "GradientNormCallback",
     "GradualUnfreezingCallback",
+    "LambdaCallback",
+    "LayerStatisticsCallback",
     "LearningCurveCallback",
+    "LearningRateCallback",
     "LimitBatchesCallback",
     "LimitEvalStepsCallback",
     "LogMetricsCallback",
     "MLflowCallback",
+    "MemoryCallback",
     "ModelEmaCallback",
     "ModelSummaryCallback",
     "MoveModulesToDeviceCallback",
     "PreemptionCallback",
     "PrintProgressCallback",
+    "ProfilerCallback",
     "ProgressBarCallback",
     "SaveBestModelCallback",
     "SaveTrainingStateCallback",
@@ -60,8 +69,11 @@ __all__ = [
     "StopTrainingError",
     "TensorBoardCallback",
     "TerminateOnNaNCallback",
+    "ThroughputCallback",
+    "TimeLedgerCallback",
     "TrackerCallback",
     "TrainerCallback",
+    "UpdateRatioCallback",
     "WSDCheckpointCallback",
     "WandbCallback",
     "get_default_callbacks",

@@ -20,6 +20,7 @@ from pytorch_accelerated.callbacks._checks import (
 )
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
 from pytorch_accelerated.exceptions import CheckpointError, NonFiniteLossError, StopTrainingError, add_note
+from pytorch_accelerated.time_ledger import CALLBACK_PREFIX, TimeLedger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,6 +37,8 @@ _EVENTS_OF_RUNS = frozenset(event for event in EVENTS if "_run_start" in event o
 
 All others they receive only from the evaluations of that one. A metric would be recorded twice otherwise.
 """
+
+_UNREAD_LEDGER = TimeLedger()
 
 Callbacks: TypeAlias = Iterable[Any] | TrainerCallback | type[TrainerCallback] | None
 """What is meant by ``callbacks``: several, a single one, or none. Open: any object with an event is a callback."""
@@ -151,18 +154,17 @@ class CallbackHandler:
         """
         stop_request: StopTrainingError | None = None
         bad_loss: NonFiniteLossError | None = None
+        ledger = _ledger_of(args)
         listeners = self._listeners.get(event)
         due = told = self._find_listeners(event) if listeners is None else listeners
         while due:
             known = self._listeners  # another one as soon as the list has changed
-            for method, accepted, callback in due:
+            for method, accepted, callback, part in due:
                 if self._listeners is not known and not self._holds(callback):
                     continue
+                outer = ledger.switch(part)
                 try:
-                    if accepted is None:
-                        method(*args, **kwargs)
-                    else:
-                        method(*args, **_only(accepted, kwargs))
+                    method(*args, **(kwargs if accepted is None else _only(accepted, kwargs)))
                 except StopTrainingError as error:
                     stop_request = self.requested_stop = stop_request or error
                 except Exception as error:
@@ -170,6 +172,8 @@ class CallbackHandler:
                     if not (isinstance(error, NonFiniteLossError) and _has_other_ranks(args)):
                         raise
                     bad_loss = bad_loss or error
+                finally:
+                    ledger.switch(outer)
             due = () if self._listeners is known else _without(told, self._find_listeners(event))
             told += due
         if stop_request is not None:
@@ -181,7 +185,7 @@ class CallbackHandler:
     def call_event_on_all(self, event: str, *args: object, **kwargs: object) -> list[Exception]:
         """Call ``event`` on every callback, even if some fail, and return their errors. Used for clean-up."""
         errors: list[Exception] = []
-        for method, accepted, _ in self._find_listeners(event):
+        for method, accepted, *_ in self._find_listeners(event):
             try:
                 method(*args, **(kwargs if accepted is None else _only(accepted, kwargs)))
             except Exception as error:
@@ -235,7 +239,12 @@ class CallbackHandler:
         callbacks = self.with_nested_callbacks() if event in _EVENTS_OF_RUNS else self.callbacks
         in_order = sorted(callbacks, key=lambda callback: getattr(callback, "is_called_last", False) is True)
         self._listeners[event] = tuple(
-            _Listener(getattr(callback, event), accepted_keywords(getattr(callback, event)), callback)
+            _Listener(
+                getattr(callback, event),
+                accepted_keywords(getattr(callback, event)),
+                callback,
+                CALLBACK_PREFIX + _name_among(callback, callbacks),
+            )
             for callback in in_order
             if implements(callback, event)
         )
@@ -289,6 +298,21 @@ class _Listener(NamedTuple):
     """Names of the keyword arguments that the method accepts; ``None`` if it accepts all."""
 
     callback: object
+    part: str
+    """What its time belongs to in the ledger of a run."""
+
+
+def _name_among(callback: object, callbacks: Iterable[object]) -> str:
+    """Return the name of the class of a callback, with a number from the second one of that class on."""
+    kin = [each for each in callbacks if type(each).__name__ == type(callback).__name__]
+    number = 1 + next(index for index, each in enumerate(kin) if each is callback)
+    return type(callback).__name__ + (f"_{number}" if number > 1 else "")
+
+
+def _ledger_of(args: tuple[object, ...]) -> TimeLedger:
+    """Return the ledger of the trainer that an event passes; one that nobody reads if no run of it is under way."""
+    ledger = getattr(getattr(args[0], "_loop_run", None), "ledger", None) if args else None
+    return ledger if isinstance(ledger, TimeLedger) and ledger.is_running else _UNREAD_LEDGER
 
 
 def _without(known: Iterable[_Listener], listeners: Iterable[_Listener]) -> tuple[_Listener, ...]:
