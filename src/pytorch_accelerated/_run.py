@@ -29,7 +29,7 @@ from pytorch_accelerated._proxy import Forwarded, Value, WritableForwarded
 from pytorch_accelerated._recording import StepRecorder
 from pytorch_accelerated._scheduling.stepping import SchedulerStepping
 from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
-from pytorch_accelerated.exceptions import NonFiniteLossError
+from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 from pytorch_accelerated.progress import TrainingProgress
 
 if TYPE_CHECKING:
@@ -489,7 +489,8 @@ class Run:
         self.num_batches_to_skip = progress.num_batches_in_epoch if progress.phase == "training" else 0
         self.stream_position = training.stream_position
         self.total_num_epochs = num_epochs
-        self.is_epoch_cut_short = self._was_epoch_cut_short()
+        if not progress.is_between_epochs():
+            self.is_epoch_cut_short = self._was_epoch_cut_short()
         self.is_resumed = True
         training.restart_scheduler_updates()
 
@@ -698,6 +699,13 @@ class Run:
         if limit is None:
             return steps
         return iter(lambda: next(steps, None) if progress.num_updates < limit else None, None)
+
+    def call(self, hook: Callable[..., object], *args: object) -> None:
+        """Call a hook. What ends the run there ends it on all ranks: at once if this is the only one."""
+        try:
+            hook(*args)
+        except (StopTrainingError, NonFiniteLossError) as reason:
+            self.stop_on_all_ranks(reason)
 
     def stop_on_all_ranks(self, reason: Exception) -> None:
         """Stop the run: at once if this is the only rank, otherwise with the next exchange."""

@@ -12,30 +12,11 @@ import torch
 from torch import distributed
 
 from pytorch_accelerated._distributed.collectives import host_group
-from pytorch_accelerated._signals import RunInterruptedError
-from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
+from pytorch_accelerated._distributed.reasons import StopReason, first_of, packed, unpacked
+from pytorch_accelerated.exceptions import NonFiniteLossError
 
 SECONDS_BETWEEN_EXCHANGES = 0.1
 """How often ranks exchange numbers in a run that does not need an exchange at each update."""
-
-_STOP_REASONS: dict[str, type[Exception]] = {
-    error.__name__: error for error in (NonFiniteLossError, StopTrainingError, RunInterruptedError)
-}
-"""The exceptions that stop all ranks, in order of precedence: if ranks have several, all raise the first kind."""
-
-
-def _serialize(reason: Exception) -> tuple[str, tuple[object, ...]]:
-    """Return the kind of a reason and the arguments that create it again on another rank."""
-    kind = next(name for name, error in reversed(_STOP_REASONS.items()) if isinstance(reason, error))
-    if isinstance(reason, RunInterruptedError):
-        return kind, (reason.signal_number,)
-    return kind, (str(reason), reason.step) if isinstance(reason, NonFiniteLossError) else (str(reason),)
-
-
-def _precedence(reason: Exception) -> tuple[int, float]:
-    """Return the sort key of a reason: its kind, then the step of a non-finite loss."""
-    step = getattr(reason, "step", None)
-    return list(_STOP_REASONS.values()).index(type(reason)), math.inf if step is None else step
 
 
 def _find_none() -> None:
@@ -176,21 +157,21 @@ class StopConsensus:
         self._last_time, self._num_updates = now, 0
         return min(num_updates * SECONDS_BETWEEN_EXCHANGES / max(seconds, 1e-6), 2 * num_updates)
 
-    def _find_common_reason(self) -> Exception:
+    def _find_common_reason(self) -> StopReason:
         reasons = self._gather_requests()
         if any(isinstance(reason, NonFiniteLossError) for reason in reasons):
             # It spreads with the gradients. A rank that has noticed it may not be the first that had it.
             bad_loss = self._find_bad_loss()
             self._requests = [] if bad_loss is None else [bad_loss]
             reasons += self._gather_requests()
-        return min(reasons, key=_precedence)
+        return first_of(reasons)
 
-    def _gather_requests(self) -> list[Exception]:
-        local_requests = list(dict.fromkeys(map(_serialize, self._requests)))
+    def _gather_requests(self) -> list[StopReason]:
+        local_requests = list(dict.fromkeys(map(packed, self._requests)))
         self._requests = []
         requests_by_rank: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(requests_by_rank, local_requests, group=self._group)
-        return [_STOP_REASONS[kind](*arguments) for requests in requests_by_rank for kind, arguments in requests]
+        return [unpacked(request) for requests in requests_by_rank for request in requests]
 
 
 def can_skip_exchange(
