@@ -328,8 +328,7 @@ class Trainer(TrainingLoop):
             self._loop_prepare_run(**numbers)
             self._loop_set_up_training(num_epochs, state, reset_run_history)
             self._run_training()
-            with run.ledger.during(SAVING):
-                self._loop_state_writer.wait()
+            _complete_saving(self)
         if run.interruption is not None:
             raise run.interruption.to_exit_exception()
         return self.run_history
@@ -1012,6 +1011,12 @@ def _create_closure(trainer: Trainer) -> WindowClosure | None:
 def _check_not_running(trainer: Trainer) -> None:
     _validation.check_initialized(trainer, "_loop_run")
     _validation.check_no_run(trainer._loop_run.is_active)  # noqa: SLF001 - same module
+
+
+def _complete_saving(trainer: Trainer) -> None:
+    """Wait until the last training state that is written in the background is complete."""
+    with run_of(trainer).ledger.during(SAVING):
+        trainer._loop_state_writer.wait()  # noqa: SLF001 - same module
 
 
 def _warn_about_start(trainer: Trainer, batch_size: int, *dl_kwargs: DataLoaderKwargs | None) -> None:
