@@ -1015,7 +1015,7 @@ def _check_not_running(trainer: Trainer) -> None:
 
 def _complete_saving(trainer: Trainer) -> None:
     """Wait until the last training state that is written in the background is complete."""
-    with run_of(trainer).ledger.during(SAVING):
+    with trainer._loop_run.ledger.during(SAVING):  # noqa: SLF001 - same module
         trainer._loop_state_writer.wait()  # noqa: SLF001 - same module
 
 
