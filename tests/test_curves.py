@@ -13,7 +13,6 @@ from pytorch_accelerated._curves import (
     choose_metrics,
     finite,
     group_by_metric,
-    guess_greater_is_better,
     read_curves,
 )
 from pytorch_accelerated.tracking import InMemoryRunHistory
@@ -149,17 +148,6 @@ def test_metrics_are_chosen_by_plain_or_recorded_names():
         choose_metrics(grouped, ["acuracy"])
     with pytest.raises(ValueError, match="Nothing was recorded"):
         choose_metrics({}, None)
-
-
-@pytest.mark.parametrize(
-    ("metric", "expected"),
-    [
-        *[("accuracy", True), ("top_5_acc", True), ("macro_f1", True), ("mIoU", True), ("loss", False)],
-        *[("rmse", False), ("error_rate", False), ("accuracy_loss", False), ("lr", None), ("maple", None)],
-    ],
-)
-def test_the_name_of_a_metric_may_tell_what_is_better(metric, expected):
-    assert guess_greater_is_better(metric) is expected
 
 
 def test_values_that_are_not_finite_can_be_left_out():

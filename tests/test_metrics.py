@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytorch_accelerated._metrics import BestMetric, NewValues, PatienceCounter, is_better
+from pytorch_accelerated._metrics import BestMetric, NewValues, PatienceCounter, is_better, is_greater_better
 
 NAN = float("nan")
 
@@ -76,3 +76,14 @@ def test_a_resumed_run_looks_at_what_its_state_has_not_seen(state, expected):
     new_values.load_state_dict(state)
     new_values.start_run(num_values=2, is_resumed=True)
     assert new_values.look(2) == expected
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        *[("accuracy", True), ("top_5_acc", True), ("macro_f1", True), ("mIoU", True), ("loss", False)],
+        *[("rmse", False), ("error_rate", False), ("accuracy_loss", False), ("lr", None), ("maple", None)],
+    ],
+)
+def test_the_name_of_a_metric_may_tell_what_is_better(metric, expected):
+    assert is_greater_better(metric) is expected

@@ -31,10 +31,6 @@ _MOMENT = ("epoch", "update", "samples", "time")
 _STAGE = re.compile(
     r"^(?:(?P<train>train|training)|(?:(?P<dataset>.+)_)?(?P<eval>eval|val|valid|validation))_(?P<metric>.+)$"
 )
-_GREATER_IS_BETTER = re.compile(
-    r"accuracy|acc|f1|fbeta|precision|recall|auc|auroc|roc|m?ap|m?iou|dice|r2|bleu|rouge|psnr|ssim|correct|hits"
-)
-_SMALLER_IS_BETTER = re.compile(r"loss|error|perplexity|r?mse|mae|nll|bpc|wer|cer|fid|lpips|divergence")
 
 
 class Curve(NamedTuple):
@@ -144,19 +140,6 @@ def choose_metrics(curves: Mapping[str, MetricCurves], metrics: Sequence[str] | 
         return [curves[name] for name in dict.fromkeys(plain_names)]
     with_stage = [each for each in curves.values() if each.train is not None or each.evaluations]
     return with_stage or list(curves.values())
-
-
-def guess_greater_is_better(metric: str) -> bool | None:
-    """Return whether larger values of a metric are better, as far as its name tells; ``None`` if it does not.
-
-    Example:
-        >>> guess_greater_is_better("top_5_accuracy"), guess_greater_is_better("loss"), guess_greater_is_better("lr")
-        (True, False, None)
-    """
-    words = re.split(r"[^a-z0-9]+", metric.lower())
-    if any(map(_SMALLER_IS_BETTER.fullmatch, words)):
-        return False
-    return True if any(map(_GREATER_IS_BETTER.fullmatch, words)) else None
 
 
 def _plain_name(name: str) -> str:

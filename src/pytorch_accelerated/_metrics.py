@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 _WORD = re.compile(r"top(?=\d)|[a-z]+\d*")
 _LOWER_IS_BETTER = frozenset(
     {"loss", "error", "perplexity", "mae", "mse", "rmse", "mape", "nll", "brier", "wer", "cer"}
+    | {"bpc", "fid", "lpips", "divergence"}
 )
 _GREATER_IS_BETTER = frozenset(
-    {"accuracy", "acc", "top", "precision", "recall", "f1", "auc", "auroc", "ap", "map", "iou", "miou"}
-    | {"dice", "bleu", "rouge", "r2", "psnr", "ssim", "mcc", "kappa", "ndcg"}
+    {"accuracy", "acc", "top", "precision", "recall", "f1", "fbeta", "auc", "auroc", "roc", "ap", "map", "iou", "miou"}
+    | {"dice", "bleu", "rouge", "r2", "psnr", "ssim", "mcc", "kappa", "ndcg", "correct", "hits"}
 )
 """Words in names of metrics that tell whether smaller or larger values are better."""
 

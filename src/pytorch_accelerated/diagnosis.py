@@ -20,9 +20,9 @@ from pytorch_accelerated._curves import (
     choose_metrics,
     finite,
     group_by_metric,
-    guess_greater_is_better,
     read_curves,
 )
+from pytorch_accelerated._metrics import is_greater_better
 
 Kind = Literal[
     "diverging", "over-fitting", "noisy", "under-fitting", "still falling", "still rising", "flat", "too short"
@@ -116,7 +116,7 @@ def diagnose(
     """
     curves = choose_metrics(group_by_metric(read_curves(source)), [metric])[0]
     if greater_is_better is None:
-        greater_is_better = guess_greater_is_better(curves.name) or False
+        greater_is_better = is_greater_better(curves.name) or False
     train = curves.train or curves.other or Curve([], [])
     evaluation = curves.evaluation or Curve([], [])
     findings = _find(train, evaluation, _Words(curves.name, greater_is_better, train, evaluation), baseline)

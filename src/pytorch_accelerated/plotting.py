@@ -21,9 +21,9 @@ from pytorch_accelerated._curves import (
     choose_metrics,
     finite,
     group_by_metric,
-    guess_greater_is_better,
     read_curves,
 )
+from pytorch_accelerated._metrics import is_greater_better
 from pytorch_accelerated._scheduling.preview import learning_rates_of
 from pytorch_accelerated._validation import check_positive_integer
 
@@ -100,7 +100,7 @@ def plot_learning_curves(
     for axes, curves in zip(panels, chosen, strict=True):
         _draw_stages(axes, curves)
         if best_epoch is None:
-            is_greater = (greater_is_better or {}).get(curves.name, guess_greater_is_better(curves.name))
+            is_greater = (greater_is_better or {}).get(curves.name, is_greater_better(curves.name))
             _mark_best(axes, curves, is_greater)
         else:
             axes.axvline(best_epoch, color=_GRAY, linestyle=":", label=f"best model (epoch {best_epoch})", zorder=1)
