@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import zip_longest
 
 import numpy as np
 import pytest
@@ -26,9 +27,11 @@ ROWS = [
 
 def history_of(series):
     history = InMemoryRunHistory()
-    for name, values in series.items():
-        for value in values:
-            history.update_metric(name, value)
+    for values in zip_longest(*series.values()):
+        for name, value in zip(series, values, strict=True):
+            if value is not None:
+                history.update_metric(name, value)
+        history._increment_epoch()
     return history
 
 

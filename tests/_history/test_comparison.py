@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -98,19 +99,15 @@ def test_a_table_of_runs_has_their_names_what_differs_and_the_newest_values(tmp_
 # --- plots -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def pyplot():
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    pyplot.switch_backend("agg")
-    yield pyplot
-    pyplot.close("all")
+needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs the extra `plots`")
 
 
 def curves_of(diagram):
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in diagram.lines}
 
 
-def test_the_curves_are_what_was_recorded_one_diagram_for_each_quantity(pyplot):
+@needs_matplotlib
+def test_the_curves_are_what_was_recorded_one_diagram_for_each_quantity():
     history = history_of()
     loss, learning_rate = history.plot().axes
     assert (loss.get_ylabel(), learning_rate.get_ylabel()) == ("loss", "learning rate")
@@ -121,19 +118,21 @@ def test_the_curves_are_what_was_recorded_one_diagram_for_each_quantity(pyplot):
     assert curves_of(learning_rate)["learning_rate"][1] == [0.1] * 6
 
 
+@needs_matplotlib
 @pytest.mark.parametrize(("x", "places"), [("epoch", [1, 2]), ("samples", [24, 48])])
-def test_other_axes_and_a_choice_of_metrics(pyplot, x, places):
+def test_other_axes_and_a_choice_of_metrics(x, places):
     (diagram,) = history_of().plot(["eval_loss_epoch"], x=x).axes
     assert curves_of(diagram)["eval_loss_epoch"][0] == places
     assert diagram.get_xlabel() == x
 
 
-def test_nothing_to_draw_is_an_error(pyplot):
+@needs_matplotlib
+def test_nothing_to_draw_is_an_error():
     with pytest.raises(ValueError, match=r"Nothing was recorded of \['accuracy'\] that can be drawn over `update`"):
         history_of().plot(["accuracy"])
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'pytorch-accelerated\[plots\]'"):
         history_of().plot()

@@ -34,17 +34,14 @@ def plot_records(records: Iterable[Record], names: Sequence[str] | None, x: Axis
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for name in curves:
         groups[quantity_of(name)].append(name)
-    pyplot = _pyplot()
-    size = (_WIDTH * len(groups), _HEIGHT)
-    figure, (diagrams,) = pyplot.subplots(1, len(groups), squeeze=False, figsize=size, layout="constrained")
+    figure: Figure = _figure_class()(figsize=(_WIDTH * len(groups), _HEIGHT), layout="constrained")
+    (diagrams,) = figure.subplots(1, len(groups), squeeze=False)
     for diagram, (quantity, members) in zip(diagrams, groups.items(), strict=True):
         for name in members:
             diagram.plot(*curves[name], label=name, **_style(name, len(curves[name][0])))
         diagram.set(xlabel=x, ylabel=quantity.replace("_", " "))
         diagram.legend()
-    if "inline" in pyplot.get_backend():  # a notebook shows what is returned, and would show it again
-        pyplot.close(figure)
-    return figure  # type: ignore[no-any-return]  # matplotlib is optional
+    return figure
 
 
 def quantity_of(name: str) -> str:
@@ -86,9 +83,9 @@ def _style(name: str, num_points: int) -> dict[str, Any]:
     return {"marker": "o", "markersize": 3.0} if num_points < 50 else {}
 
 
-def _pyplot() -> Any:
+def _figure_class() -> Any:
     try:
-        return importlib.import_module("matplotlib.pyplot")
+        return importlib.import_module("matplotlib.figure").Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "`plot` needs the package `matplotlib`. Install it with `pip install 'pytorch-accelerated[plots]'`.",
