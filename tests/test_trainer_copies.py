@@ -132,6 +132,8 @@ def make_callbacks():
         "LimitBatchesCallback": partial(callbacks.LimitBatchesCallback, 3),
         "LimitEvalStepsCallback": partial(callbacks.LimitEvalStepsCallback, 2),
         "StepBasedEvaluationCallback": partial(callbacks.StepBasedEvaluationCallback, 3),
+        "ProfilerCallback": partial(callbacks.ProfilerCallback, "traces"),
+        "ThroughputCallback": partial(callbacks.ThroughputCallback, len, peak_flops=1e12),
     }
     own = {name: getattr(callbacks, name) for name in callbacks.__all__ if name.endswith("Callback")}
     own.pop("TrainerCallback")
