@@ -134,6 +134,8 @@ def make_callbacks():
         "LimitEvalStepsCallback": partial(callbacks.LimitEvalStepsCallback, 2),
         "StepBasedEvaluationCallback": partial(callbacks.StepBasedEvaluationCallback, 3),
         "TrackerCallback": partial(callbacks.TrackerCallback, "tensorboard", every_n_updates=2),
+        "ProfilerCallback": partial(callbacks.ProfilerCallback, "traces"),
+        "ThroughputCallback": partial(callbacks.ThroughputCallback, len, peak_flops=1e12),
     }
     own = {name: getattr(callbacks, name) for name in callbacks.__all__ if name.endswith("Callback")}
     own.pop("TrainerCallback")

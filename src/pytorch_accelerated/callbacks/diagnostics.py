@@ -47,13 +47,14 @@ class _EpochMeansByLayer:
 
     def state_dict(self) -> StateDict:
         """Return all sums."""
-        return {**self.total.state_dict(), "layers": {name: each.state_dict() for name, each in self.layers.items()}}
+        layers = {name: each.state_dict() for name, each in self.layers.items()}
+        return {**self.total.state_dict(), **({"layers": layers} if layers else {})}
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
         self.reset()
         self.total.load_state_dict(state_dict)
-        for name, state in state_dict.get("layers", {}).items():  # missing in states of earlier versions
+        for name, state in state_dict.get("layers", {}).items():
             tracker = self.layers[name] = LossTracker()
             tracker.load_state_dict(state)
 
