@@ -35,6 +35,16 @@ from pytorch_accelerated._optimizers.checks import as_optimizer, choose_optimize
 from pytorch_accelerated._optimizers.closure import WindowStep, scaled
 from pytorch_accelerated._optimizers.group import discard_gradients, parameters_of
 from pytorch_accelerated._predictions import Predictions, PredictionSettings, caches_of
+from pytorch_accelerated._requests import (
+    EndOfEpoch,
+    complete_skipped_step,
+    has_skipped_all,
+    is_ignored,
+    leaves_out,
+    request_end_of_epoch,
+    request_stop,
+    skip_batch,
+)
 from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute, run_of
 from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated._step import batch_loss, mean_loss, predictions, raise_bad_loss, read_batch_output
@@ -395,6 +405,54 @@ class TrainingLoop:
             run.train_dataloader = limit(run.train_dataloader)
         run.eval_dataloaders = {name: limit(loader) for name, loader in run.eval_dataloaders.items()}
 
+    def stop(self, reason: str = "") -> None:
+        """End the run gracefully, after the step or the evaluation under way; call it anywhere in a run.
+
+        Unlike `StopTrainingError`, which ends the method that raises it, it only asks: hooks can use it too. On one
+        process a run in the middle of a step ends after that step. With several, it may be called on any of them: all
+        end the run after the same update, the next one at the latest if callbacks or hooks take part in steps. A run
+        that is resumed later stops again at once.
+
+        Args:
+            reason: Why; it becomes ``trainer.stop_reason``, and is printed.
+
+        Raises:
+            RuntimeError: No run is under way.
+        """
+        request_stop(self._loop_run, reason, self.print)
+
+    def end_epoch(self, reason: str = "") -> None:
+        """End the training part of the epoch; call it anywhere in a training epoch, such as in ``on_train_step_end``.
+
+        What was trained counts: batches that wait for an update are completed to one first. So the epoch ends after the
+        step, or the window of accumulated batches, under way; with several processes, of which any may call it, after
+        the next update. Then the epoch is evaluated and counted as usual, and the next one starts with new data.
+        Schedules keep the length that they were planned with. Printed, and recorded as ``train_num_batches``: how many
+        batches of each process there were.
+
+        Args:
+            reason: Why, for the line that is printed.
+
+        Raises:
+            RuntimeError: No training epoch is under way.
+        """
+        request_end_of_epoch(self._loop_run, reason)
+
+    def skip_batch(self) -> None:
+        """Leave out the batch of the step; call it in ``on_train_step_start``, a hook or ``on_backward_start``.
+
+        The batch has no gradients, no weight in its update, no loss in the mean, and does not count as samples; it
+        counts as one of the batches done. The step has no further events. If all batches of an update are left out, on
+        all processes, there is no update either, and no step of the schedule. What the forward pass has changed
+        already, such as the statistics of batch norms, stays. Other processes keep their batches. One that still owes
+        them its part of the update computes the forward pass of a batch that it leaves out. The number of batches that
+        an epoch has left out is recorded as ``train_num_skipped_batches``.
+
+        Raises:
+            RuntimeError: No batch is under way, or its gradients are computed already.
+        """
+        skip_batch(self._loop_run)
+
     def limit_eval_steps(self, num_eval_steps: int) -> None:
         """End the current evaluation after this number of batches; call it in ``on_eval_epoch_start``.
 
@@ -487,7 +545,9 @@ class TrainingLoop:
             except StopTrainingError as stop:
                 self._loop_stop(stop)
             self._loop_end_run(self.training_run_end, TrainerCallback.on_training_run_end)
-        self._loop_count_epoch()  # an interrupted epoch only now: states saved in the events above resume within it
+        run.count_epoch(
+            self.run_history
+        )  # an interrupted epoch only now: states saved in the events above resume within it
         run.check_late_signal()
 
     def _loop_epochs(self) -> None:
@@ -497,11 +557,10 @@ class TrainingLoop:
             raise StopTrainingError(reason)
         while run.should_continue():
             self._loop_epoch()
-        if run.is_epoch_cut_short or progress.num_epochs_completed < run.total_num_epochs:
-            run.stop_reason = f"{progress.num_updates} updates are done (`max_num_train_steps`)"
-            self.print(f"Training ends in epoch {self.run_history.current_epoch - 1}: {run.stop_reason}")
-        else:
-            run.stop_reason = f"{progress.num_epochs_completed} epochs are done"
+        limit = run.limit_reached()
+        run.stop_reason = f"{progress.num_epochs_completed} epochs are done" if limit is None else limit
+        if limit is not None:
+            self.print(f"Training ends in epoch {self.run_history.current_epoch - 1}: {limit}")
 
     def _loop_epoch(self) -> None:
         """Train on one epoch, then evaluate."""
@@ -526,28 +585,13 @@ class TrainingLoop:
             raise  # a state saved from now on continues within the epoch
         except StopTrainingError:
             if progress.phase == "training":
-                self._loop_cut_epoch_short()
-            self._loop_count_epoch()
+                _cut_epoch_short(self, run)
+            run.count_epoch(self.run_history)
             raise
         except BaseException:
-            self._loop_count_epoch()
+            run.count_epoch(self.run_history)
             raise
-        self._loop_count_epoch()
-
-    def _loop_cut_epoch_short(self) -> None:
-        """End the training part of an epoch before its last batch: record the means of what was trained."""
-        self._loop_run.training.optimizer_mode.eval(self.optimizer)
-        run, progress = self._loop_run, self._loop_run.training.progress
-        if progress.num_batches_in_epoch > 0 or run.step_results:  # the latter of a step that has not ended
-            self._add_epoch_loss_to_run_history("train_loss_epoch")
-        progress.phase = "evaluation"
-
-    def _loop_count_epoch(self) -> None:
-        """Count the current epoch, if its training is done."""
-        progress = self._loop_run.training.progress
-        if progress.phase != "training":
-            progress.end_epoch()
-            self.run_history._increment_epoch()  # noqa: SLF001 - a seam of 0.1.61 between the loop and its history
+        run.count_epoch(self.run_history)
 
     def _run_train_epoch(self, train_dl: Loader) -> bool:
         """Train on the batches of one epoch, and return whether the limit of updates was reached."""
@@ -561,21 +605,22 @@ class TrainingLoop:
         epoch, sharding = run.training.epoch, sharding_of(train_dl)
         no_sync = choose_no_sync(self._accelerator, self.model, run.uses_fast_path)
         is_last = num_done == run.num_batches_per_epoch
-        for step, batch, is_last in run.until_update_limit(self._loop_train_steps(train_dl, num_done)):
-            run.is_update_due = is_last or (step + 1) % config.gradient_accumulation_steps == 0
-            self._accelerator.sync_gradients = run.is_update_due
-            epoch.is_dummy_step = sharding is not None and sharding.is_dummy(step)
-            self._loop_fire(TrainerCallback.on_train_step_start, batch=batch, step=step)
-            if run.is_update_due:
-                self._perform_forward_and_backward_passes(batch, step)
-                self._loop_update()
-            else:
-                with no_sync():
+        with EndOfEpoch(run, self.run_history, self.print):
+            for step, batch, is_last in run.until_update_limit(self._loop_train_steps(train_dl, num_done)):
+                run.is_update_due = is_last or (step + 1) % config.gradient_accumulation_steps == 0
+                self._accelerator.sync_gradients = run.is_update_due
+                epoch.is_dummy_step = sharding is not None and sharding.is_dummy(step)
+                run.is_batch_open = True
+                self._loop_fire(TrainerCallback.on_train_step_start, batch=batch, step=step)
+                if run.is_update_due:
                     self._perform_forward_and_backward_passes(batch, step)
-            self._loop_end_train_step(step)
+                    self._loop_update()
+                else:
+                    with no_sync():
+                        self._perform_forward_and_backward_passes(batch, step)
+                self._loop_end_train_step(step)
 
-        run.is_epoch_cut_short = run.is_update_limit_reached and not is_last
-        run.training.progress.phase = "evaluation"
+        run.is_epoch_cut_short = not is_last and (run.is_update_limit_reached or run.is_time_over)
         run.training.optimizer_mode.eval(self.optimizer)
         self._add_epoch_loss_to_run_history("train_loss_epoch")
         self.train_epoch_end()
@@ -606,11 +651,19 @@ class TrainingLoop:
         The step ends after the update, unless a subclass makes the updates in a `_run_train_epoch` of its own.
         """
         run, training = self._loop_run, self._loop_run.training
+        if run.is_batch_skipped and leaves_out(run):
+            complete_skipped_step(run, self.model, {}, self.backward_step, step)
+            return
         batch_output = self.calculate_train_batch_loss(batch)
-        weight, batch_size = read_batch_output(batch_output, "calculate_train_batch_loss")
-        if training.current_pass.is_dummy_step:
-            weight = batch_size = 0
-        self._loop_fire(TrainerCallback.on_backward_start, batch=batch, batch_output=batch_output, step=step)
+        if not run.is_batch_skipped:
+            weight, batch_size = read_batch_output(batch_output, "calculate_train_batch_loss")
+            if training.current_pass.is_dummy_step:
+                weight = batch_size = 0
+            self._loop_fire(TrainerCallback.on_backward_start, batch=batch, batch_output=batch_output, step=step)
+        if run.is_batch_skipped:
+            complete_skipped_step(run, self.model, batch_output, self.backward_step, step)
+            return
+        run.is_batch_open = False
         loss = batch_output["loss"]
         scale = training.window.add(weight, batch_size, step) if run.makes_updates else run.plain_scale
         if run.is_update_due and run.consensus.is_needed:
@@ -631,7 +684,10 @@ class TrainingLoop:
             discard_gradients(self.optimizer, window.updated)
         total_weight, num_samples = None, window.num_samples
         if run.consensus.is_needed:
-            total_weight, num_samples = run.consensus.finish_exchange()
+            total_weight, num_samples = run.finish_exchange()
+        if num_samples == 0 and has_skipped_all(run):
+            self.optimizer_zero_grad()
+            return
         correction = window.close(total_weight, run.config.num_processes)
         self._loop_complete_gradients(correction)
         if run.guards_updates:
@@ -732,8 +788,8 @@ class TrainingLoop:
             self._loop_fire(TrainerCallback.on_train_step_end, batch=batch, batch_output=batch_output, step=step)
         self._loop_count_step(step)
         run.check_signals()
-        if run.consensus.is_needed:
-            run.consensus.raise_if_stopped()
+        if run.consensus.is_pending:
+            run.consensus.raise_if_stopped(run.is_update_due)
 
     def _loop_count_step(self, step: int) -> None:
         """Count a step of training or evaluation, and fire a log point if one is due."""
@@ -741,6 +797,8 @@ class TrainingLoop:
         current.num_batches_done = step + 1
         if current.monitor.is_due():
             current.monitor.look(current.means.loss)
+            if self._loop_run.time_limit is not None:
+                self._loop_run.time_limit.check(self._loop_run)
             self._loop_fire(TrainerCallback.on_log_point)
 
     # --- evaluation ----------------------------------------------------------------------------------------------
@@ -865,16 +923,8 @@ class TrainingLoop:
         try:
             self.callback_handler.call_event(name, self, **kwargs)
         except (StopTrainingError, NonFiniteLossError) as reason:
-            self._loop_run.stop_on_all_ranks(reason)
-
-    def _loop_can_skip_exchange(self) -> bool:
-        """Return whether each rank knows the weights of the others, and no code of the user's can end the run here."""
-        return can_skip_exchange(
-            events_without_listeners=self.callback_handler.events_without_listeners,
-            step_events=STEP_EVENTS,
-            yields_full_batches=all(loader.yields_full_batches for loader in self._loop_run.seeded_train_loaders),
-            is_step_overridden=overrides_any(self, STEP_METHODS),
-        )
+            if not is_ignored(self._loop_run, reason, self.print):
+                self._loop_run.stop_on_all_ranks(reason)
 
     def _loop_end_run(self, hook: Callable[[], None], event: Callable[..., None]) -> None:
         with suppress(StopTrainingError):  # the run has ended already
@@ -896,9 +946,21 @@ class TrainingLoop:
             run.consensus.sync()
 
 
+def can_skip_exchange_in(trainer: TrainingLoop) -> bool:
+    """Return whether each rank knows the weights of the others, and no code of the user's can end the run here."""
+    return can_skip_exchange(
+        events_without_listeners=trainer.callback_handler.events_without_listeners,
+        step_events=STEP_EVENTS,
+        yields_full_batches=all(loader.yields_full_batches for loader in run_of(trainer).seeded_train_loaders),
+        is_step_overridden=overrides_any(trainer, STEP_METHODS),
+    )
+
+
 def early_stop_reason(run: Run, callback_handler: CallbackHandler) -> str | None:
     """Return why the training has been stopped for good, or is about to be, by a callback earlier in an event."""
-    reason, request = run.training.early_stop_reason, callback_handler.requested_stop
+    reason, request = run.training.early_stop_reason, callback_handler.requested_stop or run.consensus.requested_stop
+    if isinstance(request, RunInterruptedError):
+        request = None
     is_requested = reason is None and request is not None and run.is_training_run
     return _reason_of(request) if is_requested else reason
 
@@ -908,6 +970,15 @@ def report_exception(trainer: TrainingLoop, error: BaseException) -> None:
     run_of(trainer).stop_reason = f"{type(error).__name__}: {error}"
     for secondary in trainer.callback_handler.call_event_on_all("on_exception", trainer, exception=error):
         add_note(error, f"a callback also failed in `on_exception`: {secondary!r}")
+
+
+def _cut_epoch_short(trainer: TrainingLoop, run: Run) -> None:
+    """End the training part of an epoch before its last batch: record the means of what was trained."""
+    run.training.optimizer_mode.eval(trainer.optimizer)
+    progress = run.training.progress
+    if progress.num_batches_in_epoch > 0 or run.step_results:  # the latter of a step that has not ended
+        trainer._add_epoch_loss_to_run_history("train_loss_epoch")  # noqa: SLF001 - same module
+    progress.phase = "evaluation"
 
 
 def _reason_of(stop: StopTrainingError | None) -> str:
