@@ -72,7 +72,9 @@ def test_what_is_not_understood_is_told_with_what_would_be(text, message):
 
 @pytest.mark.parametrize("value", [5, 2.0, True, float("nan"), ["2 epochs"], b"2 epochs"])
 def test_a_value_without_a_unit_is_an_error(value):
-    with pytest.raises(TypeError, match=r"^`every` is .*Expected a text with a number and a unit, such as '500 updates'"):
+    with pytest.raises(
+        TypeError, match=r"^`every` is .*Expected a text with a number and a unit, such as '500 updates'"
+    ):
         Length.parse("every", value)
 
 
