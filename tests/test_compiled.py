@@ -12,7 +12,7 @@ from accelerate.utils import TorchDynamoPlugin
 from torch import nn
 
 import _runs
-from _support import Probe, losses, make_dataset, make_trainer, mse
+from _support import SOURCE, Probe, losses, make_dataset, make_trainer, mse
 from pytorch_accelerated import Trainer
 
 compiled = partial(torch.compile, backend="eager", fullgraph=True)
@@ -260,3 +260,9 @@ def test_a_step_with_a_compiled_part_is_bit_identical(settings, num_expected):
     assert graphs[:NUM_EPOCHS] == graphs[:1] * NUM_EPOCHS
     # The first run ends with predictions. Everything is compiled by then.
     assert graphs[NUM_EPOCHS:] == [num_expected] * (NUM_EPOCHS + 1)
+
+
+def test_what_compiled_modules_are_called_inside_is_known_in_one_place():
+    """Every other module asks `_compiled.py`, which tells them from modules of the user with such a name."""
+    found = [path.name for path in SOURCE.rglob("*.py") if '"_orig_mod' in path.read_text()]
+    assert found == ["_compiled.py"]

@@ -535,7 +535,7 @@ class TrainingLoop:
         run = self._loop_run
         with run.interrupt:
             try:
-                self.training_run_start()
+                run.call(self.training_run_start)
                 self._loop_fire(TrainerCallback.on_training_run_start)
                 run.consensus.sync()
                 run.complete_start()
@@ -578,7 +578,7 @@ class TrainingLoop:
                 with run.stepping.at_epoch_end(self.run_history, run.config):
                     self.scheduler_step()
             progress.phase = "end"
-            self.training_run_epoch_end()
+            run.call(self.training_run_epoch_end)
             self._loop_fire(TrainerCallback.on_training_run_epoch_end)
             run.consensus.sync()
         except RunInterruptedError:
@@ -598,7 +598,7 @@ class TrainingLoop:
         run, config = self._loop_run, self._loop_run.config
         num_done = run.start_train_epoch(train_dl)
         with run.epoch_start(num_done, self.optimizer, (self.run_history, *self.callback_handler.nested_last())):
-            self.train_epoch_start()
+            run.call(self.train_epoch_start)
             self._loop_fire(TrainerCallback.on_train_epoch_start)
         run.count_batches(train_dl)
 
@@ -622,8 +622,8 @@ class TrainingLoop:
 
         run.is_epoch_cut_short = not is_last and (run.is_update_limit_reached or run.is_time_over)
         run.training.optimizer_mode.eval(self.optimizer)
-        self._add_epoch_loss_to_run_history("train_loss_epoch")
-        self.train_epoch_end()
+        run.call(self._add_epoch_loss_to_run_history, "train_loss_epoch")
+        run.call(self.train_epoch_end)
         self._loop_fire(TrainerCallback.on_train_epoch_end)
         run.consensus.sync()
         return run.is_update_limit_reached
@@ -804,9 +804,10 @@ class TrainingLoop:
     # --- evaluation ----------------------------------------------------------------------------------------------
 
     def _run_evaluation(self) -> None:
+        run = self._loop_run
         with self.run_history.recording_evaluation():
             try:
-                self.evaluation_run_start()
+                run.call(self.evaluation_run_start)
                 self._loop_fire(TrainerCallback.on_evaluation_run_start)
                 self._loop_evaluate(is_training=False)
             except StopTrainingError as stop:
@@ -837,16 +838,16 @@ class TrainingLoop:
         evaluation.loss_name = "eval_loss_epoch" if is_training else "evaluation_loss"
         with self._loop_suspend_training(evaluation), preserve_rng_state(), torch.no_grad():
             run.set_data_epoch(run.seeded_eval_loaders, valid_dl, 0, run.seed)
-            self.eval_epoch_start()
+            run.call(self.eval_epoch_start)
             self._loop_fire(TrainerCallback.on_eval_epoch_start, is_intermediate=is_intermediate)
             sharding = sharding_of(valid_dl)
             for step, batch, _ in islice(enumerate_batches(valid_dl), evaluation.max_num_steps):
                 evaluation.is_dummy_step = sharding is not None and sharding.is_dummy(step)
-                self._loop_eval_step(batch, step)
+                run.call(self._loop_eval_step, batch, step)
                 if is_repeatable:
                     run.check_signals()
-            self._add_epoch_loss_to_run_history(evaluation.loss_name)
-            self.eval_epoch_end()
+            run.call(self._add_epoch_loss_to_run_history, evaluation.loss_name)
+            run.call(self.eval_epoch_end)
             self._loop_fire(TrainerCallback.on_eval_epoch_end, is_intermediate=is_intermediate)
 
     def _loop_eval_step(self, batch: Batch, step: int) -> None:
@@ -927,11 +928,12 @@ class TrainingLoop:
                 self._loop_run.stop_on_all_ranks(reason)
 
     def _loop_end_run(self, hook: Callable[[], None], event: Callable[..., None]) -> None:
+        run = self._loop_run
         with suppress(StopTrainingError):  # the run has ended already
-            hook()
+            run.call(hook)
         with suppress(StopTrainingError):
             self._loop_fire(event)
-            self._loop_run.consensus.sync()
+            run.consensus.sync()
 
     def _loop_stop(self, stop: StopTrainingError) -> None:
         run = self._loop_run

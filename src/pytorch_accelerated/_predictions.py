@@ -18,7 +18,7 @@ from pytorch_accelerated._data.loaders import (
     num_batches_of,
     num_samples_of,
 )
-from pytorch_accelerated._data.sharding import part_of_rest, sharding_of
+from pytorch_accelerated._data.sharding import ShardedBatchSampler, part_of_rest, sharding_of
 from pytorch_accelerated._distributed.collectives import all_gather_nested
 from pytorch_accelerated._joining import OutputJoiner, as_parts, dresser_of
 from pytorch_accelerated._messages import warn
@@ -178,10 +178,13 @@ class _NumSamples:
         self._process_index = process_index
         self._num_done = 0
         self._batch_size: int | None = None
+        self._keeps_batches = False
         source: Any = getattr(loader, "dl", loader)
         num_steps = num_batches_of(loader)
         if not is_map_style(source) or num_steps is None:
             return
+        sampler = getattr(source, "batch_sampler", None)
+        self._keeps_batches = isinstance(sampler, ShardedBatchSampler) and sampler.fixed_size is None
         self._batch_size = batch_size_of(source, None, 0) or None
         num_samples = num_samples_of(source)
         if self._batch_size is not None and num_samples is not None:
@@ -194,7 +197,9 @@ class _NumSamples:
         num_left = self.total - self._num_done
         if self._batch_size is None or num_left <= 0:
             return self._batch_size
-        if num_left > self._batch_size * (self._num_processes - 1):  # there is a batch for each rank
+        if num_left >= self._batch_size * self._num_processes:  # there is a full batch for each rank
+            return self._batch_size
+        if self._keeps_batches and num_left > self._batch_size * (self._num_processes - 1):  # at least a short one
             return min(self._batch_size, num_left - self._batch_size * self._process_index)
         part = part_of_rest(num_left, self._batch_size, self._num_processes, self._process_index)
         return part.stop - part.start or self._batch_size

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pytorch_accelerated._distributed.collectives import run_on_main
-from pytorch_accelerated._distributed.consensus import EpochEndedError
+from pytorch_accelerated._distributed.reasons import EpochEndedError
 from pytorch_accelerated._lengths import Length
 from pytorch_accelerated._validation import check_min_epochs, check_run
 from pytorch_accelerated.exceptions import StopTrainingError

@@ -24,7 +24,7 @@ from pytorch_accelerated._optimizers.modes import OptimizerMode
 from pytorch_accelerated._proxy import Forwarded, Value, WritableForwarded
 from pytorch_accelerated._scheduling.stepping import SchedulerStepping
 from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
-from pytorch_accelerated.exceptions import NonFiniteLossError
+from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.tracking import EpochMeans, weighted_mean
 
@@ -456,7 +456,8 @@ class Run:
         self.num_batches_to_skip = progress.num_batches_in_epoch if progress.phase == "training" else 0
         self.stream_position = training.stream_position
         self.total_num_epochs, self.first_end = num_epochs, self.min_epochs
-        self.is_epoch_cut_short = self._was_epoch_cut_short()
+        if not progress.is_between_epochs():
+            self.is_epoch_cut_short = self._was_epoch_cut_short()
         self.is_resumed = True
         training.restart_scheduler_updates()
 
@@ -669,17 +670,25 @@ class Run:
     def limit_reached(self) -> str | None:
         """Return which limit ended the training before its last epoch was done; ``None`` if none did."""
         progress = self.training.progress
-        if not self.is_epoch_cut_short and progress.num_epochs_completed >= self.total_num_epochs:
-            return None
+        has_epochs_left = progress.num_epochs_completed < self.total_num_epochs
         if self.time_limit is not None and not self.is_update_limit_reached:
-            return self.time_limit.reason
-        return f"{progress.num_updates} updates are done (`max_num_train_steps`)"
+            return self.time_limit.reason if has_epochs_left or self.is_time_over else None
+        is_cut_short = self.is_epoch_cut_short and self.is_update_limit_reached
+        limit = f"{progress.num_updates} updates are done (`max_num_train_steps`)"
+        return limit if has_epochs_left or is_cut_short else None
 
     def count_epoch(self, history: RunHistory) -> None:
         """Count the current epoch, if its training is done."""
         if self.training.progress.phase != "training":
             self.training.progress.end_epoch()
             history._increment_epoch()  # noqa: SLF001 - a seam of 0.1.61 between the loop and its history
+
+    def call(self, hook: Callable[..., object], *args: object) -> None:
+        """Call a hook. What ends the run there ends it on all ranks: at once if this is the only one."""
+        try:
+            hook(*args)
+        except (StopTrainingError, NonFiniteLossError) as reason:
+            self.stop_on_all_ranks(reason)
 
     def stop_on_all_ranks(self, reason: Exception) -> None:
         """Stop the run: at once if this is the only rank, otherwise with the next exchange."""

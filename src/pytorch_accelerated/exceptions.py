@@ -37,6 +37,9 @@ class CallbackMethodNotImplementedError(Exception):
 class CheckpointError(RuntimeError):
     """A checkpoint or training state could not be written or read, or does not belong to this model."""
 
+    is_of_program: bool = False
+    """Whether an error of the program, on another process, is the cause: that process ends, and so does this one."""
+
 
 class NonFiniteLossError(ArithmeticError):
     """The loss became NaN or infinite. The message names the epoch, step and rank.

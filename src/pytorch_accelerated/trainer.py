@@ -25,6 +25,7 @@ from pytorch_accelerated._checkpoint.companions import (
     attributes_without_state,
     find_companions,
 )
+from pytorch_accelerated._checkpoint.files import printable
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._checkpoint.manifest import SavedState
 from pytorch_accelerated._checkpoint.restart import Restart
@@ -547,7 +548,7 @@ class Trainer(TrainingLoop):
                 strict=strict,
             )
         if loaded.describe_rest():
-            self.print(f"{os.fspath(checkpoint_path)}: {loaded.describe_rest()}")
+            self.print(f"{printable(checkpoint_path)}: {loaded.describe_rest()}")
         return loaded
 
     def save_training_state(
@@ -887,6 +888,7 @@ class Trainer(TrainingLoop):
             num_metric_values_seen=training.num_metric_values_seen,
             companions=self._loop_companions(),
             is_optimizer_training=training.optimizer_mode.is_training,
+            is_epoch_cut_short=run.is_epoch_cut_short,
         )
 
     def _loop_companions(self) -> Companions:
@@ -918,6 +920,7 @@ class Trainer(TrainingLoop):
                 "An earlier version saved this state: what is drawn while samples are loaded differs from here on."
             )
         training.early_stop_reason = contents.stop_reason
+        run.is_epoch_cut_short = contents.is_epoch_cut_short
         training.num_metric_values_seen = contents.num_metric_values_seen
         training.stream_position = contents.stream_position
         training.lineage = Lineage(contents.saved)

@@ -11,6 +11,7 @@ import pytest
 
 from _saved import falsify_manifest, make_up_state, names_in
 from pytorch_accelerated._checkpoint import folder as folder_module
+from pytorch_accelerated._checkpoint import manifest as manifest_module
 from pytorch_accelerated._checkpoint.folder import (
     Lineage,
     Retention,
@@ -238,6 +239,21 @@ def test_damaged_states_are_not_counted_among_those_to_keep(tmp_path):
     assert names_in(tmp_path) == ["epoch_1", "epoch_3"]
 
 
+def test_a_state_that_cannot_be_read_at_the_moment_is_not_deleted(tmp_path, monkeypatch):
+    """A network file system may fail once, while a state that was just written is looked at."""
+    make_states(tmp_path, [1.0, 2.0, 3.0, 4.0])
+
+    def fail(saved, name):
+        if saved.path.name == "epoch_4":
+            raise OSError(5, "Input/output error", name)
+        return True
+
+    monkeypatch.setattr(manifest_module, "_has_size", fail)
+    rotate(tmp_path, Retention(1), [tmp_path / "epoch_3", tmp_path / "epoch_4"])
+    assert names_in(tmp_path) == ["epoch_3", "epoch_4"]
+    assert "cannot be read: [Errno 5] Input/output error" in list_states(tmp_path)[0].problem
+
+
 def test_a_state_that_cannot_be_deleted_causes_a_warning(tmp_path, monkeypatch):
     make_states(tmp_path, [1.0, 2.0])
 
@@ -245,7 +261,7 @@ def test_a_state_that_cannot_be_deleted_causes_a_warning(tmp_path, monkeypatch):
         raise OSError(39, "Directory not empty", str(path))
 
     monkeypatch.setattr(folder_module, "delete_folder", fail)
-    with pytest.warns(UserWarning, match=r"no longer needed could not be deleted: .*Directory not empty: '.*epoch_1'"):
+    with pytest.warns(UserWarning, match=r"could not be deleted in '.*': .*Directory not empty: '.*epoch_1'"):
         rotate(tmp_path, Retention(1))
 
 

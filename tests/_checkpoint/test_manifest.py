@@ -241,12 +241,14 @@ def test_an_unlisted_file_is_rejected_if_accelerate_would_read_it(path, name, is
         manifest_module.verify_state(path)
 
 
-def test_an_unreadable_file_counts_as_damaged(path, monkeypatch):
+def test_the_reason_why_a_file_cannot_be_read_is_told(path, monkeypatch):
+    """It may be an intact one."""
+
     def fail(file):
-        raise OSError(5, "Input/output error")
+        raise OSError(5, "Input/output error", str(file))
 
     monkeypatch.setattr(manifest_module, "crc32_of", fail)
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*Input/output error: '.*trainer_state.pt'"):
         manifest_module.verify_state(path)
 
 

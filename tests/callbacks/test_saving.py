@@ -421,6 +421,30 @@ def test_the_longest_name_works(tmp_path, kind):
     assert [path.name for path in tmp_path.iterdir()] == ["m" * 255]
 
 
+NOT_UTF_8 = os.fsdecode(b"caf\xe9")
+
+
+@pytest.mark.filterwarnings("ignore:.*but not these entries")  # of the optimizer
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@pytest.mark.parametrize("kind", KINDS_OF_FILES)
+def test_names_that_are_not_utf_8_work(tmp_path, kind, name, capsys):
+    """Both that of the folder and that of the file."""
+    path = tmp_path / NOT_UTF_8 / f"{NOT_UTF_8}{name}"
+    save_with(KINDS_OF_FILES[kind], path)
+    if "states" in kind:
+        resumed = save_with(KINDS_OF_FILES[kind], path, num_epochs=4, resume_from="latest")
+        assert resumed.progress.num_updates == 12
+        assert (
+            save_with(KINDS_OF_FILES[kind], path, num_epochs=5, resume_from=path / "final").progress.num_updates == 15
+        )
+    else:
+        other = make_model()
+        other.more = torch.nn.Linear(1, 1)
+        loaded = make_trainer(model=other).load_checkpoint(path, strict=False)  # which prints what is missing
+        assert loaded["epoch"] in (1, 2, 3)
+    capsys.readouterr().out.encode()
+
+
 @pytest.mark.parametrize("address", ["s3://bucket/a", Path("s3://bucket/a")])
 def test_the_trainer_saves_to_no_remote_store(tmp_path, monkeypatch, address):
     monkeypatch.chdir(tmp_path)

@@ -370,6 +370,14 @@ def test_a_jump_of_the_wall_clock_saves_no_state(tmp_path, monkeypatch):
     assert names_in(tmp_path) == []
 
 
+@pytest.mark.parametrize("minutes", [float("inf"), 1e308, 10**400])
+def test_an_interval_longer_than_any_run_saves_only_the_end(tmp_path, minutes):
+    """Numbers that floats cannot hold are no error."""
+    trainer = train(make(tmp_path, save_every_n_steps=None, save_every_n_minutes=minutes, save_at_end=True))
+    assert names_in(tmp_path) == ["final"]
+    assert trainer.progress.num_updates == 9
+
+
 @pytest.mark.parametrize("number", [0, -0.5, float("nan")])
 def test_impossible_times_are_rejected(number):
     with pytest.raises(ValueError, match="`save_every_n_minutes` is"):
@@ -531,3 +539,26 @@ def test_a_callback_state_of_the_first_format_can_be_loaded(tmp_path):
     save = SaveTrainingStateCallback(tmp_path)
     save.load_state_dict({"num_steps": 7, "saved": ["step_7"]})
     assert save.state_dict() == {"num_steps": 7}
+
+
+# --- finished runs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"save_every_n_steps": None, "save_every_n_epochs": 1, "save_at_end": False}])
+@pytest.mark.parametrize(
+    ("num_epochs", "limit", "reason"),
+    [
+        (2, None, "2 epochs are done"),
+        (2, 4, "4 updates are done (`max_num_train_steps`)"),
+        (2, 6, "2 epochs are done"),
+        (3, 4, "4 updates are done (`max_num_train_steps`)"),
+        (1, 1, "1 updates are done (`max_num_train_steps`)"),
+    ],
+)
+def test_a_finished_run_that_is_resumed_has_ended_for_the_same_reason(tmp_path, num_epochs, limit, reason, settings):
+    """Also where the limit of updates ended it in its last epoch."""
+    for resume_from in (None, "latest", "latest"):
+        trainer = make(tmp_path, **{"save_at_end": True, **settings})
+        train(trainer, num_epochs=num_epochs, max_num_train_steps=limit, resume_from=resume_from)
+        assert trainer.stop_reason == reason
+        assert trainer.progress.num_updates == (limit or 6)

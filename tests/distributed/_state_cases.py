@@ -15,17 +15,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 import _runs
 import _schedules
 from _processes import run_cases
 from _saved import assert_equal, bytes_in, everything_in, make_state_trainer, names_in, rewrite_manifest
-from _support import Probe, make_indexed_dataset, make_model, make_trainer, weights_of
+from _support import Probe, make_dataset, make_indexed_dataset, make_model, make_trainer, weights_of
 from _support import train as train_for_one_epoch
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated._checkpoint.manifest import read_manifest
 from pytorch_accelerated._distributed import collectives
-from pytorch_accelerated.callbacks import SaveTrainingStateCallback, TrainerCallback
+from pytorch_accelerated.callbacks import (
+    SaveBestModelCallback,
+    SaveTrainingStateCallback,
+    StepBasedEvaluationCallback,
+    TrainerCallback,
+)
 from pytorch_accelerated.callbacks import saving as saving_module
 from pytorch_accelerated.exceptions import CheckpointError
 
@@ -421,6 +427,55 @@ def case_a_checkpoint_that_cannot_be_written_fails_on_all(rank: int, directory: 
         (directory / "file").touch()
     Accelerator().wait_for_everyone()
     return message_of(lambda: make_trainer().save_checkpoint(directory / "file" / "model.pt", save_per_node=False))
+
+
+def case_the_best_model_of_an_abandoned_run_is_loaded_by_no_process(rank: int, directory: Path) -> Any:
+    """The second process sees the file of the first one only."""
+
+    def run(scores: list[float], **kwargs: Any) -> dict[str, Any]:
+        score = Probe(on_train_epoch_end=lambda t, **_: t.run_history.update_metric("score", scores.pop(0)))
+        best = SaveBestModelCallback(directory / "best.pt", watch_metric="score")
+        states = SaveTrainingStateCallback(directory / "states", save_every_n_epochs=1)
+        trained: dict[str, Any] = {}
+        last = Probe(on_training_run_epoch_end=lambda t, **_: trained.update(weights_of(t.get_model())))
+        trainer = make_trainer(callbacks=[score, best, states, last], seed=0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train_for_one_epoch(trainer, **{"num_epochs": 3, **kwargs})
+        is_last = all(torch.equal(value, trained[name]) for name, value in weights_of(trainer.model).items())
+        return {"is last": is_last, "warnings": [str(each.message) for each in caught], "best": best.state_dict()}
+
+    run([2.0, 3.0, 1.0])
+    worse = run([4.0, 5.0], num_epochs=4, resume_from=directory / "states" / "epoch_2")
+    better = run([1.5, 4.0], num_epochs=4, resume_from=directory / "states" / "epoch_2")
+    return {"worse": worse, "better": better, "names": names_in(directory)}
+
+
+def case_the_buffers_of_each_process_resume_exactly_within_a_window(rank: int, directory: Path) -> Any:
+    """DDP replaces them only at the start of a window. Those of spectral norms change what the model computes."""
+
+    def run(folder: Path, **kwargs: Any) -> dict[str, Any]:
+        torch.manual_seed(3)
+        layers = [nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)]
+        model = nn.Sequential(nn.utils.parametrizations.spectral_norm(layers[0]), *layers[1:])
+        states = SaveTrainingStateCallback(folder, save_every_n_steps=1)
+        trainer = make_trainer(model, callbacks=[StepBasedEvaluationCallback(1), states], seed=0)
+        train_for_one_epoch(
+            trainer, 48, num_epochs=2, gradient_accumulation_steps=3, eval_dataset=make_dataset(8), **kwargs
+        )
+        history = trainer.run_history
+        names = history.get_metric_names()
+        return {
+            "history": {name: list(history.get_metric_values(name)) for name in names},
+            "model": trainer.model.state_dict(),
+        }
+
+    whole = run(directory / "states")
+    found = {}
+    for step in (1, 2, 3, 5, 8):
+        resumed = run(directory / f"after_{step}", resume_from=directory / "states" / f"step_{step}")
+        found[step] = _runs.differences(whole, resumed)
+    return found
 
 
 CASES = {name.removeprefix("case_"): value for name, value in list(globals().items()) if name.startswith("case_")}

@@ -222,3 +222,19 @@ def test_a_state_that_one_process_cannot_read_is_loaded_by_none(results):
 def test_a_checkpoint_that_cannot_be_written_fails_on_all(results):
     for message in results:
         assert "model.pt' could not be written" in message
+
+
+def test_the_best_model_of_an_abandoned_run_is_loaded_by_no_process(results):
+    for rank, result in enumerate(results):
+        assert (result["worse"]["is last"], result["better"]["is last"]) == (True, False)
+        assert ["is not the best model that this run saved" in text for text in result["worse"]["warnings"]] == (
+            [True] if rank == 0 else []
+        )
+        assert result["better"]["warnings"] == []
+        assert result["names"] == ["best.previous.pt", "best.pt", "states"]
+    for name in ("worse", "better"):
+        assert results[0][name]["best"] == results[1][name]["best"]
+
+
+def test_the_buffers_of_each_process_resume_exactly_within_a_window(results):
+    assert results == [{1: [], 2: [], 3: [], 5: [], 8: []}] * 2

@@ -109,6 +109,7 @@ class Program:
     kill_update: int
     kill_delay: float
     killed: str
+    compiled: str
 
     @staticmethod
     def make_up(generator: random.Random) -> Program:
@@ -143,6 +144,7 @@ class Program:
             kill_update=generator.randint(1, num_updates),
             kill_delay=pick([0.0, 0.0, generator.uniform(0, 0.03)]),
             killed=pick(["all ranks", "the main process", "the last rank"]),
+            compiled=pick(["nothing", "nothing", "the first layer", "the head", "a block", "the model"]),
         )
 
 
@@ -182,7 +184,20 @@ def make_model(program: Program) -> nn.Module:
     size = 8
     normalizations = {"none": nn.Identity(), "layer": nn.LayerNorm(size), "batch": nn.BatchNorm1d(size)}
     normalization = normalizations[program.normalization]
-    return nn.Sequential(nn.Linear(4, size), normalization, nn.Tanh(), nn.Dropout(program.dropout), nn.Linear(size, 1))
+    block = nn.Sequential(normalization, nn.Tanh(), nn.Dropout(program.dropout))
+    model = nn.Sequential(nn.Linear(4, size), block, nn.Linear(size, 1))
+    if program.compiled == "the model":
+        return compile_module(model)
+    part = {"the first layer": 0, "a block": 1, "the head": 2}.get(program.compiled)
+    if part is not None:
+        model[part] = compile_module(model[part])
+    return model
+
+
+def compile_module(module: nn.Module) -> nn.Module:
+    """Compile a module, without generated code, which would take long to create."""
+    compiled: nn.Module = torch.compile(module, backend="eager")
+    return compiled
 
 
 def make_trainer(program: Program, folder: Path, kill: TrainerCallback | None) -> Trainer:
@@ -330,14 +345,22 @@ def check(program: Program, folder: Path) -> None:
     run(program, resumed)
     for rank in range(program.num_processes):
         outcomes = [torch.load(each / f"outcome-{rank}.pt", weights_only=True) for each in (whole, resumed)]
-        if rank > 0 and program.normalization == "batch":  # of buffers, DDP keeps those of the main process
-            outcomes = [{"optimizer": outcome["optimizer"], "history": outcome["history"]} for outcome in outcomes]
+        if rank > 0:  # DDP replaces them by those of the main process, before each forward pass
+            outcomes = [without_statistics(outcome) for outcome in outcomes]
         found = differences(*outcomes)
         if found:
             raise FailedError(f"rank {rank} ends with other numbers: {found[:3]}")
     names = [[state.path.name for state in list_states(each / "states")] for each in (whole, resumed)]
     if "final" not in names[1]:
         raise FailedError(f"the states at the end are {names[1]}; without a kill, {names[0]}")
+
+
+def without_statistics(outcome: Any) -> Any:
+    """Return an outcome without the statistics of batch norms, of the model and of the average."""
+    if not isinstance(outcome, dict):
+        return outcome
+    names = [name for name in outcome if not str(name).endswith(("running_mean", "running_var"))]
+    return {name: without_statistics(outcome[name]) for name in names}
 
 
 def output_of(folder: Path) -> str:
@@ -349,6 +372,7 @@ def output_of(folder: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--programs", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first program (default: 0)")
     parser.add_argument("--seed", type=int, default=None, help="decides what the programs are (default: the time)")
     parser.add_argument("--only", type=int, default=None, help="run only the program of this number")
     arguments = parser.parse_args()
@@ -356,7 +380,9 @@ def main() -> int:
     print(f"seed {seed}", flush=True)
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="programs_"))
-    numbers = range(arguments.programs) if arguments.only is None else [arguments.only]
+    numbers = (
+        range(arguments.first, arguments.first + arguments.programs) if arguments.only is None else [arguments.only]
+    )
     begin, num_failed = time.monotonic(), 0
     for number in numbers:
         program, folder = Program.make_up(random.Random(f"{seed}/{number}")), root / str(number)

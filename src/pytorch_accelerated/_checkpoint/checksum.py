@@ -17,7 +17,7 @@ The checksum is that of all bytes but its own eight digits.
 
 _NUM_DIGITS = 8
 _LABEL = EMPTY_CHECKSUM[:-_NUM_DIGITS].encode()
-_LENGTH_SIZE = 8  # bytes; a file of safetensors begins with the length of its header, which is JSON
+LENGTH_SIZE = 8  # bytes; a file of safetensors begins with the length of its header, which is JSON
 _LENGTH_OF_COMMENT = 2  # bytes; the end of a zip archive without a comment
 ZIP_SIGNATURE = b"PK\x03\x04"
 """How a zip archive begins, the format in which `torch.save` writes by default."""
@@ -53,6 +53,16 @@ def seal(path: Path) -> None:
             file.write(digits)
 
 
+def carried_checksum(path: Path) -> str | None:
+    """Return the checksum that a file carries, as it stands there; ``None`` if it carries none."""
+    with path.open("rb") as file:
+        place = _find_digits(file)
+        if place is None:
+            return None
+        file.seek(place)
+        return file.read(_NUM_DIGITS).decode("ascii", "replace")
+
+
 def check_undamaged(path: Path) -> None:
     """Raise if a checkpoint is not as it was written.
 
@@ -82,7 +92,7 @@ def _find_digits(file: BinaryIO) -> int | None:
     header_size = _header_size(file)
     if header_size is not None:
         place = file.read(header_size).find(_LABEL)
-        return None if place < 0 else _LENGTH_SIZE + place + len(_LABEL)
+        return None if place < 0 else LENGTH_SIZE + place + len(_LABEL)
     place = file.seek(0, 2) - len(EMPTY_CHECKSUM)
     file.seek(max(0, place))
     return place + len(_LABEL) if file.read(len(_LABEL)) == _LABEL else None
@@ -92,9 +102,9 @@ def _header_size(file: BinaryIO) -> int | None:
     """Return the size of the header, in bytes, and go there; ``None`` for a file that is not one of safetensors."""
     size = file.seek(0, 2)
     file.seek(0)
-    header_size = int.from_bytes(file.read(_LENGTH_SIZE), "little")
-    is_header = file.read(1) == b"{" and _LENGTH_SIZE + header_size <= size
-    file.seek(min(_LENGTH_SIZE, size))
+    header_size = int.from_bytes(file.read(LENGTH_SIZE), "little")
+    is_header = file.read(1) == b"{" and LENGTH_SIZE + header_size <= size
+    file.seek(min(LENGTH_SIZE, size))
     return header_size if is_header else None
 
 

@@ -170,6 +170,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     # Several nodes may write the same file. A node overwrites what it left behind itself.
     node = os.environ.get("GROUP_RANK", "0")
     temporary = path.with_name(_hidden_name(path, f".tmp-{node}"))
+    kept = "An earlier file of this name is unchanged."
     try:
         create_folder(path.parent)
         temporary.unlink(missing_ok=True)
@@ -178,6 +179,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        kept = "It is complete, but may not survive a power loss."
         flush_to_disk(path.parent)
     except (OSError, RuntimeError, *_NOT_PICKLABLE) as error:
         with suppress(OSError):
@@ -189,10 +191,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
             if isinstance(error, _NOT_PICKLABLE)
             else "Check that the folder is writable and that the disk has free space."
         )
-        raise CheckpointError(
-            f"The checkpoint {str(path)!r} could not be written: {error}. An earlier file of this name is unchanged. "
-            f"{advice}"
-        ) from error
+        raise CheckpointError(f"The checkpoint {str(path)!r} could not be written: {error}. {kept} {advice}") from error
 
 
 def check_can_write(path: str | os.PathLike[str]) -> None:
@@ -412,11 +411,13 @@ def replace_folder(target: Path) -> None:
         target.rename(backup)
     try:
         temporary.rename(target)
+        flush_to_disk(target.parent)
     except OSError:
         if _is_there(backup):
+            with suppress(FileNotFoundError):
+                target.rename(temporary)
             backup.rename(target)
         raise
-    flush_to_disk(target.parent)
     _remove(backup, ignore_errors=True)
 
 
@@ -444,13 +445,18 @@ def repair_folder(target: Path) -> None:
 
 
 def _is_there(path: Path) -> bool:
-    """Tell whether there is a file or folder, or a link, wherever it points."""
-    return path.exists() or path.is_symlink()
+    """Tell whether there is a file or folder, or a link, wherever it points; raise if the disk does not say."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _remove(path: Path, ignore_errors: bool = False) -> None:
     """Remove a folder. Of a link to a folder, only the link is removed: what it points to is not ours."""
-    if path.is_symlink():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=ignore_errors)
+    with suppress(*(OSError,) if ignore_errors else ()):
+        if path.is_symlink():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, ignore_errors=ignore_errors)

@@ -20,6 +20,7 @@ from pytorch_accelerated._checkpoint.manifest import (
     SavedState,
     find_damage,
     read_manifest,
+    unreadable,
     verify_state,
 )
 from pytorch_accelerated._messages import warn
@@ -51,18 +52,18 @@ def list_states(folder: str | os.PathLike[str]) -> list[SavedState]:
 
 def _inspect(path: Path) -> SavedState | None:
     """Return the training state at a path; ``None`` if there is something else."""
-    has_state_name = _STATE_NAME.fullmatch(path.name) is not None
+    is_state = _STATE_NAME.fullmatch(path.name) is not None
     try:
-        if path.name.startswith(".") or not path.is_dir() or not (has_state_name or (path / MANIFEST).exists()):
+        if path.name.startswith(".") or not path.is_dir() or not (is_state or (path / MANIFEST).exists()):
             return None
-        saved = read_manifest(path)
+        saved, is_state = read_manifest(path), True
         return replace(saved, problem=find_damage(saved, compare_checksums=False))
     except NewerFormatError as error:
         return SavedState(path, format_version=FORMAT_VERSION + 1, problem=str(error))
     except CheckpointError as error:
         return SavedState(path, problem=str(error))
     except OSError as error:  # without a state's name it may belong to someone else
-        return SavedState(path, problem=f"{str(path)!r} cannot be read: {error}.") if has_state_name else None
+        return SavedState(path, problem=unreadable(path, error)) if is_state else None
 
 
 def find_newest_state(
@@ -190,8 +191,8 @@ def rotate(folder: Path, retention: Retention, written: Sequence[Path] = ()) -> 
         pass  # there is no folder, because a stand-in for the trainer has written nothing
     except OSError as error:
         warn(
-            f"A training state that is no longer needed could not be deleted: {error}. The run continues; delete the "
-            "state yourself if you need the space.",
+            f"A training state that is no longer needed could not be deleted in {str(folder)!r}: {error}. The run "
+            "continues; delete the state yourself if you need the space.",
         )
     return deleted
 

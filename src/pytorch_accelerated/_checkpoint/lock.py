@@ -8,8 +8,8 @@ import socket
 import stat
 import threading
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,23 +93,20 @@ def _open_locked(folder: Path) -> int | None:
     path = folder / LOCK
     while True:
         descriptor = _open_file(path)
-        try:
-            is_ours = _try_to_lock(descriptor)
-        except OSError as error:
-            os.close(descriptor)
-            warn(
-                f"Files in {str(folder)!r} cannot be locked ({error}). Make sure that only one run saves its training "
-                "states there: two would delete each other's.",
-            )
-            return None
-        if not is_ours:
-            holder = _read_holder(descriptor)
-            os.close(descriptor)
-            raise CheckpointError(_refusal(folder, holder))
-        if _is_still_there(path, descriptor):
-            _write_holder(descriptor)
-            return descriptor
-        os.close(descriptor)  # it has been deleted since, and another run may have locked a new one
+        with _closed_unless_kept(descriptor) as keep:
+            try:
+                is_ours = _try_to_lock(descriptor)
+            except OSError as error:
+                warn(
+                    f"Files in {str(folder)!r} cannot be locked ({error}). Make sure that only one run saves its "
+                    "training states there: two would delete each other's.",
+                )
+                return None
+            if not is_ours:
+                raise CheckpointError(_refusal(folder, _read_holder(descriptor)))
+            if _is_still_there(path, descriptor):  # or another run may have deleted it, and locked a new one
+                _write_holder(descriptor)
+                return keep()
 
 
 def _open_file(path: Path) -> int:
@@ -120,11 +117,25 @@ def _open_file(path: Path) -> int:
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, "the lock file is a link; delete it", str(path)) from error
         raise
-    status = os.fstat(descriptor)
-    if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
-        return descriptor
-    os.close(descriptor)
-    raise OSError(errno.EINVAL, "the lock file is no file of its own, but a link, pipe or device; delete it", str(path))
+    with _closed_unless_kept(descriptor) as keep:
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
+            return keep()
+    reason = "the lock file is no file of its own, but a link, pipe or device; delete it"
+    raise OSError(errno.EINVAL, reason, str(path))
+
+
+@contextmanager
+def _closed_unless_kept(descriptor: int) -> Iterator[Callable[[], int]]:
+    """Close a file at the end, whatever happens, unless what is yielded is called. It returns the file."""
+    with ExitStack() as closing:
+        closing.callback(os.close, descriptor)
+
+        def keep() -> int:
+            closing.pop_all()
+            return descriptor
+
+        yield keep
 
 
 def _try_to_lock(descriptor: int) -> bool:

@@ -105,6 +105,11 @@ def name_state(path: Path) -> str:
     return f"The training state {str(path)!r}"
 
 
+def unreadable(path: Path, error: OSError) -> str:
+    """Say that a training state cannot be read at the moment."""
+    return f"{name_state(path)} cannot be read: {error}."
+
+
 def process_file(process_index: int) -> str:
     """Return the name of the file with the local part of one process."""
     return f"process_{process_index}.pt"
@@ -374,10 +379,13 @@ def verify_state(directory: Path) -> SavedState:
 
     Raises:
         FileNotFoundError: There is no such directory.
-        CheckpointError: A file is missing, altered or unexpected, or there is no readable manifest.
+        CheckpointError: A file is missing, altered, unexpected or unreadable, or there is no readable manifest.
     """
     saved = read_manifest(directory)
-    problem = find_damage(saved)
+    try:
+        problem = find_damage(saved)
+    except OSError as error:
+        raise CheckpointError(unreadable(directory, error)) from error
     if problem is not None:
         raise CheckpointError(f"{name_state(directory)} is damaged: {problem}. Use an older state.")
     return saved
@@ -389,6 +397,9 @@ def find_damage(saved: SavedState, compare_checksums: bool = True) -> str | None
     Args:
         saved: The state.
         compare_checksums: Whether to read the files. Otherwise only their sizes are compared.
+
+    Raises:
+        OSError: The operating system refuses to say, which does not mean that there is damage.
     """
     names = dict.fromkeys((TRAINER_STATE, *map(process_file, range(saved.num_processes)), *saved.files))
     damaged = next((name for name in names if not _has_size(saved, name)), None)
@@ -406,16 +417,10 @@ def find_damage(saved: SavedState, compare_checksums: bool = True) -> str | None
 
 def _has_size(saved: SavedState, name: str) -> bool:
     path = saved.path / name
-    try:
-        is_right = name in saved.files and path.is_file() and path.stat().st_size == saved.files[name]["size"]
-        return is_right and not is_hollow(path)
-    except OSError:  # not readable
-        return False
+    is_right = name in saved.files and path.is_file() and path.stat().st_size == saved.files[name]["size"]
+    return is_right and not is_hollow(path)
 
 
 def _has_checksum(saved: SavedState, name: str) -> bool:
     path, file = saved.path / name, saved.files[name]
-    try:
-        return crc32_of(path) == str(file["crc32"]) if "crc32" in file else sha256_of(path) == str(file["sha256"])
-    except OSError:  # not readable
-        return False
+    return crc32_of(path) == str(file["crc32"]) if "crc32" in file else sha256_of(path) == str(file["sha256"])

@@ -49,6 +49,7 @@ from pytorch_accelerated._distributed.accelerator import is_sharded
 from pytorch_accelerated._distributed.collectives import run_on_all
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._nested import rebuild
+from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -184,10 +185,18 @@ def load_entries(path: str | os.PathLike[str]) -> StateDict:
         ModuleNotFoundError: It is one of safetensors, which is not installed.
     """
     file = local_path(path)
-    if not file.is_file():
-        return load_file(path)  # which says so
-    check_undamaged(file)
-    return load_safetensors(path) if is_safetensors_file(file) else load_file(path)
+    try:
+        if not file.is_file():
+            return load_file(path)  # which says so
+        check_undamaged(file)
+        return load_safetensors(path) if is_safetensors_file(file) else load_file(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"The checkpoint {str(path)!r} could not be read: {error}. Nothing was loaded. Check that you may read the "
+            "file, and that its disk is in order."
+        ) from error
 
 
 def load_checkpoint(

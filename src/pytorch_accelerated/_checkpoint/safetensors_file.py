@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from pytorch_accelerated._checkpoint.checksum import EMPTY_CHECKSUM, seal
-from pytorch_accelerated._checkpoint.files import as_plain, local_path, write_atomically
+from pytorch_accelerated._checkpoint.checksum import EMPTY_CHECKSUM, LENGTH_SIZE, seal
+from pytorch_accelerated._checkpoint.files import as_plain, local_path, name_for_pytorch, write_atomically
 from pytorch_accelerated._checkpoint.names import METADATA
 from pytorch_accelerated._types import StateDict, StateMapping
 from pytorch_accelerated.exceptions import CheckpointError
@@ -74,10 +74,23 @@ def save_safetensors(checkpoint: StateMapping, path: str | os.PathLike[str]) -> 
         except (SafetensorError, ValueError, KeyError) as error:  # a tensor is sparse, or of a type that is unknown
             raise RuntimeError(str(error)) from error
         temporary.chmod(mode)  # safetensors makes its files readable by their owner only
+        _sort_metadata(temporary)
         seal(temporary)
 
     write_atomically(path, write)
     return [name for name, text in others.items() if text is None]
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a file in order. safetensors writes the same contents differently each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(LENGTH_SIZE), "little")
+        header: dict[str, Any] = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        if len(ordered) == size:
+            file.seek(LENGTH_SIZE)
+            file.write(ordered)
 
 
 def _as_json(value: object) -> str | None:
@@ -102,10 +115,10 @@ def load_safetensors(path: str | os.PathLike[str]) -> StateDict:
 
     path = local_path(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with name_for_pytorch(path) as name, safe_open(name, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
             names = list(file.keys())
-            tensors: dict[str, Any] = {name: file.get_tensor(name).clone() for name in names}  # they are memory-mapped
+            tensors: dict[str, Any] = {key: file.get_tensor(key).clone() for key in names}  # they are memory-mapped
         entries = {name: json.loads(text) for name, text in json.loads(metadata.get(_ENTRIES, "{}")).items()}
         versions = json.loads(metadata.get(_VERSIONS, "{}"))
     except (SafetensorError, ValueError, AttributeError) as error:

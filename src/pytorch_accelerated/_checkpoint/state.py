@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pytorch_accelerated._accumulation import AccumulationWindow
+from pytorch_accelerated._checkpoint.buffers import load_local_buffers, local_buffers_of
 from pytorch_accelerated._checkpoint.companions import Companions, gradients_of, load_gradients
 from pytorch_accelerated._checkpoint.files import as_plain, load_file
 from pytorch_accelerated._checkpoint.host_memory import HostMemory
@@ -90,6 +91,7 @@ class Parts:
         companions: What else has a state.
         num_metric_values_seen: How many values of its metric the scheduler has been stepped with.
         is_optimizer_training: Whether an optimizer that has modes is in training mode; ``None`` if there is none.
+        is_epoch_cut_short: Whether the limit of updates ended the last epoch before its last batch.
     """
 
     model: nn.Module
@@ -110,6 +112,7 @@ class Parts:
     companions: Companions = field(default_factory=Companions)
     num_metric_values_seen: int = 0
     is_optimizer_training: bool | None = None
+    is_epoch_cut_short: bool = False
 
     @property
     def shared(self) -> dict[str, object]:
@@ -154,6 +157,7 @@ def _collect_state(parts: Parts, accelerator: Accelerator, extras: StateMapping 
     local_state = {
         **state_dicts_of(parts.local),
         "gradients": _pending_gradients(parts, model, accelerator),
+        "buffers": local_buffers_of(parts.model, int(accelerator.process_index)),
         "rng": get_rng_state(),
         "stream": stream,
         "order": _order_state(parts.order, position),
@@ -201,6 +205,7 @@ def _shared_state(
             "stopped": parts.stop_reason,
             "num_metric_values_seen": parts.num_metric_values_seen,
             "is_optimizer_training": parts.is_optimizer_training,
+            "is_epoch_cut_short": parts.is_epoch_cut_short,
             "knows_stream": stream is not None and stream["state"] is not None,
             "companions": parts.companions.shared_state(),
         },
@@ -336,6 +341,11 @@ class StateContents:
         return reason
 
     @property
+    def is_epoch_cut_short(self) -> bool:
+        """Whether the limit of updates had ended the last epoch; earlier versions did not save it."""
+        return bool(self.trainer_state["trainer"].get("is_epoch_cut_short", False))
+
+    @property
     def user_entries(self) -> StateDict:
         """What `Trainer.load_training_state` returns: ``current_epoch`` and the user's entries."""
         return {name: value for name, value in self.trainer_state.items() if name != "trainer"}
@@ -390,7 +400,7 @@ def _read_state(saved: SavedState, accelerator: Accelerator, parts: Parts) -> St
     if then.step != now.step:
         length = saved.settings.get("dataset_length", parts.settings.get("dataset_length"))
         progress |= asdict(translate_position(TrainingProgress(**progress), then, now, length))
-        process_state |= {"window": AccumulationWindow().state_dict(), "gradients": {}, "stream": None}
+        process_state |= {"window": AccumulationWindow().state_dict(), "gradients": {}, "stream": None, "buffers": None}
     if parts.stream is None or not trainer_state["trainer"].get("knows_stream"):
         process_state["stream"] = None
     num_batches = parts.settings.get("num_batches_per_epoch")
@@ -509,6 +519,7 @@ def restore_state(
         if contents.weights is not None:  # which have been checked, and now nothing else can fail on any process
             load_checked_model_state(model, contents.weights, parts.optimizer)
         load_gradients(model, contents.process_state["gradients"])
+        load_local_buffers(parts.model, contents.process_state.get("buffers"))  # not in states of earlier versions
     restore_rng(contents, int(accelerator.process_index))
     if contents.saved.num_processes != accelerator.num_processes:
         print_fn(

@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torch.utils.data import BatchSampler
+
 from pytorch_accelerated._data.division import check_same_order
 from pytorch_accelerated._data.draws import Draw, as_collection
 from pytorch_accelerated._nested import count_rows, first_rows, repeat_rows
-from pytorch_accelerated._proxy import Proxy
+from pytorch_accelerated._proxy import Proxy, unwrap
 
 
 class Sharding:
@@ -37,10 +39,11 @@ class ShardedBatchSampler(Sharding, Proxy, wraps="batch_sampler"):
     """The batches of one rank, out of the batches of all ranks.
 
     At each step the ranks take the next ``num_processes`` batches, one each, in the order of their ranks. If fewer
-    batches remain at the end, their samples are divided evenly, over as many ranks as can get at least two: a batch
-    norm cannot train on a single sample. Every sample is used once, and all ranks make the same number of steps. A rank
-    without a sample yields a *dummy batch*: a batch that was used before, so that the rank can take part in collective
-    operations. It must count for nothing.
+    batches remain at the end, or the last one is smaller than the others, their samples are divided evenly, over as
+    many ranks as can get at least two: a batch norm cannot train on a single sample. Where the user's batch sampler
+    decides how many samples a batch has, and each rank gets a batch, they are left as they are. Every sample is used
+    once, and all ranks make the same number of steps. A rank without a sample yields a *dummy batch*: a batch that was
+    used before, so that the rank can take part in collective operations. It must count for nothing.
 
     Args:
         batch_sampler: Yields lists of indices, identical on every rank.
@@ -53,6 +56,9 @@ class ShardedBatchSampler(Sharding, Proxy, wraps="batch_sampler"):
     Example:
         >>> [list(ShardedBatchSampler([[0, 1], [2, 3], [4, 5], [6]], 3, rank)) for rank in range(3)]
         [[[0, 1], [6]], [[2, 3], [2, 3]], [[4, 5], [4, 5]]]
+        >>> batches = BatchSampler(range(5), 4, drop_last=False)
+        >>> [list(ShardedBatchSampler(batches, 2, rank)) for rank in range(2)]
+        [[[0, 1, 2]], [[3, 4]]]
     """
 
     def __init__(
@@ -75,6 +81,14 @@ class ShardedBatchSampler(Sharding, Proxy, wraps="batch_sampler"):
         """Shard the batches from the next epoch on."""
         self._is_active = True
 
+    @property
+    def fixed_size(self) -> int | None:
+        """The size of all batches but the last; ``None`` unless PyTorch's own `BatchSampler` makes them."""
+        order = self.batch_sampler
+        while isinstance(order, Proxy):
+            order = unwrap(order)
+        return order.batch_size if type(order) is BatchSampler else None
+
     def __iter__(self) -> Iterator[Sequence[int]]:
         self.start()
         return self._shard() if self._is_active else iter(self.batch_sampler)
@@ -82,12 +96,13 @@ class ShardedBatchSampler(Sharding, Proxy, wraps="batch_sampler"):
     def _shard(self) -> Iterator[Sequence[int]]:
         batches = iter(self.batch_sampler)
         local: Sequence[int] = []
+        full_size = self.fixed_size or 0
         for step in itertools.count():
             group = [as_collection(batch) for batch in itertools.islice(batches, self.num_processes)]
             if self._gather is not None:
                 check_same_order(group, self._gather)
                 self._gather = None
-            if len(group) == self.num_processes:
+            if len(group) == self.num_processes and len(group[-1]) >= full_size:
                 local = group[self.process_index]
                 yield local
                 continue

@@ -6,6 +6,7 @@ import atexit
 import os
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from pytorch_accelerated._compiled import without_compilation
 from pytorch_accelerated._data.build import Placement, shard_loader
 from pytorch_accelerated._data.loaders import PlacedBatches, RestOfEpoch, is_shardable, showing_inner_arguments
 from pytorch_accelerated._data.rng import derive_seed, seed_generators
@@ -32,6 +34,7 @@ from pytorch_accelerated._distributed.precision import (
     accelerator_in_precision,
 )
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
+from pytorch_accelerated._distributed.restarts import init_method_of_restart
 from pytorch_accelerated._distributed.waiting import PROCESS_TIMEOUT
 from pytorch_accelerated._types import Loader, MaybeNone
 
@@ -110,8 +113,12 @@ def _complete_settings(settings: dict[str, Any]) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         settings.setdefault("cpu", True)  # otherwise, each process would train separately
     handlers = list(settings.get("kwargs_handlers") or ())
-    if not any(isinstance(handler, InitProcessGroupKwargs) for handler in handlers):
-        settings["kwargs_handlers"] = [*handlers, InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)]
+    of_user = [handler for handler in handlers if isinstance(handler, InitProcessGroupKwargs)]
+    others = [handler for handler in handlers if handler not in of_user]
+    process_group = of_user[0] if of_user else InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)
+    if process_group.init_method is None:
+        process_group = replace(process_group, init_method=init_method_of_restart())
+    settings["kwargs_handlers"] = [*others, process_group]
 
 
 def _leave_group_at_exit() -> None:
@@ -190,8 +197,8 @@ class PreparedModel:
 
     def __init__(self, plain: nn.Module) -> None:
         self.plain = plain
-        module = getattr(plain, "_orig_mod", None)  # of a compiled model
-        self._attributes = [(part, AcceleratorRegistry.forward_attributes(part)) for part in (plain, module)]
+        parts = {id(part): part for part in (plain, without_compilation(plain))}.values()
+        self._attributes = [(part, AcceleratorRegistry.forward_attributes(part)) for part in parts]
         self.prepared = plain
 
     def restore(self, accelerator: Accelerator, model: nn.Module) -> nn.Module:

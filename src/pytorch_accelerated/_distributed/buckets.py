@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pytorch_accelerated._compiled import without_compilation
+
 _MIN_PROCESSES = 3
 """Fewer processes add up two numbers, whose order makes no difference."""
 
@@ -33,7 +35,7 @@ def fix_bucket_order(model: nn.Module, num_processes: int, has_comm_hook: bool) 
         A sentence for the user of a resumed run, if the order could not be fixed; ``None`` if it is the same from the
         first step.
     """
-    ddp = getattr(model, "_orig_mod", model)  # of a compiled model
+    ddp = without_compilation(model)
     if num_processes < _MIN_PROCESSES or not isinstance(ddp, DistributedDataParallel) or ddp.find_unused_parameters:
         return None  # with `find_unused_parameters`, DDP never forms new buckets
     parameters = [parameter for parameter in ddp.module.parameters() if parameter.requires_grad]

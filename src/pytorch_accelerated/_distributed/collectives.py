@@ -17,10 +17,11 @@ import torch
 from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from torch import distributed
 
+from pytorch_accelerated._distributed.reasons import first_of, is_reason, packed, unpacked
 from pytorch_accelerated._distributed.waiting import new_host_group
 from pytorch_accelerated._nested import rebuild
 from pytorch_accelerated._types import Batch, MaybeNone, Nested
-from pytorch_accelerated.exceptions import CheckpointError, NonFiniteLossError, StopTrainingError
+from pytorch_accelerated.exceptions import CheckpointError
 
 _host_group_of_world: list[distributed.ProcessGroup | None] = []
 """The default process group and the gloo group next to it. All runs share that one, because each holds sockets."""
@@ -70,6 +71,8 @@ def run_on_main(func: Callable[[], T], is_main: bool, num_processes: int) -> T:
 
 
 def _as_picklable(error: Exception) -> Exception:
+    if is_reason(error):
+        return unpacked(packed(error))
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -101,16 +104,19 @@ def run_on_all(func: Callable[[], T], num_processes: int, group: distributed.Pro
         result = func()
     except Exception as caught:
         error = caught
-    ends_all_alike = isinstance(error, (NonFiniteLossError, StopTrainingError))
-    failure = None if error is None else (str(error), error if ends_all_alike else None)
+    is_of_program = error is not None and not isinstance(error, CheckpointError)
+    failure = None if error is None else (str(error), packed(error) if is_reason(error) else None, is_of_program)
     failures = [failure for failure in all_gather_objects(failure, num_processes, group) if failure is not None]
-    for _, agreed_error in failures:
-        if agreed_error is not None:
-            raise agreed_error
-    if error is not None and not isinstance(error, CheckpointError):
+    reasons = [unpacked(reason) for _, reason, _ in failures if reason is not None]
+    if reasons:
+        raise first_of(reasons) from error
+    if error is not None and is_of_program:
         raise error
     if failures:
-        raise CheckpointError(failures[0][0]) from error
+        message, _, is_of_program = max(failures, key=lambda failure: failure[-1])
+        failed = CheckpointError(message)
+        failed.is_of_program = is_of_program
+        raise failed from error
     return result
 
 

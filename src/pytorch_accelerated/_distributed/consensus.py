@@ -12,46 +12,11 @@ import torch
 from torch import distributed
 
 from pytorch_accelerated._distributed.collectives import host_group
-from pytorch_accelerated._signals import RunInterruptedError
+from pytorch_accelerated._distributed.reasons import EpochEndedError, StopReason, first_of, packed, unpacked
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
 SECONDS_BETWEEN_EXCHANGES = 0.1
 """How often ranks exchange numbers in a run that does not need an exchange at each update."""
-
-
-class EpochEndedError(Exception):
-    """Ends the training part of the epoch under way after an update; the loop catches it.
-
-    Args:
-        reason: Why, in a few words.
-        ends_run: Whether no epoch follows.
-    """
-
-    def __init__(self, reason: str, ends_run: bool = False) -> None:
-        super().__init__(reason)
-        self.ends_run = ends_run
-
-
-_STOP_REASONS: dict[str, type[Exception]] = {
-    error.__name__: error for error in (NonFiniteLossError, StopTrainingError, RunInterruptedError, EpochEndedError)
-}
-"""The exceptions that stop all ranks, in order of precedence: if ranks have several, all raise the first kind."""
-
-
-def _serialize(reason: Exception) -> tuple[str, tuple[object, ...]]:
-    """Return the kind of a reason and the arguments that create it again on another rank."""
-    kind = next(name for name, error in reversed(_STOP_REASONS.items()) if isinstance(reason, error))
-    if isinstance(reason, RunInterruptedError):
-        return kind, (reason.signal_number,)
-    if isinstance(reason, EpochEndedError):
-        return kind, (str(reason), reason.ends_run)
-    return kind, (str(reason), reason.step) if isinstance(reason, NonFiniteLossError) else (str(reason),)
-
-
-def _precedence(reason: Exception) -> tuple[int, float]:
-    """Return the sort key of a reason: its kind, then the step of a non-finite loss, or whether it ends the run."""
-    step = 0 if getattr(reason, "ends_run", False) else getattr(reason, "step", None)
-    return list(_STOP_REASONS.values()).index(type(reason)), math.inf if step is None else step
 
 
 def _find_none() -> None:
@@ -99,7 +64,7 @@ class StopConsensus:
         self.num_skipped = 0
         """The number of batches that all ranks together have left out of the last update."""
 
-        self._requests: list[Exception] = []
+        self._requests: list[Any] = []
         self._stop_reason: Exception | None = None
         self._group = host_group() if self.is_needed else None
         self._numbers = torch.zeros(6, dtype=torch.float64)
@@ -206,7 +171,7 @@ class StopConsensus:
         if not self.is_needed:
             due = [reason for reason in self._requests if is_after_update or not isinstance(reason, EpochEndedError)]
             if due:
-                self._requests, self._stop_reason = [], min(due, key=_precedence)
+                self._requests, self._stop_reason = [], first_of(due)
         reason, self._stop_reason = self._stop_reason, None
         self.is_pending = not self.is_needed and bool(self._requests)
         if reason is not None:
@@ -231,21 +196,21 @@ class StopConsensus:
         self._last_time, self._num_updates = now, 0
         return min(num_updates * SECONDS_BETWEEN_EXCHANGES / max(seconds, 1e-6), 2 * num_updates)
 
-    def _find_common_reason(self) -> Exception:
+    def _find_common_reason(self) -> StopReason:
         reasons = self._gather_requests()
         if any(isinstance(reason, NonFiniteLossError) for reason in reasons):
             # It spreads with the gradients. A rank that has noticed it may not be the first that had it.
             bad_loss = self._find_bad_loss()
             self._requests = [] if bad_loss is None else [bad_loss]
             reasons += self._gather_requests()
-        return min(reasons, key=_precedence)
+        return first_of(reasons)
 
-    def _gather_requests(self) -> list[Exception]:
-        local_requests = list(dict.fromkeys(map(_serialize, self._requests)))
+    def _gather_requests(self) -> list[StopReason]:
+        local_requests = list(dict.fromkeys(map(packed, self._requests)))
         self._requests = []
         requests_by_rank: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(requests_by_rank, local_requests, group=self._group)
-        return [_STOP_REASONS[kind](*arguments) for requests in requests_by_rank for kind, arguments in requests]
+        return [unpacked(request) for requests in requests_by_rank for request in requests]
 
 
 def can_skip_exchange(

@@ -98,6 +98,10 @@ _MANY_UPDATES = 2**31
 """As good as never; the number of updates left is infinite if the number of minutes is."""
 
 
+_MANY_MINUTES = 1e15
+"""As good as never; an integer may be too large for arithmetic with floats."""
+
+
 @dataclass
 class Timer:
     """Tells when a number of minutes has passed, after the same update on all processes.
@@ -135,4 +139,4 @@ class Timer:
     def _ratio_left(self) -> float:
         """Return the remaining time as a multiple of the elapsed time."""
         elapsed = time.monotonic() - self._start
-        return (60 * (self.num_minutes or 0) - elapsed) / max(elapsed, 1e-9)
+        return (60 * min(self.num_minutes or 0, _MANY_MINUTES) - elapsed) / max(elapsed, 1e-9)

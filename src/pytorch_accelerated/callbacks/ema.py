@@ -131,9 +131,12 @@ class ModelEmaCallback(SaveBestModelCallback):
         if self.reset_on_train:
             self._best.reset()
             self._has_saved = False
+            self._file.forget()
         if self._waiting_state is not None:
             self._restore(self._waiting_state)
             self._waiting_state = None
+        if run_of(trainer).is_resumed:
+            self._check_saved_model(trainer)
 
     def on_optimizer_step_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Update the average."""
@@ -167,6 +170,8 @@ class ModelEmaCallback(SaveBestModelCallback):
         is_chosen = self.evaluate_during_training and self._has_saved
         if not is_chosen and self._num_updates_saved != progress.num_updates:
             self._save(trainer, {"epoch": progress.num_epochs_completed})
+        elif is_chosen:
+            self._has_own_file(trainer)
         self._models = None
 
     def on_exception(self, trainer: Trainer, exception: BaseException, **kwargs: Any) -> None:
@@ -183,8 +188,7 @@ class ModelEmaCallback(SaveBestModelCallback):
         return {
             "ema_model": portable_state_dict(self.ema_model),
             "ema_model_numbers": changed,
-            **self._best.state_dict(),
-            "has_saved": self._has_saved,
+            **self._state_of_best(),
             "callbacks": self.callback_handler.state_dict(),
         }
 
@@ -199,8 +203,7 @@ class ModelEmaCallback(SaveBestModelCallback):
         load_model_state(average, state["ema_model"], "The moving average in the training state")
         for name, number in state["ema_model_numbers"].items():
             setattr(average, name, number)
-        self._best.load_state_dict(state)
-        self._has_saved = state["has_saved"]
+        self._load_state_of_best(state)
 
     def _average(self) -> ModelEma:
         assert self.ema_model is not None, "a run creates it when it starts"
@@ -218,10 +221,7 @@ class ModelEmaCallback(SaveBestModelCallback):
         except ValueError:
             return  # the next dataset may record it; the end of the epoch checks that
         if value is not None and self._best.is_improved_by(value, self.greater_is_better):
-            epoch = trainer.run_history.current_epoch
-            self._save(trainer, {self.watch_metric: value, "epoch": epoch})
-            self._best.record(value, epoch)
-            self._has_saved = True
+            self._save_best(trainer, value)
 
     def _share_buffers(self, trainer: Trainer) -> None:
         # Batch norms see different data on each process. As in a distributed model, those of rank 0 are used.

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, TypeAlias
 
 from pytorch_accelerated._hints.classes import describe_forgotten_init
+from pytorch_accelerated._run import Run
 from pytorch_accelerated.callbacks._checks import (
     accepted_keywords,
     as_instance,
@@ -18,7 +19,7 @@ from pytorch_accelerated.callbacks._checks import (
     warn_about_uncalled_methods,
 )
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
-from pytorch_accelerated.exceptions import CheckpointError, StopTrainingError, add_note
+from pytorch_accelerated.exceptions import CheckpointError, NonFiniteLossError, StopTrainingError, add_note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -143,10 +144,13 @@ class CallbackHandler:
 
         Raises:
             StopTrainingError: A callback asked to stop. Raised after all callbacks have received the event.
+            NonFiniteLossError: A callback found one. With several processes, raised after all callbacks have received
+                the event, because those of the other processes may wait for them.
             Exception: Any other error of a callback, raised immediately, with a note that names the callback, event,
                 epoch and step.
         """
         stop_request: StopTrainingError | None = None
+        bad_loss: NonFiniteLossError | None = None
         listeners = self._listeners.get(event)
         due = told = self._find_listeners(event) if listeners is None else listeners
         while due:
@@ -163,12 +167,16 @@ class CallbackHandler:
                     stop_request = self.requested_stop = stop_request or error
                 except Exception as error:
                     add_note(error, _describe_origin(error, callback, event, args, kwargs))
-                    raise
+                    if not (isinstance(error, NonFiniteLossError) and _has_other_ranks(args)):
+                        raise
+                    bad_loss = bad_loss or error
             due = () if self._listeners is known else _without(told, self._find_listeners(event))
             told += due
         if stop_request is not None:
             self.requested_stop = None
-            raise stop_request
+        reason = bad_loss or stop_request
+        if reason is not None:
+            raise reason
 
     def call_event_on_all(self, event: str, *args: object, **kwargs: object) -> list[Exception]:
         """Call ``event`` on every callback, even if some fail, and return their errors. Used for clean-up."""
@@ -306,6 +314,15 @@ def _explained_failure_to_load(callback: object) -> Iterator[None]:
             f"or another callback of this name, may have saved the state. Let `{name}.load_state_dict` accept that "
             "state, or remove the callback."
         ) from error
+
+
+def _has_other_ranks(args: tuple[object, ...]) -> bool:
+    """Tell whether an event belongs to a run on several processes, from its arguments, of which the first is a trainer.
+
+    A test double of the trainer has no run.
+    """
+    run: object = getattr(args[0], "_loop_run", None) if args else None
+    return isinstance(run, Run) and run.consensus.is_needed
 
 
 def _describe_origin(

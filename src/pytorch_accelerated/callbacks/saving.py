@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytorch_accelerated._checkpoint.best_model import BestModelFile, describe, place_to_keep
 from pytorch_accelerated._checkpoint.files import PathAttribute, local_path, printable
 from pytorch_accelerated._checkpoint.folder import Retention, claim_folder, rotate
 from pytorch_accelerated._checkpoint.lock import unlock
@@ -94,6 +95,7 @@ class SaveBestModelCallback(TrainerCallback):
         self._best = BestMetric()
         self._new_values = NewValues()
         self._has_saved = False
+        self._file = BestModelFile()
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Check the metric and the path, and forget the best model of an earlier run.
@@ -109,19 +111,41 @@ class SaveBestModelCallback(TrainerCallback):
         check_save_path(self.save_path, config.is_local_process_zero, config.num_processes)
         self._new_values.start_run(num_values_of(trainer, self.watch_metric), run_of(trainer).is_resumed)
         if run_of(trainer).is_resumed:
-            self._check_saved_model()
+            self._check_saved_model(trainer)
             return
         self._has_saved = False
+        self._file.forget()
         if self.reset_on_train:
             self._best.reset()
 
-    def _check_saved_model(self) -> None:
+    def _check_saved_model(self, trainer: Trainer) -> None:
+        """Check the file that the resumed run will load at its end, and tell if it is not the one that it saved."""
         if self._has_saved and self.load_saved_checkpoint and not local_path(self.save_path).is_file():
             raise FileNotFoundError(
                 f"The run being resumed saved its best model (epoch {self.best_metric_epoch}) to "
                 f"{str(self.save_path)!r}, but that file does not exist. Restore it, start from the working directory "
                 "of the original run, or pass `load_saved_checkpoint=False`."
             )
+        path = local_path(self.save_path)
+        if not self._file.start_run(
+            path, self._saved_entries() if self._has_saved else None, *_main_of(_run_of(trainer))
+        ):
+            trainer.print(
+                f"{self._describe_other_file()} It stays there until the metric improves, and is then kept as "
+                f"{place_to_keep(path).name!r}, unless this run comes to the same model."
+            )
+
+    def _saved_entries(self) -> dict[str, object]:
+        return {"epoch": self.best_metric_epoch, self.watch_metric: self.best_metric}
+
+    def _describe_other_file(self) -> str:
+        path, entries = local_path(self.save_path), self._saved_entries()
+        found = describe(path, entries)
+        own, other = (", ".join(f"{name} {value}" for name, value in each.items()) for each in (entries, found))
+        return (
+            f"The file {str(path)!r} is not the best model that this run saved ({own}). "
+            f"Another run has saved it, or this one after the state that it was resumed from ({other or 'unknown'})."
+        )
 
     def on_eval_epoch_end(self, trainer: Trainer, is_intermediate: bool = False, **kwargs: Any) -> None:
         """Save the model if the metric is one of this intermediate evaluation and has improved."""
@@ -140,10 +164,19 @@ class SaveBestModelCallback(TrainerCallback):
         is_new = self._new_values.look(num_values_of(trainer, self.watch_metric))
         if not is_new or not self._best.is_improved_by(value, self.greater_is_better):
             return
+        self._save_best(trainer, value)
+
+    def _save_best(self, trainer: Trainer, value: float) -> None:
         epoch = trainer.run_history.current_epoch
-        self._write(trainer, {self.watch_metric: value, "epoch": epoch})
+        save = partial(self._save, trainer, {self.watch_metric: value, "epoch": epoch})
+        kept = self._file.replace(local_path(self.save_path), save, *_main_of(_run_of(trainer)))
         self._best.record(value, epoch)
         self._has_saved = True
+        if kept is not None:
+            trainer.print(f"The best model that was saved before this run was resumed is kept as {printable(kept)}")
+
+    def _save(self, trainer: Trainer, entries: Mapping[str, float]) -> None:
+        self._write(trainer, entries)
 
     def _write(self, trainer: Trainer, entries: Mapping[str, float]) -> None:
         # An override of the method may take these keywords only, as in 0.1.61.
@@ -161,8 +194,27 @@ class SaveBestModelCallback(TrainerCallback):
                 f"`{type(self).__name__}` watches {self.watch_metric!r}, which the run has not recorded, so no model "
                 "was saved. Pass a smaller interval to `StepBasedEvaluationCallback`.",
             )
-        if not (self.load_saved_checkpoint and self._has_saved):
-            return
+        if self._has_saved and self._has_own_file(trainer) and self.load_saved_checkpoint:
+            self._load_best(trainer)
+
+    def _has_own_file(self, trainer: Trainer) -> bool:
+        """Return whether the file is the one that the run saved; if not, tell what that means."""
+        run, path = _run_of(trainer), local_path(self.save_path)
+        if self._file.is_own(path, self._saved_entries(), *_main_of(run)):
+            return True
+        advice = (
+            "If it is what you want, load it with `load_checkpoint`. Give each run and callback its own `save_path`."
+        )
+        if not self.load_saved_checkpoint:
+            trainer.print(f"{self._describe_other_file()} {advice}")
+        elif _main_of(run)[0]:
+            warn(
+                f"{self._describe_other_file()} It is not loaded, and the model keeps the weights that it has now. "
+                f"{advice}"
+            )
+        return False
+
+    def _load_best(self, trainer: Trainer) -> None:
         trainer.print(
             f"Loading the best model: {self.watch_metric} {self.best_metric} in epoch {self.best_metric_epoch}"
         )
@@ -177,14 +229,21 @@ class SaveBestModelCallback(TrainerCallback):
             _warn_about_unfrozen(trainer.get_model(), entries)
 
     def state_dict(self) -> StateDict:
-        """Return the best value, its epoch, whether a checkpoint was saved, and how many values were compared."""
-        return {**self._best.state_dict(), "has_saved": self._has_saved, **self._new_values.state_dict()}
+        """Return the best value, its epoch, whether a checkpoint was saved and which, and how many values were seen."""
+        return {**self._state_of_best(), **self._new_values.state_dict()}
+
+    def _state_of_best(self) -> StateDict:
+        return {**self._best.state_dict(), "has_saved": self._has_saved, **self._file.state_dict()}
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
+        self._load_state_of_best(state_dict)
+        self._new_values.load_state_dict(state_dict)
+
+    def _load_state_of_best(self, state_dict: StateMapping) -> None:
         self._best.load_state_dict(state_dict)
         self._has_saved = state_dict["has_saved"]
-        self._new_values.load_state_dict(state_dict)
+        self._file.load_state_dict(state_dict)
 
 
 def _warn_about_unfrozen(model: nn.Module, checkpoint: StateMapping) -> None:
@@ -425,8 +484,8 @@ class SaveTrainingStateCallback(TrainerCallback):
     def _handled_save_error(self, trainer: Trainer) -> Iterator[None]:
         try:
             yield
-        except CheckpointError as error:  # raised on every process or on none
-            if self.on_save_error == "raise":
+        except CheckpointError as error:  # raised on every process, unless it has another kind of error
+            if self.on_save_error == "raise" or error.is_of_program:
                 raise
             self._saved = None
             if trainer.run_config.is_world_process_zero:
