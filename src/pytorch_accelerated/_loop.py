@@ -411,13 +411,14 @@ class TrainingLoop:
         Unlike `StopTrainingError`, which ends the method that raises it, it only asks: hooks can use it too. On one
         process a run in the middle of a step ends after that step. With several, it may be called on any of them: all
         end the run after the same update, the next one at the latest if callbacks or hooks take part in steps. A run
-        that is resumed later stops again at once.
+        that is resumed later stops again at once. Within `evaluate`, only that evaluation ends, before its next
+        dataset.
 
         Args:
             reason: Why; it becomes ``trainer.stop_reason``, and is printed.
 
         Raises:
-            RuntimeError: No run is under way.
+            RuntimeError: No training or evaluation run is under way.
         """
         request_stop(self._loop_run, reason, self.print)
 
@@ -881,6 +882,7 @@ class TrainingLoop:
             if isinstance(callback, LimitBatchesCallback):
                 self.limit_batches(callback.num_batches)
         run, config = self._loop_run, self._loop_run.config
+        run.is_predicting = True
         results = {}
         with run.training.optimizer_mode.evaluating(self.optimizer), preserve_rng_state(), torch.no_grad():
             for name, loader in run.eval_dataloaders.items():

@@ -32,9 +32,9 @@ def request_stop(run: Run, reason: str, print_fn: Callable[[str], None]) -> None
     """End a run on all ranks, after the step or the evaluation under way.
 
     Raises:
-        RuntimeError: No run is under way.
+        RuntimeError: No run is under way, or one that only predicts.
     """
-    check_run(run.is_active, "stop", "on_train_step_end")
+    check_run(run.is_active and not run.is_predicting, "stop", "on_train_step_end")
     stop = StopTrainingError(reason or "`stop` was called")
     if not is_ignored(run, stop, print_fn):
         run.consensus.request_stop(stop)

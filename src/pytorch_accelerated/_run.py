@@ -217,6 +217,9 @@ class Run:
         self.is_active = False
         """Whether the run is under way."""
 
+        self.is_predicting = False
+        """Whether this is a call of `predict`."""
+
         self.config: TrainerRunConfig = None  # type: ignore[assignment]  # created when the loaders are prepared
         self.is_resumed = False
         self.has_reset_history = False
