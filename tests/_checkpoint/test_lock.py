@@ -113,19 +113,22 @@ def test_a_trainer_that_is_deleted_leaves_the_folder_to_others(tmp_path):
 def test_a_forked_process_does_not_hold_the_lock(tmp_path, owner):
     """Such as a dataloader worker that outlives its run, which was killed."""
     waiting, go_on = os.pipe()
+    started, has_started = os.pipe()
     holder = os.fork()
     if holder == 0:
         lock(tmp_path, owner)
         child = os.fork()
         if child == 0:
+            os.write(has_started, b"1")
             os.close(go_on)
             os.read(waiting, 1)  # until the test is done
             os._exit(0)
+        os.read(started, 1)
         os._exit(0)
-    os.close(waiting)
     os.waitpid(holder, 0)
     lock(tmp_path, owner)
-    os.close(go_on)
+    for descriptor in (waiting, go_on, started, has_started):
+        os.close(descriptor)
 
 
 @needs_locks

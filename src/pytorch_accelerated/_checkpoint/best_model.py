@@ -99,6 +99,7 @@ class BestModelFile:
         self.identity = run_on_main(lambda: _identity_of(path), is_main, num_processes)
         if self.identity in (found, self._kept):  # the run has come to the same model
             run_on_main(lambda: self._discard_same(path, found), is_main, num_processes)
+            self._kept = None if self.identity == self._kept else self._kept
         if found in (None, self.identity):
             return None
         kept = run_on_main(lambda: _keep(path), is_main, num_processes)
