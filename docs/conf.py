@@ -47,13 +47,13 @@ nitpick_ignore_regex = [
     # Names from Python and other projects. No inventory is downloaded, so the site builds offline.
     (
         r"py:.*",
-        r"(abc|accelerate|argparse|collections|contextlib|enum|logging|matplotlib|nn|np|numpy|os|pathlib|torch|tqdm"
+        r"(abc|accelerate|argparse|collections|contextlib|datetime|enum|logging|matplotlib|nn|np|numpy|os|pathlib|torch|tqdm"
         r"|types|typing)\..*",
     ),
-    (r"py:class", r"(Accelerator|DataLoader|Dataset|Figure|Optimizer|Path|PathLike|tqdm)"),
+    (r"py:class", r"(Accelerator|DataLoader|Dataset|Figure|Fraction|Optimizer|Path|PathLike|tqdm)"),
     # Private base classes and type aliases that appear in signatures but not in the reference.
     (r"py:class", r"pytorch_accelerated\.(.*\.)?_\w.*"),
-    (r"py:class", r"(ArrayLike|Callbacks|CurveSource|Interval|KnownValues|Number|NumberOrPlaceholder|Template)"),
+    (r"py:class", r"(ArrayLike|Callbacks|CurveSource|Interval|KnownValues|Number|NumberOrPlaceholder|Template|Unit)"),
     # `_types.py`
     (
         r"py:class",

@@ -14,6 +14,7 @@ SOME = {
     "phase": "end",
     "num_evaluations_in_epoch": 1,
     "num_batches_in_earlier_epochs": 12,
+    "num_skipped_in_epoch": 3,
 }
 
 

@@ -54,6 +54,12 @@ class AccumulationWindow:
         self.num_samples = 0
         """The number of samples in them."""
 
+        self.num_skipped = 0
+        """The number of batches of this rank that were left out of the window."""
+
+        self.end_of_epoch: list[Any] | None = None
+        """Why the epoch ends with this window, and whether that is decided; ``None`` if it goes on."""
+
         self.expected: float | torch.Tensor | None = None
         """What `total` will be if all batches have the nominal weight; ``None`` while nothing is weighed."""
 
@@ -75,13 +81,17 @@ class AccumulationWindow:
 
     def reset(self) -> None:
         """Forget the batches since the last update."""
-        self.total = self.num_samples = 0
+        self.total = self.num_samples = self.num_skipped = 0
         self.expected = None
         self.updated.clear()
 
     def state_dict(self) -> StateDict:
         """Return the sums of the window that is open, and what there is of the rest."""
         state: StateDict = {"total": self.total, "num_samples": self.num_samples, "expected": self.expected}
+        if self.num_skipped:
+            state["num_skipped"] = self.num_skipped
+        if self.end_of_epoch is not None:
+            state["end_of_epoch"] = list(self.end_of_epoch)
         if self.updated:
             state["updated"] = sorted(self.updated, key=str)
         if self.closure is not None:
@@ -93,6 +103,8 @@ class AccumulationWindow:
         self.total = state_dict["total"]
         self.num_samples = state_dict["num_samples"]
         self.expected = state_dict["expected"] or None  # earlier versions wrote 0
+        self.num_skipped = state_dict.get("num_skipped", 0)
+        self.end_of_epoch = state_dict.get("end_of_epoch")
         self.updated.clear()
         self.updated.update(state_dict.get("updated", ()))
         if self.closure is not None and "closure" in state_dict:
@@ -117,6 +129,12 @@ class AccumulationWindow:
         self.total = self.total + weight
         return None if _are_equal_numbers(weight, self.expected) else weight / self.expected
 
+    def skip(self, step: int) -> None:
+        """Leave the next batch out: it has no weight, and no samples."""
+        self.num_skipped += 1
+        if self._nominal_weight is not None:
+            self.add(0, 0, step)
+
     def close(self, total: float | torch.Tensor | None = None, num_processes: int = 1) -> float | torch.Tensor | None:
         """End the window, and return the factor to multiply the gradients by; ``None``, the usual case, for none.
 
@@ -125,7 +143,7 @@ class AccumulationWindow:
             num_processes: The number of ranks whose gradients are averaged.
         """
         if self.expected is None:
-            self.num_samples = 0
+            self.num_samples = self.num_skipped = 0
             return None
         total = self.total if total is None else total
         expected = self.expected * num_processes

@@ -38,6 +38,16 @@ from pytorch_accelerated._optimizers.closure import WindowStep, scaled
 from pytorch_accelerated._optimizers.group import discard_gradients, parameters_of
 from pytorch_accelerated._predictions import Predictions, PredictionSettings, caches_of
 from pytorch_accelerated._recording import results_of_pass, take_step_values
+from pytorch_accelerated._requests import (
+    EndOfEpoch,
+    complete_skipped_step,
+    has_skipped_all,
+    is_ignored,
+    leaves_out,
+    request_end_of_epoch,
+    request_stop,
+    skip_batch,
+)
 from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute, run_of
 from pytorch_accelerated._run_info import run_info_of
 from pytorch_accelerated._signals import RunInterruptedError
@@ -437,6 +447,55 @@ class TrainingLoop:
             run.train_dataloader = limit(run.train_dataloader)
         run.eval_dataloaders = {name: limit(loader) for name, loader in run.eval_dataloaders.items()}
 
+    def stop(self, reason: str = "") -> None:
+        """End the run gracefully, after the step or the evaluation under way; call it anywhere in a run.
+
+        Unlike `StopTrainingError`, which ends the method that raises it, it only asks: hooks can use it too. On one
+        process a run in the middle of a step ends after that step. With several, it may be called on any of them: all
+        end the run after the same update, the next one at the latest if callbacks or hooks take part in steps. A run
+        that is resumed later stops again at once. Within `evaluate`, only that evaluation ends, before its next
+        dataset.
+
+        Args:
+            reason: Why; it becomes ``trainer.stop_reason``, and is printed.
+
+        Raises:
+            RuntimeError: No training or evaluation run is under way.
+        """
+        request_stop(self._loop_run, reason, self.print)
+
+    def end_epoch(self, reason: str = "") -> None:
+        """End the training part of the epoch; call it anywhere in a training epoch, such as in ``on_train_step_end``.
+
+        What was trained counts: batches that wait for an update are completed to one first. So the epoch ends after the
+        step, or the window of accumulated batches, under way; with several processes, of which any may call it, after
+        the next update. Then the epoch is evaluated and counted as usual, and the next one starts with new data.
+        Schedules keep the length that they were planned with. Printed, and recorded as ``train_num_batches``: how many
+        batches of each process there were.
+
+        Args:
+            reason: Why, for the line that is printed.
+
+        Raises:
+            RuntimeError: No training epoch is under way.
+        """
+        request_end_of_epoch(self._loop_run, reason)
+
+    def skip_batch(self) -> None:
+        """Leave out the batch of the step; call it in ``on_train_step_start``, a hook or ``on_backward_start``.
+
+        The batch has no gradients, no weight in its update, no loss in the mean, and does not count as samples; it
+        counts as one of the batches done. The step has no further events. If all batches of an update are left out, on
+        all processes, there is no update either, and no step of the schedule. What the forward pass has changed
+        already, such as the statistics of batch norms, stays. Other processes keep their batches. One that still owes
+        them its part of the update computes the forward pass of a batch that it leaves out. The number of batches that
+        an epoch has left out is recorded as ``train_num_skipped_batches``.
+
+        Raises:
+            RuntimeError: No batch is under way, or its gradients are computed already.
+        """
+        skip_batch(self._loop_run)
+
     def limit_eval_steps(self, num_eval_steps: int) -> None:
         """End the current evaluation after this number of batches; call it in ``on_eval_epoch_start``.
 
@@ -534,7 +593,9 @@ class TrainingLoop:
             except StopTrainingError as stop:
                 self._loop_stop(stop)
             self._loop_end_run(self.training_run_end, TrainerCallback.on_training_run_end)
-        self._loop_count_epoch()  # an interrupted epoch only now: states saved in the events above resume within it
+        run.count_epoch(
+            self.run_history
+        )  # an interrupted epoch only now: states saved in the events above resume within it
         run.check_late_signal()
 
     def _loop_epochs(self) -> None:
@@ -544,11 +605,10 @@ class TrainingLoop:
             raise StopTrainingError(reason)
         while run.should_continue():
             self._loop_epoch()
-        if run.is_epoch_cut_short or progress.num_epochs_completed < run.total_num_epochs:
-            run.stop_reason = f"{progress.num_updates} updates are done (`max_num_train_steps`)"
-            self.print(f"Training ends in epoch {self.run_history.current_epoch - 1}: {run.stop_reason}")
-        else:
-            run.stop_reason = f"{progress.num_epochs_completed} epochs are done"
+        limit = run.limit_reached()
+        run.stop_reason = f"{progress.num_epochs_completed} epochs are done" if limit is None else limit
+        if limit is not None:
+            self.print(f"Training ends in epoch {self.run_history.current_epoch - 1}: {limit}")
 
     def _loop_epoch(self) -> None:
         """Train on one epoch, then evaluate."""
@@ -574,28 +634,13 @@ class TrainingLoop:
             raise  # a state saved from now on continues within the epoch
         except StopTrainingError:
             if progress.phase == "training":
-                self._loop_cut_epoch_short()
-            self._loop_count_epoch()
+                _cut_epoch_short(self, run)
+            run.count_epoch(self.run_history)
             raise
         except BaseException:
-            self._loop_count_epoch()
+            run.count_epoch(self.run_history)
             raise
-        self._loop_count_epoch()
-
-    def _loop_cut_epoch_short(self) -> None:
-        """End the training part of an epoch before its last batch: record the means of what was trained."""
-        self._loop_run.training.optimizer_mode.eval(self.optimizer)
-        run, progress = self._loop_run, self._loop_run.training.progress
-        if progress.num_batches_in_epoch > 0 or run.step_results:  # the latter of a step that has not ended
-            self._add_epoch_loss_to_run_history("train_loss_epoch")
-        progress.phase = "evaluation"
-
-    def _loop_count_epoch(self) -> None:
-        """Count the current epoch, if its training is done."""
-        progress = self._loop_run.training.progress
-        if progress.phase != "training":
-            progress.end_epoch()
-            self.run_history._increment_epoch()  # noqa: SLF001 - a seam of 0.1.61 between the loop and its history
+        run.count_epoch(self.run_history)
 
     def _run_train_epoch(self, train_dl: Loader) -> bool:
         """Train on the batches of one epoch, and return whether the limit of updates was reached."""
@@ -609,21 +654,22 @@ class TrainingLoop:
         epoch, sharding = run.training.epoch, sharding_of(train_dl)
         no_sync = choose_no_sync(self._accelerator, self.model, run.uses_fast_path)
         is_last = num_done == run.num_batches_per_epoch
-        for step, batch, is_last in run.until_update_limit(self._loop_train_steps(train_dl, num_done)):
-            run.is_update_due = is_last or (step + 1) % config.gradient_accumulation_steps == 0
-            self._accelerator.sync_gradients = run.is_update_due
-            epoch.is_dummy_step = sharding is not None and sharding.is_dummy(step)
-            self._loop_fire(TrainerCallback.on_train_step_start, batch=batch, step=step)
-            if run.is_update_due:
-                self._perform_forward_and_backward_passes(batch, step)
-                self._loop_update()
-            else:
-                with no_sync():
+        with EndOfEpoch(run, self.run_history, self.print):
+            for step, batch, is_last in run.until_update_limit(self._loop_train_steps(train_dl, num_done)):
+                run.is_update_due = is_last or (step + 1) % config.gradient_accumulation_steps == 0
+                self._accelerator.sync_gradients = run.is_update_due
+                epoch.is_dummy_step = sharding is not None and sharding.is_dummy(step)
+                run.is_batch_open = True
+                self._loop_fire(TrainerCallback.on_train_step_start, batch=batch, step=step)
+                if run.is_update_due:
                     self._perform_forward_and_backward_passes(batch, step)
-            self._loop_end_train_step(step)
+                    self._loop_update()
+                else:
+                    with no_sync():
+                        self._perform_forward_and_backward_passes(batch, step)
+                self._loop_end_train_step(step)
 
-        run.is_epoch_cut_short = run.is_update_limit_reached and not is_last
-        run.training.progress.phase = "evaluation"
+        run.is_epoch_cut_short = not is_last and (run.is_update_limit_reached or run.is_time_over)
         run.training.optimizer_mode.eval(self.optimizer)
         run.call(self._add_epoch_loss_to_run_history, "train_loss_epoch")
         run.call(self.train_epoch_end)
@@ -654,12 +700,20 @@ class TrainingLoop:
         The step ends after the update, unless a subclass makes the updates in a `_run_train_epoch` of its own.
         """
         run, training = self._loop_run, self._loop_run.training
+        if run.is_batch_skipped and leaves_out(run):
+            complete_skipped_step(run, self.model, {}, self.backward_step, step)
+            return
         batch_output = self.calculate_train_batch_loss(batch)
-        weight, batch_size = read_batch_output(batch_output, "calculate_train_batch_loss")
-        if training.current_pass.is_dummy_step:
-            weight = batch_size = 0
-        run.ledger.switch(BACKWARD)
-        self._loop_fire(TrainerCallback.on_backward_start, batch=batch, batch_output=batch_output, step=step)
+        if not run.is_batch_skipped:
+            weight, batch_size = read_batch_output(batch_output, "calculate_train_batch_loss")
+            if training.current_pass.is_dummy_step:
+                weight = batch_size = 0
+            run.ledger.switch(BACKWARD)
+            self._loop_fire(TrainerCallback.on_backward_start, batch=batch, batch_output=batch_output, step=step)
+        if run.is_batch_skipped:
+            complete_skipped_step(run, self.model, batch_output, self.backward_step, step)
+            return
+        run.is_batch_open = False
         loss = batch_output["loss"]
         scale = training.window.add(weight, batch_size, step) if run.makes_updates else run.plain_scale
         if run.is_update_due and run.consensus.is_needed:
@@ -680,7 +734,10 @@ class TrainingLoop:
             discard_gradients(self.optimizer, window.updated)
         total_weight, num_samples = None, window.num_samples
         if run.consensus.is_needed:
-            total_weight, num_samples = run.consensus.finish_exchange()
+            total_weight, num_samples = run.finish_exchange()
+        if num_samples == 0 and has_skipped_all(run):
+            self.optimizer_zero_grad()
+            return
         correction = window.close(total_weight, run.config.num_processes)
         self._loop_complete_gradients(correction)
         if run.guards_updates:
@@ -786,8 +843,8 @@ class TrainingLoop:
             self._loop_fire(TrainerCallback.on_train_step_end, batch=batch, batch_output=batch_output, step=step)
         self._loop_count_step(step)
         run.check_signals()
-        if run.consensus.is_needed:
-            run.consensus.raise_if_stopped()
+        if run.consensus.is_pending:
+            run.consensus.raise_if_stopped(run.is_update_due)
 
     def _loop_count_step(self, step: int) -> None:
         """Count a step of training or evaluation, and fire a log point if one is due."""
@@ -795,6 +852,8 @@ class TrainingLoop:
         current.num_batches_done = step + 1
         if current.monitor.is_due():
             current.monitor.look(current.sums())
+            if self._loop_run.time_limit is not None:
+                self._loop_run.time_limit.check(self._loop_run)
             self._loop_fire(TrainerCallback.on_log_point)
             self._loop_run.warn_about_time()
 
@@ -886,6 +945,7 @@ class TrainingLoop:
             if isinstance(callback, LimitBatchesCallback):
                 self.limit_batches(callback.num_batches)
         run, config = self._loop_run, self._loop_run.config
+        run.is_predicting = True
         results = {}
         is_training = run.training.optimizer_mode
         with (
@@ -942,16 +1002,8 @@ class TrainingLoop:
         try:
             self.callback_handler.call_event(name, self, **kwargs)
         except (StopTrainingError, NonFiniteLossError) as reason:
-            self._loop_run.stop_on_all_ranks(reason)
-
-    def _loop_can_skip_exchange(self) -> bool:
-        """Return whether each rank knows the weights of the others, and no code of the user's can end the run here."""
-        return can_skip_exchange(
-            events_without_listeners=self.callback_handler.events_without_listeners,
-            step_events=STEP_EVENTS,
-            yields_full_batches=all(loader.yields_full_batches for loader in self._loop_run.seeded_train_loaders),
-            is_step_overridden=overrides_any(self, STEP_METHODS),
-        )
+            if not is_ignored(self._loop_run, reason, self.print):
+                self._loop_run.stop_on_all_ranks(reason)
 
     def _loop_end_run(self, hook: Callable[[], None], event: Callable[..., None]) -> None:
         run = self._loop_run
@@ -994,9 +1046,21 @@ def record_steps(trainer: TrainingLoop, *, wait: bool = True) -> None:
         trainer._loop_fire(TrainerCallback.on_step_values, row=row)  # noqa: SLF001 - same module
 
 
+def can_skip_exchange_in(trainer: TrainingLoop) -> bool:
+    """Return whether each rank knows the weights of the others, and no code of the user's can end the run here."""
+    return can_skip_exchange(
+        events_without_listeners=trainer.callback_handler.events_without_listeners,
+        step_events=STEP_EVENTS,
+        yields_full_batches=all(loader.yields_full_batches for loader in run_of(trainer).seeded_train_loaders),
+        is_step_overridden=overrides_any(trainer, STEP_METHODS),
+    )
+
+
 def early_stop_reason(run: Run, callback_handler: CallbackHandler) -> str | None:
     """Return why the training has been stopped for good, or is about to be, by a callback earlier in an event."""
-    reason, request = run.training.early_stop_reason, callback_handler.requested_stop
+    reason, request = run.training.early_stop_reason, callback_handler.requested_stop or run.consensus.requested_stop
+    if isinstance(request, RunInterruptedError):
+        request = None
     is_requested = reason is None and request is not None and run.is_training_run
     return _reason_of(request) if is_requested else reason
 
@@ -1006,6 +1070,15 @@ def report_exception(trainer: TrainingLoop, error: BaseException) -> None:
     run_of(trainer).stop_reason = f"{type(error).__name__}: {error}"
     for secondary in trainer.callback_handler.call_event_on_all("on_exception", trainer, exception=error):
         add_note(error, f"a callback also failed in `on_exception`: {secondary!r}")
+
+
+def _cut_epoch_short(trainer: TrainingLoop, run: Run) -> None:
+    """End the training part of an epoch before its last batch: record the means of what was trained."""
+    run.training.optimizer_mode.eval(trainer.optimizer)
+    progress = run.training.progress
+    if progress.num_batches_in_epoch > 0 or run.step_results:  # the latter of a step that has not ended
+        trainer._add_epoch_loss_to_run_history("train_loss_epoch")  # noqa: SLF001 - same module
+    progress.phase = "evaluation"
 
 
 def _reason_of(stop: StopTrainingError | None) -> str:

@@ -177,6 +177,7 @@ class PatienceCounter:
         patience: Evaluations in a row without improvement that use up the patience; at least 1.
         greater_is_better: Whether larger values are better.
         threshold: Smallest change that counts as an improvement, in the unit of the metric.
+        is_relative: Whether the threshold is a fraction of the absolute value of the best instead.
 
     Example:
         >>> counter = PatienceCounter(patience=2, greater_is_better=False)
@@ -189,10 +190,17 @@ class PatienceCounter:
     threshold: float = 0.0
     best: BestMetric = field(default_factory=BestMetric)
     num_without_improvement: int = 0
+    is_relative: bool = False
+
+    @property
+    def absolute_threshold(self) -> float:
+        """The threshold in the unit of the metric."""
+        best = self.best.value
+        return self.threshold * abs(best) if self.is_relative and best is not None else self.threshold
 
     def update(self, value: float) -> bool:
         """Add a value, and return whether the patience is used up."""
-        if self.best.is_improved_by(value, self.greater_is_better, self.threshold):
+        if self.best.is_improved_by(value, self.greater_is_better, self.absolute_threshold):
             self.best.record(value)
             self.num_without_improvement = 0
         else:

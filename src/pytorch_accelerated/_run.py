@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pytorch_accelerated._data.determinism import SeededLoader
     from pytorch_accelerated._distributed.accelerator import PreparedModel
     from pytorch_accelerated._loop import TrainingLoop
+    from pytorch_accelerated._requests import TimeLimit
     from pytorch_accelerated._types import (
         Batch,
         BatchOutput,
@@ -179,7 +180,7 @@ class TrainingPosition:
         progress = self.progress
         if progress.num_epochs_completed != epoch - 1:
             progress.num_epochs_completed = epoch - 1
-            progress.num_batches_in_epoch = progress.num_evaluations_in_epoch = 0
+            progress.num_batches_in_epoch = progress.num_evaluations_in_epoch = progress.num_skipped_in_epoch = 0
             progress.phase = "training"
             self.stream_position = None
 
@@ -234,6 +235,8 @@ class Run:
 
         self.is_verbose: bool = previous is None or previous.is_verbose
         """Whether anything is printed."""
+        self.is_predicting = False
+        """Whether this is a call of `predict`."""
 
         self.config: TrainerRunConfig = None  # type: ignore[assignment]  # created when the loaders are prepared
         self.is_resumed = False
@@ -272,6 +275,15 @@ class Run:
         self.total_num_epochs = 0
         """The number of completed epochs at which training ends."""
 
+        self.min_epochs = self.first_end = 0
+        """The number of completed epochs before which no callback can end the training."""
+
+        self.time_limit: TimeLimit | None = None
+        """Ends the training when its time is over."""
+
+        self.is_time_over = False
+        """Whether it has ended an epoch before its last batch."""
+
         self.num_batches_to_skip = 0
         """Batches of the next epoch that were done before the run was resumed."""
 
@@ -307,6 +319,15 @@ class Run:
         """
 
         self.is_update_due = False
+        self.is_taking_steps = False
+        """Whether the library's `_run_train_epoch` is between its first step and its last."""
+
+        self.is_batch_open = False
+        """Whether the gradients of the batch of the step are still to come, so that it can be left out."""
+
+        self.is_batch_skipped = False
+        """Whether it is left out."""
+
         self.step_results: list[tuple[Batch, BatchOutput]] = []
         """The batch of the step and what came of it, for ``on_train_step_end``; several if a subclass makes it so."""
 
@@ -486,6 +507,7 @@ class Run:
         self.training.settings = settings
         self.training.num_metric_values_seen = self.stepping.num_values_before
         self.total_num_epochs = num_epochs_completed + num_epochs
+        self.first_end = num_epochs_completed + self.min_epochs
         self.training.restart_scheduler_updates()
 
     def start_resumed_training(self, num_epochs: int) -> None:
@@ -493,7 +515,7 @@ class Run:
         training, progress = self.training, self.training.progress
         self.num_batches_to_skip = progress.num_batches_in_epoch if progress.phase == "training" else 0
         self.stream_position = training.stream_position
-        self.total_num_epochs = num_epochs
+        self.total_num_epochs, self.first_end = num_epochs, self.min_epochs
         if not progress.is_between_epochs():
             self.is_epoch_cut_short = self._was_epoch_cut_short()
         self.is_resumed = True
@@ -575,7 +597,17 @@ class Run:
         """Tell the other ranks the weight of this rank's share of the update, while the backward pass runs."""
         window = self.training.window
         is_last = step + 1 == self.num_batches_per_epoch
-        self.consensus.start_exchange(window.total, window.num_samples, None if is_last else window.expected)
+        expected = None if is_last or window.num_skipped else window.expected
+        self.consensus.start_exchange(window.total, window.num_samples, expected, window.num_skipped)
+
+    def finish_exchange(self) -> tuple[float, int]:
+        """Return the weight of the update and its samples, on all ranks, and note what they have agreed on."""
+        weight, num_samples = self.consensus.finish_exchange()
+        self.training.progress.num_skipped_in_epoch += self.consensus.num_skipped
+        end = self.consensus.agreed_end_of_epoch
+        if end is not None and not end.ends_run:
+            self.training.window.end_of_epoch = [str(end), True]
+        return weight, num_samples
 
     @contextmanager
     def updating_with_closure(
@@ -722,15 +754,38 @@ class Run:
         progress = self.training.progress
         if self.was_last_epoch or progress.num_epochs_completed >= self.total_num_epochs:
             return False
+        if self.time_limit is not None and self.time_limit.ends_before_epoch(self):
+            return False
         return not (self.is_update_limit_reached and progress.is_between_epochs())
 
     def until_update_limit(self, steps: Iterator[tuple[int, Batch, bool]]) -> Iterator[tuple[int, Batch, bool]]:
-        """Return the steps of an epoch; none is fetched once the run has made its last update."""
-        limit, progress = self.update_limit, self.training.progress
+        """Return the steps of an epoch; none is fetched once the run has made its last update.
+
+        Nor is one if the epoch was ended before the run was resumed.
+        """
+        limit, progress, end = self.update_limit, self.training.progress, self.training.window.end_of_epoch
+        if end is not None and end[1]:
+            return iter(())
         if limit is not None:
             unlimited = steps
             steps = iter(lambda: next(unlimited, None) if progress.num_updates < limit else None, None)
         return self.ledger.waiting_for(steps, DATA, then=FORWARD)
+
+    def limit_reached(self) -> str | None:
+        """Return which limit ended the training before its last epoch was done; ``None`` if none did."""
+        progress = self.training.progress
+        has_epochs_left = progress.num_epochs_completed < self.total_num_epochs
+        if self.time_limit is not None and not self.is_update_limit_reached:
+            return self.time_limit.reason if has_epochs_left or self.is_time_over else None
+        is_cut_short = self.is_epoch_cut_short and self.is_update_limit_reached
+        limit = f"{progress.num_updates} updates are done (`max_num_train_steps`)"
+        return limit if has_epochs_left or is_cut_short else None
+
+    def count_epoch(self, history: RunHistory) -> None:
+        """Count the current epoch, if its training is done."""
+        if self.training.progress.phase != "training":
+            self.training.progress.end_epoch()
+            history._increment_epoch()  # noqa: SLF001 - a seam of 0.1.61 between the loop and its history
 
     def call(self, hook: Callable[..., object], *args: object) -> None:
         """Call a hook. What ends the run there ends it on all ranks: at once if this is the only one."""

@@ -81,6 +81,23 @@ def check_positive_number(name: str, value: float | None) -> None:
         raise ValueError(f"`{name}` is {value!r}. {expected}")
 
 
+def check_min_epochs(min_epochs: int | None, num_epochs: int) -> None:
+    """Raise unless ``min_epochs`` is ``None`` or a number of epochs that the run has.
+
+    Raises:
+        TypeError: It is not an integer.
+        ValueError: It is below 1, or above ``num_epochs``.
+    """
+    if min_epochs is None:
+        return
+    check_positive_integer("min_epochs", min_epochs, "epochs")
+    if min_epochs > num_epochs:
+        raise ValueError(
+            f"`min_epochs` is {min_epochs!r}, but `num_epochs` is {num_epochs!r}. Expected at most the number of "
+            "epochs after which the run ends anyway."
+        )
+
+
 def check_seed(seed: object) -> None:
     """Raise unless ``seed`` is ``None`` or a whole number.
 

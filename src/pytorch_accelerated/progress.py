@@ -12,7 +12,11 @@ Phase = Literal["training", "evaluation", "end"]
 """The phase of an epoch: in its training batches, after them, or after its evaluation."""
 
 
-_ADDED_LATER = ("num_evaluations_in_epoch", "num_batches_in_earlier_epochs")  # missing in states of earlier versions
+_ADDED_LATER = (
+    "num_evaluations_in_epoch",
+    "num_batches_in_earlier_epochs",
+    "num_skipped_in_epoch",
+)  # missing in states of earlier versions
 
 
 @dataclass
@@ -27,6 +31,8 @@ class TrainingProgress:
         phase: The phase of the current epoch.
         num_evaluations_in_epoch: Evaluation datasets of the current epoch that are done.
         num_batches_in_earlier_epochs: Batches that this process has finished in the completed epochs of the run.
+        num_skipped_in_epoch: Batches of the current epoch that all processes have left out of its updates; see
+            `Trainer.skip_batch`.
 
     Example:
         >>> progress = TrainingProgress()
@@ -44,6 +50,7 @@ class TrainingProgress:
     phase: Phase = "training"
     num_evaluations_in_epoch: int = 0
     num_batches_in_earlier_epochs: int = 0
+    num_skipped_in_epoch: int = 0
 
     @property
     def num_batches(self) -> int:
@@ -58,7 +65,7 @@ class TrainingProgress:
         """Count the current epoch, and move to the first batch of the next one."""
         self.num_epochs_completed += 1
         self.num_batches_in_earlier_epochs = self.num_batches
-        self.num_batches_in_epoch = self.num_evaluations_in_epoch = 0
+        self.num_batches_in_epoch = self.num_evaluations_in_epoch = self.num_skipped_in_epoch = 0
         self.phase = "training"
 
     def resume_point(self) -> TrainingProgress:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,20 @@ from pytorch_accelerated._distributed.waiting import explain_vain_wait
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._hints.classes import words_of_user
 from pytorch_accelerated._history.records import metrics_of_evaluation, num_recorded, records_since
-from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, preserve_modes, record_steps, report_exception
+from pytorch_accelerated._loop import (
+    TrainingLoop,
+    can_skip_exchange_in,
+    early_stop_reason,
+    preserve_modes,
+    record_steps,
+    report_exception,
+)
 from pytorch_accelerated._measuring.metric_set import MetricSet
 from pytorch_accelerated._optimizers.closure import WindowClosure, create_closure
 from pytorch_accelerated._optimizers.group import OptimizerGroup
 from pytorch_accelerated._optimizers.inner import inner_optimizers
 from pytorch_accelerated._predictions import OutputChoice, PredictionSettings
+from pytorch_accelerated._requests import read_limits
 from pytorch_accelerated._run import Run, do_nothing
 from pytorch_accelerated._scheduling.group import load_state_of, start_counting
 from pytorch_accelerated._scheduling.start import choose_stepping, create_checked_scheduler, start_stepping
@@ -241,6 +250,8 @@ class Trainer(TrainingLoop):
         allow_other_num_processes: bool = False,
         step_scheduler: Interval | None = None,
         scheduler_metric: str | None = None,
+        max_time: str | timedelta | None = None,
+        min_epochs: int | None = None,
     ) -> RunHistory:
         """Train the model.
 
@@ -290,6 +301,10 @@ class Trainer(TrainingLoop):
             scheduler_metric: The metric in the run history that such a scheduler is stepped with, once per epoch in
                 which it was recorded. ``None`` for the evaluation loss, or the training loss if there is no
                 ``eval_dataset``.
+            max_time: The time after which the run ends, such as ``"10 min"`` or ``"1.5 h"``, counted from this call.
+                The epoch under way is then cut short after an update, and evaluated. ``None`` for no limit.
+            min_epochs: Epochs before whose end neither callbacks, nor `stop`, nor ``max_time`` end the run: requests
+                before are told and not followed. Signals, errors and ``max_num_train_steps`` still do.
 
         Returns:
             ``trainer.run_history``, which shows what was recorded as a table, a CSV file or a data frame.
@@ -314,13 +329,14 @@ class Trainer(TrainingLoop):
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         _validation.check_reiterable(data, num_epochs, max_num_train_steps)
         stepping = choose_stepping(step_scheduler, scheduler_metric)
+        limits = read_limits(max_time, min_epochs, num_epochs)
         _before_run.check_parts_of_training(self, create_scheduler_fn, is_sharded=is_sharded(self._accelerator))
 
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.collate_fn, self.create_scheduler_fn = collate_fn, create_scheduler_fn
         _warn_about_start(self, per_device_batch_size, train_dataloader_kwargs, eval_dataloader_kwargs)
         with self._loop_run_context() as run:
-            run.stepping = stepping
+            run.stepping, (run.time_limit, run.min_epochs) = stepping, limits
             state = _find_state(self, resume_from, allow_other_num_processes)
             self._loop_make_train_loader(per_device_batch_size, train_dataloader_kwargs)
             if eval_dataset is not None:
@@ -962,8 +978,7 @@ class Trainer(TrainingLoop):
 def _create_consensus(trainer: Trainer) -> StopConsensus:
     """Create what lets all processes end the run together. Must be called on every process."""
     run = trainer._loop_run  # noqa: SLF001 - same module
-    can_skip = trainer._loop_can_skip_exchange  # noqa: SLF001 - same module
-    return StopConsensus(run.config.num_processes, run.find_non_finite_loss, can_skip)
+    return StopConsensus(run.config.num_processes, run.find_non_finite_loss, partial(can_skip_exchange_in, trainer))
 
 
 @contextmanager

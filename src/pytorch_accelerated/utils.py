@@ -9,10 +9,12 @@ from pytorch_accelerated._distributed.decorators import (
     world_process_zero_only,
 )
 from pytorch_accelerated._ema import ModelEma
+from pytorch_accelerated._lengths import Length
 
 __all__ = [
     "LIMIT_BATCHES_ENV_VAR",
     "DataLoaderSlice",
+    "Length",
     "LimitBatches",
     "ModelEma",
     "local_process_zero_first",

@@ -5,17 +5,28 @@ from __future__ import annotations
 import copy
 import math
 import re
+import signal
 
 import pytest
 import torch
 
 from _saved import assert_equal
-from _support import IMPOSSIBLE_COUNTS, EventRecorder, Probe, make_dataset, make_trainer, train
+from _support import (
+    IMPOSSIBLE_COUNTS,
+    EventRecorder,
+    Probe,
+    assert_same_weights,
+    make_dataset,
+    make_trainer,
+    train,
+    weights_of,
+)
 from pytorch_accelerated import _loss_monitor
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
     SaveBestModelCallback,
     SaveTrainingStateCallback,
+    StepBasedEvaluationCallback,
     TerminateOnNaNCallback,
 )
 from pytorch_accelerated.exceptions import NonFiniteLossError
@@ -97,6 +108,127 @@ def test_a_resumed_run_continues_the_patience_count(scripted, tmp_path):
     resumed.run(resume_from=tmp_path / "state")
     assert num_epochs_run(resumed) == 4
     assert resumed.stop_reason == "eval_loss_epoch has not improved on 1.0 for 3 epochs"
+
+
+@pytest.mark.parametrize(
+    ("losses", "settings", "expected"),
+    [
+        pytest.param([100, 99.5, 98, 97.5, 1], {"early_stopping_threshold": 0.01}, 2, id="one percent of 100"),
+        pytest.param([100, 98, 96.5, 95.6, 1], {"early_stopping_threshold": 0.01}, 4, id="one percent of the best"),
+        pytest.param([-100, -100.5, -200], {"early_stopping_threshold": 0.01}, 2, id="of the absolute value"),
+        pytest.param([1, 1.5, 1.9, 9], {"early_stopping_threshold": 0.4, "greater_is_better": True}, 3, id="greater"),
+    ],
+)
+def test_a_threshold_can_be_relative_to_the_best_value(scripted, losses, settings, expected):
+    trainer = scripted(losses, [EarlyStoppingCallback(threshold_mode="relative", **settings)])
+    trainer.run()
+    assert num_epochs_run(trainer) == expected
+    assert "has not improved" in trainer.stop_reason
+
+
+def test_values_before_the_start_epoch_do_not_count(scripted):
+    stopping = EarlyStoppingCallback(start_epoch=4)
+    trainer = scripted([1, 2, 3, 9, 8, 8, 8], [stopping])
+    trainer.run()
+    assert (num_epochs_run(trainer), stopping.best_metric) == (6, 8)
+
+
+@pytest.mark.parametrize(
+    ("losses", "settings", "expected", "reason"),
+    [
+        ([1, 5, 5.5, 1], {"divergence_threshold": 5}, 3, "eval_loss_epoch has diverged: 5.5 is worse than 5"),
+        ([9, 4, 1], {"divergence_threshold": 5, "greater_is_better": True}, 2, "eval_loss_epoch has diverged: 4.0 is"),
+        ([1, math.inf, 1], {"check_finite": True}, 2, "eval_loss_epoch is inf, which is not finite"),
+        ([1, NAN, 1], {"check_finite": True}, 2, "eval_loss_epoch is nan, which is not finite"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.* is NaN")
+def test_a_value_beyond_hope_stops_the_run_at_once(scripted, losses, settings, expected, reason):
+    trainer = scripted(losses, [EarlyStoppingCallback(early_stopping_patience=9, **settings)])
+    trainer.run()
+    assert num_epochs_run(trainer) == expected
+    assert trainer.stop_reason.startswith(reason)
+
+
+def test_the_patience_counts_intermediate_evaluations():
+    stopping = EarlyStoppingCallback(early_stopping_patience=3, watch_metric="intermediate_eval_loss_epoch")
+    trainer = make_trainer(lr=0.0, callbacks=[StepBasedEvaluationCallback(eval_every="2 updates"), stopping])
+    train(trainer, make_dataset(40), num_epochs=3, eval_dataset=make_dataset(8))
+    assert trainer.progress.num_updates == 8
+    assert trainer.stop_reason.startswith("intermediate_eval_loss_epoch has not improved on ")
+    assert trainer.stop_reason.endswith(" for 3 evaluations")
+
+
+class KeepWeights:
+    """Keeps the weights after each epoch."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_train_epoch_end(self, trainer, **kwargs):
+        self.weights.append(weights_of(trainer.get_model()))
+
+
+@pytest.mark.parametrize(("losses", "best"), [([3, 1, 2, 2, 2], 1), ([3, 2, 1], 2), ([3, 4, 5], 0)])
+def test_the_best_weights_are_restored_however_the_run_ends(scripted, losses, best, capsys):
+    keep = KeepWeights()
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    trainer = scripted(losses, [keep, EarlyStoppingCallback(2, restore_best_weights=True)], model=model)
+    trainer.run()
+    assert_same_weights(weights_of(model), keep.weights[best])
+    assert f"Restoring the weights of the best value: eval_loss_epoch {float(losses[best])}" in capsys.readouterr().out
+
+
+def test_without_a_best_value_the_weights_stay(scripted):
+    keep = KeepWeights()
+    stopping = EarlyStoppingCallback(start_epoch=9, restore_best_weights=True)
+    trainer = scripted([1, 2, 3], [keep, stopping])
+    trainer.run()
+    assert_same_weights(weights_of(trainer.model), keep.weights[-1])
+
+
+@pytest.mark.parametrize("saved_after", [1, 2, 3])
+def test_the_best_weights_are_restored_after_a_resume(scripted, saved_after, tmp_path):
+    losses = [3, 1, 2, 2, 2]
+
+    def run(*callbacks, **kwargs):
+        trainer = scripted(losses, [EarlyStoppingCallback(3, restore_best_weights=True), *callbacks], seed=3)
+        trainer.run(**kwargs)
+        return trainer
+
+    whole = run(SaveTrainingStateCallback(tmp_path, save_every_n_epochs=1, keep_best=9, max_checkpoints=9))
+    resumed = run(resume_from=tmp_path / f"epoch_{saved_after}")
+    assert resumed.stop_reason == whole.stop_reason
+    assert_same_weights(weights_of(resumed.model), weights_of(whole.model))
+    again = run(resume_from=tmp_path / "final")
+    assert_same_weights(weights_of(again.model), weights_of(whole.model))
+
+
+def test_a_signal_leaves_the_weights_for_the_run_that_is_resumed(scripted):
+    keep = KeepWeights()
+    interrupt = Probe(
+        on_train_epoch_start=lambda trainer, **_: (
+            trainer.run_history.current_epoch == 3 and signal.raise_signal(signal.SIGINT)
+        )
+    )
+    trainer = scripted([1, 2, 3, 4], [keep, EarlyStoppingCallback(9, restore_best_weights=True), interrupt])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    with pytest.raises(AssertionError):
+        assert_same_weights(weights_of(trainer.model), keep.weights[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"start_epoch": 0}, "`start_epoch` is 0"),
+        ({"threshold_mode": "rel"}, "`threshold_mode` is 'rel'. Expected 'absolute' or 'relative'"),
+        ({"divergence_threshold": NAN}, "`divergence_threshold` is nan"),
+    ],
+)
+def test_impossible_settings_are_rejected(settings, message):
+    with pytest.raises(ValueError, match=message):
+        EarlyStoppingCallback(**settings)
 
 
 # --- what is watched ---------------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ import io
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ from _support import (
     train,
     weights_of,
 )
-from pytorch_accelerated import Trainer, _loss_monitor
+from pytorch_accelerated import Trainer, _loss_monitor, _requests
 from pytorch_accelerated._checkpoint import portable
 from pytorch_accelerated._distributed import collectives
 from pytorch_accelerated.callbacks import (
@@ -53,6 +55,7 @@ from pytorch_accelerated.callbacks import (
     TimeLedgerCallback,
     UpdateRatioCallback,
     WSDCheckpointCallback,
+    _cadence,
     get_default_callbacks,
 )
 from pytorch_accelerated.exceptions import CheckpointError
@@ -177,6 +180,91 @@ def case_early_stopping_ends_all_processes_in_the_same_epoch(rank: int, director
     trainer = make_trainer(lr=0.0, callbacks=[EarlyStoppingCallback(early_stopping_patience=1)])
     train(trainer, make_dataset(16), num_epochs=9, eval_dataset=make_dataset(16))
     return {"epoch": trainer.run_history.current_epoch, "reason": trainer.stop_reason}
+
+
+# --- requests ----------------------------------------------------------------------------------------------------
+
+
+def asking(rank: int, batch: int, request: str, event: str = "on_train_step_end", on_rank: int = 1) -> Probe:
+    """Ask for something on one rank, at one batch, counted from 1 over the whole run."""
+
+    def ask(trainer: Any, **kwargs: Any) -> None:
+        if rank == on_rank and trainer.progress.num_batches + (event != "on_train_step_end") == batch:
+            getattr(trainer, request)()
+
+    return Probe(**{event: ask})
+
+
+def outcome_of(trainer: Any) -> dict[str, Any]:
+    progress = trainer.progress
+    return {
+        "epochs": progress.num_epochs_completed,
+        "batches": progress.num_batches,
+        "updates": progress.num_updates,
+        "samples": progress.num_samples,
+        "reason": trainer.stop_reason,
+        "metrics": metrics_of(trainer),
+        "weights": weights_of(trainer.model),
+    }
+
+
+def case_requests_of_one_rank_are_followed_by_all_at_the_same_update(rank: int, directory: Path) -> Any:
+    found = {}
+    for request in ("stop", "end_epoch"):
+        for event in ("on_train_step_start", "on_train_step_end"):
+            for accumulation in (1, 3):
+                trainer = make_trainer(callbacks=[asking(rank, 2, request, event)], seed=3)
+                train(trainer, make_dataset(64), num_epochs=2, gradient_accumulation_steps=accumulation)
+                found[request, event, accumulation] = outcome_of(trainer)
+    return found
+
+
+def case_an_end_of_an_epoch_that_one_rank_asked_for_is_the_same_after_a_resume(rank: int, directory: Path) -> Any:
+    found = {}
+    for saved_at in (None, 1, 2, 3, 4):
+        saving = SaveTrainingStateCallback(directory / "ends", save_every_n_steps=1, save_at_end=False)
+        callbacks = [asking(rank, 2, "end_epoch"), *([saving] if saved_at is None else [])]
+        trainer = make_trainer(callbacks=callbacks, seed=3)
+        resume_from = None if saved_at is None else directory / "ends" / f"step_{saved_at}"
+        train(trainer, make_dataset(64), num_epochs=2, gradient_accumulation_steps=2, resume_from=resume_from)
+        found[saved_at] = outcome_of(trainer)
+    return found
+
+
+def case_a_batch_that_one_rank_skips_leaves_the_others_of_the_update(rank: int, directory: Path) -> Any:
+    """Skip a batch on one rank, before its forward pass or after it, when its loss is NaN; or on both ranks."""
+    found = {}
+    for event in ("on_train_step_start", "on_backward_start"):
+        for accumulation in (1, 2):
+            for ranks in ([1], [0, 1]):
+                dataset = make_dataset(32)
+                if ranks == [1] and event == "on_backward_start":
+                    dataset.tensors[0][12:16] = float("nan")  # the second batch of rank 1
+                callbacks = [asking(rank, 2, "skip_batch", event, on_rank) for on_rank in ranks]
+                trainer = make_trainer(callbacks=callbacks, seed=3)
+                kwargs = {"shuffle": False}
+                train(trainer, dataset, train_dataloader_kwargs=kwargs, gradient_accumulation_steps=accumulation)
+                found[event, accumulation, len(ranks)] = outcome_of(trainer)
+    return found
+
+
+def case_the_main_process_decides_when_the_time_is_over_and_when_something_is_due(rank: int, directory: Path) -> Any:
+    """Each rank has a clock of its own; that of rank 1 is far ahead."""
+    clock = SimpleNamespace(now=0.0)
+    moments = []
+
+    def go_on(trainer: Any, **kwargs: Any) -> None:
+        clock.now += 60 if rank == 0 else 3600
+
+    modules = (_requests, _cadence)
+    times = [mock.patch.object(module, "time", SimpleNamespace(monotonic=lambda: clock.now)) for module in modules]
+    no_wait = mock.patch.object(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0)
+    recorder, moments = recorder_of(lambda trainer: trainer.progress.num_updates, "on_eval_epoch_end")
+    evaluating = StepBasedEvaluationCallback(eval_every="2 min")
+    trainer = make_trainer(callbacks=[Probe(on_train_step_start=go_on), evaluating, recorder], seed=3)
+    with times[0], times[1], no_wait:
+        train(trainer, make_dataset(64), num_epochs=2, eval_dataset=make_dataset(8), max_time="5 min")
+    return {"moments": moments, **outcome_of(trainer)}
 
 
 # --- programs written for 0.1.61 ---------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from _processes import launch, read_results
-from _support import IN_ORDER, make_dataset, make_trainer, recorder_of, train, weights_of
+from _saved import assert_equal as assert_all_equal
+from _support import IN_ORDER, make_dataset, make_model, make_trainer, recorder_of, train, weights_of
 from pytorch_accelerated.callbacks import (
     GradientNormCallback,
     LayerStatisticsCallback,
@@ -106,6 +107,61 @@ def test_evaluation_losses_are_means_over_processes(results):
 def test_early_stopping_ends_all_processes_in_the_same_epoch(results):
     assert results[0] == results[1]
     assert results[0]["epoch"] == 3
+
+
+# --- requests ----------------------------------------------------------------------------------------------------
+
+
+def test_requests_of_one_rank_are_followed_by_all_at_the_same_update(results):
+    """What is asked for during a step is done after its update; after the step, after the next update."""
+    assert_all_equal(*results)
+    for (request, event, accumulation), outcome in results[0].items():
+        num_batches = 3 if accumulation == 3 or event == "on_train_step_end" else 2
+        if request == "stop":
+            assert (outcome["epochs"], outcome["batches"]) == (1, num_batches)
+            assert outcome["reason"] == "`stop` was called"
+        else:
+            assert (outcome["epochs"], outcome["batches"]) == (2, num_batches + 8)
+            assert outcome["metrics"]["train_num_batches"] == [num_batches]
+            assert outcome["samples"] == 8 * outcome["batches"]
+
+
+def test_an_end_of_an_epoch_that_one_rank_asked_for_is_the_same_after_a_resume(results):
+    assert_all_equal(*results)
+    whole = results[0][None]
+    assert whole["batches"] == 4 + 8
+    for outcome in results[0].values():
+        assert_all_equal(outcome, whole)
+
+
+def test_a_batch_that_one_rank_skips_leaves_the_others_of_the_update(results):
+    assert_all_equal(*results)
+    for (_, accumulation, num_ranks), outcome in results[0].items():
+        skipped = [(1, 1)] if num_ranks == 1 else [(0, 1), (1, 1)]
+        model, dataset = make_model(), make_dataset(32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        num_updates = 0
+        for first in range(0, 4, accumulation):
+            window = [(rank, step) for step in range(first, first + accumulation) for rank in (0, 1)]
+            kept = [8 * step + 4 * rank for rank, step in window if (rank, step) not in skipped]
+            if kept:
+                parts = zip(*(dataset[start : start + 4] for start in kept), strict=True)
+                inputs, targets = (torch.cat(part) for part in parts)
+                torch.nn.functional.mse_loss(model(inputs), targets).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                num_updates += 1
+        torch.testing.assert_close(outcome["weights"], dict(model.state_dict()))
+        assert (outcome["updates"], outcome["batches"]) == (num_updates, 4)
+        assert outcome["samples"] == 32 - 4 * num_ranks
+        assert outcome["metrics"]["train_num_skipped_batches"] == [num_ranks]
+
+
+def test_the_main_process_decides_when_the_time_is_over_and_when_something_is_due(results):
+    assert_all_equal(*results)
+    assert results[0]["reason"] == "5 min are over (`max_time`)"
+    assert results[0]["updates"] == 6  # the one after the request of the main process
+    assert results[0]["moments"] == [2, 4, 6, 6]
 
 
 # --- programs written for 0.1.61 ---------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import torch
 from torch import distributed
 
 from pytorch_accelerated._distributed.collectives import host_group
-from pytorch_accelerated._distributed.reasons import StopReason, first_of, packed, unpacked
-from pytorch_accelerated.exceptions import NonFiniteLossError
+from pytorch_accelerated._distributed.reasons import EpochEndedError, StopReason, first_of, packed, unpacked
+from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
 SECONDS_BETWEEN_EXCHANGES = 0.1
 """How often ranks exchange numbers in a run that does not need an exchange at each update."""
@@ -32,7 +32,8 @@ class StopConsensus:
 
     A rank must not stop on its own: the others would wait for it forever. It records a request and continues. After the
     next exchange, all ranks raise the same exception at the same place. The numbers travel between hosts during the
-    backward pass, so no device waits. With a single process nothing is sent.
+    backward pass, so no device waits. With a single process nothing is sent, and a request waits for the end of the
+    step.
 
     If every rank knows the weights of the others in advance, and no request has to take effect at an exact update, most
     exchanges are skipped: for a signal, ten per second are enough. Each exchange determines how many of the following
@@ -57,25 +58,52 @@ class StopConsensus:
         self.is_needed = num_processes > 1 and distributed.is_initialized()
         """Whether there are other ranks. Callers check this before each exchange."""
 
-        self._requests: list[Exception] = []
+        self.is_pending = False
+        """Whether there is a reason to raise at the end of the step; see `raise_if_stopped`."""
+
+        self.num_skipped = 0
+        """The number of batches that all ranks together have left out of the last update."""
+
+        self._requests: list[Any] = []
         self._stop_reason: Exception | None = None
         self._group = host_group() if self.is_needed else None
-        self._numbers = torch.zeros(5, dtype=torch.float64)
+        self._numbers = torch.zeros(6, dtype=torch.float64)
         self._exchange: Any = None
         self._skipped: tuple[float, int] | None = None
         self._num_to_skip = self._num_updates = 0
         self._last_time: float | None = None
 
     def request_stop(self, reason: Exception) -> None:
-        """Let all ranks raise this reason after the next exchange.
+        """Let all ranks raise this reason after the next exchange; a single process at the end of the step.
 
         Args:
-            reason: A `StopTrainingError`, a `NonFiniteLossError` or a `RunInterruptedError`.
+            reason: A `StopTrainingError`, a `NonFiniteLossError`, a `RunInterruptedError` or an `EpochEndedError`.
         """
         self._requests.append(reason)
+        self.is_pending = self.is_pending or not self.is_needed
+
+    @property
+    def requested_stop(self) -> StopTrainingError | None:
+        """What this rank knows of a stop that is still to come."""
+        reasons = (self._stop_reason, *self._requests)
+        return next((reason for reason in reasons if isinstance(reason, StopTrainingError)), None)
+
+    @property
+    def agreed_end_of_epoch(self) -> EpochEndedError | None:
+        """The end of the epoch that all ranks have agreed on, at the end of this step."""
+        return self._stop_reason if isinstance(self._stop_reason, EpochEndedError) else None
+
+    def forget_end_of_epoch(self) -> None:
+        """Drop the requests to end the epoch, which has ended."""
+        self._requests = [reason for reason in self._requests if not isinstance(reason, EpochEndedError)]
+        self.is_pending = self._stop_reason is not None or (not self.is_needed and bool(self._requests))
 
     def start_exchange(
-        self, weight: float | torch.Tensor, num_samples: int, expected_weight: float | torch.Tensor | None = None
+        self,
+        weight: float | torch.Tensor,
+        num_samples: int,
+        expected_weight: float | torch.Tensor | None = None,
+        num_skipped: int = 0,
     ) -> None:
         """Send the weight of an update, and whether this rank requests a stop, to the other ranks, without waiting.
 
@@ -84,6 +112,7 @@ class StopConsensus:
             num_samples: The number of samples in them.
             expected_weight: The weight that all ranks expect of each other if exchanges can be skipped; ``None`` if
                 this update needs an exchange.
+            num_skipped: The number of batches that this rank has left out of the update.
 
         Raises:
             RuntimeError: The exchange would be skipped, but the weight differs from the expected one.
@@ -101,8 +130,8 @@ class StopConsensus:
             self._skipped = float(weight), num_samples
             return
         needs_each = 0 if self._can_skip_exchange() else 1
-        numbers = float(weight), num_samples, len(self._requests), needs_each, self._updates_between_exchanges()
-        self._numbers = torch.tensor(numbers, dtype=torch.float64)
+        numbers = (float(weight), num_samples, len(self._requests), needs_each, self._updates_between_exchanges())
+        self._numbers = torch.tensor((*numbers, num_skipped), dtype=torch.float64)
         self._exchange = distributed.all_reduce(self._numbers, group=self._group, async_op=True)
 
     def finish_exchange(self) -> tuple[float, int]:
@@ -114,27 +143,37 @@ class StopConsensus:
             NonFiniteLossError: The loss of some rank is not finite. The optimizer step must not happen.
         """
         if self._skipped is not None:
-            (weight, num_samples), self._skipped = self._skipped, None
+            (weight, num_samples), self._skipped, self.num_skipped = self._skipped, None, 0
             return weight * self._num_processes, num_samples * self._num_processes
         if self._exchange is None:  # a subclass has replaced the method that starts it
             self.start_exchange(weight=0.0, num_samples=0)
         self._exchange.wait()
         self._exchange = None
-        weight, num_samples, num_requests, num_with_need, total_updates = self._numbers.tolist()
+        weight, num_samples, num_requests, num_with_need, total_updates, num_skipped = self._numbers.tolist()
+        self.num_skipped = int(num_skipped)
         self._num_to_skip = 0 if num_with_need else max(0, int(total_updates / self._num_processes) - 1)
         if num_requests > 0:
-            self._stop_reason = self._find_common_reason()
+            self._stop_reason, self.is_pending = self._find_common_reason(), True
         if isinstance(self._stop_reason, NonFiniteLossError):
             self.raise_if_stopped()
         return weight, int(num_samples)
 
-    def raise_if_stopped(self) -> None:
-        """Raise the reason to stop if a rank requested it before the last exchange.
+    def raise_if_stopped(self, is_after_update: bool = True) -> None:
+        """Raise the reason to stop if a rank requested it before the last exchange; a single process before now.
+
+        Args:
+            is_after_update: Whether no batch waits for an update. The end of an epoch waits for that.
 
         Raises:
             StopTrainingError: A callback on some rank requested to stop, or a signal did.
+            EpochEndedError: Some rank requested to end the epoch.
         """
+        if not self.is_needed:
+            due = [reason for reason in self._requests if is_after_update or not isinstance(reason, EpochEndedError)]
+            if due:
+                self._requests, self._stop_reason = [], first_of(due)
         reason, self._stop_reason = self._stop_reason, None
+        self.is_pending = not self.is_needed and bool(self._requests)
         if reason is not None:
             raise reason
 
@@ -148,7 +187,7 @@ class StopConsensus:
         if self.is_needed:
             self.start_exchange(weight=0.0, num_samples=0)
             self.finish_exchange()
-            self.raise_if_stopped()
+        self.raise_if_stopped()
 
     def _updates_between_exchanges(self) -> float:
         """Propose an interval from the speed since the last exchange, at most twice as long as the last interval."""

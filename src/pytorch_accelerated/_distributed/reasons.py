@@ -9,16 +9,30 @@ from typing import TypeAlias, TypeGuard
 from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
-StopReason: TypeAlias = "NonFiniteLossError | StopTrainingError"
+
+class EpochEndedError(Exception):
+    """Ends the training part of the epoch under way after an update; the loop catches it.
+
+    Args:
+        reason: Why, in a few words.
+        ends_run: Whether no epoch follows.
+    """
+
+    def __init__(self, reason: str, ends_run: bool = False) -> None:
+        super().__init__(reason)
+        self.ends_run = ends_run
+
+
+StopReason: TypeAlias = "NonFiniteLossError | StopTrainingError | EpochEndedError"
 PackedReason: TypeAlias = "tuple[str, tuple[object, ...]]"
 
-_KINDS: dict[str, type[NonFiniteLossError] | type[StopTrainingError]] = {
-    kind.__name__: kind for kind in (NonFiniteLossError, StopTrainingError, RunInterruptedError)
+_KINDS: dict[str, type[NonFiniteLossError] | type[StopTrainingError] | type[EpochEndedError]] = {
+    kind.__name__: kind for kind in (NonFiniteLossError, StopTrainingError, RunInterruptedError, EpochEndedError)
 }
 """In order of precedence: if ranks have several, all raise the first kind."""
 
 
-def is_reason(error: BaseException | None) -> TypeGuard[StopReason]:
+def is_reason(error: BaseException | None) -> TypeGuard[NonFiniteLossError | StopTrainingError]:
     """Tell whether an exception ends the run on all ranks, whichever of them raises it."""
     return isinstance(error, (NonFiniteLossError, StopTrainingError))
 
@@ -31,6 +45,8 @@ def packed(reason: Exception) -> PackedReason:
     kind = next(name for name, error in reversed(_KINDS.items()) if isinstance(reason, error))
     if isinstance(reason, RunInterruptedError):
         return kind, (reason.signal_number,)
+    if isinstance(reason, EpochEndedError):
+        return kind, (str(reason), reason.ends_run)
     return kind, (str(reason), reason.step) if isinstance(reason, NonFiniteLossError) else (str(reason),)
 
 
@@ -46,6 +62,6 @@ def first_of(reasons: Iterable[StopReason]) -> StopReason:
 
 
 def _precedence(reason: StopReason) -> tuple[int, float]:
-    """Return the sort key of a reason: its kind, then the step of a non-finite loss."""
-    step = getattr(reason, "step", None)
+    """Return the sort key of a reason: its kind, then the step of a non-finite loss, or whether it ends the run."""
+    step = 0 if getattr(reason, "ends_run", False) else getattr(reason, "step", None)
     return list(_KINDS.values()).index(type(reason)), math.inf if step is None else step

@@ -85,6 +85,7 @@ _FOREIGN_ARGUMENTS: dict[str, str | tuple[str, ...]] = {
     # callbacks
     **dict.fromkeys(("monitor", "metric", "metric_name", "metric_for_best_model"), "watch_metric"),
     "early_stopping": _STOPPING,
+    "start_from_epoch": "start_epoch",
     "patience": "early_stopping_patience",
     **dict.fromkeys(("min_delta", "threshold", "delta"), "early_stopping_threshold"),
     **dict.fromkeys(("mode", "comp"), _DIRECTION),

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated._hints.arguments import explains_arguments
+from pytorch_accelerated._lengths import Length
 from pytorch_accelerated._run import library_of, run_of
 from pytorch_accelerated._validation import check_positive_integer
+from pytorch_accelerated.callbacks._cadence import Cadence
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:
     from pytorch_accelerated._types import Batch, BatchOutput, MaybeNone
+    from pytorch_accelerated.progress import TrainingProgress
     from pytorch_accelerated.trainer import Trainer
 
 
@@ -24,22 +27,31 @@ class StepBasedEvaluationCallback(TrainerCallback):
     Args:
         eval_every_n_steps: Steps between two evaluations, counted across epochs; at least 1.
         eval_every_n_updates: Updates between two evaluations, instead of ``eval_every_n_steps``; at least 1.
+        eval_every: How often to evaluate, instead of these, as a text: ``"500 updates"``, ``"0.25 epochs"``,
+            ``"1e6 samples"`` or ``"10 min"``; see :class:`~pytorch_accelerated.utils.Length`. At the end of an epoch,
+            the run evaluates anyway.
 
     Raises:
-        ValueError: The number is below 1, or both or none are given.
-        TypeError: The number is not an integer.
+        ValueError: A number is below 1, a length is not understood, or not exactly one argument is given.
+        TypeError: A number is not an integer.
 
     Example:
         >>> callback = StepBasedEvaluationCallback(eval_every_n_updates=500)
     """
 
     @explains_arguments
-    def __init__(self, eval_every_n_steps: int | None = None, *, eval_every_n_updates: int | None = None) -> None:
-        if (eval_every_n_steps is None) == (eval_every_n_updates is None):
+    def __init__(
+        self,
+        eval_every_n_steps: int | None = None,
+        *,
+        eval_every_n_updates: int | None = None,
+        eval_every: str | Length | None = None,
+    ) -> None:
+        if (eval_every_n_steps, eval_every_n_updates, eval_every).count(None) != 2:
             raise ValueError(
-                f"`eval_every_n_steps` is {eval_every_n_steps!r} and `eval_every_n_updates` is "
-                f"{eval_every_n_updates!r}. Expected one of them: the number of steps or of updates between two "
-                "evaluations."
+                f"`eval_every_n_steps` is {eval_every_n_steps!r}, `eval_every_n_updates` is {eval_every_n_updates!r} "
+                f"and `eval_every` is {eval_every!r}. Expected one of them: the number of steps or of updates between "
+                "two evaluations, or a length such as '0.25 epochs'."
             )
         if eval_every_n_steps is not None:
             check_positive_integer("eval_every_n_steps", eval_every_n_steps, "steps")
@@ -47,6 +59,13 @@ class StepBasedEvaluationCallback(TrainerCallback):
             check_positive_integer("eval_every_n_updates", eval_every_n_updates, "updates")
         self.eval_every_n_steps = eval_every_n_steps
         self.eval_every_n_updates = eval_every_n_updates
+        self.eval_every = None if eval_every is None else Length.parse("eval_every", eval_every)
+        if self.eval_every is not None and self.eval_every.unit == "epochs" and self.eval_every.is_whole:
+            raise ValueError(
+                f"`eval_every` is {eval_every!r}, but a run evaluates at the end of each epoch anyway. Expected a part "
+                "of an epoch, such as '0.25 epochs', or another length, such as '500 updates'."
+            )
+        self._cadence = Cadence(self.eval_every)
         self._num_steps = self._num_updates = 0
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -57,6 +76,7 @@ class StepBasedEvaluationCallback(TrainerCallback):
         """
         progress = run_of(trainer).progress
         self._num_steps, self._num_updates = progress.num_batches, progress.num_updates
+        self._cadence.start(run_of(trainer))
         if not run_of(trainer).eval_dataloaders:
             raise ValueError(
                 "`StepBasedEvaluationCallback` has nothing to evaluate on: `train` was called without `eval_dataset`. "
@@ -67,15 +87,21 @@ class StepBasedEvaluationCallback(TrainerCallback):
         self, trainer: Trainer, batch: Batch = None, batch_output: BatchOutput | MaybeNone = None, **kwargs: Any
     ) -> None:
         """Evaluate if it is due after this step."""
-        self._num_steps += 1
-        if self._is_due(run_of(trainer).progress.num_updates):
+        run = run_of(trainer)
+        if self._cadence.is_due(run) if self.eval_every is not None else self._is_due(run.progress):
             library_of(trainer).evaluate_now()
+            self._cadence.restart(run)
 
-    def _is_due(self, num_updates: int) -> bool:
-        has_updated, self._num_updates = num_updates != self._num_updates, num_updates
+    def _is_due(self, progress: TrainingProgress) -> bool:
+        has_updated, self._num_updates = progress.num_updates != self._num_updates, progress.num_updates
+        num_before, self._num_steps = (
+            self._num_steps,
+            max(self._num_steps + 1, progress.num_batches),
+        )  # some are skipped
         if self.eval_every_n_updates is not None:
-            return has_updated and num_updates % self.eval_every_n_updates == 0
-        return self.eval_every_n_steps is not None and self._num_steps % self.eval_every_n_steps == 0
+            return has_updated and progress.num_updates % self.eval_every_n_updates == 0
+        num_steps = self.eval_every_n_steps
+        return num_steps is not None and self._num_steps // num_steps > num_before // num_steps
 
 
 class LimitEvalStepsCallback(TrainerCallback):

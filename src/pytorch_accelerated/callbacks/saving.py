@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,12 +16,14 @@ from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._checkpoint.weights import frozen_in, frozen_parameters
 from pytorch_accelerated._distributed.collectives import run_on_main
 from pytorch_accelerated._hints.arguments import explains_arguments
+from pytorch_accelerated._lengths import Length
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._metrics import BestMetric, ComparisonOfMetric, NewValues, rounded
 from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._run import Run, library_of, run_of
 from pytorch_accelerated._signals import PREEMPTION_SIGNALS
 from pytorch_accelerated._validation import check_positive_integer, check_positive_number
+from pytorch_accelerated.callbacks._cadence import Cadence, Timer
 from pytorch_accelerated.callbacks._watching import num_values_of, watched_value
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.stopping import (
@@ -288,9 +288,12 @@ class SaveTrainingStateCallback(TrainerCallback):
         in_background: Whether training continues while a state is written, once it has been copied to host memory. The
             next save and the end of the run wait for the write to finish. The last state of a run is written
             synchronously.
+        save_every: How often a state is saved, as a text: ``"500 updates"``, ``"2 epochs"``, ``"0.25 epochs"``,
+            ``"1e6 samples"`` or ``"30 min"``; see :class:`~pytorch_accelerated.utils.Length`. ``None`` for the
+            arguments above alone.
 
     Raises:
-        ValueError: A number is below 1, or the settings contradict each other.
+        ValueError: A number is below 1, the settings contradict each other, or ``save_every`` is not understood.
         TypeError: A number is not an integer.
     """
 
@@ -314,6 +317,7 @@ class SaveTrainingStateCallback(TrainerCallback):
         on_save_error: Literal["raise", "warn"] = "raise",
         save_on_preemption: bool = True,
         in_background: bool = False,
+        save_every: str | Length | None = None,
     ) -> None:
         _check_counts(
             save_every_n_epochs=save_every_n_epochs,
@@ -342,7 +346,9 @@ class SaveTrainingStateCallback(TrainerCallback):
         self._saved: tuple[TrainingProgress, Path] | None = None
         self._written: list[Path] = []
         self._is_delayed = self._is_saved_later = False
-        self._timer = _Timer(save_every_n_minutes)
+        self.save_every = None if save_every is None else Length.parse("save_every", save_every)
+        self._cadence = Cadence(self.save_every)
+        self._timer = Timer(save_every_n_minutes)
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
         """Lock the folder, start counting steps unless the run is resumed, and listen for signals.
@@ -360,6 +366,7 @@ class SaveTrainingStateCallback(TrainerCallback):
             self._global_step = 0
         self._num_updates = run.progress.num_updates
         self._timer.restart(self._num_updates)
+        self._cadence.start(run)
         self._saved = None
         self._written = []
         self._is_delayed = False
@@ -427,6 +434,8 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def _is_due(self, run: Run) -> bool:
         num_updates, self._num_updates = self._num_updates, run.progress.num_updates
+        if self._cadence.is_due(run):
+            return True
         if _is_multiple(self._global_step, self.save_every_n_steps):
             return True
         if self._num_updates == num_updates:
@@ -437,7 +446,7 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def _save_epoch(self, trainer: Trainer) -> None:
         epoch = trainer.run_history.current_epoch
-        if _is_multiple(epoch, self.save_every_n_epochs):
+        if _is_multiple(epoch, self.save_every_n_epochs) or self._cadence.is_due_after_epoch(_run_of(trainer)):
             self._save(trainer, f"epoch_{epoch}", in_background=self.in_background)
 
     def _save(self, trainer: Trainer, name: str, *, in_background: bool = False) -> None:
@@ -456,6 +465,7 @@ class SaveTrainingStateCallback(TrainerCallback):
                 run_on_main(finish, *_main_of(run))
             self._saved = run.progress.resume_point(), path
         self._timer.restart(run.progress.num_updates)
+        self._cadence.restart(run)
 
     def _finish(self, trainer: Trainer, path: Path) -> None:
         """Tell that a state is complete, and remove those that are no longer needed; on the main process only."""
@@ -516,51 +526,3 @@ def _check_counts(*, max_checkpoints: int | None, keep_best: int | None, **inter
 
 def _is_multiple(number: int, divisor: int | None) -> bool:
     return divisor is not None and number % divisor == 0
-
-
-_MANY_UPDATES = 2**31
-"""As good as never; the number of updates left is infinite if the number of minutes is."""
-
-
-_MANY_MINUTES = 1e15
-"""As good as never; an integer may be too large for arithmetic with floats."""
-
-
-@dataclass
-class _Timer:
-    """Tells when a number of minutes has passed, after the same update on all processes.
-
-    The main process measures the time, and the others ask it. That takes a collective, so they do not ask after every
-    update, but once half of the updates that should fit into the remaining time have been made.
-
-    Args:
-        num_minutes: Minutes until the timer expires; ``None`` for never.
-    """
-
-    num_minutes: float | None
-    _start: float = 0.0
-    _start_update: int = 0
-    _next_check: int = 0
-
-    def restart(self, num_updates: int) -> None:
-        """Start again, after ``num_updates`` updates of the run."""
-        if self.num_minutes is None:
-            return
-        self._start = time.monotonic()
-        self._start_update = num_updates
-        self._next_check = num_updates + 1
-
-    def has_expired(self, run: Run, num_updates: int) -> bool:
-        """Return whether the time has passed. Must be called on every process after each update."""
-        if self.num_minutes is None or num_updates < self._next_check:
-            return False
-        num_made = num_updates - self._start_update
-        is_main, num_processes = _main_of(run)
-        num_left = run_on_main(lambda: num_made * self._ratio_left(), is_main, num_processes)
-        self._next_check = num_updates + (max(1, int(min(num_left / 2, _MANY_UPDATES))) if num_processes > 1 else 1)
-        return num_left <= 0
-
-    def _ratio_left(self) -> float:
-        """Return the remaining time as a multiple of the elapsed time."""
-        elapsed = time.monotonic() - self._start
-        return (60 * min(self.num_minutes or 0, _MANY_MINUTES) - elapsed) / max(elapsed, 1e-9)

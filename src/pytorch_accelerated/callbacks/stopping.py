@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._loss_monitor import describe_non_finite_loss
@@ -17,6 +17,8 @@ from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
 if TYPE_CHECKING:
+    import torch
+
     from pytorch_accelerated._types import BatchOutput, StateDict, StateMapping
     from pytorch_accelerated.trainer import Trainer
 
@@ -95,18 +97,30 @@ class TerminateOnNaNCallback(TrainerCallback):
 
 
 class EarlyStoppingCallback(TrainerCallback):
-    """Stops the run when a metric has not improved for a number of epochs.
+    """Stops the run when a metric has not improved for a number of epochs, or is beyond hope.
+
+    A metric of intermediate evaluations, such as ``intermediate_eval_loss_epoch``, is compared after each of these, and
+    the patience counts them.
 
     Args:
-        early_stopping_patience: Epochs in a row without improvement after which the run stops; at least 1.
-        early_stopping_threshold: Smallest change that counts as an improvement, in the unit of the metric.
+        early_stopping_patience: Epochs, or evaluations, in a row without improvement after which the run stops; at
+            least 1.
+        early_stopping_threshold: Smallest change that counts as an improvement, in the unit of the metric or relative.
         watch_metric: Name of the metric in the run history.
         greater_is_better: Whether larger values are better.
         reset_on_train: Whether each run forgets the best value and the count of earlier runs.
+        threshold_mode: ``"absolute"`` if the threshold is in the unit of the metric, ``"relative"`` if it is a fraction
+            of the absolute value of the best so far: 0.01 for one percent.
+        start_epoch: The epoch, counted from 1, from which on values count. Those before are not looked at.
+        divergence_threshold: Value at which the run stops at once: when the metric is worse. ``None`` for none.
+        check_finite: Whether the run stops at once when the metric is NaN or infinite.
+        restore_best_weights: Whether the model gets back the weights of its best value when the run ends, unless a
+            signal ends it. They are kept in host memory, and are part of training states. The optimizer keeps its
+            state; to save the best model to a file, use `SaveBestModelCallback`.
 
     Raises:
-        ValueError: ``early_stopping_patience`` is below 1.
-        TypeError: ``early_stopping_patience`` is not an integer.
+        ValueError: A number is out of range, or ``threshold_mode`` is not known.
+        TypeError: ``early_stopping_patience`` or ``start_epoch`` is not an integer.
     """
 
     early_stopping_patience = WritableForwarded[int]("_counter.patience")
@@ -130,11 +144,31 @@ class EarlyStoppingCallback(TrainerCallback):
         watch_metric: str = "eval_loss_epoch",
         greater_is_better: bool = False,
         reset_on_train: bool = True,
+        *,
+        threshold_mode: Literal["absolute", "relative"] = "absolute",
+        start_epoch: int = 1,
+        divergence_threshold: float | None = None,
+        check_finite: bool = False,
+        restore_best_weights: bool = False,
     ) -> None:
         check_positive_integer("early_stopping_patience", early_stopping_patience, "epochs")
+        check_positive_integer("start_epoch", start_epoch, "epochs")
+        if threshold_mode not in ("absolute", "relative"):
+            raise ValueError(f"`threshold_mode` is {threshold_mode!r}. Expected 'absolute' or 'relative'.")
+        if divergence_threshold is not None and not math.isfinite(divergence_threshold):
+            raise ValueError(
+                f"`divergence_threshold` is {divergence_threshold!r}. Expected a finite number, or None. To stop at "
+                "values that are not finite, pass `check_finite=True`."
+            )
         self.watch_metric = watch_metric
         self.reset_on_train = reset_on_train
+        self.start_epoch = start_epoch
+        self.divergence_threshold = divergence_threshold
+        self.check_finite = check_finite
+        self.restore_best_weights = restore_best_weights
         self._counter = PatienceCounter(early_stopping_patience, greater_is_better, early_stopping_threshold)
+        self._counter.is_relative = threshold_mode == "relative"
+        self._best_weights: dict[str, torch.Tensor] | None = None
         self._new_values = NewValues()
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -142,12 +176,29 @@ class EarlyStoppingCallback(TrainerCallback):
 
         Raises:
             ValueError: The run will not record the metric.
+            RuntimeError: The best weights cannot be kept, because the model is split over the processes.
         """
         check_watched_metric(trainer, self.watch_metric, type(self).__name__)
+        if self.restore_best_weights and run_of(trainer).is_sharded:
+            raise RuntimeError(
+                "`EarlyStoppingCallback` cannot keep the best weights in memory, because the model is split over the "
+                "processes. Pass `restore_best_weights=False`, and add a `SaveBestModelCallback`."
+            )
         warn_about_direction(self.watch_metric, self.greater_is_better, type(self).__name__)
         self._new_values.start_run(num_values_of(trainer, self.watch_metric), run_of(trainer).is_resumed)
         if self.reset_on_train and not run_of(trainer).is_resumed:
             self._counter.reset()
+            self._best_weights = None
+
+    def on_eval_epoch_end(self, trainer: Trainer, is_intermediate: bool = False, **kwargs: Any) -> None:
+        """Compare the metric if it is one of this intermediate evaluation.
+
+        Raises:
+            StopTrainingError: The patience is used up.
+        """
+        prefix = trainer.run_history.metric_name_prefix
+        if is_intermediate and prefix and self.watch_metric.startswith(prefix):
+            self._compare(trainer)
 
     def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Compare the metric with the best so far, unless it was not measured since the last comparison.
@@ -155,40 +206,79 @@ class EarlyStoppingCallback(TrainerCallback):
         Raises:
             StopTrainingError: The patience is used up.
         """
+        self._compare(trainer)
+
+    def _compare(self, trainer: Trainer) -> None:
         value = watched_value(trainer, self.watch_metric, type(self).__name__)
         if value is None or not self._new_values.look(num_values_of(trainer, self.watch_metric)):
             return
-        previous = self.best_metric
-        if self._counter.update(value):
+        if trainer.run_history.current_epoch < self.start_epoch:
+            return
+        self._check_value(value)
+        previous, is_used_up = self.best_metric, self._counter.update(value)
+        if self.restore_best_weights and self.early_stopping_patience_counter == 0:
+            model = trainer.get_model(keep_torch_compile=False)
+            self._best_weights = {
+                name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()
+            }
+        if is_used_up:
             raise StopTrainingError(
                 f"{self.watch_metric} has not improved on {rounded(self.best_metric)} "
-                f"for {self.early_stopping_patience_counter} epochs{self._note_on_threshold(value)}"
+                f"for {self.early_stopping_patience_counter} {self._unit}{self._note_on_threshold(value)}"
             )
         self._report(trainer, previous)
+
+    @property
+    def _unit(self) -> str:
+        return "evaluations" if "intermediate_" in self.watch_metric else "epochs"
+
+    def _check_value(self, value: float) -> None:
+        """Stop the run if a value is beyond hope.
+
+        Raises:
+            StopTrainingError: It is.
+        """
+        if self.check_finite and not math.isfinite(value):
+            raise StopTrainingError(f"{self.watch_metric} is {value}, which is not finite")
+        threshold = self.divergence_threshold
+        if threshold is not None and self.operator(threshold, value):
+            raise StopTrainingError(f"{self.watch_metric} has diverged: {value} is worse than {threshold:g}")
+
+    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
+        """Give the model back the weights of its best value."""
+        if self._best_weights is None or not self.restore_best_weights or run_of(trainer).is_interrupted:
+            return
+        trainer.print(f"Restoring the weights of the best value: {self.watch_metric} {self.best_metric}")
+        trainer.get_model(keep_torch_compile=False).load_state_dict(self._best_weights)
 
     def _note_on_threshold(self, value: float) -> str:
         """Say so if the metric still improves, but by less than the threshold."""
         best, is_better = self.best_metric, self.operator
         if best is None or not is_better(value, best):
             return ""
-        note = f" by more than the threshold of {self.early_stopping_threshold:g}, although it still does"
-        return f"{note}, to {rounded(value)}"
+        threshold = self._counter.absolute_threshold
+        return f" by more than the threshold of {threshold:g}, although it still does, to {rounded(value)}"
 
     def _report(self, trainer: Trainer, previous: float | None) -> None:
         best, num_epochs = self.best_metric, self.early_stopping_patience_counter
         if num_epochs > 0:
             trainer.print(
-                f"{self.watch_metric} has not improved for {num_epochs} of {self.early_stopping_patience} epochs"
+                f"{self.watch_metric} has not improved for {num_epochs} of {self.early_stopping_patience} {self._unit}"
             )
         elif best is not None and previous is not None:
             trainer.print(f"{self.watch_metric} has improved by {abs(best - previous):.4g} to {best:.4g}")
 
     def state_dict(self) -> StateDict:
-        """Return the best value, the number of epochs without improvement, and how many values were compared."""
+        """Return the best value, the number of epochs without improvement, and how many values were compared.
+
+        With ``restore_best_weights``, the weights of the best value as well.
+        """
+        weights = {} if self._best_weights is None else {"best_weights": dict(self._best_weights)}
         return {
             "best": self.best_metric,
             "num_without_improvement": self.early_stopping_patience_counter,
             **self._new_values.state_dict(),
+            **weights,
         }
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
@@ -196,6 +286,8 @@ class EarlyStoppingCallback(TrainerCallback):
         self._counter.best.record(state_dict["best"])
         self._counter.num_without_improvement = state_dict["num_without_improvement"]
         self._new_values.load_state_dict(state_dict)
+        weights = state_dict.get("best_weights")
+        self._best_weights = None if weights is None else {name: weights[name].clone() for name in weights}
 
 
 def warn_about_direction(watch_metric: str, greater_is_better: bool, callback_name: str) -> None:
