@@ -732,9 +732,7 @@ class TrainingLoop:
         run, window = self._loop_run, self._loop_run.training.window
         if window.updated:
             discard_gradients(self.optimizer, window.updated)
-        total_weight, num_samples = None, window.num_samples
-        if run.consensus.is_needed:
-            total_weight, num_samples = run.finish_exchange()
+        total_weight, num_samples = run.finish_exchange() if run.consensus.is_needed else (None, window.num_samples)
         if num_samples == 0 and has_skipped_all(run):
             self.optimizer_zero_grad()
             return

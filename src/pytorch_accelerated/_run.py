@@ -704,6 +704,16 @@ class Run:
         """Whether a signal ends the run."""
         return self.interruption is not None
 
+    def raise_interruption(self) -> None:
+        """Let the signal that has ended the run, if any, end the program as it would without a run.
+
+        Raises:
+            KeyboardInterrupt: It was Ctrl-C.
+            SystemExit: It was another signal; the code is 128 + its number.
+        """
+        if self.interruption is not None:
+            raise self.interruption.to_exit_exception()
+
     @contextmanager
     def keeping_time(self) -> Iterator[None]:
         """Start the ledger, or let the body be an evaluation in that of the run that this one is nested in."""

@@ -345,8 +345,7 @@ class Trainer(TrainingLoop):
             self._loop_set_up_training(num_epochs, state, reset_run_history)
             self._run_training()
             _complete_saving(self)
-        if run.interruption is not None:
-            raise run.interruption.to_exit_exception()
+        run.raise_interruption()
         return self.run_history
 
     @explains_arguments
