@@ -133,6 +133,7 @@ def make_callbacks():
         "LimitBatchesCallback": partial(callbacks.LimitBatchesCallback, 3),
         "LimitEvalStepsCallback": partial(callbacks.LimitEvalStepsCallback, 2),
         "StepBasedEvaluationCallback": partial(callbacks.StepBasedEvaluationCallback, 3),
+        "LearningCurveCallback": partial(callbacks.LearningCurveCallback, "curves.png"),
         "TrackerCallback": partial(callbacks.TrackerCallback, "tensorboard", every_n_updates=2),
         "ProfilerCallback": partial(callbacks.ProfilerCallback, "traces"),
         "ThroughputCallback": partial(callbacks.ThroughputCallback, len, peak_flops=1e12),

@@ -601,7 +601,7 @@ def compare(
 def _opened(history: RunHistory | str | os.PathLike[str]) -> RunHistory:
     if isinstance(history, RunHistory):
         return history
-    if not Path(history).exists():
+    if not Path(history).expanduser().exists():
         raise FileNotFoundError(f"There is no file {str(history)!r}. Expected that of a `JsonlRunHistory`.")
     return JsonlRunHistory(history)
 

@@ -21,7 +21,10 @@ CALLBACKS = [
     and issubclass(value, callbacks.TrainerCallback)
     and len(inspect.signature(value.__init__).parameters) > 1
     and "__init__" in vars(value)
+    and inspect.Parameter.VAR_KEYWORD
+    not in {each.kind for each in inspect.signature(value.__init__).parameters.values()}
 ]
+"""Those with a fixed list of settings; the others explain theirs themselves."""
 
 
 def answer_to(function, name):

@@ -68,3 +68,9 @@ def test_an_impossible_schedule_is_refused(tmp_path):
         ProfilerCallback(tmp_path, active=0)
     with pytest.raises(ValueError, match="`wait` is -1"):
         ProfilerCallback(tmp_path, wait=-1)
+
+
+def test_what_is_no_argument_of_the_profiler_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="`ProfilerCallback` has no argument `nonsense`"):
+        ProfilerCallback(tmp_path, nonsense=1)
+    assert ProfilerCallback(tmp_path, record_shapes=True).options == {"record_shapes": True}

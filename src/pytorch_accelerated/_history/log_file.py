@@ -28,7 +28,7 @@ class LogFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: Callable[[Sequence[str]], object]) -> None:
-        self.path = Path(path).absolute()
+        self.path = Path(path).expanduser().absolute()
         self._identity = identity
 
     def read(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import profiler
 
+from pytorch_accelerated._checkpoint.files import local_path
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks.base import TrainerCallback
@@ -71,6 +73,10 @@ class ProfilerCallback(TrainerCallback):
         repeat: The number of traces.
         options: Arguments of `torch.profiler.profile`, such as ``record_shapes=True`` or ``with_stack=True``.
 
+    Raises:
+        TypeError: An argument has the wrong type, or is none of the profiler's.
+        ValueError: A number of steps is negative, or there is nothing to record.
+
     Example:
         >>> callback = ProfilerCallback("traces", wait=10, active=5, record_shapes=True)
     """
@@ -90,7 +96,13 @@ class ProfilerCallback(TrainerCallback):
         for name, value in (("wait", wait), ("warmup", warmup)):
             if value != 0:
                 check_positive_integer(name, value, "steps")
-        self.folder = Path(folder)
+        unknown = sorted(options.keys() - inspect.signature(profiler.profile).parameters.keys())
+        if unknown:
+            raise TypeError(
+                f"`ProfilerCallback` has no argument `{unknown[0]}`. It takes `folder`, `wait`, `warmup`, `active`, "
+                "`repeat`, and the arguments of `torch.profiler.profile`."
+            )
+        self.folder = local_path(folder)
         self.options = options
         self._schedule = {"wait": wait, "warmup": warmup, "active": active, "repeat": repeat}
         self._num_steps_left = 0

@@ -85,7 +85,7 @@ class TrackerCallback(TrainerCallback):
             check_tracker(tracker)
         self.tracker = tracker
         self.project = project
-        self.logging_dir = None if logging_dir is None else Path(logging_dir).absolute()
+        self.logging_dir = None if logging_dir is None else Path(logging_dir).expanduser().absolute()
         self.hyperparameters = hyperparameters
         self.options = dict(options or {})
         self.on_error = on_error
@@ -295,7 +295,7 @@ class TensorBoardCallback(TrackerCallback):
         options: Mapping[str, Any] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
-        folder = Path(log_dir).absolute()
+        folder = Path(log_dir).expanduser().absolute()
         super().__init__(
             "tensorboard",
             folder.name,
