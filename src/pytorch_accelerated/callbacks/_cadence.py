@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pytorch_accelerated._distributed.collectives import run_on_main
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pytorch_accelerated._run import Run
 
 
+@dataclass
 class Cadence:
     """Tells after which updates something is due that is done once every so often.
 
@@ -26,10 +27,13 @@ class Cadence:
         length: How often. ``None`` for never.
     """
 
-    def __init__(self, length: Length | None) -> None:
-        self._length = length
+    length: Length | None
+    _timer: Timer = field(init=False)
+    _last: TrainingProgress = field(default_factory=TrainingProgress, init=False)
+
+    def __post_init__(self) -> None:
+        length = self.length
         self._timer = Timer(float(length.amount) / 60 if length is not None and length.unit == "seconds" else None)
-        self._last = TrainingProgress()
 
     def start(self, run: Run) -> None:
         """Start counting, or continue where a resumed run was."""
@@ -49,7 +53,7 @@ class Cadence:
         Raises:
             ValueError: It is due after a part of an epoch, whose length is not known.
         """
-        last, now, length = self._last, run.progress, self._length
+        last, now, length = self._last, run.progress, self.length
         if length is None or now.num_updates == last.num_updates:
             return False
         self._last = replace(now)
@@ -72,7 +76,7 @@ class Cadence:
 
     def is_due_after_epoch(self, run: Run) -> bool:
         """Return whether it is due at the end of the epoch under way: a number of epochs has passed."""
-        length, num_epochs = self._length, run.progress.num_epochs_completed
+        length, num_epochs = self.length, run.progress.num_epochs_completed
         return length is not None and length.unit == "epochs" and _is_at(num_epochs + 1, length.amount)
 
 
