@@ -181,7 +181,7 @@ class Trainer(TrainingLoop):
         >>> dataset = TensorDataset(torch.randn(64, 3), torch.randn(64, 1))
         >>> model = nn.Linear(3, 1)
         >>> trainer = Trainer(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1), callbacks=())
-        >>> trainer.train(dataset, num_epochs=2, eval_dataset=dataset, per_device_batch_size=16)
+        >>> history = trainer.train(dataset, num_epochs=2, eval_dataset=dataset, per_device_batch_size=16)
         >>> sorted(trainer.run_history.get_metric_names())
         ['eval_loss_epoch', 'train_loss_epoch']
     """
