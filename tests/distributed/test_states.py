@@ -58,8 +58,11 @@ def test_run_on_main_and_run_on_all_have_the_same_outcome_everywhere(results):
     assert [result["one fails"] for result in results] == ["CheckpointError: mine", "LookupError: mine"]
 
 
-def test_every_scheduler_has_the_rates_of_a_loop_by_hand(results):
-    """Those of PyTorch, and of timm if it is installed, in runs that are resumed in the middle too."""
+def test_schedulers_have_the_rates_of_a_loop_by_hand(results):
+    """A third of PyTorch's, and timm's if it is installed, in runs that are resumed in the middle too.
+
+    One process tries all of them, and `compare_schedulers.py` does on two as well.
+    """
     assert results == [{}, {}]
 
 
