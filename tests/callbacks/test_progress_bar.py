@@ -14,7 +14,7 @@ from _screens import use_terminal
 from _support import Batches, Probe, make_dataset, make_trainer, raiser, train
 from pytorch_accelerated import Trainer, _loss_monitor
 from pytorch_accelerated._console import shown_bar as module
-from pytorch_accelerated.callbacks import ProgressBarCallback, StepBasedEvaluationCallback
+from pytorch_accelerated.callbacks import LogMetricsCallback, ProgressBarCallback, StepBasedEvaluationCallback
 from pytorch_accelerated.exceptions import StopTrainingError
 
 
@@ -251,9 +251,28 @@ def test_the_bar_shows_epoch_loss_metrics_rate_speed_and_time_left(monkeypatch):
 
 def test_the_bar_gives_way_when_its_epoch_ends(monkeypatch):
     terminal = use_terminal(monkeypatch)
-    train(make_trainer(callbacks=[ProgressBarCallback]), num_epochs=2, eval_dataset=make_dataset(8))
+    trainer = make_trainer(callbacks=[ProgressBarCallback, LogMetricsCallback])
+    train(trainer, num_epochs=2, eval_dataset=make_dataset(8))
     assert drawn_on(terminal)
-    assert terminal.screen() == []
+    assert [line.split()[0] for line in terminal.screen()] == ["epoch", "1/2", "2/2"], "header and lines of the table"
+
+
+def test_a_bar_stays_if_nothing_else_tells_of_its_pass(monkeypatch):
+    terminal = use_terminal(monkeypatch)
+    trainer = make_trainer(callbacks=[ProgressBarCallback])
+    train(trainer, num_epochs=2, eval_dataset=make_dataset(8))
+    trainer.evaluate(make_dataset(8))
+    titles = ["epoch 1/2", "epoch 1/2 evaluation", "epoch 2/2", "epoch 2/2 evaluation", "evaluation"]
+    assert [re.match(r"(.*?) +100% ", line)[1] for line in terminal.screen()] == titles
+
+
+def test_without_a_terminal_a_line_says_how_far_a_failed_pass_came(capsys):
+    fail = Probe(on_train_step_end=lambda trainer, step, **_: step == 2 and raiser(ValueError("mine"))(trainer))
+    with pytest.raises(ValueError, match="mine"):
+        train(make_trainer(callbacks=[fail, ProgressBarCallback]), num_epochs=3)
+    assert re.match(r"epoch 1/3 .*2/4", capsys.readouterr().err)
+    train(make_trainer(callbacks=[ProgressBarCallback]))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.usefixtures("each_step_is_a_log_point")
@@ -276,7 +295,9 @@ def test_text_of_callbacks_has_lines_of_its_own(monkeypatch):
         assert terminal.screen()[-1].startswith("epoch 1/1"), "the bar is below"
 
     train(make_trainer(callbacks=[ProgressBarCallback, Probe(on_train_step_end=tell)]))
-    assert terminal.screen() == [f"{verb} in step {step}" for step in range(4) for verb in ("printed", "told")]
+    *lines, bar = terminal.screen()
+    assert lines == [f"{verb} in step {step}" for step in range(4) for verb in ("printed", "told")]
+    assert "4/4" in bar
 
 
 @pytest.mark.usefixtures("each_step_is_a_log_point")
@@ -347,12 +368,12 @@ class LeavesBarsOpen(ProgressBarCallback):
 
 def test_bars_that_a_subclass_leaves_open_are_closed_with_the_run(monkeypatch):
     terminal = use_terminal(monkeypatch)
-    trainer = make_trainer(callbacks=[LeavesBarsOpen])
+    trainer = make_trainer(callbacks=[LeavesBarsOpen, LogMetricsCallback])
     train(trainer, num_epochs=2, eval_dataset=make_dataset(8))
     assert "write" not in vars(terminal)
     trainer.evaluate(make_dataset(8))
     assert "write" not in vars(terminal)
-    assert terminal.screen() == []
+    assert "%" not in "".join(terminal.screen())
 
 
 def test_an_evaluation_within_an_epoch_after_its_bar_has_one_of_its_own(bars):

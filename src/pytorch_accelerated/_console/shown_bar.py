@@ -93,17 +93,28 @@ class ShownBar:
             self._told_at = time.perf_counter()
             self._print(line_of(state()))
 
-    def close(self, num_done: int, state: Callable[[], BarState], *, is_complete: bool) -> None:
-        """Close the bar: wiped if the pass is complete, otherwise as it is, so that one sees how far it came.
+    def close(self, num_done: int, state: Callable[[], BarState], *, is_complete: bool, has_line: bool = True) -> None:
+        """Close the bar. It gives way to the line that follows it; without one, it stays where it is.
 
-        A notebook keeps it in any case.
+        So does the bar of a pass that is not complete, and where there is no bar, a line on the error stream says how
+        far the pass came. A notebook keeps the bar in any case.
+
+        Args:
+            num_done: The number of batches done.
+            state: Returns what is shown at last.
+            is_complete: Whether the pass has come to its end.
+            has_line: Whether something else tells of a complete pass.
         """
-        self.bar.n, self.bar.leave = num_done, not is_complete
+        stays = not (is_complete and has_line)
+        self.bar.n, self.bar.leave = num_done, stays
         try:
             if self._live is not None:
                 self._live.show(lambda: _html_of(state()), is_last=True)
-            elif self._is_on_terminal and not is_complete:
+            elif self._is_on_terminal and stays:
+                self.bar.delay = 0.0
                 self.bar.bar_format = bar_format(state(), self.bar.format_dict["ncols"])
+            elif self._is_shown and not self._is_on_terminal and not is_complete:
+                print(line_of(state()), file=sys.stderr)
         finally:
             self.bar.close()
             self._guard.close()

@@ -16,6 +16,7 @@ from pytorch_accelerated._means import weighted_mean
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated.callbacks._epoch_table import learning_rate_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.callbacks.reporting import has_table
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -31,8 +32,9 @@ class ProgressBarCallback(TrainerCallback):
     """Shows how far each epoch and evaluation is, on the main process: a bar, or lines where there is no terminal.
 
     It shows the epoch, loss and metrics so far, the learning rate, samples per second, and the time that is left of the
-    epoch and of the run; fewer of these if the terminal is narrow. The bar is wiped at the end of the epoch. It is
-    updated at log points, and has no total if the loader has no length. In a notebook, it is part of the cell's output.
+    epoch and of the run; fewer of these if the terminal is narrow. At the end of the epoch, the bar gives way to the
+    line of `LogMetricsCallback`; without one, it stays. It is updated at log points, and has no total if the loader has
+    no length. In a notebook, it is part of the cell's output.
 
     Args:
         seconds_between_lines: Where there is no terminal, such as in a log file, a line is printed each time an epoch
@@ -182,7 +184,8 @@ class _OpenBar(ShownBar):
                 self._values = {name: weighted_mean(*sums) for name, sums in self._pass.sums().items()}
             return replace(self._state(trainer, None), seconds_left=None)
 
-        self.close(self._pass.num_batches_done, last_state, is_complete=is_complete)
+        has_line = has_table(trainer.callback_handler)
+        self.close(self._pass.num_batches_done, last_state, is_complete=is_complete, has_line=has_line)
 
     def _state(self, trainer: Trainer, seconds_left_of_run: float | None) -> BarState:
         config, is_training = trainer.run_config, self._pass.stage == "training"
