@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import threading
@@ -144,6 +145,26 @@ def test_a_forked_process_neither_loosens_nor_inherits_the_lock(tmp_path, owner)
             os._exit(7)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert is_locked(tmp_path)
+
+
+@needs_locks
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize(("module", "name"), [(os, "fstat"), (lock_module, "_is_still_there")])
+def test_a_disk_that_fails_while_a_folder_is_locked_leaves_it_to_the_next_try(
+    tmp_path, owner, monkeypatch, module, name
+):
+    def fail(*_):
+        raise OSError(errno.EIO, "the disk fails")
+
+    num_open = len([*Path("/proc/self/fd").iterdir()])
+    with monkeypatch.context() as failing:
+        failing.setattr(module, name, fail)
+        with pytest.raises(OSError, match="the disk fails"):
+            lock(tmp_path, owner)
+    assert len([*Path("/proc/self/fd").iterdir()]) == num_open
+    lock(tmp_path, owner)
+    assert is_locked(tmp_path)
+    unlock(tmp_path, owner)
 
 
 @needs_locks
