@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated._accumulation import groups_of
 from pytorch_accelerated._checkpoint.manifest import installed_versions
 from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
 from pytorch_accelerated._history.code_version import code_version
@@ -28,7 +29,7 @@ def run_info_of(trainer: TrainingLoop) -> dict[str, Any]:
 
 def settings_of(trainer: TrainingLoop) -> dict[str, Plain]:
     """Return the run configuration, the settings of each group of the optimizer, and the names of classes."""
-    groups = getattr(trainer.optimizer, "param_groups", ())
+    groups = groups_of(trainer.optimizer)
     settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     optimizer = unwrap_optimizer(trainer.optimizer)
     parts = {"model": trainer.get_model(), "optimizer": optimizer, "scheduler": trainer.scheduler}

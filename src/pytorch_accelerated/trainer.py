@@ -65,6 +65,7 @@ from pytorch_accelerated._distributed.accelerator import (
     is_sharded,
     placement_of,
     prepare,
+    rank_of,
     release,
 )
 from pytorch_accelerated._distributed.buckets import fix_bucket_order
@@ -218,7 +219,7 @@ class Trainer(TrainingLoop):
         self._loop_pending_scheduler_state: StateDict | None = None
         self._accelerator = self._create_accelerator()
         warn_about_unused_precision(self._accelerator)
-        rank = int(self._accelerator.process_index)
+        rank = rank_of(self._accelerator)
         self._loop_run = Run(0, rank, is_sharded(self._accelerator))
         self._loop_run.is_verbose = verbose
         if seed is not None:
@@ -672,7 +673,7 @@ class Trainer(TrainingLoop):
     def _loop_run_context(self) -> Iterator[Run]:
         """Start a run. At its end, report an exception to the callbacks, clean up, and return to an outer run."""
         outer, accelerator = self._loop_run, self._accelerator
-        rank, num_processes = int(accelerator.process_index), int(accelerator.num_processes)
+        rank, num_processes = rank_of(accelerator), int(accelerator.num_processes)
         seed = choose_seed(self._loop_seed, rank, num_processes)
         run = self._loop_run = Run(seed, rank, is_sharded(accelerator), previous=outer)
         run.metrics = self._loop_metrics
@@ -926,7 +927,7 @@ class Trainer(TrainingLoop):
         parts, was_training = self._loop_state_parts(), contents.is_optimizer_training
         with training.optimizer_mode.restoring(self.optimizer, was_training, is_resuming=run.is_resuming):
             restore_state(contents, self._accelerator, parts, self._loop_load_scheduler_state, self.print)
-        rank = int(self._accelerator.process_index)
+        rank = rank_of(self._accelerator)
         run.restart = Restart(contents, parts.companions, self._loop_companions, rank)
         run.seed, training.seed, training.run_number = contents.run_seed, contents.seed, contents.run_number
         if contents.has_former_draws and any(loader.draws_while_loading for loader in run.seeded_train_loaders):

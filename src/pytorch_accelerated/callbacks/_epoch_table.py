@@ -6,6 +6,7 @@ import math
 import time
 from typing import TYPE_CHECKING
 
+from pytorch_accelerated._accumulation import groups_of
 from pytorch_accelerated._console.layout import Cell, Column, table_lines
 from pytorch_accelerated._console.pace import Pace
 from pytorch_accelerated._console.screen import LiveHtml, html_escaped, is_notebook, line_width
@@ -193,7 +194,7 @@ def _rate_text(trainer: Trainer) -> str:
 
 def learning_rate_of(trainer: Trainer) -> float | None:
     """Return the learning rate of the first group of parameters; ``None`` if there is none."""
-    groups = getattr(trainer.optimizer, "param_groups", None)
+    groups = groups_of(trainer.optimizer)
     rate = one_number(groups[0].get("lr")) if groups else None
     return None if rate is None else float(rate)
 
