@@ -48,7 +48,12 @@ from pytorch_accelerated._checkpoint.weights import LoadedCheckpoint as LoadedCh
 from pytorch_accelerated._checkpoint.weights import frozen_parameters
 from pytorch_accelerated._checkpoint.writer import StateWriter
 from pytorch_accelerated._data.build import rebuild_loader
-from pytorch_accelerated._data.defaults import EvaluationSettings, default_dl_kwargs, merge_dl_kwargs
+from pytorch_accelerated._data.defaults import (
+    EvaluationSettings,
+    chosen_batch_size,
+    default_dl_kwargs,
+    merge_dl_kwargs,
+)
 from pytorch_accelerated._data.determinism import SeededLoader
 from pytorch_accelerated._data.limits import LIMIT_BATCHES_ENV_VAR, limit_from_environment
 from pytorch_accelerated._data.loaders import batch_size_of, is_dataset, num_batches_of
@@ -278,7 +283,7 @@ class Trainer(TrainingLoop):
             num_epochs: Passes over the training data; at least 1.
             eval_dataset: Evaluated after each epoch: a dataset, or a dictionary of datasets, whose names are put in
                 front of the names of their metrics. ``None`` for no evaluation.
-            per_device_batch_size: Samples in a batch of one process.
+            per_device_batch_size: Samples in a batch of one process; ``None`` for that in the loader's arguments.
             max_num_train_steps: Updates after which the run ends, unless ``num_epochs`` ends it before.
             gradient_accumulation_steps: Batches per process that make one update.
             gradient_clip_value: Bound for the absolute value of each entry of the gradient, applied before each update.
@@ -318,6 +323,7 @@ class Trainer(TrainingLoop):
             SystemExit: Same for another signal that a callback listens to; the code is 128 + its number.
         """
         _check_not_running(self)
+        per_device_batch_size = chosen_batch_size(per_device_batch_size, train_dataloader_kwargs)
         numbers: dict[str, Any] = {
             "per_device_batch_size": per_device_batch_size,
             "num_epochs": num_epochs,
@@ -327,8 +333,7 @@ class Trainer(TrainingLoop):
             **({} if gradient_clip_norm is None else {"gradient_clip_norm": gradient_clip_norm}),
         }
         _validation.check_numbers_of_run(**numbers)
-        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        _validation.check_reiterable(data, num_epochs, max_num_train_steps)
+        _validation.check_reiterable(train_dataset, eval_dataset, num_epochs, max_num_train_steps)
         stepping = choose_stepping(step_scheduler, scheduler_metric)
         limits = read_limits(max_time, min_epochs, num_epochs)
         _before_run.check_parts_of_training(self, create_scheduler_fn, is_sharded=is_sharded(self._accelerator))
@@ -366,7 +371,7 @@ class Trainer(TrainingLoop):
         Args:
             dataset: A dataset of samples, an iterable of batches, or a dictionary of these. ``None`` for the one that
                 was evaluated last, with the arguments of that evaluation where they are not given here.
-            per_device_batch_size: Samples in a batch of one process.
+            per_device_batch_size: Samples in a batch of one process; ``None`` for that in the loader's arguments.
             dataloader_kwargs: Keyword arguments for the `DataLoader`; they override the defaults.
             collate_fn: Makes a batch from samples.
 
@@ -419,7 +424,7 @@ class Trainer(TrainingLoop):
 
         Args:
             dataset: A dataset of samples, an iterable of batches, or a dictionary of these.
-            per_device_batch_size: Samples in a batch of one process.
+            per_device_batch_size: Samples in a batch of one process; ``None`` for that in the loader's arguments.
             dataloader_kwargs: Keyword arguments for the `DataLoader`; they override the defaults.
             collate_fn: Makes a batch from samples.
             on_every_process: Whether all processes get the outputs; otherwise all but the main process get ``None``.
@@ -700,6 +705,7 @@ class Trainer(TrainingLoop):
         self, batch_size: int, dl_kwargs: DataLoaderKwargs | None, collate_fn: CollateFunction | None
     ) -> Iterator[None]:
         """Prepare a pass over ``self.eval_dataset``, and clean up afterwards."""
+        batch_size = chosen_batch_size(batch_size, dl_kwargs)
         _validation.check_positive_integer("per_device_batch_size", batch_size, "samples")
         _validation.check_model(self.model)
         self.collate_fn = collate_fn

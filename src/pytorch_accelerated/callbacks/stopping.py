@@ -94,8 +94,9 @@ class TerminateOnNaNCallback(TrainerCallback):
 
     def _check_values(self, trainer: Trainer) -> None:
         model: object = trainer.model
-        is_model = isinstance(model, nn.Module)  # or a test double, which has no parameters
-        error = run_of(trainer).find_non_finite_value(model) if is_model else None
+        if not isinstance(model, nn.Module):  # a test double, which has no parameters
+            return
+        error = run_of(trainer).find_non_finite_value(model)
         if error is not None:
             raise error
 
