@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytorch_accelerated import _validation
+from pytorch_accelerated._arguments.parts import check_loss_func, check_model, check_optimizer, check_trainable
 from pytorch_accelerated._data.checks import check_is_dataset, check_loader_arguments
 from pytorch_accelerated._data.checks import warn_about_ready_loaders as warn_about_arguments_beside
 from pytorch_accelerated._distributed.consensus import overrides_any
-from pytorch_accelerated._hints.classes import words_of_user
+from pytorch_accelerated._hints.classes import find_uncalled, words_of_user
+from pytorch_accelerated._hints.hooks import hook_meant
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._optimizers import checks as optimizer_checks
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated._scheduling.checks import check_create_scheduler_fn
@@ -30,15 +32,15 @@ def check_parts_of_training(trainer: Trainer, create_scheduler_fn: object, *, is
     """
     if not overrides_any(trainer, ["create_scheduler"]):
         check_create_scheduler_fn(create_scheduler_fn)
-    _validation.check_model(trainer.model)
+    check_model(trainer.model)
     if not overrides_any(trainer, ["calculate_train_batch_loss"]):
-        _validation.check_loss_func(trainer.loss_func)
+        check_loss_func(trainer.loss_func)
     optimizer = trainer.optimizer = optimizer_checks.as_optimizer(trainer.optimizer)  # a program may have replaced it
-    _validation.check_optimizer(optimizer)
+    check_optimizer(optimizer)
     optimizer_checks.check_group(optimizer, is_sharded=is_sharded)
     if not overrides_any(trainer, ["optimizer_step"]):
         optimizer_checks.check_step(optimizer)
-    _validation.check_trainable(trainer.model, trainer.loss_func, optimizer)
+    check_trainable(trainer.model, trainer.loss_func, optimizer)
 
 
 def warn_about_uncalled_hooks(trainer: Trainer) -> None:
@@ -46,7 +48,12 @@ def warn_about_uncalled_hooks(trainer: Trainer) -> None:
     handler: object = trainer.callback_handler  # that of a subclass may be of any class
     callbacks = handler.with_nested_callbacks() if isinstance(handler, CallbackHandler) else []
     words = {word for callback in callbacks for word in words_of_user(type(callback))}
-    _validation.warn_about_uncalled_hooks(type(trainer), EVENTS, words)
+    name = type(trainer).__name__
+    for method, remedy in find_uncalled(type(trainer), lambda name: hook_meant(name, EVENTS), words).items():
+        warn(
+            f"`{name}.{method}` is not a hook of the Trainer, so nothing calls it. {remedy} If your program calls it "
+            "itself, choose a name that differs more."
+        )
 
 
 def tell_what_is_missing(trainer: Trainer) -> None:

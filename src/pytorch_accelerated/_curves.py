@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from pytorch_accelerated._hints.meaning import nearest
-from pytorch_accelerated._metrics import one_number
+from pytorch_accelerated._measuring.comparison import one_number
 from pytorch_accelerated._types import MetricValue
 from pytorch_accelerated.tracking import RunHistory
 

@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from pytorch_accelerated._accumulation import clip_gradients, scale_gradients, with_dense_gradients
+from pytorch_accelerated._arguments.moments import check_run
+from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._data.limits import LimitBatches
 from pytorch_accelerated._data.loaders import (
     EXACT,
@@ -30,6 +32,7 @@ from pytorch_accelerated._distributed.collectives import (
 )
 from pytorch_accelerated._distributed.consensus import can_skip_exchange, overrides_any
 from pytorch_accelerated._distributed.fast_path import choose_no_sync
+from pytorch_accelerated._distributed.reasons import RunInterruptedError
 from pytorch_accelerated._means import LossTracker, as_number
 from pytorch_accelerated._measuring.metric_set import MetricSet
 from pytorch_accelerated._measuring.names import stem_of
@@ -37,20 +40,12 @@ from pytorch_accelerated._optimizers.checks import as_optimizer, choose_optimize
 from pytorch_accelerated._optimizers.closure import WindowStep, scaled
 from pytorch_accelerated._optimizers.group import discard_gradients, parameters_of
 from pytorch_accelerated._predictions import Predictions, PredictionSettings, caches_of
-from pytorch_accelerated._recording import results_of_pass, take_step_values
-from pytorch_accelerated._requests import (
-    EndOfEpoch,
-    complete_skipped_step,
-    has_skipped_all,
-    is_ignored,
-    leaves_out,
-    request_end_of_epoch,
-    request_stop,
-    skip_batch,
-)
+from pytorch_accelerated._recording.results import results_of_pass
+from pytorch_accelerated._recording.run_info import run_info_of
+from pytorch_accelerated._recording.steps import take_step_values
+from pytorch_accelerated._requests.ending import EndOfEpoch, is_ignored, request_end_of_epoch, request_stop
+from pytorch_accelerated._requests.skipping import complete_skipped_step, has_skipped_all, leaves_out, skip_batch
 from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute, run_of
-from pytorch_accelerated._run_info import run_info_of
-from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated._step import (
     batch_loss,
     mean_loss,
@@ -72,7 +67,6 @@ from pytorch_accelerated._types import (
     Optimizers,
     Scheduler,
 )
-from pytorch_accelerated._validation import check_positive_integer, check_run
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.evaluation import LimitBatchesCallback
 from pytorch_accelerated.callbacks.reporting import has_table
@@ -579,7 +573,8 @@ class TrainingLoop:
 
     def _run_training(self) -> None:
         run = self._loop_run
-        run.record_in(self.run_history, run_info_of(self))
+        run_info = run_info_of(run.config, self.get_model(), self.optimizer, self.scheduler)
+        run.record_in(self.run_history, run_info)
         run.training.recorder.start(self.run_history.record_every_n_updates, run.training.progress.num_updates)
         with run.interrupt:
             try:

@@ -13,12 +13,7 @@ from pytorch_accelerated._data.loaders import guarantee_of_skipping, order_may_d
 from pytorch_accelerated._data.rng import derive_seed
 from pytorch_accelerated._distributed.collectives import average_gradients, mean_over_processes, share_of_processes
 from pytorch_accelerated._distributed.consensus import StopConsensus
-from pytorch_accelerated._loss_monitor import (
-    LossMonitor,
-    describe_non_finite_gradient,
-    describe_non_finite_loss,
-    describe_non_finite_parameters,
-)
+from pytorch_accelerated._distributed.reasons import RunInterruptedError
 from pytorch_accelerated._means import EpochMeans, weighted_mean
 from pytorch_accelerated._measuring.metric_set import MetricSet, PassMetrics
 from pytorch_accelerated._measuring.names import MetricNames, stems_of_run
@@ -27,9 +22,15 @@ from pytorch_accelerated._optimizers.closure import WindowClosure, WindowStep, s
 from pytorch_accelerated._optimizers.group import parameters_of
 from pytorch_accelerated._optimizers.modes import OptimizerMode
 from pytorch_accelerated._proxy import Forwarded, Value, WritableForwarded
-from pytorch_accelerated._recording import StepRecorder
+from pytorch_accelerated._recording.loss_monitor import LossMonitor
+from pytorch_accelerated._recording.non_finite import (
+    describe_non_finite_gradient,
+    describe_non_finite_loss,
+    describe_non_finite_parameters,
+)
+from pytorch_accelerated._recording.steps import StepRecorder
+from pytorch_accelerated._requests.signals import InterruptFlag
 from pytorch_accelerated._scheduling.stepping import SchedulerStepping
-from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.time_ledger import DATA, EVALUATION, FORWARD, OTHER, TimeLedger
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from pytorch_accelerated._data.determinism import SeededLoader
     from pytorch_accelerated._distributed.accelerator import PreparedModel
     from pytorch_accelerated._loop import TrainingLoop
-    from pytorch_accelerated._requests import TimeLimit
+    from pytorch_accelerated._requests.time_limit import TimeLimit
     from pytorch_accelerated._types import (
         Batch,
         BatchOutput,

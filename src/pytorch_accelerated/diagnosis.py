@@ -22,7 +22,7 @@ from pytorch_accelerated._curves import (
     group_by_metric,
     read_curves,
 )
-from pytorch_accelerated._metrics import is_greater_better
+from pytorch_accelerated._measuring.comparison import is_greater_better
 
 Kind = Literal[
     "diverging", "over-fitting", "noisy", "under-fitting", "still falling", "still rising", "flat", "too short"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 import torch
 
+from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._curves import (
     Curve,
     CurveSource,
@@ -23,9 +24,8 @@ from pytorch_accelerated._curves import (
     group_by_metric,
     read_curves,
 )
-from pytorch_accelerated._metrics import is_greater_better
+from pytorch_accelerated._measuring.comparison import is_greater_better
 from pytorch_accelerated._scheduling.preview import learning_rates_of
-from pytorch_accelerated._validation import check_positive_integer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytorch_accelerated._counts import check_positive_integer
+from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._hints.meaning import metric_meant
 from pytorch_accelerated._history.comparison import FirstDifference, HistoryDiff, RunTable, compare_named, diff
 from pytorch_accelerated._history.log_file import (

@@ -17,8 +17,17 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from pytorch_accelerated import _before_run, _validation
+from pytorch_accelerated import _before_run
 from pytorch_accelerated._accumulation import AccumulationWindow, OutsideParameters, parameters_outside
+from pytorch_accelerated._arguments.moments import check_initialized, check_no_run
+from pytorch_accelerated._arguments.numbers import (
+    as_whole_number,
+    check_numbers_of_run,
+    check_positive_integer,
+    check_seed,
+    warn_about_long_accumulation,
+)
+from pytorch_accelerated._arguments.parts import check_loss_func, check_model, check_run_history
 from pytorch_accelerated._checkpoint import portable, resume
 from pytorch_accelerated._checkpoint.companions import (
     Companions,
@@ -48,6 +57,14 @@ from pytorch_accelerated._checkpoint.weights import LoadedCheckpoint as LoadedCh
 from pytorch_accelerated._checkpoint.weights import frozen_parameters
 from pytorch_accelerated._checkpoint.writer import StateWriter
 from pytorch_accelerated._data.build import rebuild_loader
+from pytorch_accelerated._data.checks import (
+    check_data_not_empty,
+    check_data_of_loader,
+    check_loader_not_empty,
+    check_reiterable,
+    explain_bad_data,
+    warn_about_ready_batches,
+)
 from pytorch_accelerated._data.defaults import EvaluationSettings, default_dl_kwargs, merge_dl_kwargs
 from pytorch_accelerated._data.determinism import SeededLoader
 from pytorch_accelerated._data.limits import LIMIT_BATCHES_ENV_VAR, limit_from_environment
@@ -92,7 +109,7 @@ from pytorch_accelerated._optimizers.closure import WindowClosure, create_closur
 from pytorch_accelerated._optimizers.group import OptimizerGroup
 from pytorch_accelerated._optimizers.inner import inner_optimizers
 from pytorch_accelerated._predictions import OutputChoice, PredictionSettings
-from pytorch_accelerated._requests import read_limits
+from pytorch_accelerated._requests.time_limit import read_limits
 from pytorch_accelerated._run import Run, do_nothing
 from pytorch_accelerated._scheduling.group import load_state_of, start_counting
 from pytorch_accelerated._scheduling.start import choose_stepping, create_checked_scheduler, start_stepping
@@ -202,8 +219,8 @@ class Trainer(TrainingLoop):
         compute_train_metrics: bool = True,
         verbose: bool = True,
     ) -> None:
-        _validation.check_seed(seed)
-        _validation.check_run_history(run_history)
+        check_seed(seed)
+        check_run_history(run_history)
         super().__init__(model, loss_func, optimizer, run_history, MetricSet(metrics, compute_train_metrics))
         self.train_dataset: Any = None
         self.eval_dataset: Any = None
@@ -321,13 +338,13 @@ class Trainer(TrainingLoop):
             "per_device_batch_size": per_device_batch_size,
             "num_epochs": num_epochs,
             "gradient_accumulation_steps": gradient_accumulation_steps,
-            "max_num_train_steps": _validation.as_whole_number(max_num_train_steps),
+            "max_num_train_steps": as_whole_number(max_num_train_steps),
             "gradient_clip_value": gradient_clip_value,
             **({} if gradient_clip_norm is None else {"gradient_clip_norm": gradient_clip_norm}),
         }
-        _validation.check_numbers_of_run(**numbers)
+        check_numbers_of_run(**numbers)
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        _validation.check_reiterable(data, num_epochs, max_num_train_steps)
+        check_reiterable(data, num_epochs, max_num_train_steps)
         stepping = choose_stepping(step_scheduler, scheduler_metric)
         limits = read_limits(max_time, min_epochs, num_epochs)
         _before_run.check_parts_of_training(self, create_scheduler_fn, is_sharded=is_sharded(self._accelerator))
@@ -376,9 +393,9 @@ class Trainer(TrainingLoop):
         Raises:
             ValueError: There is nothing to evaluate.
         """
-        _validation.check_initialized(self, "_loop_run")
+        check_initialized(self, "_loop_run")
         if not overrides_any(self, ["calculate_eval_batch_loss"]):
-            _validation.check_loss_func(self.loss_func)
+            check_loss_func(self.loss_func)
         _before_run.warn_about_ready_loaders(
             self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,)
         )
@@ -437,7 +454,7 @@ class Trainer(TrainingLoop):
         Raises:
             ValueError: The outputs of a batch cannot be joined to those before, or have no part for each sample.
         """
-        _validation.check_initialized(self, "_loop_run")
+        check_initialized(self, "_loop_run")
         _before_run.warn_about_ready_loaders(
             self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,)
         )
@@ -699,8 +716,8 @@ class Trainer(TrainingLoop):
         self, batch_size: int, dl_kwargs: DataLoaderKwargs | None, collate_fn: CollateFunction | None
     ) -> Iterator[None]:
         """Prepare a pass over ``self.eval_dataset``, and clean up afterwards."""
-        _validation.check_positive_integer("per_device_batch_size", batch_size, "samples")
-        _validation.check_model(self.model)
+        check_positive_integer("per_device_batch_size", batch_size, "samples")
+        check_model(self.model)
         self.collate_fn = collate_fn
         with self._loop_run_context() as run:
             self._loop_make_eval_loaders(batch_size, dl_kwargs)
@@ -719,24 +736,24 @@ class Trainer(TrainingLoop):
     def _loop_make_train_loader(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:
         self._loop_run.train_dl_kwargs = None  # those of an earlier run
         _before_run.check_data(self, "train_dataset", self.train_dataset, dl_kwargs, DataLoader)
-        with _validation.explain_bad_data("train_dataset", self.train_dataset):
+        with explain_bad_data("train_dataset", self.train_dataset):
             loader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
         seeded_loader = _seed_loader("train_dataset", loader, self._accelerator)
-        _validation.check_loader_not_empty("train_dataset", loader)
+        check_loader_not_empty("train_dataset", loader)
         self._loop_run.seeded_train_loaders = [seeded_loader]
         self._loop_run.train_dataloader = seeded_loader.loader
 
     def _loop_make_eval_loaders(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:
         run, datasets = self._loop_run, self.eval_dataset
         if isinstance(datasets, dict):
-            _validation.check_data_not_empty("eval_dataset", list(datasets))
+            check_data_not_empty("eval_dataset", list(datasets))
         self._loop_last_evaluation = EvaluationSettings(batch_size, dl_kwargs, self.collate_fn)
         named_datasets = datasets if isinstance(datasets, dict) else {"": datasets}
         _before_run.check_data(self, "eval_dataset", datasets, dl_kwargs, DataLoader)
         try:
             for name, dataset in named_datasets.items():
                 self.eval_dataset = dataset  # which the hook reads
-                with _validation.explain_bad_data("eval_dataset", dataset):
+                with explain_bad_data("eval_dataset", dataset):
                     loader = self.create_eval_dataloader(batch_size=batch_size, eval_dl_kwargs=dl_kwargs)
                 if loader is not None:
                     seeded_loader = _seed_loader("eval_dataset", loader, self._accelerator)
@@ -817,7 +834,7 @@ class Trainer(TrainingLoop):
                 config, self.train_dataset, run.train_dataloader, self.optimizer, self.loss_func, self._loop_seed
             )
             num_batches = run.training.settings["num_batches_per_epoch"]
-            _validation.warn_about_long_accumulation(config.gradient_accumulation_steps, num_batches)
+            warn_about_long_accumulation(config.gradient_accumulation_steps, num_batches)
             if isinstance(state, SavedState):
                 contents = read_state(state, self._accelerator, self._loop_state_parts())
                 prepare_new_schedule(contents, self._loop_state_parts())
@@ -877,7 +894,7 @@ class Trainer(TrainingLoop):
     def _check_eval_batch_size(self) -> None:
         """Refuse evaluation data that yields no batch; a subclass may demand more."""
         for loader in self._loop_run.eval_dataloaders.values():
-            _validation.check_loader_not_empty("eval_dataset", loader)
+            check_loader_not_empty("eval_dataset", loader)
 
     def _loop_state_parts(self) -> Parts:
         run, training = self._loop_run, self._loop_run.training
@@ -1023,8 +1040,8 @@ def _create_closure(trainer: Trainer) -> WindowClosure | None:
 
 
 def _check_not_running(trainer: Trainer) -> None:
-    _validation.check_initialized(trainer, "_loop_run")
-    _validation.check_no_run(trainer._loop_run.is_active)  # noqa: SLF001 - same module
+    check_initialized(trainer, "_loop_run")
+    check_no_run(trainer._loop_run.is_active)  # noqa: SLF001 - same module
 
 
 def _complete_saving(trainer: Trainer) -> None:
@@ -1047,8 +1064,8 @@ def _default_dl_kwargs(dataset: Data, batch_size: int, accelerator: Accelerator)
 
 
 def _seed_loader(dataset_name: str, loader: Loader, accelerator: Accelerator) -> SeededLoader:
-    _validation.check_data_of_loader(dataset_name, loader)
-    _validation.warn_about_ready_batches(dataset_name, loader)
+    check_data_of_loader(dataset_name, loader)
+    warn_about_ready_batches(dataset_name, loader)
     return rebuild_loader(loader, placement_of(accelerator))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import _support
 from _processes import launch
 from _support import IMPOSSIBLE_COUNTS, EventRecorder, assert_same_weights, make_dataset
-from pytorch_accelerated._ema import ModelEma
+from pytorch_accelerated._models.ema import ModelEma
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
     ModelEmaCallback,

@@ -12,8 +12,9 @@ import tqdm
 
 from _screens import use_terminal
 from _support import Batches, Probe, make_dataset, make_trainer, raiser, train
-from pytorch_accelerated import Trainer, _loss_monitor
+from pytorch_accelerated import Trainer
 from pytorch_accelerated._console import shown_bar as module
+from pytorch_accelerated._recording import loss_monitor
 from pytorch_accelerated.callbacks import LogMetricsCallback, ProgressBarCallback, StepBasedEvaluationCallback
 from pytorch_accelerated.exceptions import StopTrainingError
 
@@ -81,7 +82,7 @@ def test_each_epoch_has_a_bar_with_its_number_of_batches(bars):
 def test_the_running_loss_is_shown_at_each_log_point(bars, monkeypatch):
     """The clock is replaced by one that advances 0.04 seconds with each reading."""
     times = itertools.count()
-    monkeypatch.setattr(_loss_monitor.time, "monotonic", lambda: next(times) / 25)
+    monkeypatch.setattr(loss_monitor.time, "monotonic", lambda: next(times) / 25)
     losses = []
     probe = Probe(on_train_step_end=lambda trainer, **_: losses.append(f"{trainer.mean_loss:#.4g}"))
     train(make_trainer(callbacks=[probe, ProgressBarCallback]), 32)
@@ -227,7 +228,7 @@ def test_a_run_after_a_failed_one_opens_new_bars(bars):
 
 @pytest.fixture
 def each_step_is_a_log_point(monkeypatch):
-    monkeypatch.setattr(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
+    monkeypatch.setattr(loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
 
 
 def drawn_on(terminal):

@@ -19,7 +19,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from pytorch_accelerated._compiled import without_compilation
 from pytorch_accelerated._data.build import Placement, shard_loader
 from pytorch_accelerated._data.loaders import PlacedBatches, RestOfEpoch, is_shardable, showing_inner_arguments
 from pytorch_accelerated._data.rng import derive_seed, seed_generators
@@ -36,6 +35,7 @@ from pytorch_accelerated._distributed.precision import (
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._distributed.restarts import init_method_of_restart
 from pytorch_accelerated._distributed.waiting import PROCESS_TIMEOUT
+from pytorch_accelerated._models.wrappers import without_compilation
 from pytorch_accelerated._types import Loader, MaybeNone
 
 

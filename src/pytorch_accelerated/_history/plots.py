@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytorch_accelerated._history.records import Record
-from pytorch_accelerated._metrics import one_number
+from pytorch_accelerated._measuring.comparison import one_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,7 +17,7 @@ from pytorch_accelerated._console.values import (
     time_left_text,
     title_of,
 )
-from pytorch_accelerated._metrics import is_better, is_greater_better, one_number
+from pytorch_accelerated._measuring.comparison import is_better, is_greater_better, one_number
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated.tracking import EVALUATION_PREFIX
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.optim import Optimizer
 
-from pytorch_accelerated import _validation
+from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._checkpoint.optimizer_state import members_of
 from pytorch_accelerated._data.loaders import num_batches_of
 from pytorch_accelerated._data.rng import get_rng_state, preserve_rng_state
@@ -173,7 +173,7 @@ def verify_resume(
     """
     check_make_trainer(make_trainer)
     for stop in stops or ():
-        _validation.check_positive_integer("stops", stop, "steps")
+        check_positive_integer("stops", stop, "steps")
     experiment = _Experiment(make_trainer, train_dataset, {"num_epochs": num_epochs, **train_arguments})
     with preserve_rng_state(), _SavingRecorder(stops) as uninterrupted:
         experiment.run(seed, uninterrupted)
