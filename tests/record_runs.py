@@ -178,6 +178,7 @@ class Recorder:
             contents.pop("timestamp", None)  # of a checkpoint of `WSDCheckpointCallback`
             if isinstance(contents.get("trainer"), dict):
                 contents["trainer"].pop("stopped", None)  # a message
+            leave_out_times(contents)
             self.add(files=[path.relative_to(folder).as_posix(), contents])
         for states in sorted({manifest.parents[1] for manifest in folder.rglob("manifest.json")}):
             newest = find_latest_state(states)
@@ -191,6 +192,15 @@ class Recorder:
     def parts(self) -> Parts:
         """Return the hash of each part."""
         return {part: one.hexdigest() for part, one in sorted(self._hashes.items())}
+
+
+def leave_out_times(contents: Any) -> None:
+    """Delete the time of each record of a run history that is somewhere in a file."""
+    for name, part in contents.items() if isinstance(contents, dict) else ():
+        if name in ("moments", "step_records"):
+            contents[name] = [record[:-1] for record in part]
+        else:
+            leave_out_times(part)
 
 
 def average_of(callback: ModelEmaCallback) -> Any:

@@ -39,13 +39,14 @@ from pytorch_accelerated._measuring.names import stem_of
 from pytorch_accelerated._optimizers.checks import as_optimizer, choose_optimizer, warn_about_missing_parameters
 from pytorch_accelerated._optimizers.closure import WindowStep, scaled
 from pytorch_accelerated._optimizers.group import discard_gradients, parameters_of
+from pytorch_accelerated._position import DataPass
 from pytorch_accelerated._predictions import Predictions, PredictionSettings, caches_of
 from pytorch_accelerated._recording.results import results_of_pass
 from pytorch_accelerated._recording.run_info import run_info_of
 from pytorch_accelerated._recording.steps import take_step_values
 from pytorch_accelerated._requests.ending import EndOfEpoch, is_ignored, request_end_of_epoch, request_stop
 from pytorch_accelerated._requests.skipping import complete_skipped_step, has_skipped_all, leaves_out, skip_batch
-from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute, run_of
+from pytorch_accelerated._run import Run
 from pytorch_accelerated._step import (
     batch_loss,
     mean_loss,
@@ -67,6 +68,7 @@ from pytorch_accelerated._types import (
     Optimizers,
     Scheduler,
 )
+from pytorch_accelerated._views import RunAttribute, WritableRunAttribute, run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.evaluation import LimitBatchesCallback
 from pytorch_accelerated.callbacks.reporting import has_table

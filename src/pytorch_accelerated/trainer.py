@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from pytorch_accelerated import _before_run
-from pytorch_accelerated._accumulation import AccumulationWindow, OutsideParameters, parameters_outside
+from pytorch_accelerated._accumulation import OutsideParameters, parameters_outside
 from pytorch_accelerated._arguments.moments import check_initialized, check_no_run
 from pytorch_accelerated._arguments.numbers import (
     as_whole_number,
@@ -84,12 +82,11 @@ from pytorch_accelerated._distributed.accelerator import (
     prepare,
     release,
 )
-from pytorch_accelerated._distributed.buckets import fix_bucket_order
-from pytorch_accelerated._distributed.collectives import broadcast_values, num_local_processes
+from pytorch_accelerated._distributed.collectives import num_local_processes
 from pytorch_accelerated._distributed.collectives import remove_padding as remove_padding  # as in 0.1.61
 from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any, replaces_any
 from pytorch_accelerated._distributed.copies import attributes_of_copy, state_to_copy
-from pytorch_accelerated._distributed.fast_path import can_use_fast_path, unwrap_optimizer
+from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._distributed.precision import precision_of, warn_about_unused_precision
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._distributed.waiting import explain_vain_wait
@@ -105,8 +102,6 @@ from pytorch_accelerated._loop import (
     report_exception,
 )
 from pytorch_accelerated._measuring.metric_set import MetricSet
-from pytorch_accelerated._optimizers.closure import WindowClosure, create_closure
-from pytorch_accelerated._optimizers.group import OptimizerGroup
 from pytorch_accelerated._optimizers.inner import inner_optimizers
 from pytorch_accelerated._predictions import OutputChoice, PredictionSettings
 from pytorch_accelerated._requests.time_limit import read_limits
@@ -114,6 +109,8 @@ from pytorch_accelerated._run import Run, do_nothing
 from pytorch_accelerated._scheduling.group import load_state_of, start_counting
 from pytorch_accelerated._scheduling.start import choose_stepping, create_checked_scheduler, start_stepping
 from pytorch_accelerated._scheduling.stepping import Interval
+from pytorch_accelerated._start import checks
+from pytorch_accelerated._start.updates import set_up_parameters, set_up_window
 from pytorch_accelerated._types import (
     CollateFunction,
     Data,
@@ -241,7 +238,7 @@ class Trainer(TrainingLoop):
         if seed is not None:
             seed_generators(derive_seed(seed, "rank", rank) if rank else seed)
         self.callback_handler = self._create_callback_handler()
-        _before_run.warn_about_uncalled_hooks(self)
+        checks.warn_about_uncalled_hooks(self)
         self.callback_handler.call_event("on_init_end", self)
 
     # --- entry points --------------------------------------------------------------------------------------------
@@ -347,7 +344,7 @@ class Trainer(TrainingLoop):
         check_reiterable(data, num_epochs, max_num_train_steps)
         stepping = choose_stepping(step_scheduler, scheduler_metric)
         limits = read_limits(max_time, min_epochs, num_epochs)
-        _before_run.check_parts_of_training(self, create_scheduler_fn, is_sharded=is_sharded(self._accelerator))
+        checks.check_parts_of_training(self, create_scheduler_fn, is_sharded=is_sharded(self._accelerator))
 
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.collate_fn, self.create_scheduler_fn = collate_fn, create_scheduler_fn
@@ -396,9 +393,7 @@ class Trainer(TrainingLoop):
         check_initialized(self, "_loop_run")
         if not overrides_any(self, ["calculate_eval_batch_loss"]):
             check_loss_func(self.loss_func)
-        _before_run.warn_about_ready_loaders(
-            self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,)
-        )
+        checks.warn_about_ready_loaders(self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,))
         settings = EvaluationSettings(per_device_batch_size, dataloader_kwargs, collate_fn)
         with _without_trace_in_a_run(self):
             if dataset is not None:
@@ -455,9 +450,7 @@ class Trainer(TrainingLoop):
             ValueError: The outputs of a batch cannot be joined to those before, or have no part for each sample.
         """
         check_initialized(self, "_loop_run")
-        _before_run.warn_about_ready_loaders(
-            self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,)
-        )
+        checks.warn_about_ready_loaders(self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,))
         run, callbacks = self._loop_run, self.callback_handler.callbacks
         has_bar = any(isinstance(callback, ProgressBarCallback) for callback in callbacks)
         shows_progress = has_bar and run.is_verbose and not run.is_active  # the bar of the run stays
@@ -735,7 +728,7 @@ class Trainer(TrainingLoop):
 
     def _loop_make_train_loader(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:
         self._loop_run.train_dl_kwargs = None  # those of an earlier run
-        _before_run.check_data(self, "train_dataset", self.train_dataset, dl_kwargs, DataLoader)
+        checks.check_data(self, "train_dataset", self.train_dataset, dl_kwargs, DataLoader)
         with explain_bad_data("train_dataset", self.train_dataset):
             loader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
         seeded_loader = _seed_loader("train_dataset", loader, self._accelerator)
@@ -749,7 +742,7 @@ class Trainer(TrainingLoop):
             check_data_not_empty("eval_dataset", list(datasets))
         self._loop_last_evaluation = EvaluationSettings(batch_size, dl_kwargs, self.collate_fn)
         named_datasets = datasets if isinstance(datasets, dict) else {"": datasets}
-        _before_run.check_data(self, "eval_dataset", datasets, dl_kwargs, DataLoader)
+        checks.check_data(self, "eval_dataset", datasets, dl_kwargs, DataLoader)
         try:
             for name, dataset in named_datasets.items():
                 self.eval_dataset = dataset  # which the hook reads
@@ -841,10 +834,9 @@ class Trainer(TrainingLoop):
                 state = partial(self._loop_restore, contents)
             if reset_run_history:
                 run.reset_history(self.run_history)
-            _set_up_parameters(run, self.model, self.optimizer, has_comm_hook(self._accelerator))
+            set_up_parameters(run, self.model, self.optimizer, has_comm_hook(self._accelerator))
             self._loop_set_up_scheduler(is_resumed=state is not None)
-            window = _create_window(run, self.optimizer)
-            run.closure = window.closure = _create_closure(self)
+            window = set_up_window(run, self.optimizer, self._accelerator, replaces_any(self, ["optimizer_step"]))
             num_epochs = config.num_epochs if overrides_any(self, ("_create_run_config",)) else num_epochs
             run.start_training(self.run_history.current_epoch - 1, num_epochs, window)
             saves_states = bool(_folders_of_states(self.callback_handler))
@@ -1018,27 +1010,6 @@ def _preserve_attributes(owner: object, *names: str) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _create_window(run: Run, optimizer: Optimizer) -> AccumulationWindow:
-    config, group = run.config, unwrap_optimizer(optimizer)
-    nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
-    window = AccumulationWindow(
-        config.gradient_accumulation_steps, nominal_weight, group.updated if isinstance(group, OptimizerGroup) else None
-    )
-    window.reset()  # what was updated before the run
-    return window
-
-
-def _create_closure(trainer: Trainer) -> WindowClosure | None:
-    accelerator = trainer._accelerator  # noqa: SLF001 - same module
-    return create_closure(
-        trainer.optimizer,
-        accelerator.device,
-        has_scaler=accelerator.scaler is not None,
-        is_sharded=is_sharded(accelerator),
-        is_stepped_by_user=replaces_any(trainer, ["optimizer_step"]),
-    )
-
-
 def _check_not_running(trainer: Trainer) -> None:
     check_initialized(trainer, "_loop_run")
     check_no_run(trainer._loop_run.is_active)  # noqa: SLF001 - same module
@@ -1052,10 +1023,10 @@ def _complete_saving(trainer: Trainer) -> None:
 
 def _warn_about_start(trainer: Trainer, batch_size: int, *dl_kwargs: DataLoaderKwargs | None) -> None:
     data = trainer.train_dataset, trainer.eval_dataset
-    _before_run.warn_about_ready_loaders(trainer, data, batch_size, trainer.collate_fn, dl_kwargs)
+    checks.warn_about_ready_loaders(trainer, data, batch_size, trainer.collate_fn, dl_kwargs)
     run, is_main = trainer._loop_run, trainer._accelerator.is_main_process  # noqa: SLF001 - same module
     if trainer._callbacks and is_main and run.is_verbose:  # noqa: SLF001 - same module
-        _before_run.tell_what_is_missing(trainer)
+        checks.tell_what_is_missing(trainer)
 
 
 def _default_dl_kwargs(dataset: Data, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:
@@ -1160,22 +1131,6 @@ def _attributes_of_training(trainer: Trainer, run: Run) -> list[tuple[object, st
     """Return what is set when a run starts to train, and set back if the state to resume is refused."""
     of_trainer = [(trainer, "scheduler"), (trainer, "_loop_pending_scheduler_state")]
     return [*of_trainer, (run, "training"), (run, "created_scheduler"), (run.training, "settings")]
-
-
-def _set_up_parameters(run: Run, model: nn.Module, optimizer: Optimizer, has_comm_hook: bool) -> None:
-    """Find the parameters that the optimizer holds beside the model, and discard the gradients from before the run.
-
-    Gradients are discarded also of parameters that the optimizer does not hold. They will be added up over all
-    processes in a fixed order.
-    """
-    if isinstance(model, nn.Module):
-        model.zero_grad()
-    optimizer.zero_grad()
-    if not run.is_sharded:  # otherwise the optimizer has other parameters than the model, which stand for the same
-        run.outside_parameters = OutsideParameters(model, optimizer)
-    if run.config.is_distributed:
-        broadcast_values(run.outside_parameters)
-        run.limit_of_exactness = fix_bucket_order(model, run.config.num_processes, has_comm_hook)
 
 
 class TrainerWithTimmScheduler(Trainer):

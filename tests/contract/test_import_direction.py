@@ -28,13 +28,14 @@ OPTIONAL = {
 }
 
 FLOORS = [
-    {"exceptions", "_types", "_messages", "_hints", "_proxy"},
+    {"exceptions", "_types", "_messages", "_hints", "_proxy", "_views"},
     {
         "_arguments",
         "_console",
         "_history",
         "_means",
         "_measuring",
+        "_plots",
         "_tensors",
         "metrics",
         "progress",
@@ -42,16 +43,16 @@ FLOORS = [
         "time_ledger",
         "tracking",
     },
-    {"_accumulation", "_data", "_models", "_curves", "diagnosis", "finetuning"},
+    {"_accumulation", "_data", "_models", "diagnosis", "finetuning"},
     {"_distributed", "_optimizers"},
     {"_checkpoint"},
     {"_step", "_predictions", "states", "utils", "summary"},
     {"schedulers"},
     {"_scheduling"},
     {"_recording"},
-    {"_run", "_requests", "plotting"},
+    {"_position", "_run", "_requests", "plotting"},
     {"callbacks"},
-    {"_loop", "_before_run"},
+    {"_loop", "_start"},
     {"trainer"},
     {"verification"},
     {"__init__"},
@@ -75,6 +76,7 @@ MAY_NAME_ACCELERATE_IN_TYPES = {
     "_loop.py",
     "_checkpoint/portable.py",
     "_checkpoint/state.py",
+    "_start/updates.py",
 }
 
 

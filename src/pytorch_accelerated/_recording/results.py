@@ -12,7 +12,7 @@ from pytorch_accelerated._measuring.names import stem_of
 if TYPE_CHECKING:
     import torch
 
-    from pytorch_accelerated._run import DataPass
+    from pytorch_accelerated._position import DataPass
     from pytorch_accelerated._types import WeightedSums
     from pytorch_accelerated.run_config import TrainerRunConfig
 

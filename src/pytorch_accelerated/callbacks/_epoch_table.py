@@ -18,7 +18,7 @@ from pytorch_accelerated._console.values import (
     title_of,
 )
 from pytorch_accelerated._measuring.comparison import is_better, is_greater_better, one_number
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.tracking import EVALUATION_PREFIX
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from pytorch_accelerated._measuring.comparison import BestMetric, ComparisonOfMe
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._requests.signals import PREEMPTION_SIGNALS
-from pytorch_accelerated._run import Run, library_of, run_of
+from pytorch_accelerated._run import Run
+from pytorch_accelerated._views import library_of, run_of
 from pytorch_accelerated.callbacks._cadence import Cadence, Timer
 from pytorch_accelerated.callbacks._watching import num_values_of, watched_value
 from pytorch_accelerated.callbacks.base import TrainerCallback

@@ -17,7 +17,7 @@ from pytorch_accelerated._measuring.comparison import (
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._recording.non_finite import describe_non_finite_loss
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks._watching import check_is_recorded, num_values_of, watched_value
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError

@@ -18,8 +18,8 @@ from pytorch_accelerated._models.wrappers import (
     without_compilation,
     without_wrappers,
 )
-from pytorch_accelerated._run import run_of
 from pytorch_accelerated._types import StateMapping
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.summary import ModelSummary, build_summary, modules_left_in_eval_mode
 

@@ -15,7 +15,7 @@ from pytorch_accelerated._history.records import Moment, num_recorded, records_s
 from pytorch_accelerated._measuring.comparison import one_number
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._recording.run_info import Plain, flattened, run_info_of
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:

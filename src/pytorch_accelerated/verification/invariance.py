@@ -17,8 +17,8 @@ from torch.utils.data import IterableDataset, Subset
 from pytorch_accelerated._arguments.numbers import check_positive_integer, check_positive_number
 from pytorch_accelerated._data.rng import preserve_rng_state, seed_generators
 from pytorch_accelerated._distributed.collectives import broadcast_from_main
-from pytorch_accelerated._run import run_of
 from pytorch_accelerated._types import CollateFunction, Samples, StateMapping
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.finetuning import BN_MODULES
 from pytorch_accelerated.tracking import InMemoryRunHistory

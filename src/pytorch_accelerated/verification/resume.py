@@ -19,8 +19,8 @@ from pytorch_accelerated._checkpoint.optimizer_state import members_of
 from pytorch_accelerated._data.loaders import num_batches_of
 from pytorch_accelerated._data.rng import get_rng_state, preserve_rng_state
 from pytorch_accelerated._distributed.collectives import all_gather_objects, broadcast_from_main
-from pytorch_accelerated._run import run_of
 from pytorch_accelerated._types import Batch, BatchOutput, Data, MaybeNone
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks import (
     LogMetricsCallback,
     PrintProgressCallback,

@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pytorch_accelerated._curves import (
-    Curve,
-    choose_metrics,
-    finite,
-    group_by_metric,
-    read_curves,
-)
+from pytorch_accelerated._history.curves import Curve, choose_metrics, finite, group_by_metric
+from pytorch_accelerated._history.sources import read_curves
 from pytorch_accelerated.tracking import InMemoryRunHistory
 
 EXPECTED = {"train_loss_epoch": Curve([1, 2], [0.5, 0.25]), "eval_loss_epoch": Curve([1, 2], [0.75, 0.5])}

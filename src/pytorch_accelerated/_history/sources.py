@@ -1,22 +1,21 @@
-"""Curves of metrics, read from a run history, from rows, or from a file that a run has written."""
+"""Reads the curves of metrics from a run history, from rows, or from a file that a run has written."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pytorch_accelerated._hints.meaning import nearest
+from pytorch_accelerated._history.curves import Curve
 from pytorch_accelerated._measuring.comparison import one_number
 from pytorch_accelerated._types import MetricValue
-from pytorch_accelerated.tracking import RunHistory
+
+if TYPE_CHECKING:
+    from pytorch_accelerated.tracking import RunHistory
 
 CurveSource: TypeAlias = (
     "RunHistory | str | os.PathLike[str] | Mapping[str, Sequence[MetricValue]] | Iterable[Mapping[str, Any]]"
@@ -28,38 +27,6 @@ each a mapping with the columns ``epoch`` and ``update``, if known, and the metr
 """
 
 _MOMENT = ("epoch", "update", "samples", "time")
-_STAGE = re.compile(
-    r"^(?:(?P<train>train|training)|(?:(?P<dataset>.+)_)?(?P<eval>eval|val|valid|validation))_(?P<metric>.+)$"
-)
-
-
-class Curve(NamedTuple):
-    """The values of one metric."""
-
-    epochs: list[float]
-    """When each value was recorded: the number of the epoch, from 1; a fraction within an epoch."""
-
-    values: list[float]
-
-
-@dataclass
-class MetricCurves:
-    """The curves of one metric: in training, and in evaluations by the name of the dataset."""
-
-    name: str
-    """What it is called without the name of the stage, such as ``loss``."""
-
-    train: Curve | None = None
-    evaluations: dict[str, Curve] = field(default_factory=dict)
-    """By the name of the dataset; ``""`` for the only one."""
-
-    other: Curve | None = None
-    """The curve of a metric that belongs to no stage, such as a learning rate."""
-
-    @property
-    def evaluation(self) -> Curve | None:
-        """The first of the evaluations."""
-        return next(iter(self.evaluations.values()), None)
 
 
 def read_curves(source: CurveSource) -> dict[str, Curve]:
@@ -75,9 +42,6 @@ def read_curves(source: CurveSource) -> dict[str, Curve]:
     to_rows = getattr(source, "to_rows", None)  # of a history that knows when each value was recorded
     if callable(to_rows):
         return _curves_of_rows(to_rows())
-    if isinstance(source, RunHistory):
-        series = {name: list(source.get_metric_values(name)) for name in source.get_metric_names()}
-        return _curves_of_series(dict(sorted(series.items())))
     if isinstance(source, Mapping):
         return _curves_of_series(source)
     if isinstance(source, Iterable):
@@ -86,72 +50,6 @@ def read_curves(source: CurveSource) -> dict[str, Curve]:
         f"The source of the curves is a {type(source).__name__}. Expected a run history, the path of a CSV or JSONL "
         "file, rows, or a mapping from metrics to their values."
     )
-
-
-def group_by_metric(curves: Mapping[str, Curve]) -> dict[str, MetricCurves]:
-    """Return the curves by plain names of metrics, the loss first: ``train_accuracy`` and ``eval_accuracy`` as one.
-
-    Single values that `Trainer.evaluate` has recorded are left out.
-
-    Example:
-        >>> grouped = group_by_metric({"train_loss_epoch": Curve([1], [0.5]), "eval_loss_epoch": Curve([1], [0.75])})
-        >>> list(grouped), grouped["loss"].evaluations
-        (['loss'], {'': Curve(epochs=[1], values=[0.75])})
-    """
-    grouped: dict[str, MetricCurves] = {}
-    matches = {name: _STAGE.match(name) for name in curves}
-    evaluated = {_plain(match["metric"]) for match in matches.values() if match is not None and match["eval"]}
-    for name, curve in curves.items():
-        match = matches[name]
-        metric = _plain(name if match is None else match["metric"])
-        if name.startswith("evaluation_") or "_evaluation_" in name:
-            continue
-        of_metric = grouped.setdefault(metric, MetricCurves(metric))
-        if match is not None and match["eval"]:
-            of_metric.evaluations[match["dataset"] or ""] = curve
-        elif match is not None or metric in evaluated:  # Keras calls the loss of training `loss`
-            of_metric.train = curve
-        else:
-            of_metric.other = curve
-    return dict(sorted(grouped.items(), key=lambda item: item[0] != "loss"))
-
-
-def choose_metrics(curves: Mapping[str, MetricCurves], metrics: Sequence[str] | None) -> list[MetricCurves]:
-    """Return the curves of some metrics, in the order of their names; by default of all that belong to a stage.
-
-    Args:
-        curves: The curves by plain names.
-        metrics: Plain names, such as ``loss``, or those that are recorded, such as ``eval_loss_epoch``.
-
-    Raises:
-        ValueError: There is no metric of this name, or none at all.
-    """
-    if not curves:
-        raise ValueError("Nothing was recorded, so there are no curves. Train for an epoch first.")
-    plain_names = [_plain_name(name) for name in metrics or ()]
-    for name in plain_names:
-        if name not in curves:
-            meant = nearest(name, curves)
-            raise ValueError(
-                f"There are no curves of {name!r}. Expected one of {list(curves)}."
-                + ("" if meant is None else f" Did you mean {meant!r}?")
-            )
-    if metrics is not None:
-        return [curves[name] for name in dict.fromkeys(plain_names)]
-    with_stage = [each for each in curves.values() if each.train is not None or each.evaluations]
-    return with_stage or list(curves.values())
-
-
-def _plain_name(name: str) -> str:
-    match = _STAGE.match(name)
-    return _plain(name if match is None else match["metric"])
-
-
-def _plain(metric: str) -> str:
-    return "loss" if metric == "loss_epoch" else metric
-
-
-# --- rows and files ----------------------------------------------------------------------------------------------
 
 
 def _rows_of_file(path: Path) -> list[Mapping[str, Any]]:
@@ -238,9 +136,3 @@ def _as_float(value: MetricValue) -> float | None:
             return None
     number = one_number(value)
     return None if number is None else float(number)
-
-
-def finite(curve: Curve) -> Curve:
-    """Return a curve without values that are NaN or infinite."""
-    pairs = [pair for pair in zip(*curve, strict=True) if math.isfinite(pair[1])]
-    return Curve([epoch for epoch, _ in pairs], [value for _, value in pairs])

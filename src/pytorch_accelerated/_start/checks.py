@@ -12,8 +12,8 @@ from pytorch_accelerated._hints.classes import find_uncalled, words_of_user
 from pytorch_accelerated._hints.hooks import hook_meant
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._optimizers import checks as optimizer_checks
-from pytorch_accelerated._run import run_of
 from pytorch_accelerated._scheduling.checks import check_create_scheduler_fn
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks import EVENTS, LogMetricsCallback, PrintProgressCallback, ProgressBarCallback
 from pytorch_accelerated.callbacks._checks import say_what_is_missing
 from pytorch_accelerated.callbacks.handler import CallbackHandler
