@@ -16,11 +16,7 @@ from pytorch_accelerated._accumulation import clip_gradients, gradients_for, sca
 from pytorch_accelerated._arguments.moments import check_run
 from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._data.limits import LimitBatches
-from pytorch_accelerated._data.loaders import (
-    EXACT,
-    RestOfEpoch,
-    enumerate_batches,
-)
+from pytorch_accelerated._data.loaders import EXACT, RestOfEpoch, enumerate_batches
 from pytorch_accelerated._data.rng import forget_spare_gaussian, preserve_rng_state
 from pytorch_accelerated._data.sharding import sharding_of, start_at, without_samples
 from pytorch_accelerated._distributed.accelerator import skip_batches

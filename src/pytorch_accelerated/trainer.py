@@ -27,29 +27,20 @@ from pytorch_accelerated._arguments.numbers import (
 )
 from pytorch_accelerated._arguments.parts import check_loss_func, check_model, check_run_history
 from pytorch_accelerated._checkpoint import portable, resume
-from pytorch_accelerated._checkpoint.companions import (
-    Companions,
-    attributes_without_state,
-    find_companions,
-)
+from pytorch_accelerated._checkpoint.collecting import collect_state
+from pytorch_accelerated._checkpoint.companions import Companions, attributes_without_state, find_companions
 from pytorch_accelerated._checkpoint.files import printable
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._checkpoint.manifest import SavedState
+from pytorch_accelerated._checkpoint.parts import Parts, StateContents
+from pytorch_accelerated._checkpoint.reading import read_state
 from pytorch_accelerated._checkpoint.restart import Restart
+from pytorch_accelerated._checkpoint.restoring import prepare_new_schedule, restore_state, undone_if_refused
 from pytorch_accelerated._checkpoint.scheduler_state import (
     check_scheduler_state,
     load_scheduler_state,
     restore_settings_of_groups,
     settings_of_groups,
-)
-from pytorch_accelerated._checkpoint.state import (
-    Parts,
-    StateContents,
-    collect_state,
-    prepare_new_schedule,
-    read_state,
-    restore_state,
-    undone_if_refused,
 )
 from pytorch_accelerated._checkpoint.weights import LoadedCheckpoint as LoadedCheckpoint
 from pytorch_accelerated._checkpoint.weights import frozen_parameters

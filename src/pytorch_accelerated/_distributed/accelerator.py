@@ -28,10 +28,7 @@ from pytorch_accelerated._distributed.collectives import all_gather_objects, bro
 from pytorch_accelerated._distributed.dispatch import DispatchedLoader
 from pytorch_accelerated._distributed.fast_path import FastPathLoader, can_use_fast_path, wrap_optimizer
 from pytorch_accelerated._distributed.lockstep import LocalBatches, LocalLoader
-from pytorch_accelerated._distributed.precision import (
-    SHARDED_TYPES,
-    accelerator_in_precision,
-)
+from pytorch_accelerated._distributed.precision import SHARDED_TYPES, accelerator_in_precision
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._distributed.restarts import init_method_of_restart
 from pytorch_accelerated._distributed.waiting import PROCESS_TIMEOUT

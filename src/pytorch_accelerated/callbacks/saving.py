@@ -27,10 +27,7 @@ from pytorch_accelerated._views import library_of, run_of
 from pytorch_accelerated.callbacks._cadence import Cadence, Timer
 from pytorch_accelerated.callbacks._watching import num_values_of, watched_value
 from pytorch_accelerated.callbacks.base import TrainerCallback
-from pytorch_accelerated.callbacks.stopping import (
-    check_watched_metric,
-    warn_about_direction,
-)
+from pytorch_accelerated.callbacks.stopping import check_watched_metric, warn_about_direction
 from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
