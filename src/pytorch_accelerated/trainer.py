@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,9 +97,11 @@ from pytorch_accelerated._predictions import OutputChoice, PredictionSettings
 from pytorch_accelerated._requests.time_limit import read_limits
 from pytorch_accelerated._run import Run, do_nothing
 from pytorch_accelerated._scheduling.group import load_state_of, start_counting
-from pytorch_accelerated._scheduling.start import choose_stepping, create_checked_scheduler, start_stepping
+from pytorch_accelerated._scheduling.start import choose_stepping
 from pytorch_accelerated._scheduling.stepping import Interval
 from pytorch_accelerated._start import checks
+from pytorch_accelerated._start.resuming import find_state, folders_of_states
+from pytorch_accelerated._start.schedule import take_over_scheduler
 from pytorch_accelerated._start.updates import set_up_parameters, set_up_window
 from pytorch_accelerated._types import (
     CollateFunction,
@@ -122,7 +123,6 @@ from pytorch_accelerated._types import (
 from pytorch_accelerated.callbacks import (  # those renamed to themselves can be imported from here, as in 0.1.61
     CallbackHandler,
     LimitBatchesCallback,
-    SaveTrainingStateCallback,
     get_default_callbacks,
 )
 from pytorch_accelerated.callbacks import LogMetricsCallback as LogMetricsCallback
@@ -335,14 +335,14 @@ class Trainer(TrainingLoop):
         check_reiterable(data, num_epochs, max_num_train_steps)
         stepping = choose_stepping(step_scheduler, scheduler_metric)
         limits = read_limits(max_time, min_epochs, num_epochs)
-        checks.check_parts_of_training(self, create_scheduler_fn, is_sharded=is_sharded(self._accelerator))
+        self.optimizer = checks.check_parts_of_training(self, create_scheduler_fn, is_sharded(self._accelerator))
 
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.collate_fn, self.create_scheduler_fn = collate_fn, create_scheduler_fn
         _warn_about_start(self, per_device_batch_size, train_dataloader_kwargs, eval_dataloader_kwargs)
         with self._loop_run_context() as run:
             run.stepping, (run.time_limit, run.min_epochs) = stepping, limits
-            state = _find_state(self, resume_from, allow_other_num_processes)
+            state = find_state(self, self._accelerator, resume_from, allow_other_num_processes)
             self._loop_make_train_loader(per_device_batch_size, train_dataloader_kwargs)
             if eval_dataset is not None:
                 self._loop_make_eval_loaders(per_device_batch_size, eval_dataloader_kwargs)
@@ -830,7 +830,7 @@ class Trainer(TrainingLoop):
             window = set_up_window(run, self.optimizer, self._accelerator, replaces_any(self, ["optimizer_step"]))
             num_epochs = config.num_epochs if overrides_any(self, ("_create_run_config",)) else num_epochs
             run.start_training(self.run_history.current_epoch - 1, num_epochs, window)
-            saves_states = bool(_folders_of_states(self.callback_handler))
+            saves_states = bool(folders_of_states(self.callback_handler))
             self._loop_companions().check_before_run(saves_states, config.is_distributed)
             if state is not None:
                 self._loop_resume(state, num_epochs)
@@ -846,7 +846,7 @@ class Trainer(TrainingLoop):
             is_set_by_program = created is None and self.scheduler is not run.created_scheduler
             return self.scheduler if is_set_by_program else created
 
-        _take_over_scheduler(self, create_or_keep)
+        self.scheduler = take_over_scheduler(self, create_or_keep, isinstance(self, TrainerWithTimmScheduler))
         run.created_scheduler = None if is_set_by_program else self.scheduler
         if not is_resumed:
             _load_pending_scheduler_state(self)
@@ -1031,58 +1031,9 @@ def _seed_loader(dataset_name: str, loader: Loader, accelerator: Accelerator) ->
     return rebuild_loader(loader, placement_of(accelerator))
 
 
-def _find_state(
-    trainer: Trainer, resume_from: str | os.PathLike[str] | bool | None, allow_other_num_processes: bool
-) -> SavedState | Callable[[], StateDict] | None:
-    """Return the verified state that the run continues from; ``None`` if it starts from scratch.
-
-    If a subclass overrides `load_training_state`, its method reads and checks the state. It is returned instead.
-    """
-    options = {"allow_other_num_processes": True} if allow_other_num_processes else {}
-    is_overridden = overrides_any(trainer, ("load_training_state",))
-    if is_overridden and resume.is_directory(resume_from):
-        return partial(trainer.load_training_state, resume_from, **options)
-    accelerator = trainer._accelerator  # noqa: SLF001 - same module
-    saved = resume.find_state_to_resume(
-        resume_from,
-        _folders_of_states(trainer.callback_handler),
-        trainer,
-        is_main=accelerator.is_main_process,
-        num_processes=int(accelerator.num_processes),
-        allow_other_num_processes=allow_other_num_processes,
-        print_fn=trainer.print,
-    )
-    if is_overridden and saved is not None:
-        return partial(trainer.load_training_state, str(saved.path), **options)
-    return saved
-
-
-def _folders_of_states(callback_handler: CallbackHandler) -> set[Path]:
-    """Return the folders in which a run saves training states."""
-    callbacks = callback_handler.with_nested_callbacks()
-    return {callback.save_dir for callback in callbacks if isinstance(callback, SaveTrainingStateCallback)}
-
-
 def _names_in(left_out_of_states: object) -> Collection[str]:
     # A subclass written for 0.1.61 may use the name of the attribute for something else.
     return left_out_of_states if isinstance(left_out_of_states, (list, tuple, set, frozenset)) else ()
-
-
-def _take_over_scheduler(trainer: Trainer, create: Callable[[], Schedulers | None]) -> None:
-    """Check the scheduler of a run, and find out how it is stepped. Must be called on every process."""
-    run, is_overridden = trainer._loop_run, overrides_any(trainer, ["scheduler_step"])  # noqa: SLF001 - same module
-    scheduler = create_checked_scheduler(
-        create,
-        trainer.optimizer,
-        is_of_function=trainer.create_scheduler_fn is not None and not overrides_any(trainer, ["create_scheduler"]),
-        is_stepped_by_trainer=not is_overridden,
-    )
-    is_timm = isinstance(trainer, TrainerWithTimmScheduler)
-    run.stepping.plan(scheduler, is_timm=is_timm)
-    run.stepping.plan_hook(is_overridden=is_overridden, is_replaced=replaces_any(trainer, ["scheduler_step"]))
-    if not replaces_any(trainer, ["scheduler_step", *(["training_run_epoch_end"] if is_timm else [])]):
-        start_stepping(run.stepping, run.config, trainer.run_history, run.eval_dataloaders)
-    trainer.scheduler = scheduler
 
 
 def _load_pending_scheduler_state(trainer: Trainer) -> None:
@@ -1104,7 +1055,8 @@ def _what_completes_start(trainer: Trainer) -> Callable[[], None]:
         if run.restart is not None:
             run.restart.complete_run()
         if trainer.scheduler is not scheduler:
-            _take_over_scheduler(trainer, lambda: trainer.scheduler)
+            is_timm = isinstance(trainer, TrainerWithTimmScheduler)
+            trainer.scheduler = take_over_scheduler(trainer, lambda: trainer.scheduler, is_timm)
             if not run.is_resumed:
                 run.training.num_metric_values_seen = run.stepping.num_values_before
             _load_pending_scheduler_state(trainer)

@@ -79,6 +79,7 @@ MAY_NAME_ACCELERATE_IN_TYPES = {
     "_checkpoint/parts.py",
     "_checkpoint/reading.py",
     "_checkpoint/restoring.py",
+    "_start/resuming.py",
     "_start/updates.py",
 }
 

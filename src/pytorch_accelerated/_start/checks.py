@@ -19,28 +19,34 @@ from pytorch_accelerated.callbacks._checks import say_what_is_missing
 from pytorch_accelerated.callbacks.handler import CallbackHandler
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from pytorch_accelerated._types import CollateFunction, Data, DataLoaderKwargs, EvalData
     from pytorch_accelerated.trainer import Trainer
 
 _REPORTING = (PrintProgressCallback, ProgressBarCallback, LogMetricsCallback)
 
 
-def check_parts_of_training(trainer: Trainer, create_scheduler_fn: object, *, is_sharded: bool) -> None:
+def check_parts_of_training(trainer: Trainer, create_scheduler_fn: object, is_sharded: bool) -> Optimizer:
     """Refuse a model, a loss function, an optimizer or a function for a scheduler that is none.
 
     A step of one's own may use any loss function, and `create_scheduler` any object for a scheduler.
+
+    Returns:
+        The optimizer; a group, if the program has set several since the trainer was created.
     """
     if not overrides_any(trainer, ["create_scheduler"]):
         check_create_scheduler_fn(create_scheduler_fn)
     check_model(trainer.model)
     if not overrides_any(trainer, ["calculate_train_batch_loss"]):
         check_loss_func(trainer.loss_func)
-    optimizer = trainer.optimizer = optimizer_checks.as_optimizer(trainer.optimizer)  # a program may have replaced it
+    optimizer: Optimizer = optimizer_checks.as_optimizer(trainer.optimizer)
     check_optimizer(optimizer)
     optimizer_checks.check_group(optimizer, is_sharded=is_sharded)
     if not overrides_any(trainer, ["optimizer_step"]):
         optimizer_checks.check_step(optimizer)
     check_trainable(trainer.model, trainer.loss_func, optimizer)
+    return optimizer
 
 
 def warn_about_uncalled_hooks(trainer: Trainer) -> None:
