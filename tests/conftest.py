@@ -38,6 +38,12 @@ def _fresh_accelerate_state():
 
 
 @pytest.fixture
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    """Make an empty folder the current one, for what writes into the current one by default."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
 def _handlers_are_restored():
     """Fail a test that leaves another handler of a signal behind, and put the old one back."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}

@@ -26,11 +26,6 @@ from pytorch_accelerated._distributed.fast_path import (
 
 
 @pytest.fixture
-def accelerator():
-    return Accelerator()
-
-
-@pytest.fixture
 def optimizer():
     return torch.optim.AdamW(make_model().parameters(), lr=0.1)
 

@@ -26,9 +26,7 @@ from pytorch_accelerated.trainer import Trainer
 EMA_LOSS = "ema_model_eval_loss_epoch"
 
 
-@pytest.fixture(autouse=True)
-def _in_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
 
 
 def make_trainer(callbacks, **kwargs):

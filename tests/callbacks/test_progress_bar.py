@@ -57,6 +57,13 @@ class RecordingBar:
         self.is_closed = True
 
 
+class SecondProcess(Trainer):
+    """Takes itself for another process than the main one."""
+
+    def _create_run_config(self, **kwargs):
+        return replace(super()._create_run_config(**kwargs), is_world_process_zero=False)
+
+
 @pytest.fixture
 def bars(monkeypatch):
     """All bars that were opened on a terminal, in order."""
@@ -149,10 +156,6 @@ def test_the_bar_of_a_resumed_epoch_starts_at_the_resumed_batch(bars, tmp_path):
 
 
 def test_only_the_main_process_shows_a_bar(bars):
-    class SecondProcess(Trainer):
-        def _create_run_config(self, **kwargs):
-            return replace(super()._create_run_config(**kwargs), is_world_process_zero=False)
-
     train(make_trainer(cls=SecondProcess, callbacks=[ProgressBarCallback]))
     assert [bar.disable for bar in bars] == [True]
     assert bars[0].losses == [], "reading the loss would synchronize the device for nothing"
@@ -349,10 +352,6 @@ def test_nothing_is_shown_if_nothing_is_to_be_shown(monkeypatch, make_it):
 
 
 def test_text_of_another_process_wipes_the_line_of_the_bar_first(monkeypatch):
-    class SecondProcess(Trainer):
-        def _create_run_config(self, **kwargs):
-            return replace(super()._create_run_config(**kwargs), is_world_process_zero=False)
-
     terminal = use_terminal(monkeypatch)
     tell = Probe(on_train_step_end=lambda trainer, step, **_: step == 1 and print("told"))
     train(make_trainer(cls=SecondProcess, callbacks=[ProgressBarCallback, tell]))

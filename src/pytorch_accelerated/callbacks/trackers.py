@@ -149,28 +149,11 @@ class TrackerCallback(TrainerCallback):
             self._send(trainer, Moment(epoch, update, samples), values)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Send what was recorded."""
+        """Send what was recorded since the last time, as in each of the events below."""
         self._send_new_records(trainer)
 
-    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Send what was recorded."""
-        self._send_new_records(trainer)
-
-    def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Send what callbacks have recorded since."""
-        self._send_new_records(trainer)
-
-    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Send what callbacks have recorded since."""
-        self._send_new_records(trainer)
-
-    def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Send what callbacks have recorded since."""
-        self._send_new_records(trainer)
-
-    def on_training_state_save(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Send what was recorded: a callback may save before this one is called."""
-        self._send_new_records(trainer)
+    on_eval_epoch_end = on_training_run_epoch_end = on_training_run_end = on_evaluation_run_end = on_train_epoch_end
+    on_training_state_save = on_train_epoch_end  # a callback may save before this one is called
 
     # --- state ---------------------------------------------------------------------------------------------------
 
