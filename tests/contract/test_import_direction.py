@@ -52,7 +52,7 @@ FLOORS = [
     {"_recording"},
     {"_position", "_run", "_requests", "plotting"},
     {"callbacks"},
-    {"_loop", "_start"},
+    {"_tools", "_loop", "_start"},
     {"trainer"},
     {"verification"},
     {"__init__"},
@@ -73,7 +73,7 @@ MAY_IMPORT_ACCELERATE = {
 }
 MAY_NAME_ACCELERATE_IN_TYPES = {
     *MAY_IMPORT_ACCELERATE,
-    "_loop.py",
+    "_tools.py",
     "_checkpoint/portable.py",
     "_checkpoint/collecting.py",
     "_checkpoint/parts.py",
@@ -211,7 +211,7 @@ def test_no_module_imports_itself_through_others():
 
 
 def test_the_rules_see_an_import_in_every_place():
-    found = list(imports_in(SOURCE / "_loop.py"))
+    found = list(imports_in(SOURCE / "_tools.py"))
     assert ("accelerate", True, False) in found
     assert (f"{PACKAGE}._data.rng", False, False) in found
     assert (f"{PACKAGE}.callbacks", True, False) in found
