@@ -28,36 +28,25 @@ OPTIONAL = {
 }
 
 FLOORS = [
-    {"exceptions", "_types", "_messages", "_hints", "_proxy", "_views"},
-    {
-        "_arguments",
-        "_console",
-        "_history",
-        "_means",
-        "_measuring",
-        "_plots",
-        "_tensors",
-        "metrics",
-        "progress",
-        "run_config",
-        "time_ledger",
-        "tracking",
-    },
-    {"_accumulation", "_data", "_models", "diagnosis", "finetuning"},
-    {"_distributed", "_optimizers"},
+    {"exceptions", "_types", "_messages", "_proxy", "_console", "progress", "time_ledger"},
+    {"_hints", "_tensors", "_views", "metrics", "run_config"},
+    {"_arguments", "_data", "_means", "_measuring"},
+    {"_accumulation", "_history", "_models", "_step"},
+    {"_distributed", "_optimizers", "_plots", "diagnosis", "finetuning"},
+    {"_predictions", "_requests", "summary", "tracking", "utils"},
     {"_checkpoint"},
-    {"_step", "_predictions", "states", "utils", "summary"},
-    {"schedulers"},
-    {"_scheduling"},
-    {"_recording"},
-    {"_position", "_run", "_requests", "plotting"},
+    {"_recording", "schedulers", "states"},
+    {"_position", "_scheduling"},
+    {"_run", "plotting"},
     {"callbacks"},
     {"_tools", "_loop", "_start"},
     {"trainer"},
-    {"verification"},
-    {"__init__"},
+    {"verification", "__init__"},
 ]
-"""The modules and rooms (folders) of each floor. A module imports from its own floor and those below."""
+"""The modules and rooms (folders) of each floor. A module imports from its own room and the floors below."""
+
+PAIRS = [{"_means", "_measuring"}, {"_distributed", "_optimizers"}]
+"""What shares a floor, and may import from each other."""
 
 MAY_IMPORT_ACCELERATE = {
     "__init__.py",
@@ -84,9 +73,14 @@ MAY_NAME_ACCELERATE_IN_TYPES = {
 }
 
 
+def top_of(module: str) -> str:
+    """Return the room of a module, or the module itself, given as path below the package: ``callbacks.saving``."""
+    return module.partition(".")[0] or "__init__"
+
+
 def floor_of(module: str) -> int:
-    """Return the floor of a module, given as path below the package: ``callbacks.saving``."""
-    top = module.partition(".")[0] or "__init__"
+    """Return the floor of a module or room."""
+    top = top_of(module)
     for number, floor in enumerate(FLOORS):
         if top in floor:
             return number
@@ -138,11 +132,25 @@ def ids(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)
-def test_a_module_imports_only_from_its_own_floor_and_those_below(path):
-    own_floor = floor_of(module_of(path))
+def test_a_module_imports_only_from_its_own_room_and_the_floors_below(path):
+    own = top_of(module_of(path))
     for name, is_typing, _ in imports_in(path):
         if name.partition(".")[0] == PACKAGE and not is_typing:
-            assert floor_of(name.partition(".")[2]) <= own_floor, f"{ids(path)} imports {name}"
+            other = top_of(name.partition(".")[2])
+            is_below = floor_of(other) < floor_of(own)
+            assert is_below or own == other or {own, other} in PAIRS, f"{ids(path)} imports {name}"
+
+
+def test_every_pair_is_on_one_floor_and_needed():
+    found = {
+        frozenset({top_of(module_of(path)), top_of(name.partition(".")[2])})
+        for path in FILES
+        for name, is_typing, _ in imports_in(path)
+        if name.partition(".")[0] == PACKAGE and not is_typing
+    }
+    for pair in PAIRS:
+        assert len({floor_of(top) for top in pair}) == 1
+        assert frozenset(pair) in found
 
 
 def test_every_module_that_the_floors_and_the_exceptions_name_exists():
