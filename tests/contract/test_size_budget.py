@@ -12,6 +12,7 @@ import pytest
 from _support import SOURCE, make_dataset, make_trainer, train
 from pytorch_accelerated import Trainer
 from pytorch_accelerated._loop import TrainingLoop
+from pytorch_accelerated._tools import TrainerTools
 from pytorch_accelerated._views import RunAttribute, WritableRunAttribute
 
 MAX_METHODS = 60
@@ -87,7 +88,7 @@ NO_CODE = {
 
 
 def members_of_trainer():
-    return {**vars(TrainingLoop), **vars(Trainer)}
+    return {**vars(TrainerTools), **vars(TrainingLoop), **vars(Trainer)}
 
 
 def test_the_trainer_has_few_methods():
