@@ -11,7 +11,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `_support`: pytest's import mode does not change the path
+sys.path.insert(
+    0, str(Path(__file__).parent / "tools")
+)  # for `_support`: pytest's import mode does not change the path
 
 
 def pytest_configure(config):

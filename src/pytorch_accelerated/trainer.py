@@ -639,8 +639,9 @@ class Trainer(SavingLoop):
             num_batches = run.training.settings["num_batches_per_epoch"]
             warn_about_long_accumulation(config.gradient_accumulation_steps, num_batches)
             if isinstance(state, SavedState):
-                contents = read_state(state, self._accelerator, self._loop_state_parts())
-                prepare_new_schedule(contents, self._loop_state_parts())
+                parts = self._loop_state_parts()
+                contents = read_state(state, self._accelerator, parts)
+                prepare_new_schedule(contents, parts)
                 state = partial(self._loop_restore, contents)
             if reset_run_history:
                 run.reset_history(self.run_history)

@@ -31,7 +31,7 @@ from pytorch_accelerated.callbacks import (
     TrainerCallback,
 )
 
-TABLE = Path(__file__).parent / "contract" / "messages.md"
+TABLE = Path(__file__).parents[1] / "contract" / "messages.md"
 
 MISTAKES: dict[str, Callable[[], object]] = {}
 """A program for each mistake, by its description."""

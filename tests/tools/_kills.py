@@ -1,6 +1,6 @@
 """Kills training runs at random moments, and restarts them until they finish; run as a script.
 
-    python tests/_kills.py --kills 200 --seed 7
+    python tests/tools/_kills.py --kills 200 --seed 7
 
 Each run is a process forked from this one, so that a restart takes no time. After each kill, every visible state must
 be valid. A run that finishes must end with the same bits as one that was never killed.

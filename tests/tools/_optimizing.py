@@ -1,6 +1,6 @@
 """Every optimizer of PyTorch, several at once, and schedule-free ones: by hand, in a run of the trainer, and resumed.
 
-``PYTHONPATH=src:tests python tests/_optimizing.py`` prints a table. The real schedule-free optimizers are in it if the
+``PYTHONPATH=src python tests/tools/_optimizing.py`` prints a table. The real schedule-free optimizers are in it if the
 package `schedulefree` is installed.
 """
 

@@ -4,7 +4,7 @@ Each scheduler trains for three epochs, after each update and once per epoch, on
 rate of each update has to equal that of a loop written by hand, and a run that is resumed in the middle has to end with
 the same weights, bit by bit::
 
-    python tests/compare_schedulers.py
+    python tests/tools/compare_schedulers.py
 
 The exit code is 1 if anything differs.
 """

@@ -4,7 +4,7 @@ Each program trains in the way that users of 0.1.61 do. It runs unchanged with t
 names of 0.1.61 only, and prints its figures as JSON. With 0.1.61 in the place of this version, this records the figures
 that the tests compare with:
 
-    PYTHONPATH=tests python tests/contract/programs/detection.py FOLDER > tests/contract/programs/detection.json
+    PYTHONPATH=tests/tools python tests/contract/programs/detection.py FOLDER > tests/contract/programs/detection.json
 
 The program writes its files to the folder, which has to be empty.
 """

@@ -2,14 +2,14 @@
 
 Use it to show that a refactoring changes no number. Record with the code before, compare with the code after::
 
-    python tests/record_runs.py > before.json
-    python tests/record_runs.py --compare before.json
+    python tests/tools/record_runs.py > before.json
+    python tests/tools/record_runs.py --compare before.json
 
 Training states must stay usable too. Some runs of the grid save one mid-epoch. The changed code resumes them and has to
 reach the same end::
 
-    python tests/record_runs.py --save-states states
-    python tests/record_runs.py --resume-states states
+    python tests/tools/record_runs.py --save-states states
+    python tests/tools/record_runs.py --resume-states states
 
 This file uses only the public API, so it runs unchanged with both versions. Hashes depend on the machine and on the
 versions of PyTorch and Accelerate: record and compare in the same environment. Messages, times and paths are not

@@ -2,7 +2,7 @@
 
 Run as a script, this creates the files of the current format. Never create them again once the format is released:
 
-    PYTHONPATH=tests python tests/_golden.py
+    python tests/tools/_golden.py
 
 When the format changes, create the files of the new one, and keep the old ones.
 """
@@ -29,7 +29,7 @@ from pytorch_accelerated.callbacks import (
 )
 from pytorch_accelerated.schedulers import CosineLrScheduler
 
-DATA = Path(__file__).parent / "golden_states"
+DATA = Path(__file__).parents[1] / "golden_states"
 STEP = 8
 """The step after which the state was saved: mid-epoch in the second epoch of five steps, and mid-window."""
 
