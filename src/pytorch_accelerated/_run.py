@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pytorch_accelerated._accumulation import AccumulationWindow, GradientCheck, OutsideParameters, are_finite
 from pytorch_accelerated._checkpoint.folder import Lineage
-from pytorch_accelerated._console.pace import fraction_done
+from pytorch_accelerated._console.pace import Pace, fraction_done
 from pytorch_accelerated._data.loaders import guarantee_of_skipping, order_may_differ, reliable_num_batches_of
 from pytorch_accelerated._data.rng import derive_seed
 from pytorch_accelerated._distributed.collectives import average_gradients, mean_over_processes, share_of_processes
@@ -429,6 +429,20 @@ class Run:
         of_epoch = progress.num_batches_in_epoch / num_batches if num_batches else 0.0
         num_epochs = progress.num_epochs_completed + (of_epoch if progress.phase == "training" else 1.0)
         return fraction_done(num_epochs, self.total_num_epochs, progress.num_updates, self.update_limit)
+
+    def seconds_left(self, pace: Pace) -> float | None:
+        """Return how long a training run still takes: until it is done, or its time is over.
+
+        Args:
+            pace: That of `fraction_done`, of which this is a mark.
+        """
+        pace.mark(self.fraction_done())
+        left = pace.seconds_left(1.0)
+        if self.time_limit is None:
+            return left
+        at_least = pace.seconds_left(self.first_end / self.total_num_epochs) or 0.0
+        until_limit = max(self.time_limit.seconds_left(), at_least)
+        return until_limit if left is None else min(left, until_limit)
 
     @property
     def name_of_current_dataset(self) -> str:

@@ -133,8 +133,7 @@ class ProgressBarCallback(TrainerCallback):
         run = run_of(trainer)
         if self._run_pace is None or not run.is_training_run:
             return None
-        self._run_pace.mark(run.fraction_done())
-        return self._run_pace.seconds_left(1.0)
+        return run.seconds_left(self._run_pace)
 
 
 def is_shown(trainer: Trainer) -> bool:

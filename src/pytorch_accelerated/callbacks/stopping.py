@@ -14,6 +14,7 @@ from pytorch_accelerated._run import run_of
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks._watching import check_is_recorded, num_values_of, watched_value
 from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.callbacks.reporting import has_table
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
 if TYPE_CHECKING:
@@ -265,8 +266,12 @@ class EarlyStoppingCallback(TrainerCallback):
             trainer.print(
                 f"{self.watch_metric} has not improved for {num_epochs} of {self.early_stopping_patience} {self._unit}"
             )
-        elif best is not None and previous is not None:
+        elif best is not None and previous is not None and not self._is_marked(trainer):
             trainer.print(f"{self.watch_metric} has improved by {abs(best - previous):.4g} to {best:.4g}")
+
+    def _is_marked(self, trainer: Trainer) -> bool:
+        """Return whether a table marks the best value, and so tells of an improvement."""
+        return is_greater_better(self.watch_metric) is not None and has_table(trainer.callback_handler)
 
     def state_dict(self) -> StateDict:
         """Return the best value, the number of epochs without improvement, and how many values were compared.
