@@ -23,6 +23,7 @@ from pytorch_accelerated._curves import (
     group_by_metric,
     read_curves,
 )
+from pytorch_accelerated._history.plots import new_figure
 from pytorch_accelerated._metrics import is_greater_better
 from pytorch_accelerated._scheduling.preview import learning_rates_of
 from pytorch_accelerated._validation import check_positive_integer
@@ -498,12 +499,10 @@ def _figure_with_panels(
 ) -> tuple[Figure, list[Axes]]:
     """Return a new figure, which no state of matplotlib refers to, and its panels."""
     check_has_matplotlib()
-    from matplotlib.figure import Figure
-
     num_columns = min(num, _MAX_COLUMNS)
     num_rows = math.ceil(num / num_columns)
     width, height = size or (_PANEL_SIZE[0] * num_columns, _PANEL_SIZE[1] * num_rows)
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = new_figure(width, height)
     panels = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for unused in panels[num:]:
         unused.remove()

@@ -154,7 +154,7 @@ class TimeLedger:
         seconds = self.seconds
         return seconds.get(part, 0.0) / (sum(seconds.values()) or 1.0)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """Return a table of the parts that took any time, with seconds and shares."""
         return format_seconds(self.seconds)
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytorch_accelerated._console.screen import show_figures
 from pytorch_accelerated._history.records import Record
 from pytorch_accelerated._metrics import one_number
 
@@ -34,7 +35,7 @@ def plot_records(records: Iterable[Record], names: Sequence[str] | None, x: Axis
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for name in curves:
         groups[quantity_of(name)].append(name)
-    figure: Figure = _figure_class()(figsize=(_WIDTH * len(groups), _HEIGHT), layout="constrained")
+    figure = new_figure(_WIDTH * len(groups), _HEIGHT)
     (diagrams,) = figure.subplots(1, len(groups), squeeze=False)
     for diagram, (quantity, members) in zip(diagrams, groups.items(), strict=True):
         for name in members:
@@ -81,6 +82,22 @@ def _style(name: str, num_points: int) -> dict[str, Any]:
     if name.endswith("_step"):
         return {"alpha": 0.4, "linewidth": 1.0}
     return {"marker": "o", "markersize": 3.0} if num_points < 50 else {}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure, which no state of matplotlib refers to, and which a notebook shows.
+
+    Args:
+        width: In inches.
+        height: In inches.
+
+    Raises:
+        ModuleNotFoundError: ``matplotlib`` is not installed.
+    """
+    figure_class = _figure_class()
+    show_figures(figure_class)
+    figure: Figure = figure_class(figsize=(width, height), layout="constrained")
+    return figure
 
 
 def _figure_class() -> Any:

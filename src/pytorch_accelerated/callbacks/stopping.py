@@ -225,13 +225,14 @@ class EarlyStoppingCallback(TrainerCallback):
         if is_used_up:
             raise StopTrainingError(
                 f"{self.watch_metric} has not improved on {rounded(self.best_metric)} "
-                f"for {self.early_stopping_patience_counter} {self._unit}{self._note_on_threshold(value)}"
+                f"for {self.early_stopping_patience_counter} {self._unit(self.early_stopping_patience_counter)}"
+                f"{self._note_on_threshold(value)}"
             )
         self._report(trainer, previous)
 
-    @property
-    def _unit(self) -> str:
-        return "evaluations" if "intermediate_" in self.watch_metric else "epochs"
+    def _unit(self, number: int) -> str:
+        unit = "evaluation" if "intermediate_" in self.watch_metric else "epoch"
+        return unit if number == 1 else f"{unit}s"
 
     def _check_value(self, value: float) -> None:
         """Stop the run if a value is beyond hope.
@@ -263,9 +264,8 @@ class EarlyStoppingCallback(TrainerCallback):
     def _report(self, trainer: Trainer, previous: float | None) -> None:
         best, num_epochs = self.best_metric, self.early_stopping_patience_counter
         if num_epochs > 0:
-            trainer.print(
-                f"{self.watch_metric} has not improved for {num_epochs} of {self.early_stopping_patience} {self._unit}"
-            )
+            patience = self.early_stopping_patience
+            trainer.print(f"{self.watch_metric} has not improved for {num_epochs} of {patience} {self._unit(patience)}")
         elif best is not None and previous is not None and not self._is_marked(trainer):
             trainer.print(f"{self.watch_metric} has improved by {abs(best - previous):.4g} to {best:.4g}")
 
