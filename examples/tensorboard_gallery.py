@@ -23,7 +23,12 @@ from torch import nn
 from torch.utils.data import TensorDataset, random_split
 
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.callbacks import TensorBoardCallback, TrainerCallback, get_default_callbacks
+from pytorch_accelerated.callbacks import (
+    TensorBoardCallback,
+    TimeLedgerCallback,
+    TrainerCallback,
+    get_default_callbacks,
+)
 from pytorch_accelerated.metrics import Accuracy
 
 SAMPLE_RATE = 8000  # of the sound, in hertz
@@ -176,11 +181,12 @@ def main(arguments=None):
     images, targets = eval_set[:100]
     model = create_model()
     tracking = TensorBoardCallback(options.log_dir, every_n_updates=10, hyperparameters=options)
+    silent = TimeLedgerCallback(max_share=None)  # to draw so much takes longer than to train so small a network
     trainer = Trainer(
         model,
         nn.CrossEntropyLoss(),
         torch.optim.AdamW(model.parameters(), lr=options.lr),
-        callbacks=[*get_default_callbacks(progress_bar=False), tracking, Gallery(tracking, images, targets)],
+        callbacks=[*get_default_callbacks(progress_bar=False), tracking, Gallery(tracking, images, targets), silent],
         metrics={"accuracy": Accuracy()},
     )
     trainer.train(train_set, options.epochs, eval_set, per_device_batch_size=32)

@@ -53,6 +53,9 @@ class MetricCurves:
     evaluations: dict[str, Curve] = field(default_factory=dict)
     """By the name of the dataset; ``""`` for the only one."""
 
+    steps: Curve | None = None
+    """The values of steps, if the run recorded them: means over a few updates of training."""
+
     other: Curve | None = None
     """The curve of a metric that belongs to no stage, such as a learning rate."""
 
@@ -106,14 +109,24 @@ def group_by_metric(curves: Mapping[str, Curve]) -> dict[str, MetricCurves]:
         metric = _plain(name if match is None else match["metric"])
         if name.startswith("evaluation_") or "_evaluation_" in name:
             continue
-        of_metric = grouped.setdefault(metric, MetricCurves(metric))
-        if match is not None and match["eval"]:
+        of_steps = _metric_of_steps(name, curves)
+        of_metric = grouped.setdefault(of_steps or metric, MetricCurves(of_steps or metric))
+        if of_steps is not None:
+            of_metric.steps = curve
+        elif match is not None and match["eval"]:
             of_metric.evaluations[match["dataset"] or ""] = curve
         elif match is not None or metric in evaluated:  # Keras calls the loss of training `loss`
             of_metric.train = curve
         else:
             of_metric.other = curve
     return dict(sorted(grouped.items(), key=lambda item: item[0] != "loss"))
+
+
+def _metric_of_steps(name: str, curves: Mapping[str, Curve]) -> str | None:
+    """Return the metric of which a curve has the values of steps; ``None`` if it is another curve."""
+    of_pass = name.removesuffix("_step")
+    is_of_steps = of_pass != name and (of_pass in curves or f"{of_pass}_epoch" in curves)
+    return _plain_name(of_pass) if is_of_steps else None
 
 
 def choose_metrics(curves: Mapping[str, MetricCurves], metrics: Sequence[str] | None) -> list[MetricCurves]:
@@ -212,7 +225,8 @@ def _curves_of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
             if name in (None, *_MOMENT, "metric", "value") or number is None:
                 continue
             curve = curves.setdefault(str(name), Curve([], []))
-            if "intermediate_" in str(name) and update is not None and per_epoch is not None:
+            is_within_epoch = "intermediate_" in str(name) or str(name).endswith("_step")
+            if is_within_epoch and update is not None and per_epoch is not None:
                 curve.epochs.append(update / per_epoch)
             else:
                 curve.epochs.append(index if epoch is None else epoch)
@@ -221,10 +235,11 @@ def _curves_of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
 
 
 def _updates_per_epoch(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the updates of an epoch, according to the last row of training; ``None`` if that is not known."""
+    """Return the updates of an epoch, according to its last row of training; ``None`` if that is not known."""
     for row in reversed(rows):
         epoch, update = _as_float(row.get("epoch")), _as_float(row.get("update"))
-        if any(str(name).startswith("train_") for name in row) and epoch and update:
+        is_of_epoch = any(str(name).startswith("train_") and not str(name).endswith("_step") for name in row)
+        if is_of_epoch and epoch and update:
             return update / epoch
     return None
 

@@ -113,6 +113,8 @@ def plot_learning_curves(
 
 
 def _draw_stages(axes: Axes, curves: MetricCurves) -> None:
+    if curves.steps is not None:
+        axes.plot(*curves.steps, color=_BLUE, linewidth=0.8, alpha=0.35, label="training steps", zorder=1.5)
     if curves.train is not None:
         _draw_curve(axes, curves.train, "training", _BLUE, "o")
     if curves.other is not None:
