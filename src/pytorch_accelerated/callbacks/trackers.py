@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytorch_accelerated._distributed.trackers import check_tracker, open_tracker
+from pytorch_accelerated._distributed.trackers import check_tracker, open_tracker, store_hyperparameters
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._history.records import Moment, num_recorded, records_since
 from pytorch_accelerated._messages import warn
@@ -137,7 +137,7 @@ class TrackerCallback(TrainerCallback):
         with self._tolerating_errors():
             self._open_tracker = self._open(update if run.is_resumed else None)
             if not run.is_resumed:
-                self._open_tracker.store_init_configuration(self._hyperparameters_of(trainer))
+                store_hyperparameters(self._open_tracker, self._hyperparameters_of(trainer))
             elif self._resends_newest and self._newest[0] == update:
                 self._open_tracker.log(self._newest[1], step=update)
 
