@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from pytorch_accelerated._accumulation import clip_gradients, scale_gradients, with_dense_gradients
+from pytorch_accelerated._accumulation import clip_gradients, gradients_for, scale_gradients, with_dense_gradients
 from pytorch_accelerated._data.limits import LimitBatches
 from pytorch_accelerated._data.loaders import (
     EXACT,
@@ -739,7 +739,8 @@ class TrainingLoop:
         correction = window.close(total_weight, run.config.num_processes)
         self._loop_complete_gradients(correction)
         if run.guards_updates:
-            run.check_gradients(self.model, self.optimizer)
+            gradients = gradients_for(self.optimizer)  # held to the end: PyTorch creates the objects of each anew
+            run.check_gradients(gradients, self.model)
         run.ledger.switch(OPTIMIZER)
         self._loop_fire(TrainerCallback.on_optimizer_step_start)
         if run.config.gradient_clip_value is not None or run.config.gradient_clip_norm is not None:

@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pytorch_accelerated._accumulation import AccumulationWindow, GradientCheck, OutsideParameters, are_finite
+from pytorch_accelerated._accumulation import (
+    AccumulationWindow,
+    GradientCheck,
+    OutsideParameters,
+    are_finite,
+    gradients_for,
+)
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._console.pace import Pace, fraction_done
 from pytorch_accelerated._data.loaders import guarantee_of_skipping, order_may_differ, reliable_num_batches_of
@@ -663,7 +669,7 @@ class Run:
         if self.config.is_distributed:
             average_gradients(parameters_of(optimizer), self.config.num_processes)
         if self.guards_updates:
-            self.check_gradients(model, optimizer)
+            self.check_gradients(gradients_for(optimizer), model)
 
     def find_non_finite_loss(self) -> NonFiniteLossError | None:
         """Return an error that names the first loss that is NaN or infinite; ``None`` if all are finite.
@@ -691,7 +697,7 @@ class Run:
             return NonFiniteLossError(describe_non_finite_parameters(place))
         return None
 
-    def check_gradients(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def check_gradients(self, gradients: list[torch.Tensor], model: nn.Module) -> None:
         """Stop the run, on all ranks, if a gradient or a loss of this epoch is not finite.
 
         All ranks have the same gradients, so all stop here. If only a loss is not finite, other ranks learn it later.
@@ -699,7 +705,7 @@ class Run:
         Raises:
             NonFiniteLossError: It names the first loss that is not finite, or else the parameter.
         """
-        if not self._gradient_check.are_finite(optimizer):
+        if not self._gradient_check.are_finite(gradients):
             place = self._place_in_training
             error = self.find_non_finite_loss() or NonFiniteLossError(describe_non_finite_gradient(model, place))
             self.stop_on_all_ranks(error)
