@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from pytorch_accelerated._checkpoint.restart import Restart
     from pytorch_accelerated._data.determinism import SeededLoader
     from pytorch_accelerated._distributed.accelerator import PreparedModel
+    from pytorch_accelerated._lengths import Length
     from pytorch_accelerated._loop import TrainingLoop
     from pytorch_accelerated._requests import TimeLimit
     from pytorch_accelerated._types import (
@@ -515,9 +516,13 @@ class Run:
         if run_info is not None:
             history._start_run(run_info)  # noqa: SLF001 - a seam
 
-    def record_steps_every(self, num_updates: int | None) -> None:
-        """Record values of steps every so many updates, or more often if the run history or a callback wants that."""
-        self.training.recorder.take_every(num_updates, self.training.progress.num_updates)
+    def record_steps_every(self, every: Length | int | None) -> None:
+        """Record values of steps that often, or more often if the run history or a callback wants that.
+
+        Args:
+            every: A length, or a number of updates; ``None`` for no wish.
+        """
+        self.training.recorder.take_every(self, every)
 
     def start_training(self, num_epochs_completed: int, num_epochs: int, window: AccumulationWindow) -> None:
         """Start a training of its own, in place of the position that the previous run left."""

@@ -55,7 +55,7 @@ FLOORS = [
     {"_step", "_predictions", "_validation", "states", "utils", "summary"},
     {"schedulers"},
     {"_scheduling"},
-    {"_recording"},
+    {"_recording", "_cadence"},
     {"_run", "_run_info", "_requests", "plotting"},
     {"callbacks"},
     {"_loop", "_before_run"},

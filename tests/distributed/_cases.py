@@ -37,7 +37,7 @@ from _support import (
     train,
     weights_of,
 )
-from pytorch_accelerated import Trainer, _loss_monitor, _requests
+from pytorch_accelerated import Trainer, _cadence, _loss_monitor, _requests
 from pytorch_accelerated._checkpoint import portable
 from pytorch_accelerated._distributed import collectives
 from pytorch_accelerated.callbacks import (
@@ -55,7 +55,6 @@ from pytorch_accelerated.callbacks import (
     TimeLedgerCallback,
     UpdateRatioCallback,
     WSDCheckpointCallback,
-    _cadence,
     get_default_callbacks,
 )
 from pytorch_accelerated.exceptions import CheckpointError

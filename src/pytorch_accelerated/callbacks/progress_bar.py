@@ -12,6 +12,7 @@ from pytorch_accelerated._console.shown_bar import SECONDS_BETWEEN_LINES, ShownB
 from pytorch_accelerated._console.values import learning_rate_text, number_text
 from pytorch_accelerated._data.loaders import num_batches_of
 from pytorch_accelerated._hints.arguments import explains_arguments
+from pytorch_accelerated._lengths import Length
 from pytorch_accelerated._means import weighted_mean
 from pytorch_accelerated._run import run_of
 from pytorch_accelerated.callbacks._epoch_table import learning_rate_of
@@ -38,7 +39,11 @@ class ProgressBarCallback(TrainerCallback):
 
     Args:
         seconds_between_lines: Where there is no terminal, such as in a log file, a line is printed each time an epoch
-            or an evaluation has taken this long. ``float("inf")`` for no lines.
+            or an evaluation has taken this long: a number, or a text such as ``"5 min"``; ``float("inf")`` for no
+            lines.
+
+    Raises:
+        ValueError: The text is not understood.
     """
 
     pbar: tqdm | None = None
@@ -55,7 +60,10 @@ class ProgressBarCallback(TrainerCallback):
     _is_epoch_short = False
 
     @explains_arguments
-    def __init__(self, seconds_between_lines: float = SECONDS_BETWEEN_LINES) -> None:
+    def __init__(self, seconds_between_lines: float | str | Length = SECONDS_BETWEEN_LINES) -> None:
+        if not isinstance(seconds_between_lines, (int, float)):
+            length = Length.parse("seconds_between_lines", seconds_between_lines, ("seconds",))
+            seconds_between_lines = float(length.amount)
         self.seconds_between_lines = seconds_between_lines
 
     def __getstate__(self) -> dict[str, Any]:

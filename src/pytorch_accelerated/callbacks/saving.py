@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytorch_accelerated._cadence import Cadence, Timer
 from pytorch_accelerated._checkpoint.best_model import BestModelFile, describe, place_to_keep
 from pytorch_accelerated._checkpoint.files import PathAttribute, local_path, printable
 from pytorch_accelerated._checkpoint.folder import Retention, claim_folder, rotate
@@ -23,7 +24,6 @@ from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._run import Run, library_of, run_of
 from pytorch_accelerated._signals import PREEMPTION_SIGNALS
 from pytorch_accelerated._validation import check_positive_integer, check_positive_number
-from pytorch_accelerated.callbacks._cadence import Cadence, Timer
 from pytorch_accelerated.callbacks._watching import num_values_of, watched_value
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.stopping import (
