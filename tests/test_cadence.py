@@ -26,6 +26,11 @@ DATA = make_dataset(30)  # eight batches, the last of two samples
 NUM_BATCHES = 8
 
 
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where `Saves` locks its folder
+
+
 class Saves(SaveTrainingStateCallback):
     """Notes after how many batches it saves, in place of saving."""
 
