@@ -120,9 +120,7 @@ def test_the_lines_of_each_task_are_counted_right_and_no_library_needs_fewer():
     counted = {}
     for section in page.split("\n## ")[2:]:
         lines = dict.fromkeys(("", "Lightning", "Keras", "fastai"), 0)
-        for library, code in re.findall(
-            r"^```py(?:thon)?\n(?:# (\w+).*\n)?(.*?)^```$", section, re.MULTILINE | re.DOTALL
-        ):
+        for library, code in FENCED_LINES.findall(section):
             lines[library] += code.count("  # +\n")
         assert lines[""] == min(lines.values())
         counted[section.partition("\n")[0].lower()] = list(lines.values())
