@@ -27,6 +27,7 @@ from pytorch_accelerated._history.records import Moment, Record, records_of, row
 from pytorch_accelerated._history.tables import csv_lines, data_frame, html_table, text_table
 from pytorch_accelerated._lengths import Length, interval_within_epochs
 from pytorch_accelerated._means import LossTracker
+from pytorch_accelerated._text import counted
 from pytorch_accelerated.exceptions import UnknownMetricError
 
 if TYPE_CHECKING:
@@ -225,7 +226,8 @@ class RunHistory(ABC):
         return html_table(rows, self._title(rows))
 
     def _title(self, rows: Sequence[object]) -> str:
-        return f"{type(self).__name__}, {len(list(self.get_metric_names()))} metrics in {len(rows)} rows"
+        num_metrics = len(list(self.get_metric_names()))
+        return f"{type(self).__name__}, {counted(num_metrics, 'metric')} in {counted(len(rows), 'row')}"
 
     def _iter_records(self, *, of_steps: bool = False) -> Iterator[Record]:
         """Yield all values, oldest first, with their moments if they are known.

@@ -11,6 +11,7 @@ from pytorch_accelerated._messages import warn
 from pytorch_accelerated._metrics import ComparisonOfMetric, NewValues, PatienceCounter, is_greater_better, rounded
 from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._run import run_of
+from pytorch_accelerated._text import counted
 from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.callbacks._watching import check_is_recorded, num_values_of, watched_value
 from pytorch_accelerated.callbacks.base import TrainerCallback
@@ -225,14 +226,13 @@ class EarlyStoppingCallback(TrainerCallback):
         if is_used_up:
             raise StopTrainingError(
                 f"{self.watch_metric} has not improved on {rounded(self.best_metric)} "
-                f"for {self.early_stopping_patience_counter} {self._unit(self.early_stopping_patience_counter)}"
-                f"{self._note_on_threshold(value)}"
+                f"for {counted(self.early_stopping_patience_counter, self._unit)}{self._note_on_threshold(value)}"
             )
         self._report(trainer, previous)
 
-    def _unit(self, number: int) -> str:
-        unit = "evaluation" if "intermediate_" in self.watch_metric else "epoch"
-        return unit if number == 1 else f"{unit}s"
+    @property
+    def _unit(self) -> str:
+        return "evaluation" if "intermediate_" in self.watch_metric else "epoch"
 
     def _check_value(self, value: float) -> None:
         """Stop the run if a value is beyond hope.
@@ -264,8 +264,8 @@ class EarlyStoppingCallback(TrainerCallback):
     def _report(self, trainer: Trainer, previous: float | None) -> None:
         best, num_epochs = self.best_metric, self.early_stopping_patience_counter
         if num_epochs > 0:
-            patience = self.early_stopping_patience
-            trainer.print(f"{self.watch_metric} has not improved for {num_epochs} of {patience} {self._unit(patience)}")
+            patience = counted(self.early_stopping_patience, self._unit)
+            trainer.print(f"{self.watch_metric} has not improved for {num_epochs} of {patience}")
         elif best is not None and previous is not None and not self._is_marked(trainer):
             trainer.print(f"{self.watch_metric} has improved by {abs(best - previous):.4g} to {best:.4g}")
 
