@@ -225,3 +225,12 @@ def test_the_time_left_ends_with_the_time_of_the_run(capsys):
     train(make_trainer(callbacks=[LogMetricsCallback]), num_epochs=2000, max_time="0.2 s")
     rows = [line for line in lines_of(capsys) if "/2000" in line]
     assert {row.split()[2] for row in rows} == {"0s"}
+
+
+def test_an_epoch_that_is_ended_early_has_no_other_columns(capsys):
+    ending = Probe(on_train_step_end=lambda trainer, **_: trainer.end_epoch("enough"))
+    train(make_trainer(callbacks=[LogMetricsCallback, ending]), num_epochs=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("train loss" in line for line in lines) == 1
+    assert sum("ends after 1 batches per process: enough" in line for line in lines) == 2
+    assert not any("num batches" in line for line in lines)

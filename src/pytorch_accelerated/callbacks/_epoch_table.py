@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
 
 _MANY_ROWS = 100  # a notebook gets the whole table with each row, so more than these are sent now and then
+_TOLD_ELSEWHERE = ("intermediate_update", "train_num_batches")  # by the label, and by the end of a short epoch
 _MAX_TEXT = 24  # characters of a value that is not a number
 
 
@@ -144,7 +145,7 @@ class EpochTable:
         row = {first_column: Cell(label)}
         if self._is_in_training_run:
             row |= {name: Cell((first or {}).get(name, "")) for name in ("time", "eta", "lr")}
-        names = {*(name for name in metrics if not name.endswith("intermediate_update")), *coming}
+        names = {*(name for name in metrics if not name.endswith(_TOLD_ELSEWHERE)), *coming}
         for name in sorted(names, key=_Order(run_of(trainer).eval_dataloaders, run_of(trainer).metrics.names)):
             cell = self._cell(trainer, name, metrics[name]) if name in metrics else Cell("", width=NUMBER_WIDTH)
             title = title_of(name).replace(unsaid, "")
