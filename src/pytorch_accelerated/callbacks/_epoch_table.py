@@ -17,8 +17,8 @@ from pytorch_accelerated._console.values import (
     time_left_text,
     title_of,
 )
-from pytorch_accelerated._metrics import BestMetric, is_greater_better, one_number
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._measuring.comparison import BestMetric, is_greater_better, one_number
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks._series import Seen, newest_of, series_of, was_reset
 from pytorch_accelerated.tracking import EVALUATION_PREFIX
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated._arguments.lengths import Length
 from pytorch_accelerated._console.bar import BarState
 from pytorch_accelerated._console.pace import Pace
 from pytorch_accelerated._console.screen import LiveHtml, is_notebook
@@ -12,9 +13,8 @@ from pytorch_accelerated._console.shown_bar import SECONDS_BETWEEN_LINES, ShownB
 from pytorch_accelerated._console.values import learning_rate_text, number_text
 from pytorch_accelerated._data.loaders import num_batches_of
 from pytorch_accelerated._hints.arguments import explains_arguments
-from pytorch_accelerated._lengths import Length
 from pytorch_accelerated._means import weighted_mean
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks._epoch_table import learning_rate_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.reporting import has_table
@@ -22,7 +22,7 @@ from pytorch_accelerated.callbacks.reporting import has_table
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from pytorch_accelerated._run import DataPass
+    from pytorch_accelerated._position import DataPass
     from pytorch_accelerated.trainer import Trainer
 
 _SHORT_EPOCH = 0.5  # seconds; after such an epoch, the next bar is drawn once there is something to show

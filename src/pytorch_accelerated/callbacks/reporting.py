@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._types import MetricValue
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks._epoch_table import EpochTable
 from pytorch_accelerated.callbacks._series import newest_of, series_of, was_reset
 from pytorch_accelerated.callbacks.base import TrainerCallback
