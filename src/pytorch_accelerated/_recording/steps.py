@@ -135,7 +135,7 @@ class StepRecorder:
         return means
 
     def state_dict(self) -> StateDict:
-        """Return the sums as of the last time, when nothing is on its way."""
+        """Return the sums as of the last time. Nothing may be on its way from the device."""
         return {"sums": {name: list(pair) for name, pair in self._sums.items()}}
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
@@ -144,7 +144,7 @@ class StepRecorder:
 
 
 def take_step_values(run: Run, epoch: int, optimizer: Any, device: torch.device) -> None:
-    """Take the values of the steps of a run, which are due. Must be called on every process.
+    """Take the values of steps that are due in a run. Must be called on every process.
 
     Args:
         run: The run.
