@@ -259,7 +259,7 @@ class TrainingLoop(TrainerTools):
         run = self._loop_run
         run_info = run_info_of(run.config, self.get_model(), self.optimizer, self.scheduler)
         run.record_in(self.run_history, run_info)
-        run.training.recorder.start(self.run_history.record_every_n_updates, run.training.progress.num_updates)
+        run.training.recorder.start(run, self.run_history.record_every or self.run_history.record_every_n_updates)
         with run.interrupt:
             try:
                 run.call(self.training_run_start)
@@ -510,9 +510,9 @@ class TrainingLoop(TrainerTools):
 
     def _loop_end_train_step(self, step: int) -> None:
         run = self._loop_run
+        run.training.progress.num_batches_in_epoch = step + 1
         if run.training.progress.num_updates >= run.training.recorder.next_update:
             record_steps(self, wait=False)
-        run.training.progress.num_batches_in_epoch = step + 1
         run.ledger.switch(OTHER)
         results, run.step_results = run.step_results, []  # none if a subclass has replaced the step
         for batch, batch_output in results:
@@ -759,7 +759,7 @@ def record_steps(trainer: TrainingLoop, *, wait: bool = True) -> None:
         wait: Whether to wait for those that are still on their way from the device.
     """
     run, history, recorder = run_of(trainer), trainer.run_history, run_of(trainer).training.recorder
-    if run.training.progress.num_updates >= recorder.next_update:
+    if recorder.is_due(run):
         take_step_values(run, history.current_epoch, trainer.optimizer, trainer.device)
     for moment, values in recorder.known(wait=wait):
         history._record_step(values, moment)  # noqa: SLF001 - a seam
