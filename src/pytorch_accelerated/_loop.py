@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from pytorch_accelerated._accumulation import clip_gradients, gradients_for, scale_gradients, with_dense_gradients
 from pytorch_accelerated._arguments.moments import check_run
+from pytorch_accelerated._console.text import all_done
 from pytorch_accelerated._data.loaders import EXACT, RestOfEpoch, enumerate_batches
 from pytorch_accelerated._data.rng import forget_spare_gaussian, preserve_rng_state
 from pytorch_accelerated._data.sharding import sharding_of, start_at, without_samples
@@ -285,7 +286,7 @@ class TrainingLoop(TrainerTools):
         while run.should_continue():
             self._loop_epoch()
         limit = run.limit_reached()
-        run.stop_reason = f"{progress.num_epochs_completed} epochs are done" if limit is None else limit
+        run.stop_reason = all_done(progress.num_epochs_completed, "epoch") if limit is None else limit
         if limit is not None:
             self.print(f"Training ends in epoch {self.run_history.current_epoch - 1}: {limit}")
 

@@ -14,6 +14,7 @@ from pytorch_accelerated._accumulation import (
     gradients_for,
 )
 from pytorch_accelerated._console.pace import Pace, fraction_done
+from pytorch_accelerated._console.text import all_done
 from pytorch_accelerated._data.loaders import guarantee_of_skipping, order_may_differ, reliable_num_batches_of
 from pytorch_accelerated._data.rng import derive_seed
 from pytorch_accelerated._distributed.collectives import average_gradients, mean_over_processes, share_of_processes
@@ -654,7 +655,7 @@ class Run:
         if self.time_limit is not None and not self.is_update_limit_reached:
             return self.time_limit.reason if has_epochs_left or self.is_time_over else None
         is_cut_short = self.is_epoch_cut_short and self.is_update_limit_reached
-        limit = f"{progress.num_updates} updates are done (`max_num_train_steps`)"
+        limit = f"{all_done(progress.num_updates, 'update')} (`max_num_train_steps`)"
         return limit if has_epochs_left or is_cut_short else None
 
     def count_epoch(self, history: RunHistory) -> None:

@@ -29,6 +29,16 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def all_done(number: int, what: str) -> str:
+    """Return that a number of things is done.
+
+    Example:
+        >>> all_done(1, "epoch"), all_done(2, "epoch")
+        ('1 epoch is done', '2 epochs are done')
+    """
+    return f"{counted(number, what)} {'is' if number == 1 else 'are'} done"
+
+
 def align(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), gap: str = "  ") -> list[str]:
     """Return the lines of a table.
 

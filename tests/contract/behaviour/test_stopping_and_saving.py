@@ -300,7 +300,7 @@ def test_a_state_saved_in_the_event_of_a_stop_does_not_train_on(tmp_path, event)
     assert resumed.stop_reason == whole.stop_reason == "enough"
     assert resumed.progress.num_updates == 4
     train(resumed, num_epochs=1)
-    assert resumed.stop_reason == "1 epochs are done", "the request is gone with its run"
+    assert resumed.stop_reason == "1 epoch is done", "the request is gone with its run"
 
 
 @pytest.fixture(scope="module")
