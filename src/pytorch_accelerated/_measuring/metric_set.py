@@ -13,7 +13,7 @@ from pytorch_accelerated._measuring.accumulators import Accumulator, Number, cre
 from pytorch_accelerated._measuring.names import MetricNames, named_numbers, stems_of_run
 from pytorch_accelerated._measuring.states import is_torchmetric
 from pytorch_accelerated._messages import warn
-from pytorch_accelerated._nested import rebuild
+from pytorch_accelerated._nested import outline_of_arguments, rebuild
 from pytorch_accelerated._types import Batch, BatchOutput, Metrics, Nested, StateDict, StateMapping
 from pytorch_accelerated.exceptions import add_note
 
@@ -36,6 +36,8 @@ class PassMetrics:
         """States of further processes that the run had before it was resumed."""
 
         self._not_restored: set[str] = set()
+        self._has_names = False
+        """Whether the names of the results were compared."""
 
     def update(self, get_inputs: GetInputs, batch: Batch, batch_output: BatchOutput, num_samples: int) -> None:
         """Add a step.
@@ -45,6 +47,9 @@ class PassMetrics:
             batch: The batch.
             batch_output: What the step returned.
             num_samples: The number of its samples.
+
+        Raises:
+            ValueError: Two results have the same name.
         """
         if not self._updated:
             return
@@ -56,7 +61,23 @@ class PassMetrics:
                     accumulator.update(args, kwargs, num_samples)
                 except Exception as error:
                     _note_metric(error, name)
+                    add_note(error, f"The metric was called with {outline_of_arguments(args, kwargs)}")
                     raise
+        if not self._has_names:
+            self._check_names()
+
+    def _check_names(self) -> None:
+        """Raise at the first step if two results have the same name, as far as their names are known then.
+
+        Raises:
+            ValueError: Two have.
+        """
+        self._has_names = True
+        results: dict[str, float] = {}
+        for name, accumulator in self._accumulators.items():
+            numbers = dict(named_numbers("" if accumulator.has_names else name, accumulator.zeros()))
+            _check_differ(name, results, numbers)
+            results |= numbers
 
     def sums(self) -> dict[str, tuple[Number, Number]]:
         """Return the weighted sum and the total weight of each metric that is a mean of single numbers, by name."""
