@@ -218,10 +218,10 @@ class OfBatchMeans(Accumulator):
 
 def weighted(value: Number, weight: Number) -> Number:
     """Return the product; 0 for a weight of 0, also of a value that is not finite, such as the mean of nothing."""
-    product = value * weight
     if isinstance(weight, torch.Tensor):  # on an accelerator, where the host would wait for its value
+        product = torch.as_tensor(value * weight)
         return torch.where(weight == 0, torch.zeros_like(product), product)
-    return product
+    return value * weight
 
 
 def _as_summand(value: MetricValue, name: str) -> Number:
