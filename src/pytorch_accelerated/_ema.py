@@ -161,8 +161,8 @@ def check_decay(decay: object) -> None:
     number = one_number(decay)
     if number is None:
         raise TypeError(
-            f"`decay` is {decay!r}, of type {type(decay).__name__}. Expected the weight of the past, a number between 0 "
-            "and 1."
+            f"`decay` is {decay!r}, of type {type(decay).__name__}. Expected the weight of the past, a number between "
+            "0 and 1."
         )
     if not 0 <= number <= 1:
         raise ValueError(f"`decay` is {decay!r}. Expected the weight of the past, a number between 0 and 1.")

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from pytorch_accelerated._compiled import without_wrappers
-from pytorch_accelerated._optimizers.checks import warn_about_missing_parameters
+from pytorch_accelerated._optimizers.checks import find_untrained, warn_about_untrained
 from pytorch_accelerated._output_shapes import run_with_recorder
 from pytorch_accelerated._text import align, format_size
 from pytorch_accelerated._types import Nested
@@ -162,7 +162,7 @@ def summarize(
         check_positive_integer("depth", depth, "levels of modules")
     models = _as_models(model)
     for each in models.values():
-        warn_about_missing_parameters(each, *_optimizers(optimizer))
+        warn_about_untrained(each, find_untrained(each, *_optimizers(optimizer)))
     inputs = _as_inputs(example_input, models)
     shape_functions: dict[str, Callable[[nn.Module], Nested]] = {}
     for name, each in inputs.items():

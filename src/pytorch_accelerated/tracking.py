@@ -76,7 +76,7 @@ class RunHistory(ABC):
 
         In the events of a pass over the data, from its start to its end, a plain name means the metric of that pass, if
         it has one: ``accuracy`` is ``train_accuracy`` in a training epoch, ``intermediate_eval_accuracy`` in an
-        intermediate evaluation, and so on.
+        intermediate evaluation, and so on. ``loss`` is its mean loss.
 
         Raises:
             ValueError: Nothing was recorded under this name.
@@ -316,13 +316,16 @@ class InMemoryRunHistory(RunHistory):
 
         In the events of a pass over the data, from its start to its end, a plain name means the metric of that pass, if
         it has one: ``accuracy`` is ``train_accuracy`` in a training epoch, ``intermediate_eval_accuracy`` in an
-        intermediate evaluation, and so on.
+        intermediate evaluation, and so on. ``loss`` is its mean loss.
 
         Raises:
             ValueError: Nothing was recorded under this name.
         """
         names = [self._prefix + metric_name, self._prefix + self._stage + metric_name, metric_name]
-        for name in [*names, self._stage + metric_name]:
+        names.append(self._stage + metric_name)
+        if metric_name == "loss" and self._stage:
+            names += [f"{self._prefix}{self._stage}loss_epoch", f"{self._stage}loss_epoch"]
+        for name in names:
             values = self._metrics.get(self._newest_series.get(name, name)) or self._metrics.get(name)
             if values:
                 return values[-1]
@@ -571,7 +574,16 @@ class JsonlRunHistory(InMemoryRunHistory):
         else:
             self._metrics[record.name].append(record.value)
             self._moments.append((record.name, record.moment))
+            self._note_newest_series(record.name)
         self._current_epoch = max(self._current_epoch, (record.moment.epoch or 0) + 1)
+
+    def _note_newest_series(self, series: str) -> None:
+        """Note which of a metric and its series of `Trainer.evaluate` has the newest value."""
+        front, is_of_evaluation, rest = series.partition(EVALUATION_PREFIX)
+        if is_of_evaluation and rest != "loss":
+            self._newest_series[front + rest] = series
+        else:
+            self._newest_series.pop(series, None)
 
 
 def compare(

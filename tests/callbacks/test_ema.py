@@ -461,5 +461,5 @@ def test_all_processes_have_the_same_average_with_the_buffers_of_rank_0():
 
 @pytest.mark.parametrize(("decay", "error"), [("average.pt", TypeError), (None, TypeError), (1.5, ValueError)])
 def test_a_decay_that_cannot_be_meant_is_refused_at_construction(decay, error):
-    with pytest.raises(error, match="`decay` is .* Expected the weight of the past"):
+    with pytest.raises(error, match=r"`decay` is .* Expected the weight of the past"):
         ModelEmaCallback(decay)

@@ -21,7 +21,7 @@ from _support import (
     train,
     weights_of,
 )
-from pytorch_accelerated import _loss_monitor
+from pytorch_accelerated import Trainer, _loss_monitor
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
     SaveBestModelCallback,
@@ -453,6 +453,39 @@ def test_without_the_callback_nothing_is_checked():
     model.is_bad = True
     make_trainer(model).train(make_dataset(8), num_epochs=1)
     assert model.layer.weight.isnan().all()
+
+
+@pytest.mark.parametrize("clipping", [{}, {"gradient_clip_norm": 1.0}, {"gradient_clip_value": 0.1}])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_on_a_cpu_a_gradient_that_a_callback_has_made_bad_changes_nothing(clipping, accumulation):
+    """`on_optimizer_step_start` is the last place to change gradients."""
+    before = []
+
+    def spoil(trainer, **kwargs):
+        before.append(weights_of(trainer.model))
+        if len(before) == 2:
+            next(trainer.model.parameters()).grad[0] = math.nan
+
+    trainer = make_trainer(callbacks=[TerminateOnNaNCallback(), Probe(on_optimizer_step_start=spoil)])
+    with pytest.raises(NonFiniteLossError, match="The gradient of"):
+        train(trainer, make_dataset(32), gradient_accumulation_steps=accumulation, **clipping)
+    torch.testing.assert_close(weights_of(trainer.model), before[1], rtol=0, atol=0)
+
+
+def test_a_callback_may_make_a_bad_gradient_good():
+    def mend(trainer, **kwargs):
+        for parameter in trainer.model.parameters():
+            parameter.grad.nan_to_num_()
+
+    class BadGradient(Trainer):
+        def backward_step(self, loss):
+            super().backward_step(loss)
+            next(self.model.parameters()).grad[0] = math.nan
+
+    callbacks = [TerminateOnNaNCallback(), Probe(on_optimizer_step_start=mend)]
+    trainer = make_trainer(cls=BadGradient, callbacks=callbacks)
+    train(trainer, make_dataset(32))
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
 def test_gradients_that_wait_for_an_update_are_checked_before_a_state_is_saved(tmp_path):

@@ -187,7 +187,7 @@ def test_a_name_without_that_of_its_entry_is_an_error_after_the_first_epoch():
     trainer = make_trainer(
         callbacks=[EarlyStoppingCallback(watch_metric="eval_m")], metrics={"m": lambda outputs, targets: [0.0, 1.0]}
     )
-    with pytest.raises(ValueError, match="'eval_m'. Recorded so far: .* Did you mean 'eval_m_1'?"):
+    with pytest.raises(ValueError, match=r"'eval_m'. Recorded so far: .* Did you mean 'eval_m_1'?"):
         train(trainer, eval_dataset=make_dataset(8))
 
 

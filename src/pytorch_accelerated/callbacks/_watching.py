@@ -128,7 +128,7 @@ def _warn_about_missing_value(trainer: Trainer, watch_metric: str, callback_name
     names = sorted(trainer.run_history.get_metric_names())
     if not is_intermediate or f"{dataset_name}intermediate_update" in names:
         warn(
-            f"`{callback_name}` watches {watch_metric!r}, but nothing has been recorded under this name so far, so there "
-            f"is nothing to compare. Recorded so far: {names}. Watch one of these, or record the metric before the end "
-            "of an epoch, in `on_eval_epoch_end` for example."
+            f"`{callback_name}` watches {watch_metric!r}, but nothing has been recorded under this name so far, so "
+            f"there is nothing to compare. Recorded so far: {names}. Watch one of these, or record the metric before "
+            "the end of an epoch, in `on_eval_epoch_end` for example."
         )
