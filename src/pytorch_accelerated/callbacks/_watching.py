@@ -30,7 +30,7 @@ def check_is_recorded(trainer: Trainer, watch_metric: str, callback_name: str) -
     of_trainer = _metrics_of_trainer(trainer, watch_metric)
     if watch_metric in known or watch_metric.startswith(tuple(f"{name}_" for name in of_trainer)):
         return  # a result with several entries has the name of the metric in front of theirs
-    classes = [type(trainer), *map(type, trainer.callback_handler.with_nested_callbacks())]
+    classes = _classes_of(trainer)
     meant = metric_meant(watch_metric, known)
     if all(map(is_of_library, (*classes, type(trainer.run_history)))) and not overrides_any(trainer, HOOKS):
         remedy = f"Watch {meant!r}." if meant else "Watch one of these, or record the metric in a callback or a hook."
@@ -43,6 +43,10 @@ def check_is_recorded(trainer: Trainer, watch_metric: str, callback_name: str) -
             f"`{callback_name}` watches {watch_metric!r}. Unless your program records a metric of this name, watch "
             f"{meant!r}, as it is called here."
         )
+
+
+def _classes_of(trainer: Trainer) -> list[type]:
+    return [type(trainer), *map(type, trainer.callback_handler.with_nested_callbacks())]
 
 
 def _metrics_of_run(trainer: Trainer, watch_metric: str) -> set[str]:
@@ -110,13 +114,15 @@ def watched_value(trainer: Trainer, watch_metric: str, callback_name: str) -> fl
 
 
 def _is_other_name(trainer: Trainer, watch_metric: str) -> bool:
-    """Tell whether a name is that of another library, or of a result with several entries that have names."""
+    """Tell whether a name is that of another library, of a result whose entries have names, or misspelt."""
     config = trainer.run_config
 
     def is_other() -> bool:
         names = trainer.run_history.get_metric_names()
-        is_of_several = any(name.startswith(f"{watch_metric}_") for name in names)
-        return is_of_several or metric_meant(watch_metric, names, cutoff=1) is not None
+        if any(name.startswith(f"{watch_metric}_") for name in names) or metric_meant(watch_metric, names, cutoff=1):
+            return True
+        is_mentioned = any(watch_metric in words_around(cls) for cls in _classes_of(trainer))
+        return metric_meant(watch_metric, names) is not None and not is_mentioned
 
     return run_on_main(is_other, config.is_world_process_zero, config.num_processes)
 
