@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+from torch import nn
 
 from _saved import assert_equal
 from _support import (
@@ -17,6 +18,7 @@ from _support import (
     Probe,
     assert_same_weights,
     make_dataset,
+    make_model,
     make_trainer,
     train,
     weights_of,
@@ -453,6 +455,61 @@ def test_without_the_callback_nothing_is_checked():
     model.is_bad = True
     make_trainer(model).train(make_dataset(8), num_epochs=1)
     assert model.layer.weight.isnan().all()
+
+
+class ScaledLoss(nn.Module):
+    """A loss function with a parameter and a buffer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("num_calls", torch.zeros(()))
+
+    def forward(self, outputs, targets):
+        self.num_calls += 1
+        return nn.functional.mse_loss(outputs * self.scale, targets)
+
+
+def trainer_with_scaled_loss(tmp_path, *, stop_after=None):
+    """Watch losses that are best in epoch 2; in epoch 4 the program may die, after its state was saved."""
+
+    def note(trainer, **kwargs):
+        epoch = trainer.run_history.current_epoch
+        trainer.run_history.update_metric("score", [2.0, 1.0, 3.0, 4.0, 5.0][epoch - 1])
+        scales[epoch] = loss.scale.item()
+
+    def die(trainer, **kwargs):
+        if trainer.run_history.current_epoch == stop_after:
+            raise KeyError
+
+    loss, model, scales, extra = ScaledLoss(), make_model(), {}, nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters(), extra], lr=0.1)
+    callbacks = [
+        Probe(on_train_epoch_end=note, on_train_step_end=die),
+        EarlyStoppingCallback(3, watch_metric="score", restore_best_weights=True),
+        SaveTrainingStateCallback(tmp_path / "states"),
+    ]
+    trainer = Trainer(model, loss, optimizer, callbacks=callbacks)
+    trainer.extra = extra
+    return trainer, scales
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_the_best_weights_include_what_is_trained_outside_the_model(tmp_path, is_killed):
+    if is_killed:
+        with pytest.raises(KeyError):
+            train(trainer_with_scaled_loss(tmp_path, stop_after=4)[0], make_dataset(16), num_epochs=9)
+    trainer, scales = trainer_with_scaled_loss(tmp_path)
+    train(trainer, make_dataset(16), num_epochs=9, resume_from="latest")
+    assert trainer.stop_reason.startswith("score has not improved")
+    uninterrupted = scales if not is_killed else trained_scales(tmp_path / "again")
+    assert trainer.loss_func.scale.item() == uninterrupted[2] != uninterrupted[5]
+
+
+def trained_scales(path):
+    trainer, scales = trainer_with_scaled_loss(path)
+    train(trainer, make_dataset(16), num_epochs=9)
+    return scales
 
 
 @pytest.mark.parametrize("clipping", [{}, {"gradient_clip_norm": 1.0}, {"gradient_clip_value": 0.1}])
