@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,8 +30,7 @@ from pytorch_accelerated._means import LossTracker
 from pytorch_accelerated.exceptions import UnknownMetricError
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from matplotlib.figure import Figure
 
@@ -597,6 +597,7 @@ def compare(
 
     Raises:
         FileNotFoundError: There is no such file.
+        TypeError: Something else is in the place of a history, or of several.
 
     Example:
         >>> history = InMemoryRunHistory()
@@ -604,6 +605,10 @@ def compare(
         >>> compare({"first": history}).to_rows()[0]["accuracy"]
         0.5
     """
+    if isinstance(histories, (str, os.PathLike, RunHistory)) or not isinstance(histories, Iterable):
+        raise TypeError(
+            f"`histories` is {histories!r}. Expected a list of run histories, or a mapping of them by name."
+        )
     if not isinstance(histories, Mapping):
         names = (str(number) if isinstance(each, RunHistory) else str(each) for number, each in enumerate(histories, 1))
         histories = dict(zip(names, histories, strict=True))
@@ -613,6 +618,11 @@ def compare(
 def _opened(history: RunHistory | str | os.PathLike[str]) -> RunHistory:
     if isinstance(history, RunHistory):
         return history
+    if not isinstance(history, (str, os.PathLike)):
+        raise TypeError(
+            f"{history!r}, of type {type(history).__name__}, is no run history. Expected one, or the file of a "
+            "`JsonlRunHistory`."
+        )
     if not Path(history).expanduser().exists():
         raise FileNotFoundError(f"There is no file {str(history)!r}. Expected that of a `JsonlRunHistory`.")
     return JsonlRunHistory(history)
