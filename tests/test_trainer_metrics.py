@@ -589,3 +589,32 @@ def test_one_sample_is_enough():
     trainer = make_trainer({"accuracy": Accuracy(), "micro": MulticlassAccuracy(NUM_CLASSES, average="micro")})
     trainer.evaluate(TensorDataset(torch.zeros(1, 4), torch.zeros(1, dtype=torch.long)))
     assert history_of(trainer)["evaluation_accuracy"][0] in (0.0, 1.0)
+
+
+class Longest(MeanMetric):
+    """Remembers the number of the pass in which its mean was largest, in numbers that `reset` leaves alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_passes, self.largest, self.pass_of_largest = 0, -math.inf, 0
+
+    def update(self, outputs, targets):
+        super().update(outputs)
+
+    def compute(self):
+        self.num_passes += 1
+        if super().compute() > self.largest:
+            self.largest, self.pass_of_largest = super().compute().item(), self.num_passes
+        return {"of": self.pass_of_largest, "all": self.num_passes}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: MinMaxMetric(MulticlassAccuracy(NUM_CLASSES)), Longest, lambda: MetricCollection([Longest()])]
+)
+def test_what_a_metric_remembers_of_earlier_passes_is_resumed(tmp_path, make):
+    """The smallest and largest value so far, for example, also of each evaluation dataset."""
+    data = {"a": make_classes(13, seed=2), "b": make_classes(7, seed=3)}
+    whole = train(resumable(tmp_path, {"m": make()}), num_epochs=3, eval_dataset=data)
+    for state in states_in(tmp_path)[1::3]:
+        trainer = resumable(tmp_path / "again", {"m": make()})
+        assert train(trainer, num_epochs=3, eval_dataset=data, resume_from=state) == whole, state.name

@@ -896,6 +896,7 @@ class Trainer(TrainingLoop):
             recorder=training.recorder,
             means=training.epoch.means,
             metrics=run.metrics.of_training,
+            metric_set=run.metrics if run.metrics.names else None,
             window=training.window,
             stream=next((loader.stream for loader in run.seeded_train_loaders), None),
             order=next((loader.order_state for loader in run.seeded_train_loaders), None),

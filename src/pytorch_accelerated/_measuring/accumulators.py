@@ -85,6 +85,14 @@ class Accumulator(ABC):
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
 
+    def memory(self) -> StateDict:
+        """Return what outlives `reset`, such as the best value so far; of most metrics nothing."""
+        return {}
+
+    def load_memory(self, memory: StateMapping) -> None:
+        """Restore what `memory` returned."""
+        return
+
 
 def create_accumulators(metrics: Mapping[str, Any], device: torch.device) -> dict[str, Accumulator]:
     """Create the accumulator of each metric; those of the library share one.
@@ -489,6 +497,7 @@ class OfTorchMetric(Accumulator):
         self._num_updates = 0  # metrics around others do not count them
         for each in self._parts().values():
             each.distributed_available_fn = _is_never_available  # processes are put together by `compute`
+        self._initial_numbers = copy.deepcopy(self._numbers())
 
     def _parts(self) -> dict[str, Any]:
         return metrics_in(self._metric)
@@ -530,6 +539,30 @@ class OfTorchMetric(Accumulator):
         for name, part in parts.items():
             load_state(part, saved[name])
         self._num_updates = state_dict["num_updates"]
+
+    def _numbers(self) -> dict[str, StateDict]:
+        return {name: state_of(part)["numbers"] for name, part in self._parts().items()}
+
+    def memory(self) -> StateDict:
+        """Return the numbers that are not what they were at first; call it after `reset`."""
+        memory: StateDict = {}
+        for name, numbers in self._numbers().items():
+            initial = self._initial_numbers[name]
+            changed = {key: value for key, value in numbers.items() if not _are_equal(value, initial.get(key))}
+            memory |= {name: changed} if changed else {}
+        return memory
+
+    def load_memory(self, memory: StateMapping) -> None:
+        """Restore what `memory` returned."""
+        for name, part in self._parts().items():
+            for key, number in memory.get(name, {}).items():
+                setattr(part, key, on_device(number, part.device))
+
+
+def _are_equal(number: object, other: object) -> bool:
+    if isinstance(number, torch.Tensor) and isinstance(other, torch.Tensor):
+        return number.shape == other.shape and torch.equal(number.cpu(), other.cpu())
+    return type(number) is type(other) and number == other
 
 
 def _is_never_available() -> bool:

@@ -122,6 +122,16 @@ class PassMetrics:
         for accumulator in self._accumulators.values():
             accumulator.reset()
 
+    def memory(self) -> StateDict:
+        """Return what outlives `reset`, by the names of metrics; usually nothing."""
+        memories = {name: accumulator.memory() for name, accumulator in self._accumulators.items()}
+        return {name: memory for name, memory in memories.items() if memory}
+
+    def load_memory(self, memory: StateMapping) -> None:
+        """Restore what `memory` returned."""
+        for name, accumulator in self._accumulators.items():
+            accumulator.load_memory(memory.get(name, {}))
+
     def warn_about_rest(self) -> None:
         """Warn about metrics that the training state of a resumed epoch does not have."""
         if self._not_restored:
@@ -210,6 +220,9 @@ class MetricSet:
         self._of_evaluation: dict[str, PassMetrics] = {}
         """Those that no evaluation uses at the moment."""
 
+        self._memories: StateDict = {}
+        """What the others remember of earlier evaluations."""
+
         for name in self.names:
             MetricNames().check(name, "`metrics` has")
 
@@ -235,7 +248,11 @@ class MetricSet:
         if self._device is None:
             yield None
             return
-        metrics = self._of_evaluation.pop(key, None) or self._created(self._device)
+        metrics = self._of_evaluation.pop(key, None)
+        if metrics is None:
+            metrics = self._created(self._device)
+            metrics.load_memory(self._memories.get(key, {}))
+        self._memories[key] = metrics.memory()
         try:
             yield metrics
         finally:
@@ -244,6 +261,16 @@ class MetricSet:
 
     def _created(self, device: torch.device) -> PassMetrics:
         return PassMetrics(create_accumulators(self._metrics, device))
+
+    def state_dict(self) -> StateDict:
+        """Return what the metrics of evaluations remember of earlier ones, which is identical on every process."""
+        memories = {**self._memories, **{key: metrics.memory() for key, metrics in self._of_evaluation.items()}}
+        return {"memories": {key: memory for key, memory in memories.items() if memory}}
+
+    def load_state_dict(self, state_dict: StateMapping) -> None:
+        """Restore what `state_dict` returned."""
+        self._of_evaluation.clear()
+        self._memories = dict(state_dict["memories"])
 
     def check_names(self, dataset_names: Iterable[str], is_training_run: bool) -> None:
         """Raise at the start of a run if a metric would be recorded under the name of another.
