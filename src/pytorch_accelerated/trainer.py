@@ -910,7 +910,8 @@ class Trainer(TrainingLoop):
     def _loop_companions(self) -> Companions:
         """Find what else has a state among the attributes of the trainer and its callbacks, and at Accelerate."""
         callbacks, model = self.callback_handler.nested_last(), portable.unwrap_model(self.model, self._accelerator)
-        saved = (model, self.model, self.optimizer, self.scheduler, self.run_history, self.callback_handler, *callbacks)
+        own = (self.optimizer, self.scheduler, self.run_history, self.callback_handler, self._loop_metrics)
+        saved = (model, self.model, *own, *callbacks)
         data = (self.train_dataset, self.eval_dataset)
         left_out = {"_callbacks", *_names_in(self.left_out_of_states)}
         owners = {
