@@ -169,7 +169,7 @@ def test_a_history_shows_itself_as_a_table():
     assert repr(trainer.run_history) == "InMemoryRunHistory: nothing recorded yet"
     train(trainer, make_dataset(8), num_epochs=2)
     title, header, *lines = repr(trainer.run_history).splitlines()
-    assert title == "InMemoryRunHistory, 1 metrics in 2 rows:"
+    assert title == "InMemoryRunHistory, 1 metric in 2 rows:"
     assert header.split() == ["epoch", "update", "samples", "time", "train_loss_epoch"]
     assert [line.split()[:3] for line in lines] == [["1", "2", "8"], ["2", "4", "16"]]
     page = trainer.run_history._repr_html_()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import chain, groupby, zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -195,7 +196,7 @@ class OfBatchMeans(Accumulator):
 
     def zeros(self) -> MetricValue:
         """Return zeros in the shapes of what the function has returned."""
-        zeros = {key: torch.zeros(getattr(total, "shape", ())) for key, total in self._totals.items()}
+        zeros = {key: np.zeros(getattr(total, "shape", ())) for key, total in self._totals.items()}
         return zeros.get("", zeros)
 
     def compute(self, states: Sequence[StateMapping], mean_loss: float) -> MetricValue:
