@@ -30,6 +30,7 @@ from pytorch_accelerated._distributed.collectives import (
 )
 from pytorch_accelerated._distributed.consensus import can_skip_exchange, overrides_any
 from pytorch_accelerated._distributed.fast_path import choose_no_sync
+from pytorch_accelerated._distributed.peers import EndOnSignals
 from pytorch_accelerated._means import LossTracker, as_number
 from pytorch_accelerated._measuring.metric_set import MetricSet
 from pytorch_accelerated._measuring.names import stem_of
@@ -581,7 +582,7 @@ class TrainingLoop:
         run = self._loop_run
         run.record_in(self.run_history, run_info_of(self))
         run.training.recorder.start(self.run_history.record_every_n_updates, run.training.progress.num_updates)
-        with run.interrupt:
+        with run.interrupt, EndOnSignals(run.interrupt, run.config.num_processes):
             try:
                 run.call(self.training_run_start)
                 self._loop_fire(TrainerCallback.on_training_run_start)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pytorch_accelerated.exceptions import StopTrainingError, add_note
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from types import FrameType
 
 
@@ -28,7 +28,7 @@ class RunInterruptedError(StopTrainingError):
     """
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(f"interrupted by {_name_of(signal_number)}")
+        super().__init__(f"interrupted by {name_of_signal(signal_number)}")
         self.signal_number = signal_number
 
     def __reduce__(self) -> tuple[type[RunInterruptedError], tuple[int]]:
@@ -43,7 +43,8 @@ class RunInterruptedError(StopTrainingError):
         return end
 
 
-def _name_of(signal_number: int) -> str:
+def name_of_signal(signal_number: int) -> str:
+    """Return what people call a signal."""
     if signal_number == signal.SIGINT:
         return "Ctrl-C"
     return next((known.name for known in signal.Signals if known == signal_number), f"signal {signal_number}")
@@ -82,6 +83,11 @@ class InterruptFlag:
             number, previous = self._previous.popitem()
             signal.signal(number, previous)
 
+    @property
+    def signals(self) -> Collection[int]:
+        """The signals that raise the flag."""
+        return self._previous.keys()
+
     def listen_to(self, *signals: int) -> None:
         """Raise the flag on more signals, until the end of the block.
 
@@ -101,7 +107,7 @@ class InterruptFlag:
             except OSError as error:
                 del self._previous[number]
                 raise ValueError(
-                    f"No program can handle {_name_of(number)}, so a run cannot end gracefully on it. Expected a "
+                    f"No program can handle {name_of_signal(number)}, so a run cannot end gracefully on it. Expected a "
                     "signal that a handler can catch, such as SIGTERM."
                 ) from error
 
