@@ -592,6 +592,7 @@ class TrainingLoop:
                     warn_about_missing_parameters(self.get_model(), self.optimizer, vars(self).values())
                 self._loop_epochs()
             except StopTrainingError as stop:
+                run.consensus.confirm(stop)
                 self._loop_stop(stop)
             self._loop_end_run(self.training_run_end, TrainerCallback.on_training_run_end)
         run.count_epoch(
@@ -633,7 +634,8 @@ class TrainingLoop:
             run.consensus.sync()
         except RunInterruptedError:
             raise  # a state saved from now on continues within the epoch
-        except StopTrainingError:
+        except StopTrainingError as stop:
+            run.consensus.confirm(stop)
             if progress.phase == "training":
                 _cut_epoch_short(self, run)
             run.count_epoch(self.run_history)
@@ -866,6 +868,7 @@ class TrainingLoop:
                 self._loop_fire(TrainerCallback.on_evaluation_run_start)
                 self._loop_evaluate(is_training=False)
             except StopTrainingError as stop:
+                run.consensus.confirm(stop)
                 self._loop_stop(stop)
             self._loop_end_run(self.evaluation_run_end, TrainerCallback.on_evaluation_run_end)
 

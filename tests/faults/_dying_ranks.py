@@ -3,7 +3,8 @@
     _dying_ranks.py <folder> <rank that dies> <how> <n>
 
 ``how`` is ``killed``; ``unnoticed``, which leaves a process behind that keeps the connections open, so that the others
-cannot notice the death; or ``stopped``. With 0 for n, nobody dies, and the number of places is written to ``places``.
+cannot notice the death; or ``stopped``. n counts everything, or as in ``broadcast:20`` what has a name. With 0, nobody
+dies, and the names are written to ``places``.
 """
 
 from __future__ import annotations
@@ -54,19 +55,25 @@ class Death:
     Args:
         folder: Where the file ``died`` tells of it.
         how: How.
-        place: The number of the place, from 1; 0 for none.
+        place: The number of the place, from 1, or a name and the number among those; 0 for none.
     """
 
-    def __init__(self, folder: Path, how: str, place: int) -> None:
-        self.folder, self.how, self.place = folder, how, place
+    def __init__(self, folder: Path, how: str, place: str) -> None:
+        self.folder, self.how = folder, how
+        self.name, _, number = place.rpartition(":")
+        self.number = int(number)
         self.places: list[str] = []
         self._lock = threading.Lock()
 
     def reach(self, name: str) -> None:
         """Count a place, and die if it is the one."""
+        if threading.current_thread() is not threading.main_thread():
+            name += " in the background"
         with self._lock:
             self.places.append(name)
-            if len(self.places) != self.place:
+            is_counted = self.name in ("", name)
+            number = self.places.count(name) if self.name else len(self.places)
+            if not is_counted or number != self.number:
                 return
         (self.folder / "died").write_text(name)
         if self.how == "unnoticed" and os.fork() == 0:
@@ -91,8 +98,8 @@ class Death:
                     setattr(module, name, self.before(name, getattr(module, name)))
 
     def watch_gradients(self, model: nn.Module) -> None:
-        """Count the gradients of the last layer, for which the others wait in their backward pass."""
-        list(model.parameters())[0].register_hook(lambda gradient: self.reach("backward"))
+        """Count the gradients of the first layer, for which the others wait in their backward pass."""
+        next(iter(model.parameters())).register_hook(lambda gradient: self.reach("backward"))
 
 
 class Slow(TrainerCallback):
@@ -102,7 +109,7 @@ class Slow(TrainerCallback):
         time.sleep(0.002)
 
 
-def main(folder: Path, dying_rank: int, how: str, place: int) -> None:
+def main(folder: Path, dying_rank: int, how: str, place: str) -> None:
     """Train on few batches, with everything that processes do together."""
     torch.set_num_threads(1)
     peers.GRACE_SECONDS = GRACE_SECONDS
@@ -127,9 +134,9 @@ def main(folder: Path, dying_rank: int, how: str, place: int) -> None:
     )
     data = _runs.NoisySamples(is_noisy=False)
     trainer.train(data, num_epochs=1, eval_dataset=data, per_device_batch_size=3)
-    if place == 0 and death.places:
+    if death.number == 0 and death.places:
         (folder / "places").write_text("\n".join(death.places))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])

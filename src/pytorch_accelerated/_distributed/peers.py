@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,10 +33,11 @@ _PLACES_OF_WAITS = (
     f"{_TORCH / 'distributed'}{os.sep}",
     str(_TORCH / "nn" / "parallel" / "distributed.py"),
     str(_TORCH / "autograd" / "graph.py"),  # a backward pass, in which DDP waits
+    str(Path(__file__).with_name("consensus.py")),  # what it has sent without waiting
 )
 
 _peers_of_world: list[Any] = []
-"""The default process group, and the processes of its ranks."""
+"""A reference to the default process group, and the processes of its ranks."""
 
 _WAKEUP_OF_PARENT: list[bool] = []
 """Not empty while this process is told of signals through a pipe, which a forked process must leave alone."""
@@ -88,7 +90,7 @@ def find_peers() -> dict[int, Peer]:
     The first call for a process group lets all processes exchange what they are.
     """
     world = distributed.group.WORLD
-    if not _peers_of_world or _peers_of_world[0] is not world:
+    if not _peers_of_world or _peers_of_world[0]() is not world:
         own = Peer.of_this_process()
         everyone = all_gather_objects(own, distributed.get_world_size())
         peers = {
@@ -96,7 +98,7 @@ def find_peers() -> dict[int, Peer]:
             for rank, peer in enumerate(everyone)
             if peer is not None and own is not None and peer.system == own.system and peer != own
         }
-        _peers_of_world[:] = world, peers
+        _peers_of_world[:] = weakref.ref(world), peers  # a process that lets go of its group closes its connections
     found: dict[int, Peer] = _peers_of_world[1]
     return found
 
