@@ -44,6 +44,7 @@ from pytorch_accelerated._checkpoint.scheduler_state import (
     return_to_initial_rates,
     scheduler_state_of,
 )
+from pytorch_accelerated._checkpoint.schema import check_process_state, check_trainer_state
 from pytorch_accelerated._checkpoint.undo import attributes_kept_on_error, undone_on_error
 from pytorch_accelerated._checkpoint.writer import CollectedState
 from pytorch_accelerated._data.rng import derive_seed, get_rng_state, seed_generators, set_rng_state
@@ -387,7 +388,7 @@ def read_state(saved: SavedState, accelerator: Accelerator, parts: Parts) -> Sta
 
         try:
             return _read_state(saved, accelerator, parts)
-        except (KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{name_state(saved.path)} has unexpected contents: {error!r}. Nothing was loaded. Use an older state."
             ) from error
@@ -401,6 +402,8 @@ def _read_state(saved: SavedState, accelerator: Accelerator, parts: Parts) -> St
     process_state = _read_process_state(saved, int(accelerator.process_index), num_processes)
     _check_entries(trainer_state["trainer"], "progress", "seed", "stopped")
     _check_entries(process_state, "means", "window", "gradients", "rng")
+    check_trainer_state(trainer_state, saved.position, parts.run_history)
+    check_process_state(process_state, None if is_sharded(accelerator) else unwrap_model(parts.model, accelerator))
     progress = trainer_state["trainer"]["progress"]
     then = BatchLayout.from_settings({**parts.settings, **saved.settings}, saved.num_processes)
     now = BatchLayout.from_settings({**saved.settings, **parts.settings}, num_processes)

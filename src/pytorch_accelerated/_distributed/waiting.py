@@ -125,7 +125,7 @@ def _let_others_read(store: Any, num_processes: int) -> None:
     with suppress(RuntimeError):
         while time.monotonic() < deadline and not all(any(store.check([key]) for key in keys) for keys in names):
             time.sleep(0.05)
-        time.sleep(0.1)  # to read after having told
+        time.sleep(0.5)  # to read after having told
 
 
 def stop_together(stop: Exception) -> None:

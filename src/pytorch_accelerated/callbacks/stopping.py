@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytorch_accelerated._checkpoint.schema import OF_EARLY_STOPPING, check_entries
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._loss_monitor import describe_non_finite_loss
 from pytorch_accelerated._messages import warn
@@ -283,6 +284,7 @@ class EarlyStoppingCallback(TrainerCallback):
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
+        check_entries(state_dict, OF_EARLY_STOPPING)
         self._counter.best.record(state_dict["best"])
         self._counter.num_without_improvement = state_dict["num_without_improvement"]
         self._new_values.load_state_dict(state_dict)
