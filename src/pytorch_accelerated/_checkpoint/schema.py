@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeAlias
@@ -31,6 +32,10 @@ def is_count(value: object) -> bool:
 def is_number(value: object) -> bool:
     """Tell whether a value is one number."""
     return type(value) in (int, float) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+
+
+def _is_finite(value: object) -> bool:
+    return is_number(value) and math.isfinite(float(value))  # type: ignore[arg-type]  # a number, or a tensor of one
 
 
 def is_text(value: object) -> bool:
@@ -155,10 +160,15 @@ _OF_PROCESS: dict[str, Rule] = {
     "stream": optional(is_mapping),
     "companions": optional(is_mapping),
 }
+_COMPANIONS: dict[str, Rule] = {
+    "others": is_mapping,
+    "gradients": by_name(is_mapping),
+    "parameter_gradients": lambda value: isinstance(value, (list, tuple)),
+}
 _WINDOW: dict[str, Rule] = {
-    "total": is_number,
+    "total": _is_finite,
     "num_samples": is_count,
-    "expected": optional(is_number),
+    "expected": optional(_is_finite),
     "num_skipped": is_count,
     "end_of_epoch": optional(lambda value: isinstance(value, list) and [*map(type, value)] == [str, bool]),
     "updated": many(lambda value: isinstance(value, (str, int))),
@@ -228,6 +238,7 @@ def check_process_state(state: StateMapping, model: nn.Module | None) -> None:
     """
     check_entries(state, _OF_PROCESS)
     check_entries(state["window"], _WINDOW, "window")
+    check_entries(state.get("companions") or {}, _COMPANIONS, "companions")
     check_entries(state["means"], {"loss": is_mapping, "metrics": by_name(is_mapping)}, "means")
     for name, mean in {"means.loss": state["means"]["loss"], **state["means"]["metrics"]}.items():
         check_entries(mean, _MEAN, name)

@@ -197,12 +197,12 @@ def check_rng_state(state: Mapping[str, Any]) -> None:
     )
     if not is_right:
         raise ValueError("the state of the random number generators is none")
-    np.random.RandomState(0).set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian))
-    random.Random(0).setstate((version, tuple(internal), gauss_next))
     try:
+        np.random.RandomState(0).set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian))
+        random.Random(0).setstate((version, tuple(internal), gauss_next))
         torch.Generator().set_state(state["torch"])
     except RuntimeError as error:
-        raise ValueError(f"the state of PyTorch's generator is none: {error}") from error
+        raise ValueError(f"the state of a random number generator is none: {error}") from error
 
 
 @contextmanager
