@@ -109,9 +109,9 @@ test: $(VENV)/.stamp-dev
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) $(if $(TESTS),,$(IN_PARALLEL) --cov --cov-report=term) \
 	  $(PYTEST_ARGS)
 
-soak: SOAK = PYTHONPATH=tests OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python tests
+soak: SOAK = PYTHONPATH=tests/tools OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python tests
 soak: $(VENV)/.stamp-dev
-	$(if $(KILLS),$(SOAK)/_kills.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)))
+	$(if $(KILLS),$(SOAK)/tools/_kills.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)))
 	$(if $(PROGRAMS),$(SOAK)/faults/_programs.py --programs $(PROGRAMS) $(if $(SEED),--seed $(SEED)))
 
 check: format-check lint types test docs

@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from _common import make_dataset
 from pytorch_accelerated import Trainer
 from pytorch_accelerated._distributed.fast_path import wrap_optimizer
-from pytorch_accelerated._loss_monitor import LossMonitor
 from pytorch_accelerated._means import LossTracker
 from pytorch_accelerated._measuring.metric_set import MetricSet, PassMetrics
+from pytorch_accelerated._recording.loss_monitor import LossMonitor
 from pytorch_accelerated._step import read_batch_output
 from pytorch_accelerated.callbacks import TrainerCallback
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `_support`: pytest's import mode does not change the path
+sys.path.insert(
+    0, str(Path(__file__).parent / "tools")
+)  # for `_support`: pytest's import mode does not change the path
 
 
 def pytest_configure(config):
@@ -35,6 +37,12 @@ def _fresh_accelerate_state():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    """Make an empty folder the current one, for what writes into the current one by default."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

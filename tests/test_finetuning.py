@@ -10,12 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel
 
-from pytorch_accelerated.finetuning import (
-    BN_MODULES,
-    ModelFreezer,
-    discriminative_parameter_groups,
-    group_parameters,
-)
+from pytorch_accelerated.finetuning import BN_MODULES, ModelFreezer, discriminative_parameter_groups, group_parameters
 
 
 class TinyViT(nn.Module):

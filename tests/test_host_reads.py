@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import StepLR
 from torchmetrics import MeanSquaredError, MetricCollection, R2Score
 
 from _support import Probe, Samples, make_dataset, make_trainer
-from pytorch_accelerated import Trainer, _loss_monitor, callbacks
+from pytorch_accelerated import Trainer, callbacks
+from pytorch_accelerated._recording import loss_monitor
 from pytorch_accelerated.callbacks import EVENTS, TrainerCallback, get_default_callbacks
 from pytorch_accelerated.metrics import Accuracy, MeanAbsoluteError, Perplexity, WholeSet
 from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
@@ -140,7 +141,7 @@ def assert_no_reads(readers):
 
 @pytest.fixture
 def no_log_point(monkeypatch):
-    monkeypatch.setattr(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", float("inf"))
+    monkeypatch.setattr(loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", float("inf"))
 
 
 # --- the tests of this file can fail -----------------------------------------------------------------------------
@@ -304,7 +305,7 @@ def test_counting_tokens_on_the_device_and_operations_reads_nothing_on_the_host(
 @pytest.mark.parametrize("dataset", [DATASET, Samples(DATASET)], ids=["sliced batches", "collated batches"])
 def test_a_log_point_reads_the_mean_loss_once_for_all_callbacks(monkeypatch, dataset):
     """With a log point after each step. That of the last step of a pass comes after the last recorded read."""
-    monkeypatch.setattr(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
+    monkeypatch.setattr(loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
     num_passes = 2 * NUM_EPOCHS + 1
     assert Counter(readers_in(get_default_callbacks(), dataset=dataset)) == {
         "HostCopy.numbers by tolist": num_passes * (NUM_STEPS - 1)

@@ -23,7 +23,9 @@ from _support import (
 )
 from pytorch_accelerated import Trainer, callbacks
 from pytorch_accelerated._accumulation import AccumulationWindow
-from pytorch_accelerated._run import DataPass, Run, RunAttribute, WritableRunAttribute
+from pytorch_accelerated._position import DataPass
+from pytorch_accelerated._run import Run
+from pytorch_accelerated._views import RunAttribute, WritableRunAttribute
 from pytorch_accelerated.tracking import LossTracker
 
 

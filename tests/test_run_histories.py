@@ -15,8 +15,8 @@ import torch
 
 from _support import Probe, history_of, make_dataset, make_trainer, train
 from pytorch_accelerated import Trainer
-from pytorch_accelerated._host_copy import HostCopy
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._recording.host_copy import HostCopy
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback, StepBasedEvaluationCallback
 from pytorch_accelerated.tracking import InMemoryRunHistory, JsonlRunHistory, RunHistory
 

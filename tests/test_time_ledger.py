@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from _support import Probe, make_dataset, make_model, make_trainer, raiser, train
 from pytorch_accelerated import Trainer, time_ledger
+from pytorch_accelerated._recording import loss_monitor
 from pytorch_accelerated.callbacks import (
     ModelEmaCallback,
     SaveTrainingStateCallback,
@@ -433,9 +434,8 @@ def test_saving_in_a_short_run_is_not_told_of(clock, tmp_path, monkeypatch):
 
 
 def test_in_a_long_run_the_warning_does_not_wait_for_the_end(clock, monkeypatch):
-    from pytorch_accelerated import _loss_monitor
 
-    monkeypatch.setattr(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0)
+    monkeypatch.setattr(loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0)
     updates = []
     probe = Probe(on_train_step_end=lambda trainer, **_: updates.append(len(caught)))
     with pytest.warns(UserWarning, match="Waiting for training data") as caught:

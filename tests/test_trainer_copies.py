@@ -17,7 +17,7 @@ from torch.optim import lr_scheduler
 
 from _support import Samples, assert_same_weights, make_dataset, run_python, weights_of
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues, callbacks
-from pytorch_accelerated._signals import RunInterruptedError
+from pytorch_accelerated._distributed.reasons import RunInterruptedError
 from pytorch_accelerated.schedulers import CosineLrScheduler, WSDLrScheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

@@ -19,11 +19,7 @@ import _measured
 from _measured import NUM_CLASSES, history_of, make_classes, make_metrics, make_trainer, resumable, states_in, train
 from _support import Probe, Samples, Stream, recorder_of
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.callbacks import (
-    EarlyStoppingCallback,
-    ModelEmaCallback,
-    StepBasedEvaluationCallback,
-)
+from pytorch_accelerated.callbacks import EarlyStoppingCallback, ModelEmaCallback, StepBasedEvaluationCallback
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.metrics import Accuracy, Perplexity, WholeSet
 

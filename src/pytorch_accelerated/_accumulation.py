@@ -241,21 +241,21 @@ def parameters_outside(model: nn.Module | MaybeNone, optimizer: Optimizer | None
     return outside if len(outside) < len(held) else []
 
 
+def gradients_for(optimizer: Optimizer) -> list[torch.Tensor]:
+    """Return all gradients that an optimizer would use."""
+    groups = optimizer.param_groups
+    return [gradient for group in groups for each in group["params"] if (gradient := each.grad) is not None]
+
+
 class GradientCheck:
-    """Tells whether no gradient that an optimizer would use has a NaN or an infinity. Reads from the device."""
+    """Tells whether no gradient has a NaN or an infinity. Reads from the device."""
 
     def __init__(self) -> None:
         self._is_found = torch.zeros(1, dtype=torch.float32, device="cpu")
         self._factor = torch.ones(1, dtype=torch.float32, device="cpu")
 
-    def are_finite(self, optimizer: Optimizer) -> bool:
-        """Look at all gradients."""
-        gradients = [
-            parameter.grad
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
+    def are_finite(self, gradients: list[torch.Tensor]) -> bool:
+        """Look at all of them."""
         try:
             # The operation of gradient scalers, one for all gradients. It also multiplies them by 1.
             torch._amp_foreach_non_finite_check_and_unscale_(gradients, self._is_found, self._factor)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytorch_accelerated._measuring.comparison import one_number
 from pytorch_accelerated._measuring.names import MetricNames, stem_of
 from pytorch_accelerated._messages import warn
-from pytorch_accelerated._metrics import one_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

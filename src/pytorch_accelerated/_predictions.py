@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from pytorch_accelerated._batch_size import size_of_predictions
 from pytorch_accelerated._console.shown_bar import progress_bar
 from pytorch_accelerated._data.loaders import (
     batch_size_of,
@@ -20,10 +19,13 @@ from pytorch_accelerated._data.loaders import (
 )
 from pytorch_accelerated._data.sharding import ShardedBatchSampler, part_of_rest, sharding_of
 from pytorch_accelerated._distributed.collectives import all_gather_nested
-from pytorch_accelerated._joining import OutputJoiner, as_parts, dresser_of
 from pytorch_accelerated._messages import warn
-from pytorch_accelerated._nested import named_items
 from pytorch_accelerated._step import targets_of
+from pytorch_accelerated._tensors.batch_size import size_of_predictions
+from pytorch_accelerated._tensors.dressing import dresser_of
+from pytorch_accelerated._tensors.joining import OutputJoiner
+from pytorch_accelerated._tensors.nested import named_items
+from pytorch_accelerated._tensors.parts import as_parts
 from pytorch_accelerated._types import Batch, Loader, ModelOutput, Nested
 from pytorch_accelerated.run_config import TrainerRunConfig
 

@@ -1,35 +1,38 @@
-"""The state of one run, held by one object, and how it shows on the trainer."""
+"""The state of one run, held by one object."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated._accumulation import AccumulationWindow, GradientCheck, OutsideParameters, are_finite
-from pytorch_accelerated._checkpoint.folder import Lineage
+from pytorch_accelerated._accumulation import (
+    AccumulationWindow,
+    GradientCheck,
+    OutsideParameters,
+    are_finite,
+    gradients_for,
+)
 from pytorch_accelerated._console.pace import fraction_done
 from pytorch_accelerated._data.loaders import guarantee_of_skipping, order_may_differ, reliable_num_batches_of
 from pytorch_accelerated._data.rng import derive_seed
 from pytorch_accelerated._distributed.collectives import average_gradients, mean_over_processes, share_of_processes
 from pytorch_accelerated._distributed.consensus import StopConsensus
-from pytorch_accelerated._loss_monitor import (
-    LossMonitor,
-    describe_non_finite_gradient,
-    describe_non_finite_loss,
-    describe_non_finite_parameters,
-)
-from pytorch_accelerated._means import EpochMeans, weighted_mean
-from pytorch_accelerated._measuring.metric_set import MetricSet, PassMetrics
+from pytorch_accelerated._distributed.reasons import RunInterruptedError
+from pytorch_accelerated._means import weighted_mean
+from pytorch_accelerated._measuring.metric_set import MetricSet
 from pytorch_accelerated._measuring.names import MetricNames, stems_of_run
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._optimizers.closure import WindowClosure, WindowStep, scaled
 from pytorch_accelerated._optimizers.group import parameters_of
-from pytorch_accelerated._optimizers.modes import OptimizerMode
-from pytorch_accelerated._proxy import Forwarded, Value, WritableForwarded
-from pytorch_accelerated._recording import StepRecorder
+from pytorch_accelerated._position import DataPass, TrainingPosition
+from pytorch_accelerated._recording.non_finite import (
+    describe_non_finite_gradient,
+    describe_non_finite_loss,
+    describe_non_finite_parameters,
+)
+from pytorch_accelerated._requests.signals import InterruptFlag
 from pytorch_accelerated._scheduling.stepping import SchedulerStepping
-from pytorch_accelerated._signals import InterruptFlag, RunInterruptedError
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 from pytorch_accelerated.progress import TrainingProgress
 from pytorch_accelerated.time_ledger import DATA, EVALUATION, FORWARD, OTHER, TimeLedger
@@ -42,8 +45,7 @@ if TYPE_CHECKING:
     from pytorch_accelerated._checkpoint.restart import Restart
     from pytorch_accelerated._data.determinism import SeededLoader
     from pytorch_accelerated._distributed.accelerator import PreparedModel
-    from pytorch_accelerated._loop import TrainingLoop
-    from pytorch_accelerated._requests import TimeLimit
+    from pytorch_accelerated._requests.time_limit import TimeLimit
     from pytorch_accelerated._types import (
         Batch,
         BatchOutput,
@@ -51,166 +53,11 @@ if TYPE_CHECKING:
         EvalLoaders,
         Loader,
         MaybeNone,
-        RunSettings,
         Scheduler,
         StateMapping,
     )
     from pytorch_accelerated.run_config import TrainerRunConfig
     from pytorch_accelerated.tracking import RunHistory
-
-TrainerType = TypeVar("TrainerType", bound="TrainingLoop")
-
-
-class DataPass:
-    """One pass over the data: a training epoch, or an evaluation.
-
-    Args:
-        stage: What the pass is for.
-        loader: Yields its batches.
-        is_intermediate: Whether it is an evaluation in the middle of a training epoch.
-    """
-
-    def __init__(
-        self, stage: Literal["training", "evaluation"], loader: Loader | MaybeNone = None, is_intermediate: bool = False
-    ) -> None:
-        self.stage = stage
-        self.loss_name = "train_loss_epoch"
-        """The name under which the mean loss is recorded."""
-
-        self.loader = loader
-        self.is_intermediate = is_intermediate
-        self.means = EpochMeans()
-        """The weighted means of loss and metrics so far, on this rank."""
-
-        self.metrics: PassMetrics | None = None
-        """What the metrics of the trainer have gathered; ``None`` if they are not computed in this pass."""
-
-        self.monitor = LossMonitor()
-        """Says when a log point is due, and knows the loss as of the last one."""
-
-        self.num_batches_done = 0
-        self.max_num_steps: int | None = None
-        """Batches after which an evaluation ends early; ``None`` for no limit."""
-
-        self.is_dummy_step = False
-        """Whether the batch of the current step is a dummy, which counts for nothing."""
-
-    def sums(self) -> dict[str, tuple[float | torch.Tensor, float | torch.Tensor]]:
-        """Return the weighted sum and the total weight of each mean so far on this rank, by plain name."""
-        return self.means.plain_sums() | ({} if self.metrics is None else self.metrics.sums())
-
-
-class TrainingPosition:
-    """How far training has come, and what else a training state consists of next to model, optimizer and scheduler.
-
-    It outlives the run that trains: an evaluation shares it with the run before, or with the run that it is nested in.
-
-    Args:
-        seed: The seed of the order of the training data.
-        num_epochs_completed: Epochs done before.
-        window: The accumulation window of the run.
-        run_number: Counts the training runs of the trainer from 0; -1 before the first.
-    """
-
-    def __init__(
-        self,
-        seed: int = 0,
-        num_epochs_completed: int = 0,
-        window: AccumulationWindow | None = None,
-        run_number: int = -1,
-    ) -> None:
-        self.run_number = run_number
-        self.seed = seed
-        """The seed of the data: it derives from the run's, unless it comes from a training state."""
-
-        self.progress = TrainingProgress(num_epochs_completed=num_epochs_completed)
-        self.window = AccumulationWindow() if window is None else window
-        self.epoch = DataPass("training")
-        """The training epoch under way, or the last one."""
-
-        self.current_pass = self.epoch
-        """The pass under way: the training epoch, or an evaluation that suspends it."""
-
-        self.shown_pass = self.epoch
-        """The pass under way or, between passes, the last one of the run: the one whose loss `_loss_tracker` shows."""
-
-        self.suspended_passes: list[DataPass] = []
-        """The passes that the current one suspends, the outermost first."""
-
-        self.recorder = StepRecorder()
-        """Takes the values of steps every few updates."""
-
-        self.optimizer_mode = OptimizerMode()
-        """Whether an optimizer that has modes is in training mode."""
-
-        self.lineage = Lineage()
-        """Numbers the training states of this training."""
-
-        self.stream_position: StateMapping | None = None
-        """Where the streams of training data were when the state was saved that this training was restored from."""
-
-        self.num_scheduler_updates: int | None = None
-        """The number of updates that a scheduler of timm knows of; a subclass may set it to count from elsewhere."""
-
-        self._num_updates_counted = 0  # of those in `progress`, for the scheduler
-
-        self.settings: RunSettings = {}
-        """What a run that is resumed from here ought to have in common with this one."""
-
-        self.num_metric_values_seen = 0
-        """How many values of its metric the scheduler has been stepped with, or has been passed over for."""
-
-        self.early_stop_reason: str | None = None
-        """Why a callback stopped the training for good; ``None`` if none did."""
-
-    def start_epoch(self, loader: Loader, num_done: int) -> None:
-        """Start a training epoch, or the rest of one of which a resumed run has done some batches before."""
-        epoch = DataPass("training", loader)
-        epoch.num_batches_done = num_done
-        if num_done > 0:
-            epoch.means = self.epoch.means
-        else:
-            self.window.reset()
-            self.recorder.start_epoch()
-        epoch.means.first_step = num_done
-        self.epoch = self.current_pass = self.shown_pass = epoch
-
-    def move_to_epoch(self, epoch: int) -> None:
-        """Move to the start of an epoch, counted from 1, unless it is the current one."""
-        progress = self.progress
-        if progress.num_epochs_completed != epoch - 1:
-            progress.num_epochs_completed = epoch - 1
-            progress.num_batches_in_epoch = progress.num_evaluations_in_epoch = progress.num_skipped_in_epoch = 0
-            progress.phase = "training"
-            self.stream_position = None
-
-    def count_scheduler_update(self) -> None:
-        """Count the updates since the last one that a scheduler of timm was told of."""
-        num_updates = self.progress.num_updates
-        self.num_scheduler_updates = (self.num_scheduler_updates or 0) + num_updates - self._num_updates_counted
-        self._num_updates_counted = num_updates
-
-    def restart_scheduler_updates(self) -> None:
-        """Count the updates for a scheduler of timm from the position in training on."""
-        self.num_scheduler_updates = self._num_updates_counted = self.progress.num_updates
-
-    @contextmanager
-    def suspended_by(self, evaluation: DataPass, is_nested: bool = False) -> Iterator[None]:
-        """Make an evaluation the current pass while the body runs.
-
-        Args:
-            evaluation: The pass.
-            is_nested: Whether a callback has called for it, so that another pass is shown again afterwards.
-        """
-        shown = self.shown_pass
-        self.suspended_passes.append(self.current_pass)
-        self.current_pass = self.shown_pass = evaluation
-        try:
-            yield
-        finally:
-            self.current_pass = self.suspended_passes.pop()
-            if is_nested:
-                self.shown_pass = shown
 
 
 class Run:
@@ -649,7 +496,7 @@ class Run:
         if self.config.is_distributed:
             average_gradients(parameters_of(optimizer), self.config.num_processes)
         if self.guards_updates:
-            self.check_gradients(model, optimizer)
+            self.check_gradients(gradients_for(optimizer), model)
 
     def find_non_finite_loss(self) -> NonFiniteLossError | None:
         """Return an error that names the first loss that is NaN or infinite; ``None`` if all are finite.
@@ -677,7 +524,7 @@ class Run:
             return NonFiniteLossError(describe_non_finite_parameters(place))
         return None
 
-    def check_gradients(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def check_gradients(self, gradients: list[torch.Tensor], model: nn.Module) -> None:
         """Stop the run, on all ranks, if a gradient or a loss of this epoch is not finite.
 
         All ranks have the same gradients, so all stop here. If only a loss is not finite, other ranks learn it later.
@@ -685,7 +532,7 @@ class Run:
         Raises:
             NonFiniteLossError: It names the first loss that is not finite, or else the parameter.
         """
-        if not self._gradient_check.are_finite(optimizer):
+        if not self._gradient_check.are_finite(gradients):
             place = self._place_in_training
             error = self.find_non_finite_loss() or NonFiniteLossError(describe_non_finite_gradient(model, place))
             self.stop_on_all_ranks(error)
@@ -827,52 +674,3 @@ class Run:
 
 def do_nothing() -> None:
     """Do nothing."""
-
-
-def run_of(trainer: TrainingLoop) -> Run:
-    """Return the run of a trainer, for callbacks of the library.
-
-    They do not read the public attributes of the trainer, because a subclass may use these names for something else. A
-    test double of the trainer, which has no run, shows the attributes itself.
-    """
-    double: Any = trainer
-    run: Run = getattr(double, "_loop_run", double)
-    return run
-
-
-def library_of(trainer: TrainerType) -> TrainerType:
-    """Return a trainer with the methods of the library, for callbacks of the library.
-
-    A subclass may use the names of those that 0.1.61 did not have for something else. A test double of the trainer,
-    whose class is not derived from one of the library, shows its own methods.
-    """
-    view: Any = _LibraryView(trainer)
-    shown: TrainerType = view
-    return shown
-
-
-class _LibraryView:
-    def __init__(self, trainer: TrainingLoop) -> None:
-        self._trainer = trainer
-
-    def __getattr__(self, name: str) -> Any:
-        kind = type(self._trainer)
-        for base in kind.__mro__:
-            if name in vars(base) and base.__module__.partition(".")[0] == __name__.partition(".")[0]:
-                return vars(base)[name].__get__(self._trainer, kind)
-        return getattr(self._trainer, name)
-
-
-class RunAttribute(Forwarded[Value]):
-    """A read-only attribute of the trainer that lives in its run.
-
-    Args:
-        path: Where it is in `Run`, such as ``"training.progress"``.
-    """
-
-    def __init__(self, path: str) -> None:
-        super().__init__(f"_loop_run.{path}")
-
-
-class WritableRunAttribute(RunAttribute[Value], WritableForwarded[Value]):
-    """The same for an attribute that programs also set."""

@@ -9,13 +9,13 @@ from typing import NoReturn, ParamSpec, TypeVar
 
 import torch
 
-from pytorch_accelerated._batch_size import LABEL_NAMES, size_of_batch, size_of_pair
+from pytorch_accelerated._arguments.parts import check_loss_func
 from pytorch_accelerated._data.workers import is_worker_failure
+from pytorch_accelerated._measuring.comparison import one_number
 from pytorch_accelerated._messages import warn
-from pytorch_accelerated._metrics import one_number
-from pytorch_accelerated._nested import named_items, rebuild
+from pytorch_accelerated._tensors.batch_size import LABEL_NAMES, size_of_batch, size_of_pair
+from pytorch_accelerated._tensors.nested import named_items, rebuild
 from pytorch_accelerated._types import Batch, BatchOutput, LossFunction, ModelOutput, Nested
-from pytorch_accelerated._validation import check_loss_func
 from pytorch_accelerated.exceptions import add_note
 
 P = ParamSpec("P")

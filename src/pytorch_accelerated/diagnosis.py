@@ -14,15 +14,9 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Literal
 
-from pytorch_accelerated._curves import (
-    Curve,
-    CurveSource,
-    choose_metrics,
-    finite,
-    group_by_metric,
-    read_curves,
-)
-from pytorch_accelerated._metrics import is_greater_better
+from pytorch_accelerated._history.curves import Curve, choose_metrics, finite, group_by_metric
+from pytorch_accelerated._history.sources import CurveSource, read_curves
+from pytorch_accelerated._measuring.comparison import is_greater_better
 
 Kind = Literal[
     "diverging", "over-fitting", "noisy", "under-fitting", "still falling", "still rising", "flat", "too short"

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from pytorch_accelerated._compiled import without_wrappers
 from pytorch_accelerated._messages import warn
+from pytorch_accelerated._models.wrappers import without_wrappers
 from pytorch_accelerated._types import ParameterGroup
 
 BN_MODULES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

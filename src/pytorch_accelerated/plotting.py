@@ -7,25 +7,28 @@ notebook shows. Nothing is shown by itself, and no setting of matplotlib is chan
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 
-from pytorch_accelerated._curves import (
-    Curve,
-    CurveSource,
-    MetricCurves,
-    choose_metrics,
-    finite,
-    group_by_metric,
-    read_curves,
+from pytorch_accelerated._arguments.numbers import check_positive_integer
+from pytorch_accelerated._history.curves import choose_metrics, group_by_metric
+from pytorch_accelerated._history.sources import CurveSource, read_curves
+from pytorch_accelerated._measuring.comparison import is_greater_better
+from pytorch_accelerated._plots.curves import draw_stages, mark_best
+from pytorch_accelerated._plots.panels import (
+    BLUE,
+    COLORS,
+    GRAY,
+    STYLES,
+    check_has_matplotlib,
+    figure_with_panels,
+    readable,
+    scale_axes,
 )
-from pytorch_accelerated._metrics import is_greater_better
 from pytorch_accelerated._scheduling.preview import learning_rates_of
-from pytorch_accelerated._validation import check_positive_integer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,14 +50,7 @@ __all__ = [
 ArrayLike: TypeAlias = Any
 """Numbers in a list, a NumPy array or a tensor. Open: whatever `numpy.asarray` takes."""
 
-_BLUE, _ORANGE, _GRAY = "#0072B2", "#D55E00", "#6F6F6F"
-_COLORS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-"""The palette of Okabe and Ito, 2008, without the yellow, which is too light for lines on white."""
 
-_STYLES = ("-", "--", "-.", ":")
-_PANEL_SIZE = (5.5, 3.8)  # inches
-_MAX_COLUMNS = 3
-_MAX_MARKED = 40  # values of a curve that are marked one by one
 _MAX_CLASSES_WITH_NUMBERS = 20
 _MAX_TICKS = 25
 
@@ -96,59 +92,19 @@ def plot_learning_curves(
         TypeError: The source is of another type.
     """
     chosen = choose_metrics(group_by_metric(read_curves(source)), metrics)
-    figure, panels = _figure_with_panels(len(chosen), title)
+    figure, panels = figure_with_panels(len(chosen), title)
     for axes, curves in zip(panels, chosen, strict=True):
-        _draw_stages(axes, curves)
+        draw_stages(axes, curves)
         if best_epoch is None:
             is_greater = (greater_is_better or {}).get(curves.name, is_greater_better(curves.name))
-            _mark_best(axes, curves, is_greater)
+            mark_best(axes, curves, is_greater)
         else:
-            axes.axvline(best_epoch, color=_GRAY, linestyle=":", label=f"best model (epoch {best_epoch})", zorder=1)
+            axes.axvline(best_epoch, color=GRAY, linestyle=":", label=f"best model (epoch {best_epoch})", zorder=1)
         is_log = log_scale if isinstance(log_scale, bool) else curves.name in log_scale
-        _scale_axes(axes, is_log=is_log)
-        axes.set(title=_readable(curves.name), xlabel="epoch")
+        scale_axes(axes, is_log=is_log)
+        axes.set(title=readable(curves.name), xlabel="epoch")
         axes.legend(framealpha=0.9)
     return figure
-
-
-def _draw_stages(axes: Axes, curves: MetricCurves) -> None:
-    if curves.train is not None:
-        _draw_curve(axes, curves.train, "training", _BLUE, "o")
-    if curves.other is not None:
-        _draw_curve(axes, curves.other, _readable(curves.name), _BLUE, "o")
-    for index, (name, curve) in enumerate(curves.evaluations.items()):
-        label = f"evaluation ({name})" if name else "evaluation"
-        _draw_curve(axes, curve, label, _COLORS[1 + index % (len(_COLORS) - 1)], "s", _STYLES[index % len(_STYLES)])
-
-
-def _draw_curve(axes: Axes, curve: Curve, label: str, color: str, marker: str, style: str = "-") -> None:
-    known = finite(curve)
-    num_missing = len(curve.values) - len(known.values)
-    if num_missing:
-        label += f" ({num_missing} not finite)"
-    mark = marker if len(curve.values) <= _MAX_MARKED else ""
-    axes.plot(*curve, color=color, linestyle=style, marker=mark, markersize=3.5, linewidth=1.6, label=label)
-
-
-def _mark_best(axes: Axes, curves: MetricCurves, greater_is_better: bool | None) -> None:
-    if greater_is_better is None or curves.evaluation is None:
-        return
-    epochs, values = finite(curves.evaluation)
-    if not values:
-        return
-    best = (max if greater_is_better else min)(range(len(values)), key=values.__getitem__)
-    axes.plot(
-        epochs[best],
-        values[best],
-        marker="o",
-        markersize=11,
-        markerfacecolor="none",
-        markeredgecolor="black",
-        markeredgewidth=1.5,
-        linestyle="none",
-        label=f"best: {values[best]:.4g} (epoch {epochs[best]:g})",
-        zorder=4,
-    )
 
 
 # --- schedules ---------------------------------------------------------------------------------------------------
@@ -188,12 +144,12 @@ def plot_schedule(
         ValueError: A number is below 1, or the schedule depends on a metric, so that it is not known before training.
     """
     rates = learning_rates_of(create_scheduler_fn, num_updates, num_epochs, optimizer, lr, step_scheduler)
-    figure, (axes,) = _figure_with_panels(1, title)
+    figure, (axes,) = figure_with_panels(1, title)
     groups = {tuple(rates[:, group]): group for group in reversed(range(rates.shape[1]))}
     for index, (values, group) in enumerate(sorted(groups.items(), key=lambda item: item[1])):
-        style: dict[str, Any] = {"color": _COLORS[index % len(_COLORS)], "linestyle": _STYLES[index % len(_STYLES)]}
+        style: dict[str, Any] = {"color": COLORS[index % len(COLORS)], "linestyle": STYLES[index % len(STYLES)]}
         axes.plot(range(1, num_updates + 1), values, linewidth=1.8, label=f"parameter group {group}", **style)
-    _scale_axes(axes, is_log=log_scale)
+    scale_axes(axes, is_log=log_scale)
     axes.set(xlabel="update", ylabel="learning rate", title="Learning rate" if title is None else "")
     if len(groups) > 1:
         axes.legend(framealpha=0.9)
@@ -256,14 +212,14 @@ def plot_step_losses(
     ]
     low, middle, high = np.array([np.quantile(part, [0.1, 0.5, 0.9]) for part, _ in bins]).T
     centers = [part_at.mean() for _, part_at in bins]
-    figure, (axes,) = _figure_with_panels(1, title)
+    figure, (axes,) = figure_with_panels(1, title)
     num_missing = len(values) - len(kept)
     missing = f" ({num_missing} not finite)" if num_missing else ""
-    axes.plot(kept_at, kept, ".", color=_GRAY, markersize=2, alpha=0.25, label=f"each step{missing}", rasterized=True)
-    band: dict[str, Any] = {"color": _BLUE, "alpha": 0.35, "linewidth": 0, "zorder": 2.5}
+    axes.plot(kept_at, kept, ".", color=GRAY, markersize=2, alpha=0.25, label=f"each step{missing}", rasterized=True)
+    band: dict[str, Any] = {"color": BLUE, "alpha": 0.35, "linewidth": 0, "zorder": 2.5}
     axes.fill_between(centers, low, high, label="10th to 90th percentile", **band)
-    axes.plot(centers, middle, color=_BLUE, linewidth=1.8, label="median", zorder=3)
-    _scale_axes(axes, is_log=log_scale)
+    axes.plot(centers, middle, color=BLUE, linewidth=1.8, label="median", zorder=3)
+    scale_axes(axes, is_log=log_scale)
     axes.set(
         xlabel="step" if steps is None else "update", ylabel=name, title="Loss over steps" if title is None else ""
     )
@@ -315,7 +271,7 @@ def plot_layer_statistics(
     check_has_matplotlib()
     norm, colors = _norm_and_colors(array, log_scale)
     height = min(max(1.6 + 0.26 * len(array), 2.8), 12)
-    figure, (axes,) = _figure_with_panels(1, title, size=(8.0, height))
+    figure, (axes,) = figure_with_panels(1, title, size=(8.0, height))
     mesh = axes.pcolormesh(_edges(at), np.arange(len(array) + 1), np.ma.masked_invalid(array), norm=norm, cmap=colors)
     axes.set_facecolor("#BDBDBD")
     axes.invert_yaxis()
@@ -398,7 +354,7 @@ def plot_confusion_matrix(
     side = min(max(3.2 + 0.42 * len(matrix), 4.2), 12)
     total = matrix.sum()
     accuracy = f"Accuracy {np.trace(matrix) / total:.1%} of {total:,} samples" if total else "No samples"
-    figure, (axes,) = _figure_with_panels(1, None, size=(side + 0.8, side))
+    figure, (axes,) = figure_with_panels(1, None, size=(side + 0.8, side))
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=shares.max() or 1)
     if len(matrix) <= _MAX_CLASSES_WITH_NUMBERS:
         _write_numbers(axes, shares, matrix if normalize is None else None)
@@ -473,61 +429,6 @@ def _write_numbers(axes: Axes, shares: np.ndarray, counts: np.ndarray | None) ->
 def _ticks_for(names: Sequence[str]) -> range:
     """Return the indices of the names that there is room for, at equal distances."""
     return range(0, len(names), -(-len(names) // _MAX_TICKS))
-
-
-# --- shared ------------------------------------------------------------------------------------------------------
-
-
-def check_has_matplotlib() -> None:
-    """Raise unless matplotlib is installed.
-
-    Raises:
-        ModuleNotFoundError: It is not.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Plots need the package `matplotlib`. Install it with `pip install 'pytorch-accelerated[plots]'`.",
-            name=error.name,
-        ) from error
-
-
-def _figure_with_panels(
-    num: int, title: str | None, size: tuple[float, float] | None = None
-) -> tuple[Figure, list[Axes]]:
-    """Return a new figure, which no state of matplotlib refers to, and its panels."""
-    check_has_matplotlib()
-    from matplotlib.figure import Figure
-
-    num_columns = min(num, _MAX_COLUMNS)
-    num_rows = math.ceil(num / num_columns)
-    width, height = size or (_PANEL_SIZE[0] * num_columns, _PANEL_SIZE[1] * num_rows)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    panels = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
-    for unused in panels[num:]:
-        unused.remove()
-    for axes in panels[:num]:
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    if title is not None:
-        figure.suptitle(title, fontsize="x-large")
-    return figure, panels[:num]
-
-
-def _scale_axes(axes: Axes, *, is_log: bool) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
-    if is_log and (values[np.isfinite(values)] > 0).any():
-        axes.set_yscale("log", nonpositive="mask")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-
-
-def _readable(name: str) -> str:
-    text = name.replace("_", " ").strip()
-    return text[:1].upper() + text[1:]
 
 
 def _as_array(name: str, values: ArrayLike, num_dimensions: int | None = None) -> np.ndarray:

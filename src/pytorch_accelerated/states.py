@@ -24,7 +24,7 @@ from pytorch_accelerated._checkpoint import manifest
 from pytorch_accelerated._checkpoint.files import printable
 from pytorch_accelerated._checkpoint.folder import find_newest_state, list_states
 from pytorch_accelerated._checkpoint.manifest import MANIFEST, SavedState
-from pytorch_accelerated._text import format_size
+from pytorch_accelerated._console.text import format_size
 from pytorch_accelerated.exceptions import CheckpointError
 
 _GAP = "  "

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from pytorch_accelerated._compiled import without_wrappers
+from pytorch_accelerated._arguments.numbers import check_positive_integer
+from pytorch_accelerated._console.text import align, format_size
+from pytorch_accelerated._models.output_shapes import run_with_recorder
+from pytorch_accelerated._models.wrappers import without_wrappers
 from pytorch_accelerated._optimizers.checks import warn_about_missing_parameters
-from pytorch_accelerated._output_shapes import run_with_recorder
-from pytorch_accelerated._text import align, format_size
 from pytorch_accelerated._types import Nested
-from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.exceptions import add_note
 from pytorch_accelerated.finetuning import is_kept_in_eval_mode
 

@@ -79,7 +79,9 @@ class TimeLedger:
         self._first_waits: defaultdict[str, int] = defaultdict(int)
         """Of these, the wait for the first item of each pass, for which worker processes are started."""
 
-        self._part: str = SETUP
+        self.part: str = SETUP
+        """What the time belongs to at present."""
+
         self._since = 0
         self._thread = 0
         self._warned: set[str] = set()
@@ -97,9 +99,9 @@ class TimeLedger:
 
     def switch(self, part: str) -> str:
         """Let the time belong to another part from now on, and return the one that it has belonged to."""
-        now, outer = _clock(), self._part  # this takes some 0.2 us, five times a step
+        now, outer = _clock(), self.part  # this takes some 0.2 us, five times a step
         self._nanoseconds[outer] += now - self._since
-        self._since, self._part = now, part
+        self._since, self.part = now, part
         return outer
 
     @contextmanager
@@ -141,7 +143,7 @@ class TimeLedger:
     def seconds(self) -> dict[str, float]:
         """The seconds of each part so far: ``setup``, ``data``, ``forward``, ..., and then those of the callbacks."""
         if self.is_running and threading.get_ident() == self._thread:
-            self.switch(self._part)
+            self.switch(self.part)
         return {part: nanoseconds / 1e9 for part, nanoseconds in self._nanoseconds.items()}
 
     @property

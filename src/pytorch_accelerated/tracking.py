@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytorch_accelerated._counts import check_positive_integer
+from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._hints.meaning import metric_meant
 from pytorch_accelerated._history.comparison import FirstDifference, HistoryDiff, RunTable, compare_named, diff
+from pytorch_accelerated._history.curves import curves_of_records
 from pytorch_accelerated._history.log_file import (
     LogFile,
     first_record,
@@ -22,10 +23,10 @@ from pytorch_accelerated._history.log_file import (
     run_info_of,
     to_json_line,
 )
-from pytorch_accelerated._history.plots import plot_records
 from pytorch_accelerated._history.records import Moment, Record, records_of, rows_of, with_steps
 from pytorch_accelerated._history.tables import csv_lines, data_frame, html_table, text_table
 from pytorch_accelerated._means import LossTracker
+from pytorch_accelerated._plots.curves import plot_series
 from pytorch_accelerated.exceptions import UnknownMetricError
 
 if TYPE_CHECKING:
@@ -171,7 +172,11 @@ class RunHistory(ABC):
             ModuleNotFoundError: ``matplotlib`` is not installed; it comes with the extra ``plots``.
             ValueError: Nothing was recorded that can be drawn.
         """
-        return plot_records(self._iter_records(of_steps=True), metrics, x)
+        curves = curves_of_records(self._iter_records(of_steps=True), metrics, x)
+        if not curves:
+            wanted = "any metric" if metrics is None else f"{list(metrics)}"
+            raise ValueError(f"Nothing was recorded of {wanted} that can be drawn over `{x}`. Expected numbers.")
+        return plot_series(curves, x)
 
     def diff(self, other: RunHistory | str | os.PathLike[str]) -> HistoryDiff:
         """Return what differs between the runs of two histories: settings, versions, and values.

@@ -8,46 +8,51 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from pytorch_accelerated import _before_run, _validation
-from pytorch_accelerated._accumulation import AccumulationWindow, OutsideParameters, parameters_outside
-from pytorch_accelerated._checkpoint import portable, resume
-from pytorch_accelerated._checkpoint.companions import (
-    Companions,
-    attributes_without_state,
-    find_companions,
+from pytorch_accelerated._accumulation import OutsideParameters, parameters_outside
+from pytorch_accelerated._arguments.moments import check_initialized, check_no_run
+from pytorch_accelerated._arguments.numbers import (
+    as_whole_number,
+    check_numbers_of_run,
+    check_positive_integer,
+    check_seed,
+    warn_about_long_accumulation,
 )
+from pytorch_accelerated._arguments.parts import check_loss_func, check_model, check_run_history
+from pytorch_accelerated._checkpoint import portable, resume
+from pytorch_accelerated._checkpoint.collecting import collect_state
+from pytorch_accelerated._checkpoint.companions import Companions, attributes_without_state, find_companions
 from pytorch_accelerated._checkpoint.files import printable
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._checkpoint.manifest import SavedState
+from pytorch_accelerated._checkpoint.parts import Parts, StateContents
+from pytorch_accelerated._checkpoint.reading import read_state
 from pytorch_accelerated._checkpoint.restart import Restart
+from pytorch_accelerated._checkpoint.restoring import prepare_new_schedule, restore_state, undone_if_refused
 from pytorch_accelerated._checkpoint.scheduler_state import (
     check_scheduler_state,
     load_scheduler_state,
     restore_settings_of_groups,
     settings_of_groups,
 )
-from pytorch_accelerated._checkpoint.state import (
-    Parts,
-    StateContents,
-    collect_state,
-    prepare_new_schedule,
-    read_state,
-    restore_state,
-    undone_if_refused,
-)
 from pytorch_accelerated._checkpoint.weights import LoadedCheckpoint as LoadedCheckpoint
 from pytorch_accelerated._checkpoint.weights import frozen_parameters
 from pytorch_accelerated._checkpoint.writer import StateWriter
 from pytorch_accelerated._data.build import rebuild_loader
+from pytorch_accelerated._data.checks import (
+    check_data_not_empty,
+    check_data_of_loader,
+    check_loader_not_empty,
+    check_reiterable,
+    explain_bad_data,
+    warn_about_ready_batches,
+)
 from pytorch_accelerated._data.defaults import EvaluationSettings, default_dl_kwargs, merge_dl_kwargs
 from pytorch_accelerated._data.determinism import SeededLoader
 from pytorch_accelerated._data.limits import LIMIT_BATCHES_ENV_VAR, limit_from_environment
@@ -67,12 +72,11 @@ from pytorch_accelerated._distributed.accelerator import (
     prepare,
     release,
 )
-from pytorch_accelerated._distributed.buckets import fix_bucket_order
-from pytorch_accelerated._distributed.collectives import broadcast_values, num_local_processes
+from pytorch_accelerated._distributed.collectives import num_local_processes
 from pytorch_accelerated._distributed.collectives import remove_padding as remove_padding  # as in 0.1.61
 from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_any, replaces_any
 from pytorch_accelerated._distributed.copies import attributes_of_copy, state_to_copy
-from pytorch_accelerated._distributed.fast_path import can_use_fast_path, unwrap_optimizer
+from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._distributed.precision import precision_of, warn_about_unused_precision
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._distributed.waiting import announce_end, explain_vain_wait, start_run
@@ -88,15 +92,17 @@ from pytorch_accelerated._loop import (
     report_exception,
 )
 from pytorch_accelerated._measuring.metric_set import MetricSet
-from pytorch_accelerated._optimizers.closure import WindowClosure, create_closure
-from pytorch_accelerated._optimizers.group import OptimizerGroup
 from pytorch_accelerated._optimizers.inner import inner_optimizers
 from pytorch_accelerated._predictions import OutputChoice, PredictionSettings
-from pytorch_accelerated._requests import read_limits
+from pytorch_accelerated._requests.time_limit import read_limits
 from pytorch_accelerated._run import Run, do_nothing
 from pytorch_accelerated._scheduling.group import load_state_of, start_counting
-from pytorch_accelerated._scheduling.start import choose_stepping, create_checked_scheduler, start_stepping
+from pytorch_accelerated._scheduling.start import choose_stepping
 from pytorch_accelerated._scheduling.stepping import Interval
+from pytorch_accelerated._start import checks
+from pytorch_accelerated._start.resuming import find_state, folders_of_states
+from pytorch_accelerated._start.schedule import take_over_scheduler
+from pytorch_accelerated._start.updates import set_up_parameters, set_up_window
 from pytorch_accelerated._types import (
     CollateFunction,
     Data,
@@ -117,7 +123,6 @@ from pytorch_accelerated._types import (
 from pytorch_accelerated.callbacks import (  # those renamed to themselves can be imported from here, as in 0.1.61
     CallbackHandler,
     LimitBatchesCallback,
-    SaveTrainingStateCallback,
     get_default_callbacks,
 )
 from pytorch_accelerated.callbacks import LogMetricsCallback as LogMetricsCallback
@@ -202,8 +207,8 @@ class Trainer(TrainingLoop):
         compute_train_metrics: bool = True,
         verbose: bool = True,
     ) -> None:
-        _validation.check_seed(seed)
-        _validation.check_run_history(run_history)
+        check_seed(seed)
+        check_run_history(run_history)
         super().__init__(model, loss_func, optimizer, run_history, MetricSet(metrics, compute_train_metrics))
         self.train_dataset: Any = None
         self.eval_dataset: Any = None
@@ -224,7 +229,7 @@ class Trainer(TrainingLoop):
         if seed is not None:
             seed_generators(derive_seed(seed, "rank", rank) if rank else seed)
         self.callback_handler = self._create_callback_handler()
-        _before_run.warn_about_uncalled_hooks(self)
+        checks.warn_about_uncalled_hooks(self)
         self.callback_handler.call_event("on_init_end", self)
 
     # --- entry points --------------------------------------------------------------------------------------------
@@ -321,23 +326,23 @@ class Trainer(TrainingLoop):
             "per_device_batch_size": per_device_batch_size,
             "num_epochs": num_epochs,
             "gradient_accumulation_steps": gradient_accumulation_steps,
-            "max_num_train_steps": _validation.as_whole_number(max_num_train_steps),
+            "max_num_train_steps": as_whole_number(max_num_train_steps),
             "gradient_clip_value": gradient_clip_value,
             **({} if gradient_clip_norm is None else {"gradient_clip_norm": gradient_clip_norm}),
         }
-        _validation.check_numbers_of_run(**numbers)
+        check_numbers_of_run(**numbers)
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        _validation.check_reiterable(data, num_epochs, max_num_train_steps)
+        check_reiterable(data, num_epochs, max_num_train_steps)
         stepping = choose_stepping(step_scheduler, scheduler_metric)
         limits = read_limits(max_time, min_epochs, num_epochs)
-        _before_run.check_parts_of_training(self, create_scheduler_fn, is_sharded=is_sharded(self._accelerator))
+        self.optimizer = checks.check_parts_of_training(self, create_scheduler_fn, is_sharded(self._accelerator))
 
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.collate_fn, self.create_scheduler_fn = collate_fn, create_scheduler_fn
         _warn_about_start(self, per_device_batch_size, train_dataloader_kwargs, eval_dataloader_kwargs)
         with self._loop_run_context() as run:
             run.stepping, (run.time_limit, run.min_epochs) = stepping, limits
-            state = _find_state(self, resume_from, allow_other_num_processes)
+            state = find_state(self, self._accelerator, resume_from, allow_other_num_processes)
             self._loop_make_train_loader(per_device_batch_size, train_dataloader_kwargs)
             if eval_dataset is not None:
                 self._loop_make_eval_loaders(per_device_batch_size, eval_dataloader_kwargs)
@@ -376,12 +381,10 @@ class Trainer(TrainingLoop):
         Raises:
             ValueError: There is nothing to evaluate.
         """
-        _validation.check_initialized(self, "_loop_run")
+        check_initialized(self, "_loop_run")
         if not overrides_any(self, ["calculate_eval_batch_loss"]):
-            _validation.check_loss_func(self.loss_func)
-        _before_run.warn_about_ready_loaders(
-            self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,)
-        )
+            check_loss_func(self.loss_func)
+        checks.warn_about_ready_loaders(self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,))
         settings = EvaluationSettings(per_device_batch_size, dataloader_kwargs, collate_fn)
         with _without_trace_in_a_run(self):
             if dataset is not None:
@@ -437,10 +440,8 @@ class Trainer(TrainingLoop):
         Raises:
             ValueError: The outputs of a batch cannot be joined to those before, or have no part for each sample.
         """
-        _validation.check_initialized(self, "_loop_run")
-        _before_run.warn_about_ready_loaders(
-            self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,)
-        )
+        check_initialized(self, "_loop_run")
+        checks.warn_about_ready_loaders(self, (None, dataset), per_device_batch_size, collate_fn, (dataloader_kwargs,))
         run, callbacks = self._loop_run, self.callback_handler.callbacks
         has_bar = any(isinstance(callback, ProgressBarCallback) for callback in callbacks)
         shows_progress = has_bar and run.is_verbose and not run.is_active  # the bar of the run stays
@@ -701,8 +702,8 @@ class Trainer(TrainingLoop):
         self, batch_size: int, dl_kwargs: DataLoaderKwargs | None, collate_fn: CollateFunction | None
     ) -> Iterator[None]:
         """Prepare a pass over ``self.eval_dataset``, and clean up afterwards."""
-        _validation.check_positive_integer("per_device_batch_size", batch_size, "samples")
-        _validation.check_model(self.model)
+        check_positive_integer("per_device_batch_size", batch_size, "samples")
+        check_model(self.model)
         self.collate_fn = collate_fn
         with self._loop_run_context() as run:
             self._loop_make_eval_loaders(batch_size, dl_kwargs)
@@ -720,25 +721,25 @@ class Trainer(TrainingLoop):
 
     def _loop_make_train_loader(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:
         self._loop_run.train_dl_kwargs = None  # those of an earlier run
-        _before_run.check_data(self, "train_dataset", self.train_dataset, dl_kwargs, DataLoader)
-        with _validation.explain_bad_data("train_dataset", self.train_dataset):
+        checks.check_data(self, "train_dataset", self.train_dataset, dl_kwargs, DataLoader)
+        with explain_bad_data("train_dataset", self.train_dataset):
             loader = self.create_train_dataloader(batch_size=batch_size, train_dl_kwargs=dl_kwargs)
         seeded_loader = _seed_loader("train_dataset", loader, self._accelerator)
-        _validation.check_loader_not_empty("train_dataset", loader)
+        check_loader_not_empty("train_dataset", loader)
         self._loop_run.seeded_train_loaders = [seeded_loader]
         self._loop_run.train_dataloader = seeded_loader.loader
 
     def _loop_make_eval_loaders(self, batch_size: int, dl_kwargs: DataLoaderKwargs | None) -> None:
         run, datasets = self._loop_run, self.eval_dataset
         if isinstance(datasets, dict):
-            _validation.check_data_not_empty("eval_dataset", list(datasets))
+            check_data_not_empty("eval_dataset", list(datasets))
         self._loop_last_evaluation = EvaluationSettings(batch_size, dl_kwargs, self.collate_fn)
         named_datasets = datasets if isinstance(datasets, dict) else {"": datasets}
-        _before_run.check_data(self, "eval_dataset", datasets, dl_kwargs, DataLoader)
+        checks.check_data(self, "eval_dataset", datasets, dl_kwargs, DataLoader)
         try:
             for name, dataset in named_datasets.items():
                 self.eval_dataset = dataset  # which the hook reads
-                with _validation.explain_bad_data("eval_dataset", dataset):
+                with explain_bad_data("eval_dataset", dataset):
                     loader = self.create_eval_dataloader(batch_size=batch_size, eval_dl_kwargs=dl_kwargs)
                 if loader is not None:
                     seeded_loader = _seed_loader("eval_dataset", loader, self._accelerator)
@@ -819,20 +820,20 @@ class Trainer(TrainingLoop):
                 config, self.train_dataset, run.train_dataloader, self.optimizer, self.loss_func, self._loop_seed
             )
             num_batches = run.training.settings["num_batches_per_epoch"]
-            _validation.warn_about_long_accumulation(config.gradient_accumulation_steps, num_batches)
+            warn_about_long_accumulation(config.gradient_accumulation_steps, num_batches)
             if isinstance(state, SavedState):
-                contents = read_state(state, self._accelerator, self._loop_state_parts())
-                prepare_new_schedule(contents, self._loop_state_parts())
+                parts = self._loop_state_parts()
+                contents = read_state(state, self._accelerator, parts)
+                prepare_new_schedule(contents, parts)
                 state = partial(self._loop_restore, contents)
             if reset_run_history:
                 run.reset_history(self.run_history)
-            _set_up_parameters(run, self.model, self.optimizer, has_comm_hook(self._accelerator))
+            set_up_parameters(run, self.model, self.optimizer, has_comm_hook(self._accelerator))
             self._loop_set_up_scheduler(is_resumed=state is not None)
-            window = _create_window(run, self.optimizer)
-            run.closure = window.closure = _create_closure(self)
+            window = set_up_window(run, self.optimizer, self._accelerator, replaces_any(self, ["optimizer_step"]))
             num_epochs = config.num_epochs if overrides_any(self, ("_create_run_config",)) else num_epochs
             run.start_training(self.run_history.current_epoch - 1, num_epochs, window)
-            saves_states = bool(_folders_of_states(self.callback_handler))
+            saves_states = bool(folders_of_states(self.callback_handler))
             self._loop_companions().check_before_run(saves_states, config.is_distributed)
             if state is not None:
                 self._loop_resume(state, num_epochs)
@@ -848,7 +849,7 @@ class Trainer(TrainingLoop):
             is_set_by_program = created is None and self.scheduler is not run.created_scheduler
             return self.scheduler if is_set_by_program else created
 
-        _take_over_scheduler(self, create_or_keep)
+        self.scheduler = take_over_scheduler(self, create_or_keep, isinstance(self, TrainerWithTimmScheduler))
         run.created_scheduler = None if is_set_by_program else self.scheduler
         if not is_resumed:
             _load_pending_scheduler_state(self)
@@ -879,7 +880,7 @@ class Trainer(TrainingLoop):
     def _check_eval_batch_size(self) -> None:
         """Refuse evaluation data that yields no batch; a subclass may demand more."""
         for loader in self._loop_run.eval_dataloaders.values():
-            _validation.check_loader_not_empty("eval_dataset", loader)
+            check_loader_not_empty("eval_dataset", loader)
 
     def _loop_state_parts(self) -> Parts:
         run, training = self._loop_run, self._loop_run.training
@@ -1003,30 +1004,9 @@ def _preserve_attributes(owner: object, *names: str) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _create_window(run: Run, optimizer: Optimizer) -> AccumulationWindow:
-    config, group = run.config, unwrap_optimizer(optimizer)
-    nominal_weight = float(config.train_per_device_batch_size or 1) if run.consensus.is_needed else None
-    window = AccumulationWindow(
-        config.gradient_accumulation_steps, nominal_weight, group.updated if isinstance(group, OptimizerGroup) else None
-    )
-    window.reset()  # what was updated before the run
-    return window
-
-
-def _create_closure(trainer: Trainer) -> WindowClosure | None:
-    accelerator = trainer._accelerator  # noqa: SLF001 - same module
-    return create_closure(
-        trainer.optimizer,
-        accelerator.device,
-        has_scaler=accelerator.scaler is not None,
-        is_sharded=is_sharded(accelerator),
-        is_stepped_by_user=replaces_any(trainer, ["optimizer_step"]),
-    )
-
-
 def _check_not_running(trainer: Trainer) -> None:
-    _validation.check_initialized(trainer, "_loop_run")
-    _validation.check_no_run(trainer._loop_run.is_active)  # noqa: SLF001 - same module
+    check_initialized(trainer, "_loop_run")
+    check_no_run(trainer._loop_run.is_active)  # noqa: SLF001 - same module
 
 
 def _complete_saving(trainer: Trainer) -> None:
@@ -1037,10 +1017,10 @@ def _complete_saving(trainer: Trainer) -> None:
 
 def _warn_about_start(trainer: Trainer, batch_size: int, *dl_kwargs: DataLoaderKwargs | None) -> None:
     data = trainer.train_dataset, trainer.eval_dataset
-    _before_run.warn_about_ready_loaders(trainer, data, batch_size, trainer.collate_fn, dl_kwargs)
+    checks.warn_about_ready_loaders(trainer, data, batch_size, trainer.collate_fn, dl_kwargs)
     run, is_main = trainer._loop_run, trainer._accelerator.is_main_process  # noqa: SLF001 - same module
     if trainer._callbacks and is_main and run.is_verbose:  # noqa: SLF001 - same module
-        _before_run.tell_what_is_missing(trainer)
+        checks.tell_what_is_missing(trainer)
 
 
 def _default_dl_kwargs(dataset: Data, batch_size: int, accelerator: Accelerator) -> dict[str, Any]:
@@ -1049,63 +1029,14 @@ def _default_dl_kwargs(dataset: Data, batch_size: int, accelerator: Accelerator)
 
 
 def _seed_loader(dataset_name: str, loader: Loader, accelerator: Accelerator) -> SeededLoader:
-    _validation.check_data_of_loader(dataset_name, loader)
-    _validation.warn_about_ready_batches(dataset_name, loader)
+    check_data_of_loader(dataset_name, loader)
+    warn_about_ready_batches(dataset_name, loader)
     return rebuild_loader(loader, placement_of(accelerator))
-
-
-def _find_state(
-    trainer: Trainer, resume_from: str | os.PathLike[str] | bool | None, allow_other_num_processes: bool
-) -> SavedState | Callable[[], StateDict] | None:
-    """Return the verified state that the run continues from; ``None`` if it starts from scratch.
-
-    If a subclass overrides `load_training_state`, its method reads and checks the state. It is returned instead.
-    """
-    options = {"allow_other_num_processes": True} if allow_other_num_processes else {}
-    is_overridden = overrides_any(trainer, ("load_training_state",))
-    if is_overridden and resume.is_directory(resume_from):
-        return partial(trainer.load_training_state, resume_from, **options)
-    accelerator = trainer._accelerator  # noqa: SLF001 - same module
-    saved = resume.find_state_to_resume(
-        resume_from,
-        _folders_of_states(trainer.callback_handler),
-        trainer,
-        is_main=accelerator.is_main_process,
-        num_processes=int(accelerator.num_processes),
-        allow_other_num_processes=allow_other_num_processes,
-        print_fn=trainer.print,
-    )
-    if is_overridden and saved is not None:
-        return partial(trainer.load_training_state, str(saved.path), **options)
-    return saved
-
-
-def _folders_of_states(callback_handler: CallbackHandler) -> set[Path]:
-    """Return the folders in which a run saves training states."""
-    callbacks = callback_handler.with_nested_callbacks()
-    return {callback.save_dir for callback in callbacks if isinstance(callback, SaveTrainingStateCallback)}
 
 
 def _names_in(left_out_of_states: object) -> Collection[str]:
     # A subclass written for 0.1.61 may use the name of the attribute for something else.
     return left_out_of_states if isinstance(left_out_of_states, (list, tuple, set, frozenset)) else ()
-
-
-def _take_over_scheduler(trainer: Trainer, create: Callable[[], Schedulers | None]) -> None:
-    """Check the scheduler of a run, and find out how it is stepped. Must be called on every process."""
-    run, is_overridden = trainer._loop_run, overrides_any(trainer, ["scheduler_step"])  # noqa: SLF001 - same module
-    scheduler = create_checked_scheduler(
-        create,
-        trainer.optimizer,
-        is_of_function=trainer.create_scheduler_fn is not None and not overrides_any(trainer, ["create_scheduler"]),
-        is_stepped_by_trainer=not is_overridden,
-    )
-    is_timm = isinstance(trainer, TrainerWithTimmScheduler)
-    run.stepping.plan(scheduler, is_timm=is_timm)
-    run.stepping.plan_hook(is_overridden=is_overridden, is_replaced=replaces_any(trainer, ["scheduler_step"]))
-    if not replaces_any(trainer, ["scheduler_step", *(["training_run_epoch_end"] if is_timm else [])]):
-        start_stepping(run.stepping, run.config, trainer.run_history, run.eval_dataloaders)
-    trainer.scheduler = scheduler
 
 
 def _load_pending_scheduler_state(trainer: Trainer) -> None:
@@ -1127,7 +1058,8 @@ def _what_completes_start(trainer: Trainer) -> Callable[[], None]:
         if run.restart is not None:
             run.restart.complete_run()
         if trainer.scheduler is not scheduler:
-            _take_over_scheduler(trainer, lambda: trainer.scheduler)
+            is_timm = isinstance(trainer, TrainerWithTimmScheduler)
+            trainer.scheduler = take_over_scheduler(trainer, lambda: trainer.scheduler, is_timm)
             if not run.is_resumed:
                 run.training.num_metric_values_seen = run.stepping.num_values_before
             _load_pending_scheduler_state(trainer)
@@ -1145,22 +1077,6 @@ def _attributes_of_training(trainer: Trainer, run: Run) -> list[tuple[object, st
     """Return what is set when a run starts to train, and set back if the state to resume is refused."""
     of_trainer = [(trainer, "scheduler"), (trainer, "_loop_pending_scheduler_state")]
     return [*of_trainer, (run, "training"), (run, "created_scheduler"), (run.training, "settings")]
-
-
-def _set_up_parameters(run: Run, model: nn.Module, optimizer: Optimizer, has_comm_hook: bool) -> None:
-    """Find the parameters that the optimizer holds beside the model, and discard the gradients from before the run.
-
-    Gradients are discarded also of parameters that the optimizer does not hold. They will be added up over all
-    processes in a fixed order.
-    """
-    if isinstance(model, nn.Module):
-        model.zero_grad()
-    optimizer.zero_grad()
-    if not run.is_sharded:  # otherwise the optimizer has other parameters than the model, which stand for the same
-        run.outside_parameters = OutsideParameters(model, optimizer)
-    if run.config.is_distributed:
-        broadcast_values(run.outside_parameters)
-        run.limit_of_exactness = fix_bucket_order(model, run.config.num_processes, has_comm_hook)
 
 
 class TrainerWithTimmScheduler(Trainer):

@@ -302,7 +302,7 @@ trainer.load_checkpoint(os.path.join(folder, "best.pt"))
 @pytest.mark.parametrize("name", ODD_NAMES, ids=str)
 def test_a_run_in_a_folder_of_an_odd_name_is_saved_and_resumed(tmp_path, name, capsys):
     folder = tmp_path / os.fsdecode(name)
-    printed = run_python(TRAIN.format(tests=str(Path(__file__).parents[1]), folder=os.fsencode(folder)))
+    printed = run_python(TRAIN.format(tests=str(Path(__file__).parents[1] / "tools"), folder=os.fsencode(folder)))
     assert all(line.isprintable() for line in printed.splitlines())
     found = states.list_states(folder)
     assert [state.path.name for state in found][-1] == "final"

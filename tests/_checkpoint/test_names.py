@@ -13,7 +13,7 @@ from torch import nn
 from _support import Probe, assert_same_weights, make_dataset, make_trainer, weights_of
 from pytorch_accelerated._checkpoint import names
 from pytorch_accelerated._checkpoint.model_state import load_model_state
-from pytorch_accelerated._compiled import is_compiled
+from pytorch_accelerated._models.wrappers import is_compiled
 from pytorch_accelerated.callbacks import ModelEmaCallback
 from pytorch_accelerated.exceptions import CheckpointError
 

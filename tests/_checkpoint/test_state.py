@@ -41,7 +41,7 @@ from _support import (
 )
 from pytorch_accelerated import Trainer
 from pytorch_accelerated._accumulation import AccumulationWindow
-from pytorch_accelerated._checkpoint import state as state_module
+from pytorch_accelerated._checkpoint import companions, parts, reading
 from pytorch_accelerated._checkpoint.manifest import read_manifest
 from pytorch_accelerated._means import EpochMeans, LossTracker
 from pytorch_accelerated.callbacks import (
@@ -123,9 +123,9 @@ def test_only_parts_with_a_state_dict_are_saved_and_restored():
 
     part, other = Part(), Part()
     part.value = 5
-    states = state_module.state_dicts_of({"one": part, "none": None, "number": 3})
+    states = parts.state_dicts_of({"one": part, "none": None, "number": 3})
     assert states == {"one": {"value": 5}}
-    state_module.load_state_dicts({"one": other, "none": None, "absent": Part()}, {**states, "none": {}})
+    parts.load_state_dicts({"one": other, "none": None, "absent": Part()}, {**states, "none": {}})
     assert other.value == 5
 
 
@@ -167,7 +167,7 @@ def test_a_new_state_replaces_the_old_one(tmp_path):
 
 def parts_of(model):
     """The parts of a trainer that has only a model."""
-    return state_module.Parts(
+    return parts.Parts(
         model=model,
         optimizer=None,
         scheduler=None,
@@ -192,7 +192,7 @@ def test_no_tensor_that_was_read_is_still_mapped_to_its_file(tmp_path):
     trainer = make_state_trainer()
     trainer.save_training_state(tmp_path / "state")
     saved = read_manifest(tmp_path / "state")
-    contents = state_module.read_state(saved, Accelerator(), parts_of(trainer.model))
+    contents = reading.read_state(saved, Accelerator(), parts_of(trainer.model))
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     for name in saved.files:
         os.truncate(tmp_path / "state" / name, 0)
@@ -359,7 +359,7 @@ def test_a_state_of_a_compiled_model_loads_into_the_plain_one_mid_window(tmp_pat
 def test_gradients_of_a_compiled_model_load_into_the_plain_one():
     model, plain = torch.compile(make_model(), backend="eager"), make_model()
     model(torch.ones(1, 3)).sum().backward()
-    state_module.load_gradients(plain, state_module.gradients_of(model))
+    companions.load_gradients(plain, companions.gradients_of(model))
     assert torch.equal(plain.weight.grad, model.weight.grad)
 
 
@@ -628,13 +628,13 @@ def test_the_gradients_of_a_trainer_survive_a_rejected_state(tmp_path, state):
     rewrite_manifest(path)
     trainer = make_state_trainer()
     trainer.model(torch.ones(2, 3)).sum().backward()
-    gradients = state_module.gradients_of(trainer.model)
+    gradients = companions.gradients_of(trainer.model)
     assert gradients
     with pytest.raises(CheckpointError, match="has unexpected contents"):
         train(trainer, resume_from=path)
     with pytest.raises(ZeroDivisionError):
         train(trainer, resume_from=state, create_scheduler_fn=lambda optimizer: 1 / 0)
-    assert_equal(state_module.gradients_of(trainer.model), gradients)
+    assert_equal(companions.gradients_of(trainer.model), gradients)
 
 
 def test_a_state_of_another_number_of_processes_is_rejected_unless_that_is_allowed(tmp_path, state):

@@ -8,14 +8,14 @@ import pytest
 
 from _notebooks import use_notebook
 from _support import Probe, make_dataset, make_trainer, raiser, train
-from pytorch_accelerated import _loss_monitor
 from pytorch_accelerated._console.screen import LiveHtml
+from pytorch_accelerated._recording import loss_monitor
 from pytorch_accelerated.callbacks import get_default_callbacks
 
 
 @pytest.fixture(autouse=True)
 def _each_step_is_a_log_point(monkeypatch):
-    monkeypatch.setattr(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
+    monkeypatch.setattr(loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
 
 
 def test_a_run_has_one_table_and_one_bar(monkeypatch, capsys):

@@ -30,12 +30,6 @@ from pytorch_accelerated._distributed.accelerator import (
 )
 from pytorch_accelerated._distributed.fast_path import FastPathLoader
 
-
-@pytest.fixture
-def accelerator():
-    return Accelerator()
-
-
 # --- the seed ----------------------------------------------------------------------------------------------------
 
 

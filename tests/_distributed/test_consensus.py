@@ -18,8 +18,8 @@ from pytorch_accelerated import Trainer
 from pytorch_accelerated._distributed import collectives as collectives_module
 from pytorch_accelerated._distributed import consensus as consensus_module
 from pytorch_accelerated._distributed.consensus import StopConsensus, can_skip_exchange, overrides_any
+from pytorch_accelerated._distributed.reasons import RunInterruptedError
 from pytorch_accelerated._loop import STEP_EVENTS, STEP_METHODS
-from pytorch_accelerated._signals import RunInterruptedError
 from pytorch_accelerated.callbacks import get_default_callbacks
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 from pytorch_accelerated.trainer import TrainerWithTimmScheduler

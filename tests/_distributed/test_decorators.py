@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from accelerate import Accelerator
 from accelerate.state import PartialState
 
 from pytorch_accelerated.utils import local_process_zero_first, local_process_zero_only, world_process_zero_only
 
 DECORATORS = {"RANK": world_process_zero_only, "LOCAL_RANK": local_process_zero_only}
 """By the environment variable that holds the rank they look at."""
-
-
-@pytest.fixture
-def accelerator():
-    return Accelerator()
 
 
 @pytest.mark.parametrize("variable", DECORATORS)

@@ -26,11 +26,6 @@ from pytorch_accelerated._distributed.fast_path import (
 
 
 @pytest.fixture
-def accelerator():
-    return Accelerator()
-
-
-@pytest.fixture
 def optimizer():
     return torch.optim.AdamW(make_model().parameters(), lr=0.1)
 
@@ -47,7 +42,7 @@ from pytorch_accelerated._distributed.accelerator import create_accelerator
 create_accelerator(None, "bf16")
 print(_numbers.points_where_the_paths_differ())
 """
-    assert run_python(code, PYTHONPATH="tests") == "[]\n"
+    assert run_python(code, PYTHONPATH="tests/tools") == "[]\n"
 
 
 # --- where it is used --------------------------------------------------------------------------------------------

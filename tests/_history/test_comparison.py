@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from _support import make_dataset, make_trainer, train
+from pytorch_accelerated.plotting import plot_learning_curves
 from pytorch_accelerated.tracking import InMemoryRunHistory, JsonlRunHistory, compare
 
 
@@ -124,6 +125,17 @@ def test_other_axes_and_a_choice_of_metrics(x, places):
     (diagram,) = history_of().plot(["eval_loss_epoch"], x=x).axes
     assert curves_of(diagram)["eval_loss_epoch"][0] == places
     assert diagram.get_xlabel() == x
+
+
+@needs_matplotlib
+def test_a_history_is_drawn_like_any_other_learning_curves():
+    history = history_of()
+    drawn, expected = history.plot(["eval_loss_epoch"], x="epoch"), plot_learning_curves(history, ["loss"])
+    (panel,), (other,) = drawn.axes, expected.axes
+    assert drawn.get_size_inches().tolist() == expected.get_size_inches().tolist()
+    (line,), expected_line = panel.lines, other.lines[1]
+    assert line.get_xydata().tolist() == expected_line.get_xydata().tolist()
+    assert (line.get_linewidth(), line.get_markersize()) == (expected_line.get_linewidth(), 3.5)
 
 
 @needs_matplotlib

@@ -92,11 +92,13 @@ def test_what_is_evaluated_in_the_middle_of_an_epoch_has_the_weights_to_use_and_
     assert_same_weights(weights_of(undisturbed.model), weights_of(trainer.model))
 
 
-def test_an_evaluation_in_an_epoch_sees_what_a_run_that_ends_there_evaluates(make):
-    def evaluate_at_3(trainer, step, **_):
-        if step == 2:
-            trainer.evaluate_now()
+def evaluate_at_3(trainer, step, **_):
+    """Evaluate after the third step of an epoch."""
+    if step == 2:
+        trainer.evaluate_now()
 
+
+def test_an_evaluation_in_an_epoch_sees_what_a_run_that_ends_there_evaluates(make):
     trainer = run(make([Probe(on_train_step_end=evaluate_at_3)]), eval_dataset=DATASET)
     short = run(make(), eval_dataset=DATASET, max_num_train_steps=3)
     assert losses(trainer, "intermediate_eval_loss_epoch") == losses(short, "eval_loss_epoch")
@@ -175,10 +177,6 @@ def test_however_a_run_ends_the_model_has_the_weights_to_use(make, error):
 @pytest.mark.parametrize("event", ["on_train_step_end", "on_eval_step_end", "on_eval_epoch_end", "on_train_epoch_end"])
 def test_a_state_saved_anywhere_resumes_exactly(make, tmp_path, event):
     """In an evaluation in the middle of an epoch, the state has the weights to train with, too."""
-
-    def evaluate_at_3(trainer, step, **_):
-        if step == 2:
-            trainer.evaluate_now()
 
     saved = []
 

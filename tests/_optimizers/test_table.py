@@ -1,6 +1,6 @@
 """Every optimizer of PyTorch, several together, closures, modes: as by hand, and resumed bit by bit.
 
-``PYTHONPATH=src:tests python tests/_optimizing.py`` prints all of it as a table, with more places to resume at.
+``PYTHONPATH=src python tests/tools/_optimizing.py`` prints all of it as a table, with more places to resume at.
 """
 
 from __future__ import annotations

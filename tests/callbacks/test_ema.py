@@ -11,7 +11,7 @@ from torch import nn
 import _support
 from _processes import launch
 from _support import IMPOSSIBLE_COUNTS, EventRecorder, assert_same_weights, make_dataset
-from pytorch_accelerated._ema import ModelEma
+from pytorch_accelerated._models.ema import ModelEma
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
     ModelEmaCallback,
@@ -26,9 +26,7 @@ from pytorch_accelerated.trainer import Trainer
 EMA_LOSS = "ema_model_eval_loss_epoch"
 
 
-@pytest.fixture(autouse=True)
-def _in_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
 
 
 def make_trainer(callbacks, **kwargs):

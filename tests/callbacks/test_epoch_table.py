@@ -130,6 +130,32 @@ def test_a_value_is_marked_if_it_is_better_than_all_before(capsys):
     assert marks == [True, True, False, False, False, True]
 
 
+def test_a_value_is_compared_with_one_that_no_line_shows(capsys):
+    values = iter([0.5, 0.9, 0.6, 0.8, 0.7, 0.95])  # two in each epoch, of which a line shows the last
+
+    def record_two(trainer, **kwargs):
+        for _ in range(2):
+            trainer.run_history.update_metric("f1", next(values))
+
+    record = Probe(on_eval_epoch_end=record_two)
+    train(make_trainer(callbacks=[LogMetricsCallback, record]), num_epochs=3, eval_dataset=make_dataset(4))
+    assert [line.endswith("*") for line in lines_of(capsys)[1:]] == [True, False, True]
+
+
+def test_a_history_that_is_reset_within_a_run_starts_again(capsys):
+    values = iter([0.9, 0.5, 0.6, 0.4])
+
+    def record_or_reset(trainer, **kwargs):
+        if trainer.run_history.current_epoch == 2:
+            trainer.run_history.reset()
+            trainer.run_history._increment_epoch()
+        trainer.run_history.update_metric("f1", next(values))
+
+    record = Probe(on_eval_epoch_end=record_or_reset)
+    train(make_trainer(callbacks=[LogMetricsCallback, record]), num_epochs=4, eval_dataset=make_dataset(4))
+    assert [line.endswith("*") for line in lines_of(capsys)[1:]] == [True, True, True, False]
+
+
 @pytest.mark.parametrize("name", ["score", "train_accuracy"])
 def test_a_metric_is_not_marked_if_its_direction_is_unknown_or_it_is_of_training(capsys, name):
     record = Probe(on_eval_epoch_end=lambda trainer, **_: trainer.run_history.update_metric(name, 0.5))

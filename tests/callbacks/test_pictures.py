@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from _support import Probe, make_dataset, make_trainer, raiser, train
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks import LearningCurveCallback, pictures
 
 pytest.importorskip("matplotlib", reason="plots need the extra `plots`")

@@ -12,8 +12,9 @@ import tqdm
 
 from _screens import use_terminal
 from _support import Batches, Probe, make_dataset, make_trainer, raiser, train
-from pytorch_accelerated import Trainer, _loss_monitor
+from pytorch_accelerated import Trainer
 from pytorch_accelerated._console import shown_bar as module
+from pytorch_accelerated._recording import loss_monitor
 from pytorch_accelerated.callbacks import LogMetricsCallback, ProgressBarCallback, StepBasedEvaluationCallback
 from pytorch_accelerated.exceptions import StopTrainingError
 
@@ -56,6 +57,13 @@ class RecordingBar:
         self.is_closed = True
 
 
+class SecondProcess(Trainer):
+    """Takes itself for another process than the main one."""
+
+    def _create_run_config(self, **kwargs):
+        return replace(super()._create_run_config(**kwargs), is_world_process_zero=False)
+
+
 @pytest.fixture
 def bars(monkeypatch):
     """All bars that were opened on a terminal, in order."""
@@ -81,7 +89,7 @@ def test_each_epoch_has_a_bar_with_its_number_of_batches(bars):
 def test_the_running_loss_is_shown_at_each_log_point(bars, monkeypatch):
     """The clock is replaced by one that advances 0.04 seconds with each reading."""
     times = itertools.count()
-    monkeypatch.setattr(_loss_monitor.time, "monotonic", lambda: next(times) / 25)
+    monkeypatch.setattr(loss_monitor.time, "monotonic", lambda: next(times) / 25)
     losses = []
     probe = Probe(on_train_step_end=lambda trainer, **_: losses.append(f"{trainer.mean_loss:#.4g}"))
     train(make_trainer(callbacks=[probe, ProgressBarCallback]), 32)
@@ -148,10 +156,6 @@ def test_the_bar_of_a_resumed_epoch_starts_at_the_resumed_batch(bars, tmp_path):
 
 
 def test_only_the_main_process_shows_a_bar(bars):
-    class SecondProcess(Trainer):
-        def _create_run_config(self, **kwargs):
-            return replace(super()._create_run_config(**kwargs), is_world_process_zero=False)
-
     train(make_trainer(cls=SecondProcess, callbacks=[ProgressBarCallback]))
     assert [bar.disable for bar in bars] == [True]
     assert bars[0].losses == [], "reading the loss would synchronize the device for nothing"
@@ -227,7 +231,7 @@ def test_a_run_after_a_failed_one_opens_new_bars(bars):
 
 @pytest.fixture
 def each_step_is_a_log_point(monkeypatch):
-    monkeypatch.setattr(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
+    monkeypatch.setattr(loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
 
 
 def drawn_on(terminal):
@@ -348,10 +352,6 @@ def test_nothing_is_shown_if_nothing_is_to_be_shown(monkeypatch, make_it):
 
 
 def test_text_of_another_process_wipes_the_line_of_the_bar_first(monkeypatch):
-    class SecondProcess(Trainer):
-        def _create_run_config(self, **kwargs):
-            return replace(super()._create_run_config(**kwargs), is_world_process_zero=False)
-
     terminal = use_terminal(monkeypatch)
     tell = Probe(on_train_step_end=lambda trainer, step, **_: step == 1 and print("told"))
     train(make_trainer(cls=SecondProcess, callbacks=[ProgressBarCallback, tell]))

@@ -21,7 +21,7 @@ from _support import (
     train,
     weights_of,
 )
-from pytorch_accelerated import _loss_monitor
+from pytorch_accelerated._recording import loss_monitor
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
     SaveBestModelCallback,
@@ -299,7 +299,7 @@ def on_an_accelerator(monkeypatch):
 
 @pytest.mark.usefixtures("on_an_accelerator")
 def test_on_an_accelerator_a_non_finite_loss_is_found_at_the_next_log_point(scripted, spoil, monkeypatch):
-    monkeypatch.setattr(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
+    monkeypatch.setattr(loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0.0)
     trainer = scripted([1, 1, 1], [spoil(NAN), TerminateOnNaNCallback])
     with pytest.raises(NonFiniteLossError, match="in training, epoch 2, step 1"):
         trainer.run()

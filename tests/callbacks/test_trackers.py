@@ -14,7 +14,7 @@ import torch
 
 from _support import Probe, make_dataset, make_trainer, train
 from pytorch_accelerated import Trainer
-from pytorch_accelerated._recording import StepRecorder
+from pytorch_accelerated._recording.steps import StepRecorder
 from pytorch_accelerated.callbacks import (
     MLflowCallback,
     SaveTrainingStateCallback,

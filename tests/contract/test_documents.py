@@ -63,6 +63,6 @@ def test_each_private_name_of_a_dependency_has_a_test_that_exists():
 
 
 def test_a_path_is_found_in_a_sentence_and_in_a_command():
-    text = "See `tests/_golden.py`, or run\n    python examples/resume.py --help; call `a.py()`? https://x.y/z.py"
+    text = "See `tests/tools/_golden.py`, or run\n    python examples/resume.py --help; call `a.py()`? https://x.y/z.py"
     found = [match[0] for match in PATH.finditer(re.sub(r"https?://\S+", "", text))]
-    assert found == ["tests/_golden.py", "examples/resume.py"]
+    assert found == ["tests/tools/_golden.py", "examples/resume.py"]

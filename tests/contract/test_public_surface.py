@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from _support import load_module
-from pytorch_accelerated._run import RunAttribute, WritableRunAttribute
+from pytorch_accelerated._views import RunAttribute, WritableRunAttribute
 
 _surface = load_module(Path(__file__).with_name("_surface.py"))
 

@@ -37,9 +37,11 @@ from _support import (
     train,
     weights_of,
 )
-from pytorch_accelerated import Trainer, _loss_monitor, _requests
+from pytorch_accelerated import Trainer
 from pytorch_accelerated._checkpoint import portable
 from pytorch_accelerated._distributed import collectives
+from pytorch_accelerated._recording import loss_monitor
+from pytorch_accelerated._requests import time_limit
 from pytorch_accelerated.callbacks import (
     CSVLogCallback,
     EarlyStoppingCallback,
@@ -256,9 +258,9 @@ def case_the_main_process_decides_when_the_time_is_over_and_when_something_is_du
     def go_on(trainer: Any, **kwargs: Any) -> None:
         clock.now += 60 if rank == 0 else 3600
 
-    modules = (_requests, _cadence)
+    modules = (time_limit, _cadence)
     times = [mock.patch.object(module, "time", SimpleNamespace(monotonic=lambda: clock.now)) for module in modules]
-    no_wait = mock.patch.object(_loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0)
+    no_wait = mock.patch.object(loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0)
     recorder, moments = recorder_of(lambda trainer: trainer.progress.num_updates, "on_eval_epoch_end")
     evaluating = StepBasedEvaluationCallback(eval_every="2 min")
     trainer = make_trainer(callbacks=[Probe(on_train_step_start=go_on), evaluating, recorder], seed=3)
@@ -415,14 +417,14 @@ def case_broadcasts_and_sums_cover_all_processes(rank: int, directory: Path) -> 
 
 
 def case_one_process_shows_one_bar_and_one_line_per_epoch(rank: int, directory: Path) -> Any:
-    _loss_monitor.SECONDS_BETWEEN_LOG_POINTS = 0.0
+    loss_monitor.SECONDS_BETWEEN_LOG_POINTS = 0.0
     os.environ["TERM"] = "xterm"
     terminal = Terminal()
     with contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
         trainer = make_trainer(callbacks=get_default_callbacks())
         train(trainer, num_epochs=2, eval_dataset=make_dataset(8))
         trainer.predict(make_dataset(8), per_device_batch_size=4)
-    _loss_monitor.SECONDS_BETWEEN_LOG_POINTS = 0.1
+    loss_monitor.SECONDS_BETWEEN_LOG_POINTS = 0.1
     return {"written": terminal.getvalue(), "screen": terminal.screen(), "metrics": metrics_of(trainer)}
 
 

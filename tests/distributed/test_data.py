@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from _processes import launch, read_results
-
 pytestmark = pytest.mark.distributed
 
 CASES = Path(__file__).with_name("_data_cases.py")
@@ -24,23 +22,8 @@ OWN = "The processes have different data"
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids="{} processes".format)
-def finished(request, tmp_path_factory):
-    """Run all cases, and return the number of processes and the folder with the results."""
-    folder = tmp_path_factory.mktemp("results")
-    launch(CASES, folder, request.param, timeout=TIMEOUT_SECONDS)
-    return request.param, folder
-
-
-@pytest.fixture
-def num_processes(finished):
-    return finished[0]
-
-
-@pytest.fixture
-def results(request, finished):
-    """The return values of this test's case, by rank."""
-    num_processes, folder = finished
-    return read_results(folder, request.node.originalname.removeprefix("test_"), num_processes)
+def num_processes(request):
+    return request.param
 
 
 def by_rank(results):

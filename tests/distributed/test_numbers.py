@@ -28,23 +28,8 @@ TIMEOUT_SECONDS = 150 + 10 * NUM_REPEATS
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids="{} processes".format)
-def finished(request, tmp_path_factory):
-    """Run all cases, and return the number of processes and the folder with the results."""
-    folder = tmp_path_factory.mktemp("results")
-    launch(CASES, folder, request.param, timeout=TIMEOUT_SECONDS)
-    return request.param, folder
-
-
-@pytest.fixture
-def num_processes(finished):
-    return finished[0]
-
-
-@pytest.fixture
-def results(request, finished):
-    """The return values of this test's case, by rank."""
-    num_processes, folder = finished
-    return read_results(folder, request.node.originalname.removeprefix("test_"), num_processes)
+def num_processes(request):
+    return request.param
 
 
 def assert_identical(results):
@@ -83,14 +68,13 @@ def test_metrics_are_those_of_one_process(results):
         assert results[0][name] == pytest.approx(values, abs=2e-6), name
 
 
-def test_metrics_are_the_same_after_a_resume(results, finished, tmp_path):
+def test_metrics_are_the_same_after_a_resume(results, directory, tmp_path):
     """On as many processes bit by bit, and on one process up to rounding."""
-    _, folder = finished
     assert_identical(results)
     expected, resumed = results[0]
     for found in resumed:
         assert plain(found) == plain(expected)
-    state = _measured.states_in(folder / "metrics_are_the_same_after_a_resume" / "measured")[1]
+    state = _measured.states_in(directory / "metrics_are_the_same_after_a_resume" / "measured")[1]
     trainer = _measured.resumable(tmp_path)
     with pytest.warns(UserWarning, match="configured differently"):
         found = _measured.train(trainer, resume_from=state, allow_other_num_processes=True)
@@ -138,9 +122,8 @@ def test_runs_match_those_of_one_process(results, num_processes, scheduler):
         assert [len(values) for values in run["history"].values()] == [3, 3]
 
 
-def test_a_schedule_ends_with_the_last_update_of_a_run(finished):
-    num_processes, folder = finished
-    for result in read_results(folder, "runs_match_those_of_one_process", num_processes):
+def test_a_schedule_ends_with_the_last_update_of_a_run(directory, num_processes):
+    for result in read_results(directory, "runs_match_those_of_one_process", num_processes):
         for accumulation in (1, 2):
             run = result["one cycle", accumulation]
             assert run["num_scheduler_steps"] == run["num_updates"] == len(run["rates"])

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from _processes import launch, read_results
-
 sys.path.insert(0, str(Path(__file__).parent))
 
 pytestmark = pytest.mark.distributed
@@ -19,20 +17,6 @@ pytestmark = pytest.mark.distributed
 CASES = Path(__file__).with_name("_reasons_cases.py")
 TIMEOUT_SECONDS = 150
 """Far more than the cases need. A run that takes longer is stuck."""
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    """Run all cases and return the folder with their results."""
-    folder = tmp_path_factory.mktemp("results")
-    launch(CASES, folder, num_processes=2, timeout=TIMEOUT_SECONDS)
-    return folder
-
-
-@pytest.fixture
-def results(request, directory):
-    """The return values of this test's case, by rank."""
-    return read_results(directory, request.node.originalname.removeprefix("test_"), num_processes=2)
 
 
 def assert_all_end_alike(results):

@@ -38,12 +38,6 @@ def directory(whole_run):
     return whole_run[0]
 
 
-@pytest.fixture
-def results(request, directory):
-    """The return values of this test's case, by rank."""
-    return read_results(directory, request.node.originalname.removeprefix("test_"), num_processes=2)
-
-
 def assert_equal(left, right):
     torch.testing.assert_close(left, right, rtol=0, atol=0)
 

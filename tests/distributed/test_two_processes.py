@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from _processes import launch, read_results
 from _saved import assert_equal as assert_all_equal
 from _support import IN_ORDER, make_dataset, make_model, make_trainer, recorder_of, train, weights_of
 from pytorch_accelerated.callbacks import (
@@ -25,20 +24,6 @@ pytestmark = pytest.mark.distributed
 CASES = Path(__file__).with_name("_cases.py")
 TIMEOUT_SECONDS = 150
 """Far more than the cases need. A run that takes longer is stuck."""
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    """Run all cases and return the folder with their results."""
-    folder = tmp_path_factory.mktemp("results")
-    launch(CASES, folder, num_processes=2, timeout=TIMEOUT_SECONDS)
-    return folder
-
-
-@pytest.fixture
-def results(request, directory):
-    """The return values of this test's case, by rank."""
-    return read_results(directory, request.node.originalname.removeprefix("test_"), num_processes=2)
 
 
 def assert_equal(left, right):

@@ -11,7 +11,7 @@ from _starting import run
 
 PROGRAMS = Path(__file__).with_name("_programs.py")
 NUM_PROGRAMS = 4
-SCRIPT = Path(__file__).parents[1] / "_kills.py"
+SCRIPT = Path(__file__).parents[1] / "tools" / "_kills.py"
 NUM_KILLS = 6
 
 

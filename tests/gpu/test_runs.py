@@ -92,7 +92,7 @@ class SyncRecorder:
             self.places.append(" < ".join(reversed(names)))
 
 
-LOG_POINTS = ("progress_bar.py", "reporting.py", "_loss_monitor.py", "_add_epoch_loss_to_run_history")
+LOG_POINTS = ("progress_bar.py", "reporting.py", "_recording/loss_monitor.py", "_add_epoch_loss_to_run_history")
 """Code that reads numbers at log points and at the end of an epoch, and so has to wait."""
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from pytorch_accelerated._checkpoint.names import portable_name
-from pytorch_accelerated._compiled import without_compilation
+from pytorch_accelerated._models.wrappers import without_compilation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -24,7 +24,7 @@ from pytorch_accelerated._checkpoint.checksum import ZIP_SIGNATURE, seal
 from pytorch_accelerated._checkpoint.plausible import check_archive, check_contents
 from pytorch_accelerated._data.workers import is_worker_failure
 from pytorch_accelerated._messages import warn
-from pytorch_accelerated._nested import like_mapping
+from pytorch_accelerated._tensors.nested import like_mapping
 from pytorch_accelerated._types import Nested, StateDict
 from pytorch_accelerated.exceptions import CheckpointError
 

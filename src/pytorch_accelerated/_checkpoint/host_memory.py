@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import torch
 
-from pytorch_accelerated._nested import rebuild
+from pytorch_accelerated._tensors.nested import rebuild
 from pytorch_accelerated._types import Nested
 
 _ALIGNMENT = 64  # bytes, the same as PyTorch's own allocator

@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from pytorch_accelerated._checkpoint.names import (
-    live_state_dict,
-    match_names,
-    portable_name,
-    portable_state_dict,
-)
+from pytorch_accelerated._checkpoint.names import live_state_dict, match_names, portable_name, portable_state_dict
 from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
 from pytorch_accelerated.exceptions import CheckpointError
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from pytorch_accelerated._compiled import COMPILED, is_compiled
+from pytorch_accelerated._models.wrappers import COMPILED, is_compiled
 from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:

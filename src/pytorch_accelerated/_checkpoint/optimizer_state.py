@@ -14,8 +14,8 @@ from torch import nn
 from pytorch_accelerated._checkpoint.model_state import shape_of
 from pytorch_accelerated._checkpoint.names import METADATA, portable_parameters
 from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
-from pytorch_accelerated._nested import tensors_in
 from pytorch_accelerated._optimizers.group import OptimizerGroup
+from pytorch_accelerated._tensors.nested import tensors_in
 from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:

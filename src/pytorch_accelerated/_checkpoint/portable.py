@@ -48,7 +48,7 @@ from pytorch_accelerated._checkpoint.weights import (
 from pytorch_accelerated._distributed.accelerator import is_sharded
 from pytorch_accelerated._distributed.collectives import run_on_all
 from pytorch_accelerated._messages import warn
-from pytorch_accelerated._nested import rebuild
+from pytorch_accelerated._tensors.nested import rebuild
 from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:

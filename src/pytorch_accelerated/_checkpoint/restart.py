@@ -12,7 +12,8 @@ import torch
 
 from pytorch_accelerated._checkpoint.companions import Companions
 from pytorch_accelerated._checkpoint.manifest import name_state
-from pytorch_accelerated._checkpoint.state import StateContents, restore_rng
+from pytorch_accelerated._checkpoint.parts import StateContents
+from pytorch_accelerated._checkpoint.restoring import restore_rng
 
 _PACKAGE = __name__.partition(".")[0]
 

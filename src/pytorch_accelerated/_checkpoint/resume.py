@@ -14,13 +14,7 @@ import torch
 from pytorch_accelerated._checkpoint.files import is_replacement_interrupted, local_path, restore_backup
 from pytorch_accelerated._checkpoint.folder import claim_folder, find_newest_state, list_states
 from pytorch_accelerated._checkpoint.lock import lock, unlock
-from pytorch_accelerated._checkpoint.manifest import (
-    MANIFEST,
-    SavedState,
-    installed_versions,
-    name_state,
-    verify_state,
-)
+from pytorch_accelerated._checkpoint.manifest import MANIFEST, SavedState, installed_versions, name_state, verify_state
 from pytorch_accelerated._checkpoint.optimizer_state import members_of
 from pytorch_accelerated._checkpoint.scheduler_state import LENGTHS
 from pytorch_accelerated._data.loaders import num_batches_of, reliable_num_batches_of

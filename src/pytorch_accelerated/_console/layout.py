@@ -62,7 +62,7 @@ def table_lines(
         widths[name] = max(widths.get(name, _MIN_WIDTH), len(cell.text), cell.width)
     fitted = tuple(Column(name, width) for name, width in widths.items())
     placed = _place(fitted, line_width)
-    is_new = not columns or placed != _place(columns, line_width)
+    is_new = fitted != columns and (not columns or placed != _place(columns, line_width))
     return fitted, [*(_header_of(placed) if is_new else ()), *_row_of(placed, row)]
 
 

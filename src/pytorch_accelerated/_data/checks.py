@@ -1,16 +1,18 @@
-"""Slips in what is given as data: what is no dataset, several at once, and arguments that nothing uses."""
+"""Checks of what is given as data: no dataset, an empty one, several at once, arguments that nothing uses."""
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from pytorch_accelerated._data.loaders import is_dataset, is_map_style, is_shardable, num_batches_of
 from pytorch_accelerated._hints.meaning import nearest
 from pytorch_accelerated._messages import warn
 
@@ -122,6 +124,102 @@ def check_loader_arguments(name: str, given: object, loader_class: Callable[...,
         similar = nearest(str(unknown[0]), parameters, cutoff=0.7)
         remedy = f"Did you mean {similar!r}?" if similar else "Leave it out, or override `create_train_dataloader`."
         raise TypeError(f"`{name}` contains {unknown[0]!r}, which is not an argument of the `DataLoader`. {remedy}")
+
+
+def check_data_not_empty(name: str, data: object) -> None:
+    """Raise if a dataset is missing or known to be empty.
+
+    Raises:
+        ValueError: It is empty, or missing.
+        TypeError: It is neither a dataset nor an iterable.
+    """
+    if data is None:
+        raise ValueError(f"`{name}` is None. Expected a dataset, or an iterable of batches. Pass one.")
+    if not hasattr(data, "__getitem__") and not hasattr(data, "__iter__"):
+        raise TypeError(f"`{name}` is of type {type(data).__name__}. Expected a dataset, or an iterable of batches.")
+    if isinstance(data, (Dataset, Sequence, DataLoader)) and num_batches_of(data) == 0:
+        raise ValueError(
+            f"`{name}` is empty: its length is 0. Expected at least one sample. Check how it was built or filtered."
+        )
+
+
+@contextmanager
+def explain_bad_data(name: str, data: object) -> Iterator[None]:
+    """If the body fails to create a loader because its dataset is missing or empty, raise an error that says so.
+
+    The dataset is not checked before: a subclass may create its loader from anything.
+
+    Raises:
+        ValueError: The dataset is empty, or missing.
+        TypeError: It is neither a dataset nor an iterable.
+    """
+    try:
+        yield
+    except (TypeError, ValueError):
+        check_data_not_empty(name, data)
+        raise
+
+
+def check_reiterable(data: Mapping[str, object], num_epochs: int, max_num_train_steps: int | None) -> None:
+    """Raise if data that can be iterated over only once is needed in several epochs.
+
+    Raises:
+        ValueError: It is an iterator, such as a generator, and only the number of epochs limits the run.
+    """
+    for name, each in data.items():
+        is_iterator = hasattr(each, "__next__") and not is_dataset(each)
+        if is_iterator and num_epochs > 1 and max_num_train_steps is None:
+            raise ValueError(
+                f"`{name}` is an iterator ({type(each).__name__}), exhausted after the first of {num_epochs} epochs. "
+                "Pass an object of a class whose `__iter__` starts over, `def __iter__(self): return make_batches()`, "
+                "or use `num_epochs=1`."
+            )
+
+
+def check_data_of_loader(name: str, loader: object) -> None:
+    """Raise if a `DataLoader` was created from a dataset that is missing or known to be empty.
+
+    Raises:
+        ValueError: It is empty, or missing.
+        TypeError: It is no dataset.
+    """
+    if is_map_style(loader):
+        check_data_not_empty(name, getattr(loader, "dataset", None))
+
+
+def check_loader_not_empty(name: str, loader: object) -> None:
+    """Raise if the loader of a real dataset yields no batch.
+
+    Raises:
+        ValueError: An epoch would have no batch.
+    """
+    dataset = getattr(loader, "dataset", None)
+    if not isinstance(dataset, (Dataset, Sequence)) or num_batches_of(loader) != 0:
+        return
+    raise ValueError(
+        f"The loader of `{name}` yields no batch: {num_batches_of(dataset)} samples do not fill one batch of "
+        f"{getattr(loader, 'batch_size', None)}, and `drop_last` is set. Use a smaller `per_device_batch_size`, or "
+        "`drop_last=False`."
+    )
+
+
+def warn_about_ready_batches(name: str, loader: object) -> None:
+    """Warn if the samples in a list look like batches, which a loader would batch once more."""
+    data: Any = getattr(loader, "dataset", None)
+    if not is_shardable(loader) or not isinstance(data, (list, tuple)) or not data:
+        return
+    if not isinstance(data[0], (list, tuple, dict)):
+        return
+    first = data[0].values() if isinstance(data[0], dict) else data[0]
+    tensors = [item for item in first if isinstance(item, torch.Tensor)]
+    sizes = {tensor.shape[0] if tensor.ndim > 0 else 0 for tensor in tensors}
+    if len(tensors) > 1 and len(tensors) == len(first) and len(sizes) == 1 and max(sizes) > 1:
+        warn(
+            f"The items of `{name}`, a {type(data).__name__}, look like ready batches of {max(sizes)} samples. Items "
+            "of a list are taken for samples, so they are batched once more. For ready batches, pass an object that "
+            "has only `__iter__`, or `batch_size=None` in the arguments of its loader. If they are samples, pass them "
+            "as a `Dataset`, and this warning ends.",
+        )
 
 
 def warn_about_ready_loaders(

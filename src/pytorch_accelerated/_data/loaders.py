@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from pytorch_accelerated._data.rng import preserve_rng_state
-from pytorch_accelerated._nested import move_to_device
 from pytorch_accelerated._proxy import Proxy, unwrap
+from pytorch_accelerated._tensors.nested import move_to_device
 
 _SECONDS_UNTIL_FAILURE_IS_KNOWN = 1.0
 

@@ -11,8 +11,8 @@ from torch.utils.data import BatchSampler
 
 from pytorch_accelerated._data.division import check_same_order
 from pytorch_accelerated._data.draws import Draw, as_collection
-from pytorch_accelerated._nested import count_rows, first_rows, repeat_rows
 from pytorch_accelerated._proxy import Proxy, unwrap
+from pytorch_accelerated._tensors.nested import count_rows, first_rows, repeat_rows
 
 
 class Sharding:

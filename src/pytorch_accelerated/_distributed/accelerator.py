@@ -19,7 +19,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from pytorch_accelerated._compiled import without_compilation
 from pytorch_accelerated._data.build import Placement, shard_loader
 from pytorch_accelerated._data.loaders import PlacedBatches, RestOfEpoch, is_shardable, showing_inner_arguments
 from pytorch_accelerated._data.rng import derive_seed, seed_generators
@@ -29,13 +28,11 @@ from pytorch_accelerated._distributed.collectives import all_gather_objects, bro
 from pytorch_accelerated._distributed.dispatch import DispatchedLoader
 from pytorch_accelerated._distributed.fast_path import FastPathLoader, can_use_fast_path, wrap_optimizer
 from pytorch_accelerated._distributed.lockstep import LocalBatches, LocalLoader
-from pytorch_accelerated._distributed.precision import (
-    SHARDED_TYPES,
-    accelerator_in_precision,
-)
+from pytorch_accelerated._distributed.precision import SHARDED_TYPES, accelerator_in_precision
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._distributed.restarts import init_method_of_restart
 from pytorch_accelerated._distributed.waiting import PROCESS_TIMEOUT
+from pytorch_accelerated._models.wrappers import without_compilation
 from pytorch_accelerated._types import Loader, MaybeNone
 
 

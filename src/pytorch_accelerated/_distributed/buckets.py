@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pytorch_accelerated._compiled import without_compilation
+from pytorch_accelerated._models.wrappers import without_compilation
 
 _MIN_PROCESSES = 3
 """Fewer processes add up two numbers, whose order makes no difference."""

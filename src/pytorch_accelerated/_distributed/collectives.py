@@ -19,7 +19,7 @@ from torch import distributed
 
 from pytorch_accelerated._distributed.reasons import first_of, is_reason, packed, unpacked
 from pytorch_accelerated._distributed.waiting import new_host_group
-from pytorch_accelerated._nested import rebuild
+from pytorch_accelerated._tensors.nested import rebuild
 from pytorch_accelerated._types import Batch, MaybeNone, Nested
 from pytorch_accelerated.exceptions import CheckpointError
 

@@ -12,7 +12,7 @@ import torch
 from pytorch_accelerated._data.sharding import Sharding
 from pytorch_accelerated._distributed.collectives import broadcast_batches
 from pytorch_accelerated._distributed.fast_path import FastPathLoader, batches_of
-from pytorch_accelerated._nested import move_to_device
+from pytorch_accelerated._tensors.nested import move_to_device
 from pytorch_accelerated._types import Batch
 
 

@@ -26,8 +26,8 @@ from pytorch_accelerated._data.sharding import ShardedBatches, ShardedBatchSampl
 from pytorch_accelerated._data.workers import iterate
 from pytorch_accelerated._distributed.precision import IndependentAccelerator
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
-from pytorch_accelerated._nested import move_to_device, tensors_in
 from pytorch_accelerated._optimizers.group import ByName, OptimizerGroup, optimizers_in
+from pytorch_accelerated._tensors.nested import move_to_device, tensors_in
 from pytorch_accelerated._types import Batch
 
 _SUPPORTED_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)

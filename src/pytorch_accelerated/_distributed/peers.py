@@ -9,19 +9,19 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import distributed
 
 from pytorch_accelerated._distributed.collectives import all_gather_objects
-from pytorch_accelerated._signals import InterruptFlag, name_of_signal
+from pytorch_accelerated._distributed.reasons import name_of_signal
 
 GRACE_SECONDS = 5.0
 """How long another rank must have been gone, and this one must have waited in one place, before it ends."""
@@ -103,6 +103,14 @@ def find_peers() -> dict[int, Peer]:
     return found
 
 
+class Listening(Protocol):
+    """What listens to signals, such as an `InterruptFlag`."""
+
+    @property
+    def signals(self) -> Collection[int]:
+        """The signals that it listens to."""
+
+
 class EndOnSignals:
     """Inside its ``with`` block, a signal that the run listens to ends a process that would wait for nobody.
 
@@ -120,7 +128,7 @@ class EndOnSignals:
         num_processes: The world size. With several processes, every one of them must enter the block.
     """
 
-    def __init__(self, flag: InterruptFlag, num_processes: int) -> None:
+    def __init__(self, flag: Listening, num_processes: int) -> None:
         self._flag = flag
         self._peers: Mapping[int, Peer] = {}
         self._is_distributed = num_processes > 1

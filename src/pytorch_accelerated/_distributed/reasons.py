@@ -3,11 +3,41 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterable
 from typing import TypeAlias, TypeGuard
 
-from pytorch_accelerated._signals import RunInterruptedError
-from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
+from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError, add_note
+
+
+class RunInterruptedError(StopTrainingError):
+    """A signal reached this process or another one. The run ends gracefully; then `to_exit_exception` is raised.
+
+    Args:
+        signal_number: The signal.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"interrupted by {name_of_signal(signal_number)}")
+        self.signal_number = signal_number
+
+    def __reduce__(self) -> tuple[type[RunInterruptedError], tuple[int]]:
+        return type(self), (self.signal_number,)
+
+    def to_exit_exception(self) -> BaseException:
+        """Return what to raise after the run, so that the process exits as it would on that signal."""
+        if self.signal_number == signal.SIGINT:
+            return KeyboardInterrupt(str(self))
+        end = SystemExit(128 + self.signal_number)
+        add_note(end, str(self))
+        return end
+
+
+def name_of_signal(signal_number: int) -> str:
+    """Return what a signal is called in messages: ``Ctrl-C``, ``SIGTERM``."""
+    if signal_number == signal.SIGINT:
+        return "Ctrl-C"
+    return next((known.name for known in signal.Signals if known == signal_number), f"signal {signal_number}")
 
 
 class EpochEndedError(Exception):

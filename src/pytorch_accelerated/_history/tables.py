@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated._history.records import columns_of
-from pytorch_accelerated._metrics import one_number
+from pytorch_accelerated._measuring.comparison import one_number
 
 if TYPE_CHECKING:
     from pytorch_accelerated._types import MetricValue, StateDict

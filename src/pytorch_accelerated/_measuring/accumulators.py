@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from pytorch_accelerated._joining import OutputJoiner, as_parts, dresser_of
 from pytorch_accelerated._means import wide_dtype
+from pytorch_accelerated._measuring.comparison import one_number
 from pytorch_accelerated._measuring.states import is_torchmetric, load_state, merged, metrics_in, on_device, state_of
-from pytorch_accelerated._metrics import one_number
-from pytorch_accelerated._nested import rebuild
+from pytorch_accelerated._tensors.dressing import dresser_of
+from pytorch_accelerated._tensors.joining import OutputJoiner
+from pytorch_accelerated._tensors.nested import rebuild
+from pytorch_accelerated._tensors.parts import as_parts
 from pytorch_accelerated._types import MetricValue, Nested, StateDict, StateMapping
 from pytorch_accelerated.metrics import Accuracy, FromLoss, MeanAbsoluteError, TopKAccuracy, WholeSet
 

@@ -13,7 +13,7 @@ from pytorch_accelerated._measuring.accumulators import Accumulator, Number, cre
 from pytorch_accelerated._measuring.names import MetricNames, named_numbers, stems_of_run
 from pytorch_accelerated._measuring.states import is_torchmetric
 from pytorch_accelerated._messages import warn
-from pytorch_accelerated._nested import rebuild
+from pytorch_accelerated._tensors.nested import rebuild
 from pytorch_accelerated._types import Batch, BatchOutput, Metrics, Nested, StateDict, StateMapping
 from pytorch_accelerated.exceptions import add_note
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 
-from pytorch_accelerated._metrics import one_number
+from pytorch_accelerated._measuring.comparison import one_number
 from pytorch_accelerated._types import MetricValue
 
 NAMES_OF_LOSS = ("loss", "loss_epoch")

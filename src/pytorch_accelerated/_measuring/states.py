@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pytorch_accelerated._nested import rebuild
+from pytorch_accelerated._tensors.nested import rebuild
 from pytorch_accelerated._types import Nested, StateDict, StateMapping
 
 

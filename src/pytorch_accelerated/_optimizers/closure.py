@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from pytorch_accelerated._nested import move_to_device
 from pytorch_accelerated._optimizers.checks import check_closure
 from pytorch_accelerated._optimizers.group import copy_into, parameters_of
+from pytorch_accelerated._tensors.nested import move_to_device
 
 if TYPE_CHECKING:
     from pytorch_accelerated._types import Batch, StateDict, StateMapping

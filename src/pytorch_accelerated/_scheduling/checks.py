@@ -10,11 +10,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from pytorch_accelerated._arguments.parts import describe
 from pytorch_accelerated._checkpoint.scheduler_state import schedulers_in
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._scheduling.group import members_of
 from pytorch_accelerated._scheduling.stepping import SchedulerStepping
-from pytorch_accelerated._validation import describe
 from pytorch_accelerated.exceptions import add_note
 from pytorch_accelerated.schedulers._placeholders import find_placeholder
 

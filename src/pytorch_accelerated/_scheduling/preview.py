@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
+from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._optimizers.checks import as_optimizer
 from pytorch_accelerated._optimizers.group import OptimizerGroup, optimizers_in
 from pytorch_accelerated._scheduling.group import members_of
 from pytorch_accelerated._scheduling.start import create_checked_scheduler
 from pytorch_accelerated._scheduling.stepping import StepRule, rule_of
-from pytorch_accelerated._validation import check_positive_integer
 from pytorch_accelerated.schedulers._placeholders import placeholders_of_lengths, resolve_placeholders
 
 if TYPE_CHECKING:

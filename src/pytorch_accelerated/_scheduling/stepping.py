@@ -20,7 +20,7 @@ from pytorch_accelerated.schedulers.scheduler_base import StatefulSchedulerBase
 from pytorch_accelerated.tracking import latest_value
 
 if TYPE_CHECKING:
-    from pytorch_accelerated._run import TrainingPosition
+    from pytorch_accelerated._position import TrainingPosition
     from pytorch_accelerated.run_config import TrainerRunConfig
     from pytorch_accelerated.tracking import RunHistory
 

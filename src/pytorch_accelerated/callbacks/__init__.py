@@ -9,7 +9,7 @@ a subclass of the trainer may use the names of the public attributes. If it keep
 from tqdm import tqdm as tqdm  # as in 0.1.61
 
 from pytorch_accelerated._data.limits import DataLoaderSlice as DataLoaderSlice  # as in 0.1.61
-from pytorch_accelerated._ema import ModelEma as ModelEma  # as in 0.1.61
+from pytorch_accelerated._models.ema import ModelEma as ModelEma  # as in 0.1.61
 from pytorch_accelerated.callbacks.base import EVENTS, TrainerCallback
 from pytorch_accelerated.callbacks.csv_log import CSVLogCallback
 from pytorch_accelerated.callbacks.diagnostics import GradientNormCallback, LearningRateCallback, UpdateRatioCallback

@@ -12,7 +12,7 @@ from pytorch_accelerated.progress import TrainingProgress
 if TYPE_CHECKING:
     from fractions import Fraction
 
-    from pytorch_accelerated._lengths import Length
+    from pytorch_accelerated._arguments.lengths import Length
     from pytorch_accelerated._run import Run
 
 

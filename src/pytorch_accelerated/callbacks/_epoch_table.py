@@ -17,8 +17,9 @@ from pytorch_accelerated._console.values import (
     time_left_text,
     title_of,
 )
-from pytorch_accelerated._metrics import is_better, is_greater_better, one_number
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._measuring.comparison import BestMetric, is_greater_better, one_number
+from pytorch_accelerated._views import run_of
+from pytorch_accelerated.callbacks._series import Seen, newest_of, series_of, was_reset
 from pytorch_accelerated.tracking import EVALUATION_PREFIX
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class EpochTable:
         self._open_epoch: int | None = None
         self._live: LiveHtml | None = None
         self._rows: list[Mapping[str, Cell]] = []
+        self._best: dict[str, _BestSoFar] = {}
         self._epoch_started_at = 0.0
         self._pace = Pace()
 
@@ -114,7 +116,7 @@ class EpochTable:
         self._is_in_training_run, self._open_epoch = False, None
 
     def _start(self) -> None:
-        self._columns, self._new, self._rows, self._live = (), {}, [], None
+        self._columns, self._new, self._rows, self._live, self._best = (), {}, [], None, {}
 
     def _print_epoch(self, trainer: Trainer, epoch: int, seconds_left: float | None) -> None:
         total = str(run_of(trainer).total_num_epochs)
@@ -173,12 +175,50 @@ class EpochTable:
             return False
         if EVALUATION_PREFIX in name or math.isnan(value):
             return False
-        history, names = trainer.run_history, trainer.run_history.get_metric_names()
-        series = [history.get_metric_values(each) for each in names if _plain(each) == _plain(name)]
-        numbers = [float(number) for values in series for number in map(one_number, values) if number is not None]
-        if value in numbers:  # a history of another class may keep something else
-            numbers.remove(value)
-        return all(is_better(value, other, is_greater) for other in numbers if not math.isnan(other))
+        name = _plain(name)
+        series = {each: values for each, values in series_of(trainer.run_history).items() if _plain(each) == name}
+        return self._best.setdefault(name, _BestSoFar(is_greater)).is_reached_by(value, series)
+
+
+class _BestSoFar:
+    """The best value of a metric, among all that a history had when it was last asked.
+
+    Args:
+        greater_is_better: Whether larger values are better.
+    """
+
+    def __init__(self, greater_is_better: bool) -> None:
+        self._greater_is_better = greater_is_better
+        self._best = BestMetric()
+        self._seen: dict[str, Seen] = {}
+
+    def is_reached_by(self, value: float, series: Mapping[str, list[MetricValue]]) -> bool:
+        """Return whether a value, which is among the newest, is better than all others.
+
+        Args:
+            value: The value.
+            series: All values of the metric, by the names under which they were recorded.
+        """
+        if was_reset(series, self._seen):
+            self._best.reset()
+            self._seen = {}
+        new = [each for name in series for each in series[name][self._num_seen(name) :]]
+        self._seen = newest_of(series)
+        others = [float(number) for number in map(one_number, new) if number is not None]
+        if value in others:  # a history of another class may keep something else
+            others.remove(value)
+        for other in others:
+            self._add(other)
+        return self._add(value)
+
+    def _num_seen(self, name: str) -> int:
+        return self._seen[name].num_values if name in self._seen else 0
+
+    def _add(self, value: float) -> bool:
+        is_better = self._best.is_improved_by(value, self._greater_is_better)
+        if is_better:
+            self._best.record(value)
+        return is_better
 
 
 def _plain(metric_name: str) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._views import run_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -11,7 +11,7 @@ from pytorch_accelerated._hints.classes import is_of_library, words_around
 from pytorch_accelerated._hints.hooks import HOOKS
 from pytorch_accelerated._hints.meaning import metric_meant
 from pytorch_accelerated._messages import warn
-from pytorch_accelerated._run import library_of, run_of
+from pytorch_accelerated._views import library_of, run_of
 
 if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer

@@ -8,7 +8,7 @@ from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._history.log_file import LogFile
 from pytorch_accelerated._history.records import Moment, records_in, rows_of
 from pytorch_accelerated._history.tables import csv_lines
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._means import LossTracker, weighted_mean
 from pytorch_accelerated._optimizers.group import optimizers_in
-from pytorch_accelerated._run import run_of
-from pytorch_accelerated._validation import check_positive_integer
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks._layers import check_not_sharded, joint_norm, norms_by_layer, parameters_by_layer
 from pytorch_accelerated.callbacks.base import TrainerCallback
 

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._checkpoint.model_state import load_model_state
 from pytorch_accelerated._checkpoint.names import portable_state_dict
 from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._checkpoint.schema import OF_AVERAGE, check_entries
-from pytorch_accelerated._ema import ModelEma
 from pytorch_accelerated._hints.arguments import explains_arguments
-from pytorch_accelerated._run import library_of, run_of
-from pytorch_accelerated._validation import check_positive_integer
+from pytorch_accelerated._models.ema import ModelEma
+from pytorch_accelerated._views import library_of, run_of
 from pytorch_accelerated.callbacks._watching import check_is_recorded, watched_value
 from pytorch_accelerated.callbacks.handler import CallbackHandler
 from pytorch_accelerated.callbacks.reporting import has_table

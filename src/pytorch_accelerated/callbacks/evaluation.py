@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated._arguments.lengths import Length
+from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._hints.arguments import explains_arguments
-from pytorch_accelerated._lengths import Length
-from pytorch_accelerated._run import library_of, run_of
-from pytorch_accelerated._validation import check_positive_integer
+from pytorch_accelerated._views import library_of, run_of
 from pytorch_accelerated.callbacks._cadence import Cadence
 from pytorch_accelerated.callbacks.base import TrainerCallback
 

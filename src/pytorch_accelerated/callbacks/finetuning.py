@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._hints.arguments import explains_arguments
-from pytorch_accelerated._run import run_of
-from pytorch_accelerated._validation import check_positive_integer
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.finetuning import ModelFreezer, discriminative_parameter_groups, group_parameters
 

@@ -154,32 +154,33 @@ class CallbackHandler:
         """
         stop_request: StopTrainingError | None = None
         bad_loss: NonFiniteLossError | None = None
-        ledger = _ledger_of(args)
         listeners = self._listeners.get(event)
         due = told = self._find_listeners(event) if listeners is None else listeners
-        while due:
-            known = self._listeners  # another one as soon as the list has changed
-            for method, accepted, callback, part in due:
-                if self._listeners is not known and not self._holds(callback):
-                    continue
-                outer = ledger.switch(part)
-                try:
-                    method(*args, **(kwargs if accepted is None else _only(accepted, kwargs)))
-                except StopTrainingError as error:
-                    stop_request = self.requested_stop = stop_request or error
-                except Exception as error:
-                    add_note(error, _describe_origin(error, callback, event, args, kwargs))
-                    if not (isinstance(error, NonFiniteLossError) and _has_other_ranks(args)):
-                        raise
-                    bad_loss = bad_loss or error
-                finally:
-                    ledger.switch(outer)
-            due = () if self._listeners is known else _without(told, self._find_listeners(event))
-            told += due
+        ledger = _ledger_of(args)
+        outer = ledger.part
+        try:
+            while due:
+                known = self._listeners  # another one as soon as the list has changed
+                for method, accepted, callback, part in due:
+                    if self._listeners is not known and not self._holds(callback):
+                        continue
+                    ledger.switch(part)
+                    try:
+                        method(*args, **(kwargs if accepted is None else _only(accepted, kwargs)))
+                    except StopTrainingError as error:
+                        stop_request = self.requested_stop = stop_request or error
+                    except Exception as error:
+                        add_note(error, _describe_origin(error, callback, event, args, kwargs))
+                        if not (isinstance(error, NonFiniteLossError) and _has_other_ranks(args)):
+                            raise
+                        bad_loss = bad_loss or error
+                due = () if self._listeners is known else _without(told, self._find_listeners(event))
+                told += due
+        finally:
+            ledger.switch(outer)
         if stop_request is not None:
             self.requested_stop = None
-        reason = bad_loss or stop_request
-        if reason is not None:
+        if (reason := bad_loss or stop_request) is not None:
             raise reason
 
     def call_event_on_all(self, event: str, *args: object, **kwargs: object) -> list[Exception]:

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from pytorch_accelerated._compiled import is_compiled
+from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._distributed.collectives import mean_over_processes
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._messages import warn
-from pytorch_accelerated._run import run_of
-from pytorch_accelerated._validation import check_positive_integer
+from pytorch_accelerated._models.wrappers import is_compiled
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks._layers import check_not_sharded, parameters_by_layer
 from pytorch_accelerated.callbacks.base import TrainerCallback
 

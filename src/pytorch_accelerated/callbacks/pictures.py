@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from pytorch_accelerated._checkpoint.files import local_path, write_atomically
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._messages import warn
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._plots.panels import check_has_matplotlib
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import CheckpointError
-from pytorch_accelerated.plotting import check_has_matplotlib, plot_learning_curves
+from pytorch_accelerated.plotting import plot_learning_curves
 
 if TYPE_CHECKING:
     import os

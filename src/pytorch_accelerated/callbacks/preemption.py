@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytorch_accelerated._hints.arguments import explains_arguments
-from pytorch_accelerated._run import library_of
-from pytorch_accelerated._signals import PREEMPTION_SIGNALS
+from pytorch_accelerated._requests.signals import PREEMPTION_SIGNALS
+from pytorch_accelerated._views import library_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:

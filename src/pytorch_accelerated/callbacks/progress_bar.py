@@ -13,7 +13,7 @@ from pytorch_accelerated._console.values import learning_rate_text, number_text
 from pytorch_accelerated._data.loaders import num_batches_of
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._means import weighted_mean
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks._epoch_table import learning_rate_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.reporting import has_table
@@ -21,7 +21,7 @@ from pytorch_accelerated.callbacks.reporting import has_table
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from pytorch_accelerated._run import DataPass
+    from pytorch_accelerated._position import DataPass
     from pytorch_accelerated.trainer import Trainer
 
 _SHORT_EPOCH = 0.5  # seconds; after such an epoch, the next bar is drawn once there is something to show

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated._run import run_of
 from pytorch_accelerated._types import MetricValue
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks._epoch_table import EpochTable
+from pytorch_accelerated.callbacks._series import newest_of, series_of, was_reset
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from pytorch_accelerated.tracking import RunHistory
+    from pytorch_accelerated._types import MetricValue
+    from pytorch_accelerated.callbacks._series import Seen
     from pytorch_accelerated.trainer import Trainer
 
 
@@ -71,7 +73,7 @@ class LogMetricsCallback(TrainerCallback):
     is_called_last = True
 
     # Here, because a subclass may not call `super().__init__()`.
-    _logged: dict[str, _Logged] | None = None
+    _logged: dict[str, Seen] | None = None
     _run_number: int | None = None
     _kept_table: EpochTable | None = None
 
@@ -152,15 +154,15 @@ class LogMetricsCallback(TrainerCallback):
         if run.has_reset_history and not run.is_resumed:
             self._logged = {}
         elif self._logged is None or run.is_resumed:
-            self._logged = _newest(_series_of(trainer.run_history))
+            self._logged = newest_of(series_of(trainer.run_history))
 
     def _log_new_metrics(self, trainer: Trainer, is_wanted: Callable[[str], bool] = lambda name: True) -> None:
-        series = _series_of(trainer.run_history)
+        series = series_of(trainer.run_history)
         logged, run_number = self._logged or {}, run_of(trainer).training.run_number
         # A subclass may not call the events at the start of a run.
         is_new_run = self._run_number not in (None, run_number)
         self._run_number = run_number
-        if (is_new_run and run_of(trainer).has_reset_history) or _was_reset(series, logged):
+        if (is_new_run and run_of(trainer).has_reset_history) or was_reset(series, logged):
             logged = {}
         wanted = {name: series[name] for name in sorted(series) if is_wanted(name)}
         metrics = {
@@ -168,7 +170,7 @@ class LogMetricsCallback(TrainerCallback):
             for name, values in wanted.items()
             if name not in logged or len(values) != logged[name].num_values
         }
-        self._logged = {**logged, **_newest(wanted)}
+        self._logged = {**logged, **newest_of(wanted)}
         if metrics and self.prints_table:
             self._table.add(metrics)
         elif metrics:
@@ -179,36 +181,3 @@ def has_table(callback_handler: object) -> bool:
     """Return whether one of the callbacks prints a table, whose lines tell when an epoch or evaluation has ended."""
     callbacks = getattr(callback_handler, "callbacks", ())  # a test double may have none
     return any(isinstance(callback, LogMetricsCallback) and callback.prints_table for callback in callbacks)
-
-
-class _Logged(NamedTuple):
-    """How far a metric has been logged."""
-
-    num_values: int
-    newest: MetricValue
-
-
-def _series_of(history: RunHistory) -> dict[str, list[MetricValue]]:
-    series = {name: list(history.get_metric_values(name)) for name in history.get_metric_names()}
-    return {name: values for name, values in series.items() if values}
-
-
-def _newest(series: Mapping[str, list[MetricValue]]) -> dict[str, _Logged]:
-    return {name: _Logged(len(values), values[-1]) for name, values in series.items()}
-
-
-def _was_reset(series: Mapping[str, list[MetricValue]], logged: Mapping[str, _Logged]) -> bool:
-    """Return whether a history has lost values that were logged: one is missing, or another value is in its place."""
-    return any(
-        len(series[name]) < num_values or _differ(series[name][num_values - 1], newest)
-        for name, (num_values, newest) in logged.items()
-        if name in series
-    )
-
-
-def _differ(value: MetricValue, other: MetricValue) -> bool:
-    """Return whether two values differ; other objects than numbers do unless they are the same object."""
-    if value is other:
-        return False
-    are_numbers = isinstance(value, (int, float)) and isinstance(other, (int, float))
-    return not are_numbers or (value != other and not (value != value and other != other))  # NaN is not itself

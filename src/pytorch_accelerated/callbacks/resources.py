@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import profiler
 
+from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._checkpoint.files import local_path
-from pytorch_accelerated._run import run_of
-from pytorch_accelerated._validation import check_positive_integer
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:

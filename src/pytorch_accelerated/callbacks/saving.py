@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytorch_accelerated._arguments.lengths import Length
+from pytorch_accelerated._arguments.numbers import check_positive_integer, check_positive_number
 from pytorch_accelerated._checkpoint.best_model import BestModelFile, describe, place_to_keep
 from pytorch_accelerated._checkpoint.files import PathAttribute, local_path, printable
 from pytorch_accelerated._checkpoint.folder import Retention, claim_folder, rotate
@@ -17,20 +19,16 @@ from pytorch_accelerated._checkpoint.schema import OF_BEST_MODEL, check_entries,
 from pytorch_accelerated._checkpoint.weights import frozen_in, frozen_parameters
 from pytorch_accelerated._distributed.collectives import run_on_main
 from pytorch_accelerated._hints.arguments import explains_arguments
-from pytorch_accelerated._lengths import Length
+from pytorch_accelerated._measuring.comparison import BestMetric, ComparisonOfMetric, NewValues, rounded
 from pytorch_accelerated._messages import warn
-from pytorch_accelerated._metrics import BestMetric, ComparisonOfMetric, NewValues, rounded
 from pytorch_accelerated._proxy import WritableForwarded
-from pytorch_accelerated._run import Run, library_of, run_of
-from pytorch_accelerated._signals import PREEMPTION_SIGNALS
-from pytorch_accelerated._validation import check_positive_integer, check_positive_number
+from pytorch_accelerated._requests.signals import PREEMPTION_SIGNALS
+from pytorch_accelerated._run import Run
+from pytorch_accelerated._views import library_of, run_of
 from pytorch_accelerated.callbacks._cadence import Cadence, Timer
 from pytorch_accelerated.callbacks._watching import num_values_of, watched_value
 from pytorch_accelerated.callbacks.base import TrainerCallback
-from pytorch_accelerated.callbacks.stopping import (
-    check_watched_metric,
-    warn_about_direction,
-)
+from pytorch_accelerated.callbacks.stopping import check_watched_metric, warn_about_direction
 from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._checkpoint.schema import OF_EARLY_STOPPING, check_entries
 from pytorch_accelerated._hints.arguments import explains_arguments
-from pytorch_accelerated._loss_monitor import describe_non_finite_loss
+from pytorch_accelerated._measuring.comparison import (
+    ComparisonOfMetric,
+    NewValues,
+    PatienceCounter,
+    is_greater_better,
+    rounded,
+)
 from pytorch_accelerated._messages import warn
-from pytorch_accelerated._metrics import ComparisonOfMetric, NewValues, PatienceCounter, is_greater_better, rounded
 from pytorch_accelerated._proxy import WritableForwarded
-from pytorch_accelerated._run import run_of
-from pytorch_accelerated._validation import check_positive_integer
+from pytorch_accelerated._recording.non_finite import describe_non_finite_loss
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks._watching import check_is_recorded, num_values_of, watched_value
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pytorch_accelerated._compiled import (
+from pytorch_accelerated._arguments.numbers import check_positive_integer
+from pytorch_accelerated._hints.arguments import explains_arguments
+from pytorch_accelerated._messages import warn
+from pytorch_accelerated._models.output_shapes import ShapeRecorder, all_modules, run_with_recorder
+from pytorch_accelerated._models.wrappers import (
     is_compiled,
     is_compiled_in_place,
     without_compilation,
     without_wrappers,
 )
-from pytorch_accelerated._hints.arguments import explains_arguments
-from pytorch_accelerated._messages import warn
-from pytorch_accelerated._output_shapes import ShapeRecorder, all_modules, run_with_recorder
-from pytorch_accelerated._run import run_of
 from pytorch_accelerated._types import StateMapping
-from pytorch_accelerated._validation import check_positive_integer
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.summary import ModelSummary, build_summary, modules_left_in_eval_mode
 

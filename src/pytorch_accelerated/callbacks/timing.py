@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pytorch_accelerated._distributed.collectives import sum_over_processes
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._messages import warn
-from pytorch_accelerated._run import run_of
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.time_ledger import EVALUATION, EVALUATION_DATA, SAVING
 

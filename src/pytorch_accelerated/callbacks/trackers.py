@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._distributed.trackers import check_tracker, open_tracker
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._history.records import Moment, num_recorded, records_since
+from pytorch_accelerated._measuring.comparison import one_number
 from pytorch_accelerated._messages import warn
-from pytorch_accelerated._metrics import one_number
-from pytorch_accelerated._run import run_of
-from pytorch_accelerated._run_info import Plain, flattened, run_info_of
-from pytorch_accelerated._validation import check_positive_integer
+from pytorch_accelerated._recording.run_info import Plain, flattened, run_info_of
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:
@@ -149,28 +149,11 @@ class TrackerCallback(TrainerCallback):
             self._send(trainer, Moment(epoch, update, samples), values)
 
     def on_train_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Send what was recorded."""
+        """Send what was recorded since the last time, as in each of the events below."""
         self._send_new_records(trainer)
 
-    def on_eval_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Send what was recorded."""
-        self._send_new_records(trainer)
-
-    def on_training_run_epoch_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Send what callbacks have recorded since."""
-        self._send_new_records(trainer)
-
-    def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Send what callbacks have recorded since."""
-        self._send_new_records(trainer)
-
-    def on_evaluation_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Send what callbacks have recorded since."""
-        self._send_new_records(trainer)
-
-    def on_training_state_save(self, trainer: Trainer, **kwargs: Any) -> None:
-        """Send what was recorded: a callback may save before this one is called."""
-        self._send_new_records(trainer)
+    on_eval_epoch_end = on_training_run_epoch_end = on_training_run_end = on_evaluation_run_end = on_train_epoch_end
+    on_training_state_save = on_train_epoch_end  # a callback may save before this one is called
 
     # --- state ---------------------------------------------------------------------------------------------------
 
@@ -211,7 +194,8 @@ class TrackerCallback(TrainerCallback):
     def _hyperparameters_of(self, trainer: Trainer) -> dict[str, Plain]:
         further = self.hyperparameters
         named = further if isinstance(further, Mapping) else {} if further is None else vars(further)
-        info = run_info_of(trainer)
+        config = run_of(trainer).config
+        info = run_info_of(config, trainer.get_model(), trainer.optimizer, trainer.scheduler)
         return {**info["settings"], **flattened({"versions": info["versions"], "code": info["code"] or "", **named})}
 
     def _was_sent(self, name: str, update: int) -> bool:

@@ -12,7 +12,8 @@ from pytorch_accelerated._checkpoint.files import PathAttribute, local_path
 from pytorch_accelerated._checkpoint.manifest import read_manifest
 from pytorch_accelerated._checkpoint.resume import entries_of
 from pytorch_accelerated._hints.arguments import explains_arguments
-from pytorch_accelerated._run import Run, run_of
+from pytorch_accelerated._run import Run
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.handler import CallbackHandler
 from pytorch_accelerated.exceptions import SchedulerSettingsError

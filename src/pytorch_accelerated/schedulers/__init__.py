@@ -7,12 +7,7 @@ same pattern, derives from `StatefulSchedulerBase`, and is exported here.
 
 from pytorch_accelerated.schedulers.cosine_scheduler import CosineLrScheduler, cosine_lr
 from pytorch_accelerated.schedulers.scheduler_base import SchedulerBase, StatefulSchedulerBase
-from pytorch_accelerated.schedulers.wsd_scheduler import (
-    WSDLrScheduler,
-    estimate_checkpoint_steps,
-    plan_decays,
-    wsd_lr,
-)
+from pytorch_accelerated.schedulers.wsd_scheduler import WSDLrScheduler, estimate_checkpoint_steps, plan_decays, wsd_lr
 
 __all__ = [
     "CosineLrScheduler",

@@ -14,11 +14,11 @@ import torch
 from torch import distributed, nn
 from torch.utils.data import IterableDataset, Subset
 
-from pytorch_accelerated import _validation
+from pytorch_accelerated._arguments.numbers import check_positive_integer, check_positive_number
 from pytorch_accelerated._data.rng import preserve_rng_state, seed_generators
 from pytorch_accelerated._distributed.collectives import broadcast_from_main
-from pytorch_accelerated._run import run_of
 from pytorch_accelerated._types import CollateFunction, Samples, StateMapping
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks import TrainerCallback
 from pytorch_accelerated.finetuning import BN_MODULES
 from pytorch_accelerated.tracking import InMemoryRunHistory
@@ -220,13 +220,13 @@ def check_invariance(
 def _check_arguments(
     dataset: Samples, num_updates: int, samples_per_update: int, splits: Sequence[int] | None, tolerance: float | None
 ) -> None:
-    _validation.check_positive_integer("num_updates", num_updates, "updates")
-    _validation.check_positive_integer("samples_per_update", samples_per_update, "samples")
-    _validation.check_positive_number("tolerance", tolerance)
+    check_positive_integer("num_updates", num_updates, "updates")
+    check_positive_integer("samples_per_update", samples_per_update, "samples")
+    check_positive_number("tolerance", tolerance)
     if splits is not None and not splits:
         raise ValueError("`splits` is empty. Expected at least one batch size. Pass some, or None for the defaults.")
     for size in splits or ():
-        _validation.check_positive_integer("splits", size, "samples in a batch")
+        check_positive_integer("splits", size, "samples in a batch")
     if samples_per_update <= max(splits or (1,)):
         raise ValueError(
             f"`samples_per_update` is {samples_per_update!r}, and `splits` is {splits!r}. Expected at least 2 samples, "

@@ -14,13 +14,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.optim import Optimizer
 
-from pytorch_accelerated import _validation
+from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._checkpoint.optimizer_state import members_of
 from pytorch_accelerated._data.loaders import num_batches_of
 from pytorch_accelerated._data.rng import get_rng_state, preserve_rng_state
 from pytorch_accelerated._distributed.collectives import all_gather_objects, broadcast_from_main
-from pytorch_accelerated._run import run_of
 from pytorch_accelerated._types import Batch, BatchOutput, Data, MaybeNone
+from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks import (
     LogMetricsCallback,
     PrintProgressCallback,
@@ -173,7 +173,7 @@ def verify_resume(
     """
     check_make_trainer(make_trainer)
     for stop in stops or ():
-        _validation.check_positive_integer("stops", stop, "steps")
+        check_positive_integer("stops", stop, "steps")
     experiment = _Experiment(make_trainer, train_dataset, {"num_epochs": num_epochs, **train_arguments})
     with preserve_rng_state(), _SavingRecorder(stops) as uninterrupted:
         experiment.run(seed, uninterrupted)

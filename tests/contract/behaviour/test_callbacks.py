@@ -11,7 +11,8 @@ import tqdm as tqdm_package
 
 from _screens import use_terminal
 from _support import Probe, make_dataset, make_trainer, raiser, recorder_of, train
-from pytorch_accelerated import Trainer, _loss_monitor, callbacks
+from pytorch_accelerated import Trainer, callbacks
+from pytorch_accelerated._recording import loss_monitor
 from pytorch_accelerated.callbacks import (
     CallbackHandler,
     EarlyStoppingCallback,
@@ -507,7 +508,7 @@ class BarWithPostfix(ProgressBarCallback):
 def test_a_subclass_shows_values_of_its_own_in_the_bar(monkeypatch):
     """Row 8.8: in training, evaluation and intermediate evaluation, and the bar does not take them away."""
     times = itertools.count()
-    monkeypatch.setattr(_loss_monitor.time, "monotonic", lambda: next(times))  # each step is a log point
+    monkeypatch.setattr(loss_monitor.time, "monotonic", lambda: next(times))  # each step is a log point
     terminal = use_terminal(monkeypatch)
     train(make_trainer(callbacks=[BarWithPostfix, StepBasedEvaluationCallback(2)]), eval_dataset=make_dataset(8))
     drawn = [text for text in terminal.getvalue().split("\r") if "3/4" in text]

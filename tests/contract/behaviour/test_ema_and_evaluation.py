@@ -33,10 +33,7 @@ from pytorch_accelerated.callbacks import (
 )
 from pytorch_accelerated.utils import ModelEma
 
-
-@pytest.fixture(autouse=True)
-def _in_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("_in_an_empty_folder")
 
 
 def train_with_evaluation(trainer, **kwargs):

@@ -21,12 +21,7 @@ from _support import load_module, make_optimizer, recorder_of, step_through
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated.callbacks import SaveTrainingStateCallback
 from pytorch_accelerated.exceptions import SchedulerSettingsError
-from pytorch_accelerated.schedulers import (
-    CosineLrScheduler,
-    SchedulerBase,
-    StatefulSchedulerBase,
-    WSDLrScheduler,
-)
+from pytorch_accelerated.schedulers import CosineLrScheduler, SchedulerBase, StatefulSchedulerBase, WSDLrScheduler
 from pytorch_accelerated.schedulers._placeholders import resolve_placeholders
 
 WRITTEN = Path(__file__).with_name("written_by_0_1_61")

@@ -1,0 +1,150 @@
+"""Values of steps, which a run records every few updates without waiting for the device."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pytorch_accelerated._distributed.collectives import sum_over_processes
+from pytorch_accelerated._history.records import Moment
+from pytorch_accelerated._recording.host_copy import HostCopy
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytorch_accelerated._run import Run
+    from pytorch_accelerated._types import StateDict, StateMapping, WeightedSums
+
+
+class StepValues(NamedTuple):
+    """What a run records of its steps after some update."""
+
+    moment: Moment
+    values: dict[str, float]
+
+
+class _Taken(NamedTuple):
+    """Values of steps that the device may not have sent yet: the sums behind each mean, then the single numbers."""
+
+    moment: Moment
+    names_of_means: list[str]
+    names_of_numbers: list[str]
+    copy: HostCopy
+
+
+class StepRecorder:
+    """Takes the values of steps every few updates, without making the host wait for the device.
+
+    These are the means since the last time in the epoch, and single numbers such as the learning rate. With a CUDA
+    device they are known when the next ones are taken, or when anything else is recorded.
+    """
+
+    def __init__(self) -> None:
+        self.next_update = math.inf
+        """The number of updates after which values are due."""
+
+        self._every_n_updates: int | None = None
+        self._pending: deque[_Taken] = deque()
+        self._sums: dict[str, tuple[float, float]] = {}
+        """The sums of the epoch as of the last time, and their weights."""
+
+    def start(self, every_n_updates: int | None, num_updates: int) -> None:
+        """Start a run.
+
+        Args:
+            every_n_updates: The updates from one time to the next; ``None`` if nothing is taken.
+            num_updates: How many there were so far.
+        """
+        self._every_n_updates, self.next_update = every_n_updates, math.inf
+        self._schedule(num_updates)
+
+    def take_every(self, every_n_updates: int | None, num_updates: int) -> None:
+        """Take values every so many updates, unless they are taken more often already; the arguments are as above."""
+        wishes = [number for number in (self._every_n_updates, every_n_updates) if number is not None]
+        self._every_n_updates = min(wishes, default=None)
+        self._schedule(num_updates)
+
+    def _schedule(self, num_updates: int) -> None:
+        if self._every_n_updates is not None:
+            self.next_update = (num_updates // self._every_n_updates + 1) * self._every_n_updates
+
+    def start_epoch(self) -> None:
+        """Forget the sums of the epoch before."""
+        self._sums = {}
+
+    def take(self, moment: Moment, sums: WeightedSums, numbers: Mapping[str, float | torch.Tensor]) -> None:
+        """Take the values that are due.
+
+        Args:
+            moment: When that is.
+            sums: The weighted sum and total weight of each mean in the epoch so far, over all processes.
+            numbers: Single numbers, by name.
+        """
+        self._schedule(moment.update or 0)
+        copy = HostCopy([*(number for pair in sums.values() for number in pair), *numbers.values()])
+        self._pending.append(_Taken(moment, list(sums), list(numbers), copy))
+
+    def known(self, *, wait: bool) -> Iterator[StepValues]:
+        """Yield what was taken, oldest first, each once.
+
+        Args:
+            wait: Whether to wait for the newest, if the device has not sent it yet.
+        """
+        while self._pending and (wait or len(self._pending) > 1 or self._pending[0].copy.is_on_host):
+            taken = self._pending.popleft()
+            numbers = iter(taken.copy.numbers())
+            sums = {name: (next(numbers), next(numbers)) for name in taken.names_of_means}
+            means = self._means_since(sums)
+            yield StepValues(taken.moment, means | dict(zip(taken.names_of_numbers, numbers, strict=True)))
+
+    def _means_since(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+        before, self._sums = self._sums, sums
+        means = {}
+        for name, (total, weight) in sums.items():
+            total_before, weight_before = before.get(name, (0.0, 0.0))
+            if weight > weight_before:
+                means[f"train_{name}_step"] = (total - total_before) / (weight - weight_before)
+        return means
+
+    def state_dict(self) -> StateDict:
+        """Return the sums as of the last time, when nothing is on its way."""
+        return {"sums": {name: list(pair) for name, pair in self._sums.items()}}
+
+    def load_state_dict(self, state_dict: StateMapping) -> None:
+        """Restore what `state_dict` returned."""
+        self._sums = {name: (total, weight) for name, (total, weight) in state_dict["sums"].items()}
+
+
+def take_step_values(run: Run, epoch: int, optimizer: Any, device: torch.device) -> None:
+    """Take the values of the steps of a run, which are due. Must be called on every process.
+
+    Args:
+        run: The run.
+        epoch: The number of the epoch, from 1.
+        optimizer: Has the learning rates.
+        device: Where processes exchange tensors.
+    """
+    progress = run.training.progress
+    sums: WeightedSums = run.training.epoch.sums()
+    if run.config.is_distributed:
+        sums = sum_over_processes(sums, device)
+    numbers = learning_rates_of(optimizer)
+    if run.gradient_norm is not None:
+        numbers["gradient_norm"] = run.gradient_norm
+    moment = Moment(epoch, progress.num_updates, progress.num_samples, time.time())
+    run.training.recorder.take(moment, sums, numbers)
+
+
+def learning_rates_of(optimizer: Any) -> dict[str, float | torch.Tensor]:
+    """Return the learning rate of an optimizer, or that of each of its groups.
+
+    Example:
+        >>> import torch
+        >>> learning_rates_of(torch.optim.SGD([torch.zeros(1)], lr=0.5))
+        {'learning_rate': 0.5}
+    """
+    rates = [group["lr"] for group in getattr(optimizer, "param_groups", ()) if "lr" in group]
+    return {f"learning_rate_{i}" if len(rates) > 1 else "learning_rate": rate for i, rate in enumerate(rates)}
