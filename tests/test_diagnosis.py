@@ -12,7 +12,8 @@ import re
 
 import pytest
 
-from pytorch_accelerated.diagnosis import diagnose, diagnose_curves, noise_of, trend_of
+from pytorch_accelerated._history.trends import noise_of, trend_of
+from pytorch_accelerated.diagnosis import diagnose, diagnose_curves
 from pytorch_accelerated.tracking import InMemoryRunHistory
 
 NUM_CURVES = int(os.environ.get("NUM_CURVES", "12"))

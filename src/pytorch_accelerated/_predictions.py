@@ -22,9 +22,9 @@ from pytorch_accelerated._distributed.collectives import all_gather_nested
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._step import targets_of
 from pytorch_accelerated._tensors.batch_size import size_of_predictions
-from pytorch_accelerated._tensors.dressing import dresser_of
 from pytorch_accelerated._tensors.joining import OutputJoiner
 from pytorch_accelerated._tensors.nested import named_items
+from pytorch_accelerated._tensors.output_types import restorer_of_types
 from pytorch_accelerated._tensors.parts import as_parts
 from pytorch_accelerated._types import Batch, Loader, ModelOutput, Nested
 from pytorch_accelerated.run_config import TrainerRunConfig
@@ -90,7 +90,7 @@ class Predictions:
         if settings.outputs is None:
             self._joiner.left_out.update(("outputs", name) for name in caches)
         self._print = print_fn
-        self._dress: Callable[[Nested], Nested] | None = None
+        self._restore_types: Callable[[Nested], Nested] | None = None
 
     def of_all_batches(self, calculate: Callable[[Batch], ModelOutput]) -> ModelOutput:
         """Return the outputs for all samples, with the targets if these are wanted; ``None`` on a process without.
@@ -119,8 +119,8 @@ class Predictions:
             whole["targets"] = targets_of(
                 batch, "`return_targets` is set", "Use data with targets, or leave out `return_targets`."
             )
-        if self._dress is None:
-            self._dress = dresser_of(whole)
+        if self._restore_types is None:
+            self._restore_types = restorer_of_types(whole)
         told = whole["outputs"] if callable(self._settings.outputs) else outputs
         size = size_of_predictions(batch, told, self._num_samples.in_next_batch())
         local = {name: as_parts(value, size, (name,), self._joiner.left_out) for name, value in whole.items()}
@@ -133,9 +133,9 @@ class Predictions:
             self._joiner.add(parts, num_samples)
 
     def _result(self) -> ModelOutput:
-        if self._dress is None or not self._is_kept:
+        if self._restore_types is None or not self._is_kept:
             return None
-        result = self._dress(self._joiner.result())
+        result = self._restore_types(self._joiner.result())
         left_out = self._joiner.describe_left_out()
         if left_out is not None and self._config.is_world_process_zero:
             warn(left_out)

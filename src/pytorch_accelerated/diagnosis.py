@@ -16,6 +16,13 @@ from typing import Literal
 
 from pytorch_accelerated._history.curves import Curve, choose_metrics, finite, group_by_metric
 from pytorch_accelerated._history.sources import CurveSource, read_curves
+from pytorch_accelerated._history.trends import (
+    MIN_VALUES_FOR_NOISE,
+    medians_of_three,
+    needed_certainty,
+    noise_of,
+    trend_of,
+)
 from pytorch_accelerated._measuring.comparison import is_greater_better
 
 Kind = Literal[
@@ -25,7 +32,6 @@ Kind = Literal[
 __all__ = ["Diagnosis", "Finding", "Kind", "diagnose", "diagnose_curves"]
 
 _MIN_EPOCHS = 4
-_MIN_EPOCHS_FOR_NOISE = 6
 _SHARE_OF_CHANGE = 0.02
 """The smallest change that counts, as a share of what was gained in the whole run."""
 
@@ -222,7 +228,7 @@ def _find_over_fitting(train: _Costs, evaluation: _Costs, words: _Words) -> Find
     train_then, train_end = train.near(epoch), train.end()
     improved = train_then - train_end
     still_improves = improved > max(2 * train.noise, _SHARE_OF_CHANGE * (max(train.smooth) - min(train.smooth)), 0)
-    if end - best <= enough or slope <= 0 or certainty < _needed_certainty(num_after + 1) or not still_improves:
+    if end - best <= enough or slope <= 0 or certainty < needed_certainty(num_after + 1) or not still_improves:
         return None
     numbers = {
         "best evaluation": words.value(best),
@@ -244,7 +250,7 @@ def _find_over_fitting(train: _Costs, evaluation: _Costs, words: _Words) -> Find
 
 def _find_noise(costs: _Costs, words: _Words) -> Finding | None:
     """Jumps from epoch to epoch that are a large part of all that was gained."""
-    if len(costs.values) < _MIN_EPOCHS_FOR_NOISE:
+    if len(costs.values) < MIN_VALUES_FOR_NOISE:
         return None
     gain = costs.smooth[0] - min(costs.smooth)
     level = costs.level(median(costs.values))
@@ -267,7 +273,7 @@ def _find_trend(costs: _Costs, words: _Words) -> Finding | None:
     slope, certainty = costs.trend_of(first)
     num_steps = len(costs.values) - 1 - first
     gain, num_epochs = -slope * num_steps, costs.epoch(len(costs.values)) - costs.epoch(first)
-    is_certain = certainty >= _needed_certainty(num_steps + 1) or costs.falls_every_time(first)
+    is_certain = certainty >= needed_certainty(num_steps + 1) or costs.falls_every_time(first)
     if gain <= 0 or not is_certain or not costs.is_material(gain, first) or not costs.is_lowest_at_end():
         return None
     last = words.value(costs.values[-1])
@@ -380,7 +386,7 @@ class _Costs:
     def __init__(self, epochs: Sequence[float], values: Sequence[float], stage: str, *, has_level: bool) -> None:
         self.epochs, self.values, self.stage, self.has_level = epochs, values, stage, has_level
         self.noise = noise_of(values)
-        self.smooth = _medians_of_three(values)
+        self.smooth = medians_of_three(values)
 
     @classmethod
     def of(cls, curve: Curve, stage: str, words: _Words) -> _Costs:
@@ -432,56 +438,6 @@ class _Costs:
         """Tell whether a gain is large enough compared with the whole, or with the positive value it starts from."""
         is_share_of_level = self.has_level and gain >= _SHARE_OF_LEVEL * start > 0
         return gain >= _SHARE_OF_CHANGE * (max(self.smooth) - min(self.smooth)) or is_share_of_level
-
-
-def noise_of(values: Sequence[float]) -> float:
-    r"""Return the standard deviation of the noise from value to value, whatever the trend.
-
-    It is estimated from the median of the second differences :math:`v_{i-1} - 2 v_i + v_{i+1}` in the later half, whose
-    standard deviation is :math:`\sqrt 6` times that of independent noise. 0 for fewer than six values.
-
-    Example:
-        >>> noise_of([1.0, 0.9, 0.8, 0.7, 0.6, 0.5]) < 1e-12
-        True
-    """
-    if len(values) < _MIN_EPOCHS_FOR_NOISE:
-        return 0.0
-    later = values[-max(_MIN_EPOCHS_FOR_NOISE, math.ceil(len(values) / 2)) :]
-    differences = [abs(a - 2 * b + c) for a, b, c in zip(later, later[1:], later[2:], strict=False)]
-    noise: float = 1.4826 * median(differences) / math.sqrt(6)
-    return noise
-
-
-def trend_of(values: Sequence[float]) -> tuple[float, float]:
-    """Return the slope of the line of least squares through equidistant values, and its distance from 0.
-
-    The distance is in standard errors; infinite if all values are on the line, and 0 if there is no line.
-    """
-    num = len(values)
-    if num < 3:
-        return 0.0, 0.0
-    center, mean = (num - 1) / 2, fmean(values)
-    spread = sum((index - center) ** 2 for index in range(num))
-    slope = sum((index - center) * (value - mean) for index, value in enumerate(values)) / spread
-    rest = sum((value - mean - slope * (index - center)) ** 2 for index, value in enumerate(values))
-    error = math.sqrt(rest / (num - 2) / spread)
-    if error <= 1e-12 * abs(slope):
-        return slope, math.inf if slope else 0.0
-    return slope, abs(slope) / error
-
-
-def _needed_certainty(num_values: int) -> float:
-    """Return how many standard errors a slope must be from 0: a chance of about 1 in 100 that noise alone does it."""
-    degrees_of_freedom = float(max(num_values - 2, 1))
-    return 2.6 + 10 / math.pow(degrees_of_freedom, 1.1)
-
-
-def _medians_of_three(values: Sequence[float]) -> list[float]:
-    """Return the values with the median of each and its neighbors; the first and the last stay."""
-    if len(values) < 3:
-        return list(values)
-    inner = [median(triple) for triple in zip(values, values[1:], values[2:], strict=False)]
-    return [values[0], *inner, values[-1]]
 
 
 def _epoch(epoch: float) -> str:

@@ -40,6 +40,7 @@ FLOORS = [
     {"_run", "plotting"},
     {"_tools", "callbacks"},
     {"_loop", "_start"},
+    {"_saving"},
     {"trainer"},
     {"verification", "__init__"},
 ]

@@ -12,11 +12,12 @@ import pytest
 from _support import SOURCE, make_dataset, make_trainer, train
 from pytorch_accelerated import Trainer
 from pytorch_accelerated._loop import TrainingLoop
+from pytorch_accelerated._saving import SavingLoop
 from pytorch_accelerated._tools import TrainerTools
 from pytorch_accelerated._views import RunAttribute, WritableRunAttribute
 
 MAX_METHODS = 60
-"""Methods and properties of the trainer's two classes together, next to the public ones of 0.1.61."""
+"""Methods and properties of the trainer's four classes together, next to the public ones of 0.1.61."""
 
 MAX_ATTRIBUTES = 25
 """Attributes that a trainer has from construction on."""
@@ -88,7 +89,7 @@ NO_CODE = {
 
 
 def members_of_trainer():
-    return {**vars(TrainerTools), **vars(TrainingLoop), **vars(Trainer)}
+    return {**vars(TrainerTools), **vars(TrainingLoop), **vars(SavingLoop), **vars(Trainer)}
 
 
 def test_the_trainer_has_few_methods():

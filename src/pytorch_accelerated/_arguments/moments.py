@@ -1,4 +1,4 @@
-"""Checks of the moment at which a program calls a method of the trainer."""
+"""Checks that a method of the trainer is called at the right time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_no_run(is_running: bool) -> None:
 
 
 def check_run(is_under_way: bool, method: str, event: str, more: str = "") -> None:
-    """Raise unless what a method of the trainer acts on is under way.
+    """Raise unless the run or pass that a method of the trainer acts on is under way.
 
     Args:
         is_under_way: Whether it is.

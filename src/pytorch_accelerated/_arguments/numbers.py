@@ -113,7 +113,7 @@ def check_min_epochs(min_epochs: int | None, num_epochs: int) -> None:
 
 
 def warn_about_long_accumulation(gradient_accumulation_steps: int, num_batches_per_epoch: int | None) -> None:
-    """Warn if an epoch has fewer batches than an update should take.
+    """Warn if an epoch has fewer batches than one update is supposed to accumulate.
 
     Args:
         gradient_accumulation_steps: Batches per update and rank.

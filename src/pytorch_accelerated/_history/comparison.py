@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FirstDifference:
-    """Where the values of two runs part.
+    """The first value in which two runs differ.
 
     Args:
         metric: The first metric that differs.
@@ -42,7 +42,7 @@ class FirstDifference:
 
 @dataclass(frozen=True)
 class HistoryDiff:
-    """What differs between two runs. Printed, it is a list of that.
+    """What differs between two runs; printed as a list.
 
     Args:
         settings: The settings that differ, each with both values; ``None`` where a run does not have it.
@@ -120,7 +120,7 @@ def _first_update(pair: tuple[Record, Record]) -> float:
 
 
 class RunTable:
-    """Several runs in a table, one a row. Printed, or shown in a notebook, it is that table.
+    """A table of runs, one per row, as which it is printed and shown in a notebook.
 
     Args:
         rows: The rows.

@@ -20,7 +20,7 @@ class LogFile:
     """A text file with the lines that a run has logged.
 
     Lines are appended in one write each, so a process that is killed leaves at most one torn line, the last, which is
-    skipped. All else replaces the whole file atomically.
+    skipped. Any other change replaces the whole file atomically.
 
     Args:
         path: The file. Its folder is created when the first line is written.
@@ -59,7 +59,7 @@ class LogFile:
             temporary.unlink(missing_ok=True)
 
     def start(self, lines: Sequence[str], *, is_new: bool) -> None:
-        """Make the file that of a run which has logged these lines so far.
+        """Make this the file of a run that has logged these lines so far.
 
         What a killed run logged after the state that it is resumed from goes, because it is logged again. A file that
         may be another run's is set aside: it gets a number before its suffix.
@@ -111,7 +111,7 @@ def run_info_line(run_info: Mapping[str, Any]) -> str:
 
 
 def run_info_of(line: str) -> dict[str, Any] | None:
-    """Return what `run_info_line` was given; ``None`` if it has not returned this line.
+    """Return the run information in a line of `run_info_line`; ``None`` for any other line.
 
     Raises:
         ValueError: The line is no JSON.

@@ -97,7 +97,7 @@ def columns_of(rows: Iterable[Mapping[str, MetricValue]]) -> list[str]:
 
 
 def with_steps(records: Iterable[Record], of_steps: Iterable[Record]) -> Iterator[Record]:
-    """Yield records and those of steps in the order of time."""
+    """Yield the records of passes and of steps, in the order of time."""
     return merge(records, of_steps, key=lambda record: record.moment.time or 0.0)
 
 

@@ -89,7 +89,7 @@ def _rows_of_json_lines(text: str, path: Path) -> list[Mapping[str, Any]]:
 
 
 def _curves_of_series(series: Mapping[str, Sequence[MetricValue]]) -> dict[str, Curve]:
-    """Return curves with a value per epoch. Where evaluations within an epoch were is not known: they are left out."""
+    """Return curves with a value per epoch. Evaluations within an epoch are left out."""
     curves: dict[str, Curve] = {}
     for name, values in series.items():
         numbers = [_as_float(value) for value in values]

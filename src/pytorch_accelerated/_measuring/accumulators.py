@@ -15,9 +15,9 @@ from torch import nn
 from pytorch_accelerated._means import wide_dtype
 from pytorch_accelerated._measuring.comparison import one_number
 from pytorch_accelerated._measuring.states import is_torchmetric, load_state, merged, metrics_in, on_device, state_of
-from pytorch_accelerated._tensors.dressing import dresser_of
 from pytorch_accelerated._tensors.joining import OutputJoiner
 from pytorch_accelerated._tensors.nested import rebuild
+from pytorch_accelerated._tensors.output_types import restorer_of_types
 from pytorch_accelerated._tensors.parts import as_parts
 from pytorch_accelerated._types import MetricValue, Nested, StateDict, StateMapping
 from pytorch_accelerated.metrics import Accuracy, FromLoss, MeanAbsoluteError, TopKAccuracy, WholeSet
@@ -379,7 +379,7 @@ class OfWholeSet(Accumulator):
         for chunk in chunks:
             size, parts = chunk["size"], chunk["inputs"]
             joiner.add({name: as_parts(value, size, (name,)) for name, value in parts.items()}, size)
-        joined = dresser_of(chunks[0]["inputs"])(joiner.result())
+        joined = restorer_of_types(chunks[0]["inputs"])(joiner.result())
         args = [joined.pop(f"{index}") for index in range(chunks[0]["num_args"])]
         return self._metric.function(*args, **joined)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ShapeRecorder:
-    """Notes the shapes of what modules return, from its creation until `remove`.
+    """Records the shapes of what modules return, from its creation until `remove`.
 
     Args:
         models: The models.
@@ -69,7 +69,7 @@ def run_with_recorder(
 ) -> tuple[nn.Module, ShapeRecorder]:
     """Call a model once in evaluation mode and without gradients, and note the shapes of what its modules return.
 
-    The model is afterwards what it was, and so are the random number generators: see `leaving_no_trace`.
+    Afterwards the model and the random number generators are as they were: see `leaving_no_trace`.
 
     Args:
         model: The model, without wrappers.

@@ -1,4 +1,4 @@
-"""Modules that `torch.compile` or a parallel wrapper has wrapped, told from those of the user that only look so."""
+"""Tells modules wrapped by `torch.compile`, DDP or `DataParallel` from those of the user that only look like it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COMPILED = "_orig_mod"
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Tell whether `torch.compile` has returned a module; one of the user's may have such a child too."""
+    """Tell whether `torch.compile` returned a module; one of the user's may have a child of the same name."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes seconds
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 

@@ -1,4 +1,4 @@
-"""Draws the curves of metrics: one by one, those of a metric in one panel, all that a history has."""
+"""Draws curves: a single one, those of one metric, or all that a history has."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class StepRecorder:
         self._schedule(num_updates)
 
     def take_every(self, every_n_updates: int | None, num_updates: int) -> None:
-        """Take values every so many updates, unless they are taken more often already; the arguments are as above."""
+        """Take values every so many updates, or more often if they already are; the arguments are those of `start`."""
         wishes = [number for number in (self._every_n_updates, every_n_updates) if number is not None]
         self._every_n_updates = min(wishes, default=None)
         self._schedule(num_updates)
@@ -110,7 +110,7 @@ class StepRecorder:
         return means
 
     def state_dict(self) -> StateDict:
-        """Return the sums as of the last time, when nothing is on its way."""
+        """Return the sums as of the last time. Nothing may be on its way from the device."""
         return {"sums": {name: list(pair) for name, pair in self._sums.items()}}
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
@@ -119,7 +119,7 @@ class StepRecorder:
 
 
 def take_step_values(run: Run, epoch: int, optimizer: Any, device: torch.device) -> None:
-    """Take the values of the steps of a run, which are due. Must be called on every process.
+    """Take the values of steps that are due in a run. Must be called on every process.
 
     Args:
         run: The run.

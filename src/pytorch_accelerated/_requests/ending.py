@@ -1,4 +1,4 @@
-"""A program asks a run to end, or to end its epoch: after which step, and on all ranks."""
+"""Ends a run, or the training part of its epoch, on all ranks, because the program asks for it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def request_stop(run: Run, reason: str, print_fn: Callable[[str], None]) -> None
 
 
 def is_ignored(run: Run, reason: Exception, print_fn: Callable[[str], None]) -> bool:
-    """Return, and tell, whether a request to stop comes before the smallest number of epochs."""
+    """Return whether a request to stop comes before `min_epochs`, and is therefore ignored; print that it is."""
     progress = run.training.progress
     num_done = progress.num_epochs_completed + (progress.phase == "end")
     if type(reason) is not StopTrainingError or not run.is_training_run or num_done >= run.first_end:
@@ -53,11 +53,11 @@ def request_end_of_epoch(run: Run, reason: str) -> None:
 
 
 class EndOfEpoch:
-    """Around the steps of an epoch: lets a request end them, tells of it, and records it; then evaluation follows.
+    """The context of the steps of an epoch: a request ends them early, which is printed and recorded.
 
     Args:
         run: The run.
-        history: Where an epoch with fewer batches than there are is recorded.
+        history: Where the number of batches is recorded if a request ended the epoch.
         print_fn: Prints on the main process.
     """
 
@@ -65,7 +65,7 @@ class EndOfEpoch:
         self._run, self._history, self._print = run, history, print_fn
 
     def __enter__(self) -> None:
-        """Ask again for what was asked for before the run was resumed."""
+        """Repeat a request from before the run was resumed."""
         run, window = self._run, self._run.training.window
         run.is_taking_steps = True
         if window.end_of_epoch is None:

@@ -1,4 +1,4 @@
-"""A program asks a run to leave a batch out of its update."""
+"""Leaves a batch out of its update, because the program asks for it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def skip_batch(run: Run) -> None:
 def leaves_out(run: Run) -> bool:
     """Return whether a batch that was skipped before its step needs no forward pass.
 
-    Other ranks wait for the gradients of this one if an update is due, which take a forward pass; shards in any case.
+    If an update is due, the other ranks wait for gradients from this one, which need a forward pass. Ranks that share a
+    model in shards wait for the forward pass itself.
     """
     return not run.consensus.is_needed or not (run.is_update_due or run.is_sharded)
 
@@ -69,7 +70,7 @@ def complete_skipped_step(
 
 
 def has_skipped_all(run: Run) -> bool:
-    """Return whether all batches of a window without samples were skipped, on all ranks; then forget the window."""
+    """Return whether a window has no samples because its batches were skipped, on all ranks; if so, reset it."""
     window = run.training.window
     num_skipped = run.consensus.num_skipped if run.consensus.is_needed else window.num_skipped
     if num_skipped == 0:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def read_limits(
     max_time: str | timedelta | None, min_epochs: int | None, num_epochs: int
 ) -> tuple[TimeLimit | None, int]:
-    """Check the arguments of `train` that limit a run, and return the limit of its time, and the least of its epochs.
+    """Check `max_time` and `min_epochs`, and return the time limit and the smallest number of epochs.
 
     Raises:
         TypeError: One of them has the wrong type.

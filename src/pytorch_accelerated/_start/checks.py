@@ -1,4 +1,4 @@
-"""Before a run: what is refused, and what the user is told of because it probably is not meant."""
+"""What is refused before a run, and what the user is warned of because it is probably a mistake."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _REPORTING = (PrintProgressCallback, ProgressBarCallback, LogMetricsCallback)
 
 
 def check_parts_of_training(trainer: Trainer, create_scheduler_fn: object, is_sharded: bool) -> Optimizer:
-    """Refuse a model, a loss function, an optimizer or a function for a scheduler that is none.
+    """Refuse a model, loss function, optimizer or scheduler function that is not one.
 
-    A step of one's own may use any loss function, and `create_scheduler` any object for a scheduler.
+    A subclass with its own step may use any loss function, one with its own `create_scheduler` any scheduler.
 
     Returns:
         The optimizer; a group, if the program has set several since the trainer was created.
@@ -50,7 +50,7 @@ def check_parts_of_training(trainer: Trainer, create_scheduler_fn: object, is_sh
 
 
 def warn_about_uncalled_hooks(trainer: Trainer) -> None:
-    """Tell of methods that look like a hook, or an event, but are not called."""
+    """Warn about methods that look like a hook or an event, but that nothing calls."""
     handler: object = trainer.callback_handler  # that of a subclass may be of any class
     callbacks = handler.with_nested_callbacks() if isinstance(handler, CallbackHandler) else []
     words = {word for callback in callbacks for word in words_of_user(type(callback))}
@@ -63,7 +63,7 @@ def warn_about_uncalled_hooks(trainer: Trainer) -> None:
 
 
 def tell_what_is_missing(trainer: Trainer) -> None:
-    """Tell if none of the callbacks that replace the default ones prints anything."""
+    """Say so if none of the callbacks that replace the default ones prints anything."""
     say_what_is_missing(trainer.callback_handler.with_nested_callbacks(), _REPORTING)
 
 
@@ -74,7 +74,7 @@ def warn_about_ready_loaders(
     collate_fn: CollateFunction | None,
     dl_kwargs: tuple[DataLoaderKwargs | None, ...],
 ) -> None:
-    """Tell of arguments for loaders that are given beside a ready one. A loader of one's own may use them."""
+    """Warn about loader arguments next to a ready loader, unless a subclass creates its loaders itself."""
     if overrides_any(trainer, ["create_train_dataloader", "create_eval_dataloader"]):
         return
     names = ["dataloader_kwargs"] if len(dl_kwargs) == 1 else ["train_dataloader_kwargs", "eval_dataloader_kwargs"]
@@ -84,7 +84,7 @@ def warn_about_ready_loaders(
 def check_data(
     trainer: Trainer, name: str, data: object, dl_kwargs: DataLoaderKwargs | None, loader_class: type
 ) -> None:
-    """Refuse data that is none, and arguments that no loader has. A loader of one's own may take anything."""
+    """Refuse what is no dataset, and unknown loader arguments, unless a subclass creates its loaders itself."""
     kind = name.removesuffix("_dataset")
     if overrides_any(trainer, [f"create_{kind}_dataloader"]):
         return

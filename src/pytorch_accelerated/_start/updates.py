@@ -1,4 +1,4 @@
-"""What makes the updates of a run is set up: the accumulation window, a closure, and the parameters."""
+"""Sets up what makes the updates of a run: accumulation window, closure, parameters."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def set_up_window(
 
 
 def set_up_parameters(run: Run, model: nn.Module, optimizer: Optimizer, has_comm_hook: bool) -> None:
-    """Find the parameters that the optimizer holds beside the model, and discard the gradients from before the run.
+    """Find the parameters that the optimizer holds and the model does not, and discard gradients from before the run.
 
-    Gradients are discarded also of parameters that the optimizer does not hold. They will be added up over all
-    processes in a fixed order.
+    Gradients of parameters that the optimizer does not hold are discarded too. From here on, gradients are added up
+    over all processes in a fixed order.
     """
     if isinstance(model, nn.Module):
         model.zero_grad()

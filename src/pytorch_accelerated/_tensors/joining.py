@@ -127,7 +127,7 @@ def name_of(path: Path) -> str:
 
 
 class _Absent:
-    """What is left out has this as its result."""
+    """The type of `ABSENT`, the result for anything that is left out."""
 
 
 ABSENT = _Absent()
@@ -160,7 +160,7 @@ class _Node(ABC):
         """Return the whole."""
 
     def give_up(self, reason: str | None) -> _Node:
-        """Leave this place out, and return the node for it."""
+        """Leave this place out of the result, and return the node that stands for that."""
         self.joiner.leave_out(self.path, reason)
         return _LeftOut(self.path, self.joiner)
 
@@ -277,7 +277,7 @@ class _Named(_Node):
 class _Entries(_Node):
     """A list or tuple: an entry for each sample, or parts with a row for each sample.
 
-    With two samples and two parts, only a later batch tells.
+    With two samples and two parts, only a later batch shows which.
     """
 
     description = "a list"

@@ -46,7 +46,7 @@ class FixedParts:
 
 
 def as_parts(output: ModelOutput, size: int, path: Path, left_out: Collection[Path] = ()) -> Part:
-    """Sort the output of a batch by what has a part for each sample.
+    """Take the output of a batch apart into what has a part for each sample, and what has none.
 
     Args:
         output: What the model returned for one batch, or something in it.
@@ -76,7 +76,7 @@ def as_parts(output: ModelOutput, size: int, path: Path, left_out: Collection[Pa
 
 
 def _unpacked(output: ModelOutput) -> ModelOutput:
-    """Return an array of numbers as a tensor, and as a list what else has something for each sample."""
+    """Return an array of numbers as a tensor; other arrays, packed and nested tensors as a list of their entries."""
     if isinstance(output, PackedSequence):
         return _Samples(unpack_sequence(output))
     if isinstance(output, torch.Tensor) and output.is_nested:
@@ -113,7 +113,7 @@ def may_be_parts(entries: Sequence[Any], size: int) -> bool:
 
 
 def are_probably_parts(entries: Sequence[Any], size: int) -> bool:
-    """Tell what a sequence is more likely if it may be both."""
+    """Tell whether a sequence that may be parts or samples is more likely to be parts."""
     are_all_rows = all(length == size for length in _lengths_in(entries))
     return (are_all_rows or isinstance(entries, tuple)) and named_items(entries[0]) is None
 

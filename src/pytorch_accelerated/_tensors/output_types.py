@@ -1,4 +1,4 @@
-"""Gives outputs that were joined the types in which the model returns them."""
+"""Converts joined outputs back to the types that the model returns."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pytorch_accelerated._tensors.nested import like_mapping, named_items, rebui
 from pytorch_accelerated._types import ModelOutput, Nested
 
 
-def dresser_of(output: ModelOutput) -> Callable[[Any], Any]:
-    """Return a function that gives what was joined the types that an output has. It keeps no tensor of the output.
+def restorer_of_types(output: ModelOutput) -> Callable[[Any], Any]:
+    """Return a function that converts joined parts back to the types of an output. It holds on to none of its tensors.
 
     What is left out is missing in a mapping, and ``None`` elsewhere.
     """
@@ -27,10 +27,10 @@ def dresser_of(output: ModelOutput) -> Callable[[Any], Any]:
         return lambda joined: joined
     named = named_items(output)
     if named is not None:
-        return _dresser_of_named(output, {name: dresser_of(item) for name, item in named.items()})
+        return _restorer_of_named(output, {name: restorer_of_types(item) for name, item in named.items()})
     if isinstance(output, (tuple, list)):
-        create, dressers = type(output), [dresser_of(item) for item in output]
-        return lambda joined: _dressed_sequence(joined, create, dressers)
+        create, restorers = type(output), [restorer_of_types(item) for item in output]
+        return lambda joined: _restored_sequence(joined, create, restorers)
     return lambda joined: joined
 
 
@@ -40,25 +40,25 @@ def _as_array(joined: Any, dtype: np.dtype[Any]) -> Any:
     return np.fromiter(joined, object, len(joined)) if dtype.hasobject else np.array(joined)
 
 
-def _dressed_sequence(joined: Any, create: Callable[..., Any], dressers: Sequence[Callable[[Any], Any]]) -> Any:
+def _restored_sequence(joined: Any, create: Callable[..., Any], restorers: Sequence[Callable[[Any], Any]]) -> Any:
     if isinstance(joined, list):  # with an entry for each sample
         return tuple(joined) if create is tuple else joined
-    return create([_dressed(dress, item) for dress, item in zip(dressers, joined, strict=True)])
+    return create([_restored(restore, item) for restore, item in zip(restorers, joined, strict=True)])
 
 
-def _dresser_of_named(output: Nested, dressers: Mapping[Hashable, Callable[[Any], Any]]) -> Callable[[Any], Any]:
+def _restorer_of_named(output: Nested, restorers: Mapping[Hashable, Callable[[Any], Any]]) -> Callable[[Any], Any]:
     blank = rebuild(output, lambda item: None)
     if isinstance(output, Mapping) and not is_dataclass(output):
         return lambda joined: like_mapping(
-            blank, {name: dressers[name](item) for name, item in joined.items() if item is not ABSENT}
+            blank, {name: restorers[name](item) for name, item in joined.items() if item is not ABSENT}
         )
 
-    def dress(joined: dict[Hashable, Any]) -> Any:
-        items = iter([_dressed(dressers[name], item) for name, item in joined.items()])
+    def restore(joined: dict[Hashable, Any]) -> Any:
+        items = iter([_restored(restorers[name], item) for name, item in joined.items()])
         return rebuild(blank, lambda item: next(items))
 
-    return dress
+    return restore
 
 
-def _dressed(dress: Callable[[Any], Any], joined: Any) -> Any:
-    return None if joined is ABSENT else dress(joined)
+def _restored(restore: Callable[[Any], Any], joined: Any) -> Any:
+    return None if joined is ABSENT else restore(joined)
