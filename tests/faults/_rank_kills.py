@@ -1,6 +1,6 @@
 """Kills one of two ranks at random moments, sends SIGTERM to the other, and measures how long that one takes to end.
 
-    PYTHONPATH=tests python tests/faults/_rank_kills.py --kills 300 --seed 7
+    make soak RANK_KILLS=300 SEED=7
 
 States are saved in the background. After each kill, every visible state must be valid.
 """
