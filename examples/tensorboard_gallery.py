@@ -23,7 +23,12 @@ from torch import nn
 from torch.utils.data import TensorDataset, random_split
 
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.callbacks import TensorBoardCallback, TrainerCallback, get_default_callbacks
+from pytorch_accelerated.callbacks import (
+    TensorBoardCallback,
+    TimeLedgerCallback,
+    TrainerCallback,
+    get_default_callbacks,
+)
 from pytorch_accelerated.metrics import Accuracy
 
 SAMPLE_RATE = 8000  # of the sound, in hertz
@@ -64,7 +69,7 @@ class Gallery(TrainerCallback):
             return
         writer.add_text("about", "A *small* network that learns **handwritten digits**.")
         writer.add_image("digits/first", self.images[0])
-        writer.add_images("digits/grid", self.images[:32])
+        writer.add_images("digits/grid", nn.functional.pad(self.images[:32], (1, 1, 1, 1), value=0.3))  # with a frame
         writer.add_graph(trainer.get_model(), self.images[:1].to(trainer.device))
 
     def on_optimizer_step_end(self, trainer, **kwargs):
@@ -97,14 +102,8 @@ class Gallery(TrainerCallback):
             return
         writer.add_audio("loss as a melody", make_melody(self.losses), update, SAMPLE_RATE)
         add_video(writer, "filters", torch.stack(self.filters), update)
-        vertices, colors, faces = make_surface(self.logits_of(trainer))
-        writer.add_mesh("outputs", vertices, colors, faces, global_step=update)
-        results = {"hparam/accuracy": trainer.run_history.get_latest_metric("eval_accuracy")}
-        settings = {
-            "lr": trainer.optimizer.param_groups[0]["lr"],
-            "batch_size": trainer.run_config.train_total_batch_size,
-        }
-        writer.add_hparams(settings, results, run_name="table", global_step=update)
+        vertices, colors, faces = make_surface(self.images[self.targets == 0].mean(dim=0).squeeze(0))
+        writer.add_mesh("digits/mean of the zeros", vertices, colors, faces, global_step=update)
 
     def logits_of(self, trainer):
         """Return the outputs for the images, of shape ``(N, 10)``."""
@@ -151,16 +150,19 @@ def add_video(writer, tag, frames, update, size=24):
     writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), update)
 
 
-def make_surface(outputs):
-    """Return the outputs of a model as a surface over the samples and classes: vertices, colors and triangles."""
-    num_rows, num_columns = outputs.shape
+def make_surface(image):
+    """Return an image of shape ``(rows, columns)`` as a surface, as high as it is bright: vertices, colors, triangles.
+
+    Their shapes are ``(1, points, 3)``, ``(1, points, 3)`` and ``(1, triangles, 3)``.
+    """
+    num_rows, num_columns = image.shape
     row, column = torch.meshgrid(torch.arange(num_rows), torch.arange(num_columns), indexing="ij")
-    heights = outputs.sigmoid()
-    vertices = torch.stack([row / num_rows, column / num_columns, heights], dim=2).view(1, -1, 3)
-    colors = torch.stack([255 * heights, torch.zeros_like(heights), 255 * (1 - heights)], dim=2).int().view(1, -1, 3)
+    places = [column - num_columns / 2, num_rows / 2 - row, 3 * image]
+    vertices = torch.stack(places, dim=2).view(1, -1, 3)
+    colors = torch.stack([255 * image, 90 + 0 * image, 255 * (1 - image)], dim=2).int().view(1, -1, 3)
     corner = (row * num_columns + column)[:-1, :-1].flatten()
     right, below = corner + 1, corner + num_columns
-    faces = torch.cat([torch.stack([corner, right, below], 1), torch.stack([right, below + 1, below], 1)]).unsqueeze(0)
+    faces = torch.cat([torch.stack([corner, below, right], 1), torch.stack([right, below, below + 1], 1)]).unsqueeze(0)
     return vertices, colors, faces
 
 
@@ -176,11 +178,14 @@ def main(arguments=None):
     images, targets = eval_set[:100]
     model = create_model()
     tracking = TensorBoardCallback(options.log_dir, every_n_updates=10, hyperparameters=options)
+    silent = TimeLedgerCallback(
+        max_share=None, print_table=False
+    )  # to draw so much takes longer than to train so small a network
     trainer = Trainer(
         model,
         nn.CrossEntropyLoss(),
         torch.optim.AdamW(model.parameters(), lr=options.lr),
-        callbacks=[*get_default_callbacks(progress_bar=False), tracking, Gallery(tracking, images, targets)],
+        callbacks=[*get_default_callbacks(progress_bar=False), tracking, Gallery(tracking, images, targets), silent],
         metrics={"accuracy": Accuracy()},
     )
     trainer.train(train_set, options.epochs, eval_set, per_device_batch_size=32)

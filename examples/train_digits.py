@@ -21,6 +21,7 @@ from torch.utils.data import TensorDataset
 
 from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated.callbacks import SaveBestModelCallback, get_default_callbacks
+from pytorch_accelerated.metrics import Accuracy
 from pytorch_accelerated.plotting import plot_learning_curves
 from pytorch_accelerated.schedulers import CosineLrScheduler
 
@@ -60,28 +61,7 @@ def convolution(num_inputs, num_outputs):
     )
 
 
-# 3. The trainer: a step can return `metrics` along with the loss. They are averaged and recorded like the loss.
-
-
-class ClassifierTrainer(Trainer):
-    """A trainer that also records the accuracy."""
-
-    def calculate_train_batch_loss(self, batch):
-        """Compute the loss as usual, and add the accuracy to the output."""
-        return with_accuracy(super().calculate_train_batch_loss(batch), batch)
-
-    def calculate_eval_batch_loss(self, batch):
-        """Do the same in evaluation."""
-        return with_accuracy(super().calculate_eval_batch_loss(batch), batch)
-
-
-def with_accuracy(batch_output, batch):
-    _, labels = batch
-    predictions = batch_output["model_outputs"].argmax(dim=1)
-    return {**batch_output, "metrics": {"accuracy": (predictions == labels).float().mean()}}
-
-
-# 4. The run: train, then test the model with the lowest validation loss.
+# 3. The run: train, then test the model with the lowest validation loss.
 
 
 def main():
@@ -91,11 +71,12 @@ def main():
     model = create_model()
     save_best_model = SaveBestModelCallback(arguments.output_dir / "best_model.pt")
 
-    trainer = ClassifierTrainer(
+    trainer = Trainer(
         model=model,
         loss_func=nn.CrossEntropyLoss(),
         optimizer=torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.05),
         callbacks=[*get_default_callbacks(), save_best_model],
+        metrics={"accuracy": Accuracy()},
     )
     start = time.perf_counter()
     trainer.train(
@@ -109,8 +90,7 @@ def main():
     )
     seconds = time.perf_counter() - start
 
-    trainer.evaluate(test_dataset, per_device_batch_size=64)  # the callback has restored the best model
-    accuracy = trainer.run_history.get_latest_metric("evaluation_accuracy")
+    accuracy = trainer.evaluate(test_dataset, per_device_batch_size=64)["accuracy"]  # of the best model
     best_epoch = save_best_model.best_metric_epoch
     trainer.print(f"\nTrained for {arguments.epochs} epochs in {seconds:.1f} s; the best epoch was {best_epoch}.")
     trainer.print(f"Test accuracy of the best model: {accuracy:.4f}")

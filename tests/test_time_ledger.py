@@ -412,7 +412,7 @@ def test_the_share_can_be_set_and_the_warning_switched_off(clock):
 
 
 @is_strict
-def test_the_first_batch_of_a_short_run_and_very_short_runs_are_not_told_of(clock):
+def test_the_start_of_a_short_run_and_very_short_runs_are_not_told_of(clock):
     class FirstIsSlow(SlowData):
         def __getitem__(self, index):
             self.take(25 if index == 0 else 0)
@@ -422,6 +422,9 @@ def test_the_first_batch_of_a_short_run_and_very_short_runs_are_not_told_of(cloc
     train(trainer, FirstIsSlow(clock.take), train_dataloader_kwargs={"num_workers": 0, "shuffle": False})
     assert trainer.time_ledger.share("data") == 1
     train(make_trainer(), SlowData(lambda seconds: clock.take(0.02)), **NO_WORKERS)
+    opens_slowly = Probe(on_training_run_start=lambda trainer, **_: clock.take(25))
+    trainer = train(make_trainer(callbacks=[opens_slowly]))
+    assert trainer.time_ledger.share("callback_Probe") == 1
 
 
 @is_strict

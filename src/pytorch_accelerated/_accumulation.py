@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-    from pytorch_accelerated._types import MaybeNone, StateDict, Stateful, StateMapping
+    from pytorch_accelerated._types import MaybeNone, ParameterGroup, StateDict, Stateful, StateMapping
 
 
 class AccumulationWindow:
@@ -219,7 +220,7 @@ class OutsideParameters:
         self._parameters: list[torch.Tensor] = []
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        num_groups = len(getattr(self._optimizer, "param_groups", ()))
+        num_groups = len(groups_of(self._optimizer))
         if num_groups != self._num_groups:  # groups are only ever added
             self._parameters = parameters_outside(self._model, self._optimizer)
             self._num_groups = num_groups
@@ -230,12 +231,18 @@ class OutsideParameters:
         return chain(model.parameters(), self)
 
 
+def groups_of(optimizer: object) -> Sequence[ParameterGroup]:
+    """Return the parameter groups of an optimizer; none for a test double that has none, or for ``None``."""
+    groups = getattr(optimizer, "param_groups", None)
+    return groups if isinstance(groups, Sequence) else ()
+
+
 def parameters_outside(model: nn.Module | MaybeNone, optimizer: Optimizer | None) -> list[torch.Tensor]:
     """Return the parameters that an optimizer holds and a model does not, in the order of the optimizer.
 
     There are none if the optimizer holds no parameter of the model: then it trains another one.
     """
-    held = [parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
+    held = [parameter for group in groups_of(optimizer) for parameter in group["params"]]
     in_model = {id(parameter) for parameter in model.parameters()} if isinstance(model, nn.Module) else set()
     outside = [parameter for parameter in held if id(parameter) not in in_model]
     return outside if len(outside) < len(held) else []

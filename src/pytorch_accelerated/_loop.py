@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from pytorch_accelerated._accumulation import clip_gradients, gradients_for, scale_gradients, with_dense_gradients
 from pytorch_accelerated._arguments.moments import check_run
+from pytorch_accelerated._console.text import all_done
 from pytorch_accelerated._data.loaders import EXACT, RestOfEpoch, enumerate_batches
 from pytorch_accelerated._data.rng import forget_spare_gaussian, preserve_rng_state
 from pytorch_accelerated._data.sharding import sharding_of, start_at, without_samples
@@ -260,7 +261,7 @@ class TrainingLoop(TrainerTools):
         run = self._loop_run
         run_info = run_info_of(run.config, self.get_model(), self.optimizer, self.scheduler)
         run.record_in(self.run_history, run_info)
-        run.training.recorder.start(self.run_history.record_every_n_updates, run.training.progress.num_updates)
+        run.training.recorder.start(run, self.run_history.record_every or self.run_history.record_every_n_updates)
         with run.interrupt, EndOnSignals(run.interrupt, run.config.num_processes):
             try:
                 run.call(self.training_run_start)
@@ -287,7 +288,7 @@ class TrainingLoop(TrainerTools):
         while run.should_continue():
             self._loop_epoch()
         limit = run.limit_reached()
-        run.stop_reason = f"{progress.num_epochs_completed} epochs are done" if limit is None else limit
+        run.stop_reason = all_done(progress.num_epochs_completed, "epoch") if limit is None else limit
         if limit is not None:
             self.print(f"Training ends in epoch {self.run_history.current_epoch - 1}: {limit}")
 
@@ -513,9 +514,9 @@ class TrainingLoop(TrainerTools):
 
     def _loop_end_train_step(self, step: int) -> None:
         run = self._loop_run
+        run.training.progress.num_batches_in_epoch = step + 1
         if run.training.progress.num_updates >= run.training.recorder.next_update:
             record_steps(self, wait=False)
-        run.training.progress.num_batches_in_epoch = step + 1
         run.ledger.switch(OTHER)
         results, run.step_results = run.step_results, []  # none if a subclass has replaced the step
         for batch, batch_output in results:
@@ -763,7 +764,7 @@ def record_steps(trainer: TrainingLoop, *, wait: bool = True) -> None:
         wait: Whether to wait for those that are still on their way from the device.
     """
     run, history, recorder = run_of(trainer), trainer.run_history, run_of(trainer).training.recorder
-    if run.training.progress.num_updates >= recorder.next_update:
+    if recorder.is_due(run):
         take_step_values(run, history.current_epoch, trainer.optimizer, trainer.device)
     for moment, values in recorder.known(wait=wait):
         history._record_step(values, moment)  # noqa: SLF001 - a seam

@@ -13,7 +13,8 @@ from pytorch_accelerated._accumulation import (
     are_finite,
     gradients_for,
 )
-from pytorch_accelerated._console.pace import fraction_done
+from pytorch_accelerated._console.pace import Pace, fraction_done
+from pytorch_accelerated._console.text import all_done
 from pytorch_accelerated._data.loaders import guarantee_of_skipping, order_may_differ, reliable_num_batches_of
 from pytorch_accelerated._data.rng import derive_seed
 from pytorch_accelerated._distributed.collectives import average_gradients, mean_over_processes, share_of_processes
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from pytorch_accelerated._arguments.lengths import Length
     from pytorch_accelerated._checkpoint.restart import Restart
     from pytorch_accelerated._data.determinism import SeededLoader
     from pytorch_accelerated._distributed.accelerator import PreparedModel
@@ -277,6 +279,20 @@ class Run:
         num_epochs = progress.num_epochs_completed + (of_epoch if progress.phase == "training" else 1.0)
         return fraction_done(num_epochs, self.total_num_epochs, progress.num_updates, self.update_limit)
 
+    def seconds_left(self, pace: Pace) -> float | None:
+        """Return how long a training run still takes: until it is done, or its time is over.
+
+        Args:
+            pace: That of `fraction_done`, of which this is a mark.
+        """
+        pace.mark(self.fraction_done())
+        left = pace.seconds_left(1.0)
+        if self.time_limit is None:
+            return left
+        at_least = pace.seconds_left(self.first_end / self.total_num_epochs) or 0.0
+        until_limit = max(self.time_limit.seconds_left(), at_least)
+        return until_limit if left is None else min(left, until_limit)
+
     @property
     def name_of_current_dataset(self) -> str:
         """The name of the evaluation dataset under way; empty if it is the only one."""
@@ -342,9 +358,13 @@ class Run:
         if run_info is not None:
             history._start_run(run_info)  # noqa: SLF001 - a seam
 
-    def record_steps_every(self, num_updates: int | None) -> None:
-        """Record values of steps every so many updates, or more often if the run history or a callback wants that."""
-        self.training.recorder.take_every(num_updates, self.training.progress.num_updates)
+    def record_steps_every(self, every: Length | int | None) -> None:
+        """Record values of steps that often, or more often if the run history or a callback wants that.
+
+        Args:
+            every: A length, or a number of updates; ``None`` for no wish.
+        """
+        self.training.recorder.take_every(self, every)
 
     def start_training(self, num_epochs_completed: int, num_epochs: int, window: AccumulationWindow) -> None:
         """Start a training of its own, in place of the position that the previous run left."""
@@ -635,7 +655,7 @@ class Run:
         if self.time_limit is not None and not self.is_update_limit_reached:
             return self.time_limit.reason if has_epochs_left or self.is_time_over else None
         is_cut_short = self.is_epoch_cut_short and self.is_update_limit_reached
-        limit = f"{progress.num_updates} updates are done (`max_num_train_steps`)"
+        limit = f"{all_done(progress.num_updates, 'update')} (`max_num_train_steps`)"
         return limit if has_epochs_left or is_cut_short else None
 
     def count_epoch(self, history: RunHistory) -> None:

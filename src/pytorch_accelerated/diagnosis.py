@@ -60,9 +60,9 @@ class Finding:
         return f"{self.kind}: {self.text} {self.advice}".rstrip()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
-    """All findings about one metric; ``str(diagnosis)`` has a line for each.
+    """All findings about one metric. Printed, or shown in a notebook, it has a line for each.
 
     Example:
         >>> diagnosis = diagnose({"train_loss": [4, 3, 2, 1, 0.5], "eval_loss": [4, 3.5, 3, 2.5, 2]})
@@ -85,7 +85,7 @@ class Diagnosis:
     def __len__(self) -> int:
         return len(self.findings)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         nothing = f"Nothing stands out in the {self.num_epochs} epochs of the {self.metric}."
         return "\n".join(map(str, self.findings)) or nothing
 

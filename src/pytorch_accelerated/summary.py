@@ -72,9 +72,9 @@ class SummaryRow:
     """The memory that parameters and buffers take, or would take if they are on the meta device."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelSummary:
-    """The table that `summarize` returns; ``str(summary)`` is its text.
+    """The table that `summarize` returns. Printed, or shown in a notebook, it is that table.
 
     Example:
         >>> summary = summarize(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), torch.zeros(2, 8))
@@ -106,7 +106,7 @@ class ModelSummary:
         """Return each row as a dictionary with the attributes of `SummaryRow`."""
         return [{entry.name: getattr(row, entry.name) for entry in fields(row)} for row in self.rows]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = align([_HEADER, *map(_cells, self.rows)], right=[0, 3, 6])
         total = (
             f"{self.num_parameters:,} parameters ({self.num_trainable:,} trainable, {self.num_frozen:,} frozen), "

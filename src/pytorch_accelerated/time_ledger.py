@@ -77,7 +77,10 @@ class TimeLedger:
         self.is_running = False
         self._nanoseconds: defaultdict[str, int] = defaultdict(int, dict.fromkeys(PARTS, 0))
         self._first_waits: defaultdict[str, int] = defaultdict(int)
-        """Of these, the wait for the first item of each pass, for which worker processes are started."""
+        """Of these, the wait for the first item of each pass, for which worker processes are started.
+
+        And what callbacks do before the first item of all, such as importing a tracker.
+        """
 
         self.part: str = SETUP
         """What the time belongs to at present."""
@@ -125,6 +128,9 @@ class TimeLedger:
             then: The part that begins when an item is there; ``None`` for the one of before.
         """
         iterator = iter(items)
+        if not self._first_waits:
+            of_callbacks = [name for name in self._nanoseconds if name.startswith(CALLBACK_PREFIX)]
+            self._first_waits.update({name: self._nanoseconds[name] for name in of_callbacks})
         outer = self.switch(part)
         before = self._nanoseconds[part]
         item = next(iterator, None)
@@ -156,7 +162,7 @@ class TimeLedger:
         seconds = self.seconds
         return seconds.get(part, 0.0) / (sum(seconds.values()) or 1.0)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """Return a table of the parts that took any time, with seconds and shares."""
         return format_seconds(self.seconds)
 
@@ -184,7 +190,7 @@ class TimeLedger:
         return found
 
     def _start_of(self, part: str, total: float) -> float:
-        """Return the seconds of a part that do not count for a warning: the start of workers, in a short run."""
+        """Return the seconds of a part that do not count for a warning: those of the start, in a short run."""
         return self._first_waits[part] / 1e9 if total < _LONG_RUN else 0.0
 
     def describe_excess(self, part: str, num_workers: int | None, dl_kwargs_name: str) -> str:

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytorch_accelerated._arguments.lengths import Length, interval_within_epochs
 from pytorch_accelerated._arguments.numbers import check_positive_integer
+from pytorch_accelerated._console.text import counted
 from pytorch_accelerated._hints.meaning import metric_meant
 from pytorch_accelerated._history.comparison import FirstDifference, HistoryDiff, RunTable, compare_named, diff
 from pytorch_accelerated._history.curves import curves_of_records
@@ -62,6 +64,9 @@ class RunHistory(ABC):
 
     record_every_n_updates: int | None = None
     """Updates from one record of the values of steps to the next; ``None`` if they are not recorded."""
+
+    record_every: Length | None = None
+    """The same as a length, in place of a number of updates."""
 
     @abstractmethod
     def get_metric_names(self) -> Iterable[str]:
@@ -226,7 +231,8 @@ class RunHistory(ABC):
         return html_table(rows, self._title(rows))
 
     def _title(self, rows: Sequence[object]) -> str:
-        return f"{type(self).__name__}, {len(list(self.get_metric_names()))} metrics in {len(rows)} rows"
+        num_metrics = len(list(self.get_metric_names()))
+        return f"{type(self).__name__}, {counted(num_metrics, 'metric')} in {counted(len(rows), 'row')}"
 
     def _iter_records(self, *, of_steps: bool = False) -> Iterator[Record]:
         """Yield all values, oldest first, with their moments if they are known.
@@ -268,9 +274,11 @@ class InMemoryRunHistory(RunHistory):
             the last time (``train_loss_step``), the learning rate, and the gradient norm if the run clips by it. They
             are in `to_rows` and in `get_metric_values`, and no metrics of their own in `get_metric_names`. If a
             callback wants them more often, they are recorded as often. ``None`` for no such records.
+        record_every: How often, instead of this number, as a text: ``"0.1 epochs"``, ``"30 s"``; see
+            :class:`~pytorch_accelerated.utils.Length`.
 
     Raises:
-        ValueError: ``record_every_n_updates`` is no positive number.
+        ValueError: ``record_every_n_updates`` is no positive number, or ``record_every`` is not understood.
 
     Example:
         >>> history = InMemoryRunHistory()
@@ -283,10 +291,11 @@ class InMemoryRunHistory(RunHistory):
         pytorch_accelerated.exceptions.UnknownMetricError: Nothing was ... Did you mean 'accuracy'?
     """
 
-    def __init__(self, *, record_every_n_updates: int | None = None) -> None:
+    def __init__(self, *, record_every_n_updates: int | None = None, record_every: str | Length | None = None) -> None:
         if record_every_n_updates is not None:
             check_positive_integer("record_every_n_updates", record_every_n_updates, "updates")
         self.record_every_n_updates = record_every_n_updates
+        self.record_every = interval_within_epochs("record_every", record_every, "values are recorded")
         self._current_epoch = 1
         self._prefix = ""
         self._stage = ""
@@ -443,7 +452,7 @@ class InMemoryRunHistory(RunHistory):
         self._run_info = copy.deepcopy(dict(run_info))
 
     def _record_step(self, values: Mapping[str, MetricValue], moment: Moment) -> None:
-        if self.record_every_n_updates is not None:
+        if self.record_every_n_updates is not None or self.record_every is not None:
             self._step_records += [Record(name, value, moment, True) for name, value in values.items()]
 
     def _moment(self) -> Moment:
@@ -477,6 +486,7 @@ class JsonlRunHistory(InMemoryRunHistory):
     Args:
         path: The file. It is created, with missing folders, when the first value is recorded.
         record_every_n_updates: Records values of steps too; see `InMemoryRunHistory`.
+        record_every: How often, instead of this number, as a text.
 
     Raises:
         ValueError: A line of the file, other than a torn last one, has another format.
@@ -488,8 +498,14 @@ class JsonlRunHistory(InMemoryRunHistory):
         print(JsonlRunHistory("runs/history.jsonl"))  # in another process, while it trains
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, record_every_n_updates: int | None = None) -> None:
-        super().__init__(record_every_n_updates=record_every_n_updates)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        record_every_n_updates: int | None = None,
+        record_every: str | Length | None = None,
+    ) -> None:
+        super().__init__(record_every_n_updates=record_every_n_updates, record_every=record_every)
         self._file = LogFile(path, identity=first_record)
         self._is_main_process = True
         self._is_new_run = False
@@ -537,7 +553,7 @@ class JsonlRunHistory(InMemoryRunHistory):
 
     def _record_step(self, values: Mapping[str, MetricValue], moment: Moment) -> None:
         num_before = len(self._step_records)
-        if self.record_every_n_updates is not None:
+        if self.record_every_n_updates is not None or self.record_every is not None:
             self._make_file_current()
             super()._record_step(values, moment)
         self._append(self._step_records[num_before:])

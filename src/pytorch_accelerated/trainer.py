@@ -45,7 +45,12 @@ from pytorch_accelerated._data.checks import (
     explain_bad_data,
     warn_about_ready_batches,
 )
-from pytorch_accelerated._data.defaults import EvaluationSettings, default_dl_kwargs, merge_dl_kwargs
+from pytorch_accelerated._data.defaults import (
+    EvaluationSettings,
+    chosen_batch_size,
+    default_dl_kwargs,
+    merge_dl_kwargs,
+)
 from pytorch_accelerated._data.determinism import SeededLoader
 from pytorch_accelerated._data.limits import LIMIT_BATCHES_ENV_VAR, limit_from_environment
 from pytorch_accelerated._data.loaders import batch_size_of, is_dataset, num_batches_of
@@ -62,6 +67,7 @@ from pytorch_accelerated._distributed.accelerator import (
     is_sharded,
     placement_of,
     prepare,
+    rank_of,
     release,
 )
 from pytorch_accelerated._distributed.collectives import num_local_processes
@@ -201,7 +207,7 @@ class Trainer(SavingLoop):
         self._loop_mixed_precision = mixed_precision
         self._accelerator = self._create_accelerator()
         warn_about_unused_precision(self._accelerator)
-        rank = int(self._accelerator.process_index)
+        rank = rank_of(self._accelerator)
         self._loop_run = Run(0, rank, is_sharded(self._accelerator))
         self._loop_run.is_verbose = verbose
         if seed is not None:
@@ -260,7 +266,7 @@ class Trainer(SavingLoop):
             num_epochs: Passes over the training data; at least 1.
             eval_dataset: Evaluated after each epoch: a dataset, or a dictionary of datasets, whose names are put in
                 front of the names of their metrics. ``None`` for no evaluation.
-            per_device_batch_size: Samples in a batch of one process.
+            per_device_batch_size: Samples in a batch of one process; ``None`` for that in the loader's arguments.
             max_num_train_steps: Updates after which the run ends, unless ``num_epochs`` ends it before.
             gradient_accumulation_steps: Batches per process that make one update.
             gradient_clip_value: Bound for the absolute value of each entry of the gradient, applied before each update.
@@ -300,6 +306,7 @@ class Trainer(SavingLoop):
             SystemExit: Same for another signal that a callback listens to; the code is 128 + its number.
         """
         _check_not_running(self)
+        per_device_batch_size = chosen_batch_size(per_device_batch_size, train_dataloader_kwargs)
         numbers: dict[str, Any] = {
             "per_device_batch_size": per_device_batch_size,
             "num_epochs": num_epochs,
@@ -309,8 +316,7 @@ class Trainer(SavingLoop):
             **({} if gradient_clip_norm is None else {"gradient_clip_norm": gradient_clip_norm}),
         }
         check_numbers_of_run(**numbers)
-        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        check_reiterable(data, num_epochs, max_num_train_steps)
+        check_reiterable(train_dataset, eval_dataset, num_epochs, max_num_train_steps)
         stepping = choose_stepping(step_scheduler, scheduler_metric)
         limits = read_limits(max_time, min_epochs, num_epochs)
         self.optimizer = checks.check_parts_of_training(self, create_scheduler_fn, is_sharded(self._accelerator))
@@ -348,7 +354,7 @@ class Trainer(SavingLoop):
         Args:
             dataset: A dataset of samples, an iterable of batches, or a dictionary of these. ``None`` for the one that
                 was evaluated last, with the arguments of that evaluation where they are not given here.
-            per_device_batch_size: Samples in a batch of one process.
+            per_device_batch_size: Samples in a batch of one process; ``None`` for that in the loader's arguments.
             dataloader_kwargs: Keyword arguments for the `DataLoader`; they override the defaults.
             collate_fn: Makes a batch from samples.
 
@@ -399,7 +405,7 @@ class Trainer(SavingLoop):
 
         Args:
             dataset: A dataset of samples, an iterable of batches, or a dictionary of these.
-            per_device_batch_size: Samples in a batch of one process.
+            per_device_batch_size: Samples in a batch of one process; ``None`` for that in the loader's arguments.
             dataloader_kwargs: Keyword arguments for the `DataLoader`; they override the defaults.
             collate_fn: Makes a batch from samples.
             on_every_process: Whether all processes get the outputs; otherwise all but the main process get ``None``.
@@ -492,7 +498,7 @@ class Trainer(SavingLoop):
     def _loop_run_context(self) -> Iterator[Run]:
         """Start a run. At its end, report an exception to the callbacks, clean up, and return to an outer run."""
         outer, accelerator = self._loop_run, self._accelerator
-        rank, num_processes = int(accelerator.process_index), int(accelerator.num_processes)
+        rank, num_processes = rank_of(accelerator), int(accelerator.num_processes)
         seed = choose_seed(self._loop_seed, rank, num_processes)
         run = self._loop_run = Run(seed, rank, is_sharded(accelerator), previous=outer)
         run.metrics = self._loop_metrics
@@ -521,6 +527,7 @@ class Trainer(SavingLoop):
         self, batch_size: int, dl_kwargs: DataLoaderKwargs | None, collate_fn: CollateFunction | None
     ) -> Iterator[None]:
         """Prepare a pass over ``self.eval_dataset``, and clean up afterwards."""
+        batch_size = chosen_batch_size(batch_size, dl_kwargs)
         check_positive_integer("per_device_batch_size", batch_size, "samples")
         check_model(self.model)
         self.collate_fn = collate_fn

@@ -83,13 +83,13 @@ def test_an_error_is_explained_by_bad_data_only_if_that_is_the_reason(error):
 
 
 def test_an_iterator_is_accepted_for_one_epoch_or_a_number_of_updates_only():
-    check_reiterable({"train_dataset": iter(())}, 1, None)
-    check_reiterable({"train_dataset": iter(())}, 2, 5)
-    check_reiterable({"train_dataset": Batches(make_dataset(2), 1)}, 2, None)
+    check_reiterable(iter(()), None, 1, None)
+    check_reiterable(iter(()), None, 2, 5)
+    check_reiterable(Batches(make_dataset(2), 1), None, 2, None)
     with pytest.raises(
         ValueError, match=r"`train_dataset` is an iterator .*first of 2 epochs.*an object of a class whose"
     ):
-        check_reiterable({"train_dataset": iter(())}, 2, None)
+        check_reiterable(iter(()), None, 2, None)
 
 
 @pytest.mark.parametrize(

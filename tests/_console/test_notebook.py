@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 
 import pytest
+from matplotlib.figure import Figure
 
 from _notebooks import use_notebook
 from _support import Probe, make_dataset, make_trainer, raiser, train
 from pytorch_accelerated._console.screen import LiveHtml
 from pytorch_accelerated._recording import loss_monitor
 from pytorch_accelerated.callbacks import get_default_callbacks
+from pytorch_accelerated.diagnosis import diagnose
+from pytorch_accelerated.plotting import plot_step_losses
+from pytorch_accelerated.summary import summarize
 
 
 @pytest.fixture(autouse=True)
@@ -89,3 +93,25 @@ def test_a_long_table_is_complete_in_the_end(monkeypatch):
     train(make_trainer(callbacks=get_default_callbacks(progress_bar=False)), 4, num_epochs=9)
     assert len(re.findall(r"<tr><td>", notebook.outputs[0])) == 9
     assert notebook.num_updates < 9
+
+
+@pytest.mark.parametrize("draw", [lambda history: history.plot(), lambda history: plot_step_losses([2.0, 1.0])])
+def test_a_figure_is_shown_as_a_picture(monkeypatch, draw):
+    history = train(make_trainer()).run_history
+    notebook = use_notebook(monkeypatch)
+    figure = draw(history)
+    assert notebook.pictures[Figure](figure).startswith(b"\x89PNG")
+
+
+def test_pictures_are_left_to_who_draws_them_already(monkeypatch):
+    notebook = use_notebook(monkeypatch)
+    notebook.for_type(Figure, bytes)
+    plot_step_losses([2.0, 1.0])
+    assert notebook.pictures == {Figure: bytes}
+
+
+def test_what_is_looked_at_is_shown_as_text():
+    trainer = train(make_trainer())
+    shown = [trainer.time_ledger, summarize(trainer.model), diagnose({"train_loss": [4, 3, 2, 1, 0.5]})]
+    assert [repr(each) for each in shown] == [str(each) for each in shown]
+    assert [repr(each).split()[0] for each in shown] == ["start", "group", "still"]

@@ -56,6 +56,7 @@ def answer_to(function, name):
         ("Trainer", "epochs", "Pass `num_epochs` to `train`."),
         ("Trainer", "optimizers", "Here it is called `optimizer`."),
         ("Trainer", "devices", "`accelerate launch`"),
+        ("Trainer", "enable_model_summary", "add a `ModelSummaryCallback`"),
         ("evaluate", "batch_size", "Here it is called `per_device_batch_size`."),
         ("evaluate", "test_dataset", "Here it is called `dataset`."),
         ("predict", "dataloaders", "Here it is called `dataset`."),

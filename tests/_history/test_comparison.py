@@ -133,7 +133,8 @@ def test_a_history_is_drawn_like_any_other_learning_curves():
     drawn, expected = history.plot(["eval_loss_epoch"], x="epoch"), plot_learning_curves(history, ["loss"])
     (panel,), (other,) = drawn.axes, expected.axes
     assert drawn.get_size_inches().tolist() == expected.get_size_inches().tolist()
-    (line,), expected_line = panel.lines, other.lines[1]
+    (line,) = panel.lines
+    (expected_line,) = (each for each in other.lines if each.get_label() == "evaluation")
     assert line.get_xydata().tolist() == expected_line.get_xydata().tolist()
     assert (line.get_linewidth(), line.get_markersize()) == (expected_line.get_linewidth(), 3.5)
 

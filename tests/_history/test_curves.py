@@ -150,3 +150,12 @@ def test_metrics_are_chosen_by_plain_or_recorded_names():
 
 def test_values_that_are_not_finite_can_be_left_out():
     assert finite(Curve([1, 2, 3], [1.0, float("nan"), float("inf")])) == Curve([1], [1.0])
+
+
+def test_the_values_of_steps_belong_to_their_metric_and_are_placed_within_the_epoch():
+    steps = [{"epoch": 1 + update // 5, "update": update, "train_loss_step": 1.0} for update in (2, 4, 6, 8)]
+    rows = [{"epoch": 1, "update": 4, "train_loss_epoch": 1.0, "train_time_per_step": 2.0}, *steps]
+    curves = group_by_metric(read_curves(rows))
+    assert curves["loss"].steps == Curve([0.5, 1.0, 1.5, 2.0], [1.0] * 4)
+    assert curves["loss"].train == Curve([1.0], [1.0])
+    assert list(curves) == ["loss", "time_per_step"], "a metric whose name ends like one of steps"

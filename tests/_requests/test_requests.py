@@ -108,7 +108,7 @@ def test_the_next_run_knows_nothing_of_the_stop():
     trainer = train(trainer_that_asks([2], lambda trainer: trainer.stop()), DATA)
     trainer.callback_handler.clear_callbacks()
     train(trainer, DATA)
-    assert trainer.stop_reason == "1 epochs are done"
+    assert trainer.stop_reason == "1 epoch is done"
 
 
 # --- end the epoch -----------------------------------------------------------------------------------------------

@@ -195,8 +195,9 @@ def test_metrics_of_like_names_have_columns_of_their_own(capsys):
 
     train(make_trainer(callbacks=[LogMetricsCallback, Probe(on_eval_epoch_end=record)]), eval_dataset=make_dataset(4))
     header, row = lines_of(capsys)
-    assert re.split(r"\s{2,}", header)[4:] == ["train loss", "eval loss", "eval_loss_epoch", "metric lr", "lr_epoch"]
-    assert row.split()[5::2] == ["0.5000*", "1.500"]
+    assert re.split(r"\s{2,}", header)[4:] == ["train loss", "eval loss", "eval_loss_epoch", "lr_epoch"]
+    assert row.split()[5::2] == ["0.5000*", "2.500"]
+    assert row.split()[3] == "1.5e+00", "what was recorded as the learning rate is in its column"
 
 
 def test_an_evaluation_of_data_of_its_own_within_an_epoch_has_a_line(capsys):
@@ -206,3 +207,30 @@ def test_an_evaluation_of_data_of_its_own_within_an_epoch_has_a_line(capsys):
 
     train(make_trainer(cls=Own, callbacks=[LogMetricsCallback]))
     assert lines_of(capsys)[1].split()[:2] == ["update", "2"]
+
+
+@pytest.mark.parametrize("are_of_training", [True, False])
+def test_metrics_of_the_trainer_have_their_columns_from_the_first_evaluation_on(capsys, are_of_training):
+    metrics = {"error": lambda outputs, targets: outputs.mean(), "area": lambda outputs, targets: outputs.mean(dim=0)}
+    callbacks = [LogMetricsCallback, StepBasedEvaluationCallback(1)]
+    trainer = make_trainer(callbacks=callbacks, metrics=metrics, compute_train_metrics=are_of_training)
+    train(trainer, num_epochs=2, eval_dataset=make_dataset(4))
+    (header,) = [line for line in lines_of(capsys) if "epoch" in line]
+    names = ["loss", "error", "area"]
+    columns = [*(f"train {name}" for name in names[: 3 if are_of_training else 1]), *(f"eval {name}" for name in names)]
+    assert re.split(r"\s{2,}", header.strip())[4:] == columns, "in the order in which they were given"
+
+
+def test_the_time_left_ends_with_the_time_of_the_run(capsys):
+    train(make_trainer(callbacks=[LogMetricsCallback]), num_epochs=2000, max_time="0.2 s")
+    rows = [line for line in lines_of(capsys) if "/2000" in line]
+    assert {row.split()[2] for row in rows} == {"0s"}
+
+
+def test_an_epoch_that_is_ended_early_has_no_other_columns(capsys):
+    ending = Probe(on_train_step_end=lambda trainer, **_: trainer.end_epoch("enough"))
+    train(make_trainer(callbacks=[LogMetricsCallback, ending]), num_epochs=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("train loss" in line for line in lines) == 1
+    assert sum("ends after 1 batches per process: enough" in line for line in lines) == 2
+    assert not any("num batches" in line for line in lines)

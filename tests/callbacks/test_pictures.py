@@ -133,3 +133,9 @@ def test_drawing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     run(callback, num_epochs=1)
     assert callback._next_time > start
     assert callback._next_time - times[-1] < 60
+
+
+def test_the_time_it_takes_counts_as_saving(tmp_path, drawn):
+    trainer = run(LearningCurveCallback(tmp_path / "curves.png"))
+    seconds = trainer.time_ledger.seconds
+    assert seconds["saving"] > seconds["callback_LearningCurveCallback"]

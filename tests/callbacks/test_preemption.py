@@ -115,7 +115,7 @@ def test_a_signal_after_the_last_step_takes_effect_when_the_run_has_ended(event)
     trainer = make_trainer(callbacks=[PreemptionCallback(), Probe(**{event: sender(signal.SIGTERM)}), recorder])
     assert end_of(trainer, num_epochs=1).code == 128 + signal.SIGTERM
     assert "on_stop_training_error" not in recorder.log
-    assert trainer.stop_reason == "1 epochs are done"
+    assert trainer.stop_reason == "1 epoch is done"
     assert trainer.is_interrupted
 
 
@@ -300,7 +300,7 @@ def test_a_run_outside_the_main_thread_installs_no_handlers():
     thread.start()
     thread.join(timeout=60)
     assert seen == [before] * 3
-    assert trainer.stop_reason == "1 epochs are done"
+    assert trainer.stop_reason == "1 epoch is done"
 
 
 # --- evaluation during training ----------------------------------------------------------------------------------

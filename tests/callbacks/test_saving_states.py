@@ -552,7 +552,7 @@ def test_a_callback_state_of_the_first_format_can_be_loaded(tmp_path):
         (2, 4, "4 updates are done (`max_num_train_steps`)"),
         (2, 6, "2 epochs are done"),
         (3, 4, "4 updates are done (`max_num_train_steps`)"),
-        (1, 1, "1 updates are done (`max_num_train_steps`)"),
+        (1, 1, "1 update is done (`max_num_train_steps`)"),
     ],
 )
 def test_a_finished_run_that_is_resumed_has_ended_for_the_same_reason(tmp_path, num_epochs, limit, reason, settings):

@@ -24,6 +24,7 @@ from _support import (
 from pytorch_accelerated._recording import loss_monitor
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
+    LogMetricsCallback,
     SaveBestModelCallback,
     SaveTrainingStateCallback,
     StepBasedEvaluationCallback,
@@ -73,6 +74,18 @@ def test_the_stop_reason_names_the_metric_its_best_value_and_the_epochs(scripted
     trainer.run()
     assert trainer.stop_reason == "eval_loss_epoch has not improved on 2.5 for 2 epochs"
     assert recorder.log[-3:] == ["on_training_run_epoch_end", "on_stop_training_error", "on_training_run_end"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "has_table", "is_told"),
+    [("own_error", True, False), ("own_error", False, True), ("quality", True, True)],
+)
+def test_an_improvement_is_told_unless_a_table_marks_it(capsys, metric, has_table, is_told):
+    values = iter([4.0, 3.0])
+    record = Probe(on_train_epoch_end=lambda trainer, **_: trainer.run_history.update_metric(metric, next(values)))
+    callbacks = [record, EarlyStoppingCallback(watch_metric=metric), *[LogMetricsCallback()] * has_table]
+    train(make_trainer(callbacks=callbacks), num_epochs=2)
+    assert (f"{metric} has improved by 1 to 3" in capsys.readouterr().out) == is_told
 
 
 def test_early_stopping_can_watch_any_recorded_metric():

@@ -212,6 +212,15 @@ def test_arguments_are_checked():
 # --- TensorBoard -------------------------------------------------------------------------------------------------
 
 
+def hyperparameters_in(reader):
+    """Return what the table of TensorBoard shows of a run."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    content = reader.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    values = HParamsPluginData.FromString(content).session_start_info.hparams
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in values.items()}
+
+
 def test_event_files_have_the_metrics_the_hyperparameters_and_what_the_writer_was_given(tmp_path):
     callback = TensorBoardCallback(tmp_path / "runs" / "a", every_n_updates=2, hyperparameters={"depth": 3})
 
@@ -226,14 +235,17 @@ def test_event_files_have_the_metrics_the_hyperparameters_and_what_the_writer_wa
         assert scalars[name] == list(zip([4, 8], values, strict=True))
     assert [step for step, _ in scalars["train_loss_step"]] == [2, 4, 6, 8]
     assert scalars["epoch"] == [(2, 1.0), (4, 1.0), (6, 2.0), (8, 2.0)]
-    (path,) = (tmp_path / "runs" / "a").glob("*/hparams.yml")
-    assert "depth: 3" in path.read_text()
+    assert [path.name.partition(".")[0] for path in (tmp_path / "runs" / "a").iterdir()] == ["events"], (
+        "there is no run within"
+    )
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     reader = EventAccumulator(str(tmp_path / "runs" / "a"))
     reader.Reload()
     assert "note/text_summary" in reader.Tags()["tensors"]
+    assert hyperparameters_in(reader)["depth"] == 3
+    assert hyperparameters_in(reader)["is_distributed"] == "False"
 
 
 def test_a_run_from_scratch_gets_a_folder_of_its_own(tmp_path):

@@ -228,11 +228,13 @@ def test_a_resumed_run_does_not_load_the_initial_checkpoint_again(tmp_path):
     assert start_run(callback, is_resumed=True, total_steps=10).loaded == []
 
 
-def test_a_run_that_would_overwrite_its_initial_checkpoint_is_rejected(tmp_path):
+def test_a_run_that_overwrites_its_initial_checkpoint_warns_before_it_does(tmp_path):
     initial = tmp_path / "x" / ".." / "checkpoint_20_wsd_post_decay.pt"
     callback = WSDCheckpointCallback(tmp_path, initial_checkpoint=initial)
-    with pytest.raises(ValueError, match=r"which this run would overwrite .* a different `save_dir`"):
-        start_run(callback, total_steps=20, num_checkpoints=2)
+    with pytest.warns(UserWarning, match=r"which this run overwrites .* a different `save_dir`"):
+        trainer = start_run(callback, total_steps=20, num_checkpoints=2)
+    update(callback, trainer, 20)
+    assert names(trainer)[-1] == "checkpoint_20_wsd_post_decay.pt"
 
 
 def test_the_initial_training_state_is_not_overwritten(tmp_path):

@@ -40,7 +40,7 @@ from _support import (
 from pytorch_accelerated import Trainer
 from pytorch_accelerated._checkpoint import portable
 from pytorch_accelerated._distributed import collectives
-from pytorch_accelerated._recording import loss_monitor
+from pytorch_accelerated._recording import cadence, loss_monitor
 from pytorch_accelerated._requests import time_limit
 from pytorch_accelerated.callbacks import (
     CSVLogCallback,
@@ -57,7 +57,6 @@ from pytorch_accelerated.callbacks import (
     TimeLedgerCallback,
     UpdateRatioCallback,
     WSDCheckpointCallback,
-    _cadence,
     get_default_callbacks,
 )
 from pytorch_accelerated.exceptions import CheckpointError
@@ -258,7 +257,7 @@ def case_the_main_process_decides_when_the_time_is_over_and_when_something_is_du
     def go_on(trainer: Any, **kwargs: Any) -> None:
         clock.now += 60 if rank == 0 else 3600
 
-    modules = (time_limit, _cadence)
+    modules = (time_limit, cadence)
     times = [mock.patch.object(module, "time", SimpleNamespace(monotonic=lambda: clock.now)) for module in modules]
     no_wait = mock.patch.object(loss_monitor, "SECONDS_BETWEEN_LOG_POINTS", 0)
     recorder, moments = recorder_of(lambda trainer: trainer.progress.num_updates, "on_eval_epoch_end")

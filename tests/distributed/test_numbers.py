@@ -373,7 +373,7 @@ def test_callbacks_decide_by_the_metric_of_the_main_process(results):
 def test_callbacks_decide_by_a_metric_that_only_the_main_process_records(results):
     assert_identical(results)
     assert results[0] == {
-        "reason": "mine has not improved on 1.0 for 1 epochs",
+        "reason": "mine has not improved on 1.0 for 1 epoch",
         "epochs": 2,
         "best average": 2,
     }

@@ -28,6 +28,9 @@ pytestmark = pytest.mark.usefixtures("_fresh_accelerate_state")  # a page may se
 FENCED_PYTHON = re.compile(r"^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 FENCED_TEXT = re.compile(r"^```text\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCED_LINES = re.compile(r"^```py(?:thon)?\n(?:# (\w+)[^\n]*\n)?(.*?)^```$", re.MULTILINE | re.DOTALL)
+"""A block of another library begins with its name; one of ours does not."""
+
 NUMBER = re.compile(r"\d[\d.]*(e-\d+)?")
 
 
@@ -109,3 +112,16 @@ def test_the_readme_names_make_demo_and_make_test_which_exist():
     for target in ("demo", "test"):
         assert f"make {target}" in readme
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_the_lines_of_each_task_are_counted_right_and_no_library_needs_fewer():
+    page = (ROOT / "docs" / "lines.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| \[(.+?)\]\(.*?\) \| (\d.*) \|$", page, re.MULTILINE))
+    counted = {}
+    for section in page.split("\n## ")[2:]:
+        lines = dict.fromkeys(("", "Lightning", "Keras", "fastai"), 0)
+        for library, code in FENCED_LINES.findall(section):
+            lines[library] += code.count("  # +\n")
+        assert lines[""] == min(lines.values())
+        counted[section.partition("\n")[0].lower()] = list(lines.values())
+    assert counted == {task.lower(): [int(number) for number in numbers.split("|")] for task, numbers in table.items()}

@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from _support import load_module
-from pytorch_accelerated import TrainerPlaceholderValues
+from pytorch_accelerated import Trainer, TrainerPlaceholderValues
 from pytorch_accelerated.callbacks import GradualUnfreezingCallback
 from pytorch_accelerated.finetuning import ModelFreezer
+from pytorch_accelerated.metrics import Accuracy
 from pytorch_accelerated.schedulers import CosineLrScheduler
 from pytorch_accelerated.verification import verify_resume
 
@@ -54,7 +55,7 @@ def test_train_digits_resumes_exactly():
     def make_trainer():
         model = digits.create_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.05)
-        return digits.ClassifierTrainer(model, nn.CrossEntropyLoss(), optimizer)
+        return Trainer(model, nn.CrossEntropyLoss(), optimizer, metrics={"accuracy": Accuracy()})
 
     verify_resume(
         make_trainer,

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 
 class Notebook:
-    """The outputs of a cell."""
+    """The outputs of a cell, and what a notebook draws as a picture."""
 
     def __init__(self) -> None:
         self.outputs: list[str] = []
         self.num_updates = 0
+        self.pictures: dict[type, Callable[[Any], bytes]] = {}
+
+    def lookup_by_type(self, cls: type) -> Callable[[Any], bytes]:
+        """Return what makes a picture of an object of a class."""
+        return self.pictures[cls]
+
+    def for_type(self, cls: type, draw: Callable[[Any], bytes]) -> None:
+        """Set it."""
+        self.pictures[cls] = draw
 
     def display(self, html: str, *, display_id: bool) -> Handle:
         """Add an output, and return a handle that replaces it."""
@@ -38,7 +49,9 @@ def use_notebook(monkeypatch: pytest.MonkeyPatch) -> Notebook:
     """Let the library believe that it runs in a notebook."""
     notebook = Notebook()
     ipython, display = types.ModuleType("IPython"), types.ModuleType("IPython.display")
-    vars(ipython)["get_ipython"] = lambda: types.SimpleNamespace(kernel=object())
+    formatter = types.SimpleNamespace(formatters={"image/png": notebook})
+    shell = types.SimpleNamespace(kernel=object(), display_formatter=formatter)
+    vars(ipython).update(get_ipython=lambda: shell, version_info=(9, 0))  # matplotlib looks at the version
     vars(display).update(HTML=str, display=notebook.display)
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", display)

@@ -117,6 +117,27 @@ class Length:
         return length
 
 
+def interval_within_epochs(name: str, value: object, what: str) -> Length | None:
+    """Return how often something is done that is done at the end of each epoch anyway; ``None`` for ``None``.
+
+    Args:
+        name: The argument, for the message.
+        value: The length, as for `Length.parse`.
+        what: What is done, for the message.
+
+    Raises:
+        TypeError: It is no length.
+        ValueError: It is not understood, or a number of whole epochs.
+    """
+    length = None if value is None else Length.parse(name, value)
+    if length is not None and length.unit == "epochs" and length.is_whole:
+        raise ValueError(
+            f"`{name}` is {value!r}, but {what} at the end of each epoch anyway. Expected a part of an epoch, such as "
+            "'0.25 epochs', or another length, such as '500 updates'."
+        )
+    return length
+
+
 def _read(name: str, text: str, units: tuple[Unit, ...]) -> Length:
     match = _NUMBER_AND_UNIT.fullmatch(text.strip().lower())
     try:

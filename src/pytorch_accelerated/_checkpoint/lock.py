@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import socket
 import stat
@@ -61,10 +62,11 @@ def lock(folder: Path, owner: object) -> None:
     resolved = folder.resolve()
     with _access:
         current = _held.get(resolved)
-        holder = None if current is None else current.owner()
-        if holder is owner:
+        if current is not None and current.owner() is owner:
             return
-        if holder is not None:
+        if current is not None:
+            gc.collect()  # the holder may be a trainer that only it refers to
+        if current is not None and current.owner() is not None:
             raise CheckpointError(_refusal(folder, "another trainer of this process"))
         if current is not None:
             os.close(_held.pop(resolved).descriptor)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
+from pytorch_accelerated._accumulation import groups_of
 from pytorch_accelerated._checkpoint.files import is_replacement_interrupted, local_path, restore_backup
 from pytorch_accelerated._checkpoint.folder import claim_folder, find_newest_state, list_states
 from pytorch_accelerated._checkpoint.lock import lock, unlock
@@ -312,7 +313,7 @@ def _hyperparameters_of(optimizer: object) -> dict[str, object]:
     if members is not None:
         settings = {name: _hyperparameters_of(member) for name, member in members.items()}
         return {f"{name}.{key}": value for name, own in settings.items() for key, value in own.items()}
-    groups = getattr(optimizer, "param_groups", None) or [{}]
+    groups = groups_of(optimizer) or [{}]
     return {name: value for name, value in groups[0].items() if _is_setting(name, value)}
 
 

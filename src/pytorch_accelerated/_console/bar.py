@@ -65,7 +65,7 @@ def _facts_of(state: BarState, *, is_short: bool = False) -> list[_Fact]:
 def _time_left(state: BarState, *, is_short: bool) -> str:
     of_pass, of_run = time_left_text(state.seconds_left), time_left_text(state.seconds_left_of_run)
     if is_short and of_pass and of_run:
-        return f"{of_pass} < run {of_run}"
+        return f"eta {of_pass}, run {of_run}"
     return ", ".join([f"{of_pass} left"] * bool(of_pass) + [f"run {of_run} left"] * bool(of_run))
 
 
@@ -91,7 +91,7 @@ def bar_format(state: BarState, width: int | None) -> str:
 
     Example:
         >>> bar_format(BarState("epoch 3/12", 50, 200, {"loss": "1.203"}, 640, "samples", 12.4, 108), 80)
-        'epoch 3/12  25% |{bar}| 50/200 loss 1.203 640/s 12s < run 1:48{postfix}'
+        'epoch 3/12  25% |{bar}| 50/200 loss 1.203 640/s eta 12s, run 1:48{postfix}'
     """
     bar = "|{bar}|" if state.num_total else ""
     for separator, facts in _from_long_to_short(state):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -52,6 +53,29 @@ def is_notebook() -> bool:
     kernel = getattr(shell, "kernel", None)
     process = getattr(getattr(kernel, "session", None), "pid", os.getpid())
     return kernel is not None and not is_spyder and process == os.getpid()
+
+
+def show_figures(figure_class: type) -> None:
+    """Let a notebook show figures of matplotlib as pictures, unless something else does so already.
+
+    Args:
+        figure_class: The class of the figures.
+    """
+    ipython: Any = sys.modules.get("IPython")
+    display = getattr(ipython.get_ipython(), "display_formatter", None) if is_notebook() else None
+    if display is None:
+        return
+    formatter = display.formatters["image/png"]
+    try:
+        formatter.lookup_by_type(figure_class)
+    except KeyError:
+        formatter.for_type(figure_class, _png_of)
+
+
+def _png_of(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def html_escaped(text: str) -> str:

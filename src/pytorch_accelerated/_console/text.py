@@ -19,6 +19,26 @@ def format_size(size: float) -> str:
     return f"{size:.3g} TB"
 
 
+def counted(number: int, what: str) -> str:
+    """Return a number of things, of which there may be one.
+
+    Example:
+        >>> counted(1, "row"), counted(2, "row")
+        ('1 row', '2 rows')
+    """
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def all_done(number: int, what: str) -> str:
+    """Return that a number of things is done.
+
+    Example:
+        >>> all_done(1, "epoch"), all_done(2, "epoch")
+        ('1 epoch is done', '2 epochs are done')
+    """
+    return f"{counted(number, what)} {'is' if number == 1 else 'are'} done"
+
+
 def align(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), gap: str = "  ") -> list[str]:
     """Return the lines of a table.
 

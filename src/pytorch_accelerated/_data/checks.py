@@ -160,13 +160,15 @@ def explain_bad_data(name: str, data: object) -> Iterator[None]:
         raise
 
 
-def check_reiterable(data: Mapping[str, object], num_epochs: int, max_num_train_steps: int | None) -> None:
+def check_reiterable(
+    train_dataset: object, eval_dataset: object, num_epochs: int, max_num_train_steps: int | None
+) -> None:
     """Raise if data that can be iterated over only once is needed in several epochs.
 
     Raises:
         ValueError: It is an iterator, such as a generator, and only the number of epochs limits the run.
     """
-    for name, each in data.items():
+    for name, each in {"train_dataset": train_dataset, "eval_dataset": eval_dataset}.items():
         is_iterator = hasattr(each, "__next__") and not is_dataset(each)
         if is_iterator and num_epochs > 1 and max_num_train_steps is None:
             raise ValueError(

@@ -49,6 +49,11 @@ class EvaluationSettings(NamedTuple):
         return last._replace(**changed)
 
 
+def chosen_batch_size(given: Any, dl_kwargs: Mapping[str, Any] | None) -> Any:
+    """Return the ``per_device_batch_size``; if that is ``None``, the batch size among the arguments of the loader."""
+    return (dl_kwargs or {}).get("batch_size") if given is None else given
+
+
 def default_dl_kwargs(dataset: Any, batch_size: int, num_local_processes: int, pin_memory: bool) -> dict[str, Any]:
     """Return the keyword arguments that suit the loader of a dataset on this machine, except for the order.
 

@@ -259,6 +259,12 @@ def has_comm_hook(accelerator: Accelerator) -> bool:
     return handler is not None and handler.comm_hook != DDPCommunicationHookType.NO
 
 
+def rank_of(accelerator: Accelerator) -> int:
+    """Return the rank of this process; 0 for a test double that does not tell."""
+    rank: object = accelerator.process_index
+    return rank if isinstance(rank, int) else 0
+
+
 def placement_of(accelerator: Accelerator) -> Placement:
     """Return where the loaders of a run are used: the ranks, the device, and whether Accelerate shards the data."""
     is_left_to_accelerate = (
@@ -269,7 +275,7 @@ def placement_of(accelerator: Accelerator) -> Placement:
         or accelerator.use_stateful_dataloader
     )
     device = accelerator.device if accelerator.device_placement else None
-    rank, num_processes = int(accelerator.process_index), int(accelerator.num_processes)
+    rank, num_processes = rank_of(accelerator), int(accelerator.num_processes)
     create_loader = partial(FastPathLoader, device=device)
     create_dispatched_loader = partial(
         DispatchedLoader, device=device, process_index=rank, num_processes=num_processes, rank_device=accelerator.device

@@ -42,8 +42,7 @@ class AcceleratorRegistry:
         run.
         """
         for name in _PREPARED_OBJECTS:
-            registered = getattr(self._accelerator, name, [])
-            kept = [item for item in registered if all(item is not forgotten for forgotten in objects)]
+            kept = [item for item in self._list(name) if all(item is not forgotten for forgotten in objects)]
             setattr(self._accelerator, name, kept)
 
     @contextmanager
@@ -77,7 +76,12 @@ class AcceleratorRegistry:
 
     def registered_objects(self) -> list[object]:
         """Return what the user passed to `Accelerator.register_for_checkpointing`."""
-        return list(getattr(self._accelerator, "_custom_objects", ()))
+        return self._list("_custom_objects")
+
+    def _list(self, name: str) -> list[Any]:
+        """Return a list of the accelerator; a new one, which is empty, for a test double that has none."""
+        registered = getattr(self._accelerator, name, None)
+        return registered if isinstance(registered, list) else []
 
     @staticmethod
     def mark_as_prepared(item: object) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
+    Plain = bool | int | float | str | None
+
 _EXTRAS = {"tensorboard": "trackers", "mlflow": "mlflow", "wandb": "wandb"}
 """The extra of this library that installs what a tracker needs. That of the others is a package of their name."""
 
@@ -38,6 +40,28 @@ def open_tracker(name: str, project: str, logging_dir: str | None, options: Mapp
     if hasattr(tracker, "start"):  # before accelerate 1.8, the constructor starts it
         tracker.start()
     return tracker
+
+
+def store_hyperparameters(tracker: GeneralTracker, values: Mapping[str, Plain]) -> None:
+    """Send the hyper-parameters of a run.
+
+    For TensorBoard they are written to the run itself, so that its table shows them next to the metrics. Accelerate
+    writes them to another run, named after the time, which has no metrics.
+
+    Args:
+        tracker: The tracker, which has been opened.
+        values: The hyper-parameters, by name.
+    """
+    if type(tracker) is not _tracker_classes()["tensorboard"]:
+        tracker.store_init_configuration(dict(values))
+        return
+    from torch.utils.tensorboard.summary import hparams
+
+    texts = {name: str(value) if isinstance(value, bool) else value for name, value in values.items()}
+    _, start, _ = hparams(texts, {})  # type: ignore[no-untyped-call]
+    # Without the list of columns that it makes too, TensorBoard shows all metrics of the run.
+    tracker.writer.file_writer.add_summary(start)
+    tracker.writer.flush()
 
 
 def check_tracker(name: str) -> None:

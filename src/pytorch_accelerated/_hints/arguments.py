@@ -30,6 +30,7 @@ _PROGRESS_BAR = (
     "Pass `callbacks=get_default_callbacks(progress_bar=False)` to the Trainer for no progress bar, or `verbose=False` "
     "to print nothing at all."
 )
+_SUMMARY = "For a table of the model, add a `ModelSummaryCallback` to the `callbacks` of the Trainer."
 _DIRECTION = "Pass `greater_is_better=True` if larger values are better."
 _TRAIN_DATA, _EVAL_DATA = ("train_dataset", "dataset"), ("eval_dataset", "dataset")
 
@@ -82,6 +83,7 @@ _FOREIGN_ARGUMENTS: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(("check_val_every_n_epoch", "validation_split"), _EVALUATING),
     **dict.fromkeys(("logger", "loggers", "report_to", "logging_steps", "log_every_n_steps"), _LOGGING),
     **dict.fromkeys(("verbose", "disable_tqdm", "enable_progress_bar", "progress_bar"), _PROGRESS_BAR),
+    **dict.fromkeys(("enable_model_summary", "model_summary", "weights_summary", "summary"), _SUMMARY),
     # callbacks
     **dict.fromkeys(("monitor", "metric", "metric_name", "metric_for_best_model"), "watch_metric"),
     "early_stopping": _STOPPING,

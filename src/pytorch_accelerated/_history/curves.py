@@ -43,6 +43,9 @@ class MetricCurves:
     evaluations: dict[str, Curve] = field(default_factory=dict)
     """By the name of the dataset; ``""`` for the only one."""
 
+    steps: Curve | None = None
+    """The values of steps, if the run recorded them: means over a few updates of training."""
+
     other: Curve | None = None
     """The curve of a metric that belongs to no stage, such as a learning rate."""
 
@@ -70,14 +73,24 @@ def group_by_metric(curves: Mapping[str, Curve]) -> dict[str, MetricCurves]:
         metric = _plain(name if match is None else match["metric"])
         if name.startswith("evaluation_") or "_evaluation_" in name:
             continue
-        of_metric = grouped.setdefault(metric, MetricCurves(metric))
-        if match is not None and match["eval"]:
+        of_steps = _metric_of_steps(name, curves)
+        of_metric = grouped.setdefault(of_steps or metric, MetricCurves(of_steps or metric))
+        if of_steps is not None:
+            of_metric.steps = curve
+        elif match is not None and match["eval"]:
             of_metric.evaluations[match["dataset"] or ""] = curve
         elif match is not None or metric in evaluated:  # Keras calls the loss of training `loss`
             of_metric.train = curve
         else:
             of_metric.other = curve
     return dict(sorted(grouped.items(), key=lambda item: item[0] != "loss"))
+
+
+def _metric_of_steps(name: str, curves: Mapping[str, Curve]) -> str | None:
+    """Return the metric of which a curve has the values of steps; ``None`` if it is another curve."""
+    of_pass = name.removesuffix("_step")
+    is_of_steps = of_pass != name and (of_pass in curves or f"{of_pass}_epoch" in curves)
+    return _plain_name(of_pass) if is_of_steps else None
 
 
 def choose_metrics(curves: Mapping[str, MetricCurves], metrics: Sequence[str] | None) -> list[MetricCurves]:

@@ -110,7 +110,8 @@ def _curves_of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
             if name in (None, *_MOMENT, "metric", "value") or number is None:
                 continue
             curve = curves.setdefault(str(name), Curve([], []))
-            if "intermediate_" in str(name) and update is not None and per_epoch is not None:
+            is_within_epoch = "intermediate_" in str(name) or str(name).endswith("_step")
+            if is_within_epoch and update is not None and per_epoch is not None:
                 curve.epochs.append(update / per_epoch)
             else:
                 curve.epochs.append(index if epoch is None else epoch)
@@ -119,10 +120,11 @@ def _curves_of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
 
 
 def _updates_per_epoch(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the updates of an epoch, according to the last row of training; ``None`` if that is not known."""
+    """Return the updates of an epoch, according to its last row of training; ``None`` if that is not known."""
     for row in reversed(rows):
         epoch, update = _as_float(row.get("epoch")), _as_float(row.get("update"))
-        if any(str(name).startswith("train_") for name in row) and epoch and update:
+        is_of_epoch = any(str(name).startswith("train_") and not str(name).endswith("_step") for name in row)
+        if is_of_epoch and epoch and update:
             return update / epoch
     return None
 

@@ -67,6 +67,10 @@ class PassMetrics:
                     sums[key if accumulator.has_names else f"{name}_{key}" if key else name] = pair
         return sums
 
+    def may_return(self, name: str) -> bool:
+        """Return whether a result may have this name, as far as is known before it is computed."""
+        return any(own in ("", name) or name.startswith(f"{own}_") for own in self._accumulators)
+
     def finish(self, mean_loss: float, gather: Gather | None = None) -> dict[str, float]:
         """Return the results, by name, and forget all steps. Reads from the device.
 

@@ -18,6 +18,8 @@ _MAX_MARKED = 40  # values of a curve that are marked one by one
 
 def draw_stages(axes: Axes, curves: MetricCurves) -> None:
     """Draw the curves of one metric: that of training and those of evaluations."""
+    if curves.steps is not None:
+        draw_curve(axes, curves.steps, "training steps", BLUE, "", is_faint=True)
     if curves.train is not None:
         draw_curve(axes, curves.train, "training", BLUE, "o")
     if curves.other is not None:

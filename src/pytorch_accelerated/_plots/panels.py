@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pytorch_accelerated._console.screen import show_figures
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -42,6 +44,7 @@ def figure_with_panels(
     check_has_matplotlib()
     from matplotlib.figure import Figure
 
+    show_figures(Figure)
     num_columns = min(num, _MAX_COLUMNS)
     num_rows = math.ceil(num / num_columns)
     width, height = size or (_PANEL_SIZE[0] * num_columns, _PANEL_SIZE[1] * num_rows)

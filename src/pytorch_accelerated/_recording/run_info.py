@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated._accumulation import groups_of
 from pytorch_accelerated._checkpoint.manifest import installed_versions
 from pytorch_accelerated._distributed.fast_path import unwrap_optimizer
 from pytorch_accelerated._history.code_version import code_version
@@ -40,7 +41,7 @@ def settings_of(
     config: TrainerRunConfig, model: nn.Module, optimizer: Optimizer, scheduler: object
 ) -> dict[str, Plain]:
     """Return the run configuration, the settings of each group of the optimizer, and the names of classes."""
-    groups = getattr(optimizer, "param_groups", ())
+    groups = groups_of(optimizer)
     settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     parts = {"model": model, "optimizer": unwrap_optimizer(optimizer), "scheduler": scheduler}
     classes = {name: type(part).__name__ for name, part in parts.items() if part is not None}

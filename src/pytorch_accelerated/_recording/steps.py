@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytorch_accelerated._distributed.collectives import sum_over_processes
 from pytorch_accelerated._history.records import Moment
+from pytorch_accelerated._recording.cadence import Cadence
 from pytorch_accelerated._recording.host_copy import HostCopy
 
 if TYPE_CHECKING:
     import torch
 
+    from pytorch_accelerated._arguments.lengths import Length
     from pytorch_accelerated._run import Run
     from pytorch_accelerated._types import StateDict, StateMapping, WeightedSums
 
@@ -36,7 +38,7 @@ class _Taken(NamedTuple):
 
 
 class StepRecorder:
-    """Takes the values of steps every few updates, without making the host wait for the device.
+    """Takes the values of steps every so often, without making the host wait for the device.
 
     These are the means since the last time in the epoch, and single numbers such as the learning rate. With a CUDA
     device they are known when the next ones are taken, or when anything else is recorded.
@@ -47,29 +49,53 @@ class StepRecorder:
         """The number of updates after which values are due."""
 
         self._every_n_updates: int | None = None
+        self._next_of_updates = math.inf
+        self._cadences: list[Cadence] = []
+        """Those that are not counted in updates, so that each update may be one after which values are due."""
+
         self._pending: deque[_Taken] = deque()
         self._sums: dict[str, tuple[float, float]] = {}
         """The sums of the epoch as of the last time, and their weights."""
 
-    def start(self, every_n_updates: int | None, num_updates: int) -> None:
+    def start(self, run: Run, every: Length | int | None) -> None:
         """Start a run.
 
         Args:
-            every_n_updates: The updates from one time to the next; ``None`` if nothing is taken.
-            num_updates: How many there were so far.
+            run: The run.
+            every: How often values are taken: a length, or a number of updates; ``None`` if nothing is taken.
         """
-        self._every_n_updates, self.next_update = every_n_updates, math.inf
-        self._schedule(num_updates)
+        self._every_n_updates, self._cadences = None, []
+        self.next_update = self._next_of_updates = math.inf
+        self.take_every(run, every)
 
-    def take_every(self, every_n_updates: int | None, num_updates: int) -> None:
-        """Take values every so many updates, or more often if they already are; the arguments are those of `start`."""
-        wishes = [number for number in (self._every_n_updates, every_n_updates) if number is not None]
-        self._every_n_updates = min(wishes, default=None)
-        self._schedule(num_updates)
+    def take_every(self, run: Run, every: Length | int | None) -> None:
+        """Take values that often too. Of several numbers of updates, the smallest counts."""
+        if every is None:
+            return
+        if not isinstance(every, int) and every.unit != "updates":
+            self._cadences.append(cadence := Cadence(every))
+            cadence.start(run)
+        else:
+            number = every if isinstance(every, int) else int(every.amount)
+            self._every_n_updates = number if self._every_n_updates is None else min(number, self._every_n_updates)
+        self._schedule(run.training.progress.num_updates)
 
     def _schedule(self, num_updates: int) -> None:
         if self._every_n_updates is not None:
-            self.next_update = (num_updates // self._every_n_updates + 1) * self._every_n_updates
+            self._next_of_updates = (num_updates // self._every_n_updates + 1) * self._every_n_updates
+        self.next_update = num_updates + 1 if self._cadences else self._next_of_updates
+
+    def is_due(self, run: Run) -> bool:
+        """Return whether values are due after the update that was just made. Must be called on every process."""
+        num_updates = run.training.progress.num_updates
+        if num_updates < self.next_update:
+            return False
+        due = [cadence for cadence in self._cadences if cadence.is_due(run)]
+        for cadence in due:
+            cadence.restart(run)
+        is_due = bool(due) or num_updates >= self._next_of_updates
+        self._schedule(num_updates)
+        return is_due
 
     def start_epoch(self) -> None:
         """Forget the sums of the epoch before."""
@@ -83,7 +109,6 @@ class StepRecorder:
             sums: The weighted sum and total weight of each mean in the epoch so far, over all processes.
             numbers: Single numbers, by name.
         """
-        self._schedule(moment.update or 0)
         copy = HostCopy([*(number for pair in sums.values() for number in pair), *numbers.values()])
         self._pending.append(_Taken(moment, list(sums), list(numbers), copy))
 

@@ -55,5 +55,9 @@ class TimeLimit:
             return False
         return run_on_main(self._is_over, run.process_index == 0, run.config.num_processes)
 
+    def seconds_left(self) -> float:
+        """Return how long it takes until the time is over, on this process."""
+        return max(0.0, self._end - time.monotonic())
+
     def _is_over(self) -> bool:
         return time.monotonic() >= self._end

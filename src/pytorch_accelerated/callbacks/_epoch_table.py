@@ -6,6 +6,7 @@ import math
 import time
 from typing import TYPE_CHECKING
 
+from pytorch_accelerated._accumulation import groups_of
 from pytorch_accelerated._console.layout import Cell, Column, table_lines
 from pytorch_accelerated._console.pace import Pace
 from pytorch_accelerated._console.screen import LiveHtml, html_escaped, is_notebook, line_width
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pytorch_accelerated.trainer import Trainer
 
 _MANY_ROWS = 100  # a notebook gets the whole table with each row, so more than these are sent now and then
+_TOLD_ELSEWHERE = ("intermediate_update", "train_num_batches")  # by the label, and by the end of a short epoch
 _MAX_TEXT = 24  # characters of a value that is not a number
 
 
@@ -81,16 +83,17 @@ class EpochTable:
         run, data_pass = run_of(trainer), run_of(trainer).training.epoch
         more_to_come = list(run.eval_dataloaders.values())[:-1]  # one line for all datasets
         if not any(run.current_dataloader is loader for loader in more_to_come):
-            of_epoch = [data_pass.loss_name, *(f"train_{name}" for name in data_pass.means.metrics)]
+            of_step, measured = data_pass.means.metrics, {name.rpartition("eval_")[2] for name in self._new}
+            of_trainer = [name for name in measured if data_pass.metrics and data_pass.metrics.may_return(name)]
+            of_epoch = [data_pass.loss_name, *(f"train_{name}" for name in (*of_step, *of_trainer))]
             widest = f"update {run.config.max_num_train_steps}"
             label = f"update {run.progress.num_updates}".rjust(len(widest))
-            self._print_row(trainer, label, {"lr": _rate_text(trainer)}, of_epoch)
+            self._print_row(trainer, label, {"lr": _rate_text(learning_rate_of(trainer))}, of_epoch)
 
     def end_epoch(self, trainer: Trainer) -> None:
         """Print the line of the epoch."""
         self._open_epoch = None
-        self._pace.mark(run_of(trainer).fraction_done())
-        self._print_epoch(trainer, trainer.run_history.current_epoch, self._pace.seconds_left(1.0))
+        self._print_epoch(trainer, trainer.run_history.current_epoch, run_of(trainer).seconds_left(self._pace))
 
     def end_evaluation_run(self, trainer: Trainer) -> None:
         """Print the line of the evaluation; what the epoch has recorded waits for its own."""
@@ -123,7 +126,7 @@ class EpochTable:
         first = {
             "time": duration_text(time.perf_counter() - self._epoch_started_at),
             "eta": time_left_text(seconds_left),
-            "lr": _rate_text(trainer),
+            "lr": _rate_text(learning_rate_of(trainer)),
         }
         self._print_row(trainer, f"{epoch:>{len(total)}}/{total}", first)
 
@@ -143,10 +146,13 @@ class EpochTable:
         row = {first_column: Cell(label)}
         if self._is_in_training_run:
             row |= {name: Cell((first or {}).get(name, "")) for name in ("time", "eta", "lr")}
-        names = {*(name for name in metrics if not name.endswith("intermediate_update")), *coming}
-        for name in sorted(names, key=_Order(run_of(trainer).eval_dataloaders)):
+        names = {*(name for name in metrics if not name.endswith(_TOLD_ELSEWHERE)), *coming}
+        for name in sorted(names, key=_Order(run_of(trainer).eval_dataloaders, run_of(trainer).metrics.names)):
             cell = self._cell(trainer, name, metrics[name]) if name in metrics else Cell("", width=NUMBER_WIDTH)
             title = title_of(name).replace(unsaid, "")
+            if name == "lr" and name in row:  # what `LearningRateCallback` has recorded belongs into its column
+                row[name] = Cell(_rate_text(metrics[name]))
+                continue
             row[next(free for free in (title, name, f"metric {name}") if free not in row)] = cell
         if not (run_of(trainer).is_verbose and trainer.run_config.is_world_process_zero):
             return
@@ -226,27 +232,29 @@ def _plain(metric_name: str) -> str:
     return metric_name.replace("intermediate_", "")
 
 
-def _rate_text(trainer: Trainer) -> str:
-    rate = learning_rate_of(trainer)
-    return "" if rate is None else learning_rate_text(rate)
+def _rate_text(rate: MetricValue) -> str:
+    number = one_number(rate)
+    return "" if number is None else learning_rate_text(float(number))
 
 
 def learning_rate_of(trainer: Trainer) -> float | None:
     """Return the learning rate of the first group of parameters; ``None`` if there is none."""
-    groups = getattr(trainer.optimizer, "param_groups", None)
+    groups = groups_of(trainer.optimizer)
     rate = one_number(groups[0].get("lr")) if groups else None
     return None if rate is None else float(rate)
 
 
 class _Order:
-    """The order of columns: training first, then each dataset, with its loss first.
+    """The order of columns: training first, then each dataset, with its loss first, then the metrics of the trainer.
 
     Args:
         datasets: The names of the evaluation datasets, in their order.
+        metrics: The names of the metrics of the trainer, in their order.
     """
 
-    def __init__(self, datasets: Iterable[str]) -> None:
+    def __init__(self, datasets: Iterable[str], metrics: Iterable[str]) -> None:
         self._prefixes = [f"{name}_" for name in datasets if name]
+        self._metrics = list(metrics)
 
     def __call__(self, metric_name: str) -> tuple[object, ...]:
         stage = next((f"{word}_" for word in ("train", "evaluation", "eval") if f"{word}_" in metric_name), "")
@@ -254,7 +262,10 @@ class _Order:
         number = next(
             (n for n, dataset in enumerate(self._prefixes) if prefix.startswith(dataset)), len(self._prefixes)
         )
-        return not metric_name.startswith("train"), not stage, number, prefix, not rest.startswith("loss"), rest
+        own = (n for n, name in enumerate(self._metrics) if rest == name or rest.startswith(f"{name}_"))
+        place = next(own, len(self._metrics))
+        is_loss = rest.startswith("loss")
+        return not metric_name.startswith("train"), not stage, number, prefix, not is_loss, place, rest
 
 
 def _html_of(rows: list[Mapping[str, Cell]]) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytorch_accelerated._arguments.lengths import Length
+from pytorch_accelerated._arguments.lengths import interval_within_epochs
 from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._hints.arguments import explains_arguments
+from pytorch_accelerated._recording.cadence import Cadence
 from pytorch_accelerated._views import library_of, run_of
-from pytorch_accelerated.callbacks._cadence import Cadence
 from pytorch_accelerated.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:
+    from pytorch_accelerated._arguments.lengths import Length
     from pytorch_accelerated._types import Batch, BatchOutput, MaybeNone
     from pytorch_accelerated.progress import TrainingProgress
     from pytorch_accelerated.trainer import Trainer
@@ -59,12 +60,7 @@ class StepBasedEvaluationCallback(TrainerCallback):
             check_positive_integer("eval_every_n_updates", eval_every_n_updates, "updates")
         self.eval_every_n_steps = eval_every_n_steps
         self.eval_every_n_updates = eval_every_n_updates
-        self.eval_every = None if eval_every is None else Length.parse("eval_every", eval_every)
-        if self.eval_every is not None and self.eval_every.unit == "epochs" and self.eval_every.is_whole:
-            raise ValueError(
-                f"`eval_every` is {eval_every!r}, but a run evaluates at the end of each epoch anyway. Expected a part "
-                "of an epoch, such as '0.25 epochs', or another length, such as '500 updates'."
-            )
+        self.eval_every = interval_within_epochs("eval_every", eval_every, "a run evaluates")
         self._cadence = Cadence(self.eval_every)
         self._num_steps = self._num_updates = 0
 

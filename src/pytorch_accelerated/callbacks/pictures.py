@@ -14,6 +14,7 @@ from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.exceptions import CheckpointError
 from pytorch_accelerated.plotting import plot_learning_curves
+from pytorch_accelerated.time_ledger import SAVING
 
 if TYPE_CHECKING:
     import os
@@ -89,6 +90,11 @@ class LearningCurveCallback(TrainerCallback):
         if config is None or not config.is_world_process_zero or not list(trainer.run_history.get_metric_names()):
             return
         start = time.monotonic()
+        with run_of(trainer).ledger.during(SAVING):
+            self._save_figure(trainer)
+        self._next_time = time.monotonic() + (time.monotonic() - start) / _SHARE_OF_TIME
+
+    def _save_figure(self, trainer: Trainer) -> None:
         try:
             figure = plot_learning_curves(trainer.run_history, self.metrics, log_scale=self.log_scale)
             write_atomically(self.path, lambda path: figure.savefig(path, dpi=120, format=self.path.suffix[1:]))
@@ -97,7 +103,6 @@ class LearningCurveCallback(TrainerCallback):
                 self._warn_once(str(error))
         except CheckpointError as error:
             self._warn_once(f"{str(self.path)!r} cannot be written: {error.__cause__}.")
-        self._next_time = time.monotonic() + (time.monotonic() - start) / _SHARE_OF_TIME
 
     def _warn_once(self, reason: str) -> None:
         if not self._has_failed:

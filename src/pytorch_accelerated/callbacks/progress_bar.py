@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated._arguments.lengths import Length
 from pytorch_accelerated._console.bar import BarState
 from pytorch_accelerated._console.pace import Pace
 from pytorch_accelerated._console.screen import LiveHtml, is_notebook
@@ -38,7 +39,11 @@ class ProgressBarCallback(TrainerCallback):
 
     Args:
         seconds_between_lines: Where there is no terminal, such as in a log file, a line is printed each time an epoch
-            or an evaluation has taken this long. ``float("inf")`` for no lines.
+            or an evaluation has taken this long: a number, or a text such as ``"5 min"``; ``float("inf")`` for no
+            lines.
+
+    Raises:
+        ValueError: The text is not understood.
     """
 
     pbar: tqdm | None = None
@@ -55,7 +60,10 @@ class ProgressBarCallback(TrainerCallback):
     _is_epoch_short = False
 
     @explains_arguments
-    def __init__(self, seconds_between_lines: float = SECONDS_BETWEEN_LINES) -> None:
+    def __init__(self, seconds_between_lines: float | str | Length = SECONDS_BETWEEN_LINES) -> None:
+        if not isinstance(seconds_between_lines, (int, float)):
+            length = Length.parse("seconds_between_lines", seconds_between_lines, ("seconds",))
+            seconds_between_lines = float(length.amount)
         self.seconds_between_lines = seconds_between_lines
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,8 +141,7 @@ class ProgressBarCallback(TrainerCallback):
         run = run_of(trainer)
         if self._run_pace is None or not run.is_training_run:
             return None
-        self._run_pace.mark(run.fraction_done())
-        return self._run_pace.seconds_left(1.0)
+        return run.seconds_left(self._run_pace)
 
 
 def is_shown(trainer: Trainer) -> bool:

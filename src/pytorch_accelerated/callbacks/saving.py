@@ -22,10 +22,10 @@ from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._measuring.comparison import BestMetric, ComparisonOfMetric, NewValues, rounded
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._proxy import WritableForwarded
+from pytorch_accelerated._recording.cadence import Cadence, Timer
 from pytorch_accelerated._requests.signals import PREEMPTION_SIGNALS
 from pytorch_accelerated._run import Run
 from pytorch_accelerated._views import library_of, run_of
-from pytorch_accelerated.callbacks._cadence import Cadence, Timer
 from pytorch_accelerated.callbacks._watching import num_values_of, watched_value
 from pytorch_accelerated.callbacks.base import TrainerCallback
 from pytorch_accelerated.callbacks.stopping import check_watched_metric, warn_about_direction

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch import nn
+
 from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._checkpoint.schema import OF_EARLY_STOPPING, check_entries
+from pytorch_accelerated._console.text import counted
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._measuring.comparison import (
     ComparisonOfMetric,
@@ -21,6 +24,7 @@ from pytorch_accelerated._recording.non_finite import describe_non_finite_loss
 from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks._watching import check_is_recorded, num_values_of, watched_value
 from pytorch_accelerated.callbacks.base import TrainerCallback
+from pytorch_accelerated.callbacks.reporting import has_table
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
 if TYPE_CHECKING:
@@ -98,7 +102,10 @@ class TerminateOnNaNCallback(TrainerCallback):
             raise error
 
     def _check_values(self, trainer: Trainer) -> None:
-        error = run_of(trainer).find_non_finite_value(trainer.model)
+        model: object = trainer.model
+        if not isinstance(model, nn.Module):  # a test double, which has no parameters
+            return
+        error = run_of(trainer).find_non_finite_value(model)
         if error is not None:
             raise error
 
@@ -231,13 +238,13 @@ class EarlyStoppingCallback(TrainerCallback):
         if is_used_up:
             raise StopTrainingError(
                 f"{self.watch_metric} has not improved on {rounded(self.best_metric)} "
-                f"for {self.early_stopping_patience_counter} {self._unit}{self._note_on_threshold(value)}"
+                f"for {counted(self.early_stopping_patience_counter, self._unit)}{self._note_on_threshold(value)}"
             )
         self._report(trainer, previous)
 
     @property
     def _unit(self) -> str:
-        return "evaluations" if "intermediate_" in self.watch_metric else "epochs"
+        return "evaluation" if "intermediate_" in self.watch_metric else "epoch"
 
     def _check_value(self, value: float) -> None:
         """Stop the run if a value is beyond hope.
@@ -269,11 +276,14 @@ class EarlyStoppingCallback(TrainerCallback):
     def _report(self, trainer: Trainer, previous: float | None) -> None:
         best, num_epochs = self.best_metric, self.early_stopping_patience_counter
         if num_epochs > 0:
-            trainer.print(
-                f"{self.watch_metric} has not improved for {num_epochs} of {self.early_stopping_patience} {self._unit}"
-            )
-        elif best is not None and previous is not None:
+            patience = counted(self.early_stopping_patience, self._unit)
+            trainer.print(f"{self.watch_metric} has not improved for {num_epochs} of {patience}")
+        elif best is not None and previous is not None and not self._is_marked(trainer):
             trainer.print(f"{self.watch_metric} has improved by {abs(best - previous):.4g} to {best:.4g}")
+
+    def _is_marked(self, trainer: Trainer) -> bool:
+        """Return whether a table marks the best value, and so tells of an improvement."""
+        return is_greater_better(self.watch_metric) is not None and has_table(trainer.callback_handler)
 
     def state_dict(self) -> StateDict:
         """Return the best value, the number of epochs without improvement, and how many values were compared.

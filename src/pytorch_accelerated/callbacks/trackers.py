@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytorch_accelerated._arguments.lengths import interval_within_epochs
 from pytorch_accelerated._arguments.numbers import check_positive_integer
-from pytorch_accelerated._distributed.trackers import check_tracker, open_tracker
+from pytorch_accelerated._distributed.trackers import check_tracker, open_tracker, store_hyperparameters
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._history.records import Moment, num_recorded, records_since
 from pytorch_accelerated._measuring.comparison import one_number
@@ -21,6 +22,7 @@ from pytorch_accelerated.callbacks.base import TrainerCallback
 if TYPE_CHECKING:
     import os
 
+    from pytorch_accelerated._arguments.lengths import Length
     from pytorch_accelerated._types import MaybeNone, StateDict, StateMapping
     from pytorch_accelerated.trainer import Trainer
 
@@ -50,6 +52,8 @@ class TrackerCallback(TrainerCallback):
             `argparse.Namespace`.
         options: Further arguments for the tracker.
         on_error: ``"warn"`` if training shall continue when the tracker fails, with one warning; or ``"raise"``.
+        log_every: How often to send within an epoch, instead of ``every_n_updates``, as a text: ``"0.1 epochs"``,
+            ``"30 s"``; see :class:`~pytorch_accelerated.utils.Length`.
 
     Raises:
         ValueError: There is no tracker of this name, or another argument has an invalid value.
@@ -76,6 +80,7 @@ class TrackerCallback(TrainerCallback):
         hyperparameters: object = None,
         options: Mapping[str, Any] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
+        log_every: str | Length | None = None,
     ) -> None:
         if every_n_updates is not None:
             check_positive_integer("every_n_updates", every_n_updates, "updates")
@@ -99,6 +104,7 @@ class TrackerCallback(TrainerCallback):
         """The last update after which something was sent, and all that was."""
 
         self.every_n_updates = every_n_updates
+        self.log_every = interval_within_epochs("log_every", log_every, "values are sent")
 
     @property
     def writer(self) -> Any:
@@ -126,7 +132,7 @@ class TrackerCallback(TrainerCallback):
         """Open the tracker, and send the hyper-parameters. A resumed run continues where it was."""
         run = run_of(trainer)
         update = run.training.progress.num_updates
-        run.record_steps_every(self.every_n_updates)
+        run.record_steps_every(self.log_every or self.every_n_updates)
         if not run.is_resumed:
             self._newest, self._num_sent, self.run_id = (-1, {}), {}, None
             if not run.has_reset_history:
@@ -137,13 +143,13 @@ class TrackerCallback(TrainerCallback):
         with self._tolerating_errors():
             self._open_tracker = self._open(update if run.is_resumed else None)
             if not run.is_resumed:
-                self._open_tracker.store_init_configuration(self._hyperparameters_of(trainer))
+                store_hyperparameters(self._open_tracker, self._hyperparameters_of(trainer))
             elif self._resends_newest and self._newest[0] == update:
                 self._open_tracker.log(self._newest[1], step=update)
 
     def on_step_values(self, trainer: Trainer, *, row: Mapping[str, float] | MaybeNone = None, **kwargs: Any) -> None:
         """Send them, unless it is another tracker that wants them."""
-        if self.every_n_updates is not None:
+        if self.log_every is not None or self.every_n_updates is not None:
             values = dict(row)
             epoch, update, samples, _ = (int(values.pop(name)) for name in Moment._fields)
             self._send(trainer, Moment(epoch, update, samples), values)
@@ -258,6 +264,7 @@ class TensorBoardCallback(TrackerCallback):
         hyperparameters: Further hyper-parameters: a mapping, or an object such as an `argparse.Namespace`.
         options: Further arguments for the ``SummaryWriter``.
         on_error: ``"warn"`` if training shall continue when writing fails, with one warning; or ``"raise"``.
+        log_every: How often within an epoch, instead of ``every_n_updates``, as a text such as ``"30 s"``.
 
     Raises:
         ModuleNotFoundError: ``tensorboard`` is not installed; it comes with the extra ``trackers``.
@@ -278,6 +285,7 @@ class TensorBoardCallback(TrackerCallback):
         hyperparameters: object = None,
         options: Mapping[str, Any] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
+        log_every: str | Length | None = None,
     ) -> None:
         folder = Path(log_dir).expanduser().absolute()
         super().__init__(
@@ -288,6 +296,7 @@ class TensorBoardCallback(TrackerCallback):
             hyperparameters=hyperparameters,
             options=options,
             on_error=on_error,
+            log_every=log_every,
         )
 
     @property
@@ -315,6 +324,7 @@ class MLflowCallback(TrackerCallback):
         hyperparameters: Further hyper-parameters: a mapping, or an object such as an `argparse.Namespace`.
         options: Further arguments for `accelerate.tracking.MLflowTracker`, such as ``run_name`` and ``tags``.
         on_error: ``"warn"`` if training shall continue when MLflow fails, with one warning; or ``"raise"``.
+        log_every: How often within an epoch, instead of ``every_n_updates``, as a text such as ``"30 s"``.
 
     Raises:
         ModuleNotFoundError: ``mlflow`` is not installed; it comes with the extra ``mlflow``.
@@ -330,6 +340,7 @@ class MLflowCallback(TrackerCallback):
         hyperparameters: object = None,
         options: Mapping[str, Any] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
+        log_every: str | Length | None = None,
     ) -> None:
         super().__init__(
             "mlflow",
@@ -338,6 +349,7 @@ class MLflowCallback(TrackerCallback):
             hyperparameters=hyperparameters,
             options=options,
             on_error=on_error,
+            log_every=log_every,
         )
         self.tracking_uri = tracking_uri
         self._last_updates: dict[str, int] | None = None
@@ -371,6 +383,7 @@ class WandbCallback(TrackerCallback):
         hyperparameters: Further hyper-parameters: a mapping, or an object such as an `argparse.Namespace`.
         options: Further arguments for ``wandb.init``, such as ``name``, ``group``, ``tags`` and ``mode``.
         on_error: ``"warn"`` if training shall continue when sending fails, with one warning; or ``"raise"``.
+        log_every: How often within an epoch, instead of ``every_n_updates``, as a text such as ``"30 s"``.
 
     Raises:
         ModuleNotFoundError: ``wandb`` is not installed; it comes with the extra ``wandb``.
@@ -385,6 +398,7 @@ class WandbCallback(TrackerCallback):
         hyperparameters: object = None,
         options: Mapping[str, Any] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
+        log_every: str | Length | None = None,
     ) -> None:
         super().__init__(
             "wandb",
@@ -393,6 +407,7 @@ class WandbCallback(TrackerCallback):
             hyperparameters=hyperparameters,
             options=options,
             on_error=on_error,
+            log_every=log_every,
         )
         self._first_new_update = 0
 

@@ -12,6 +12,7 @@ from pytorch_accelerated._checkpoint.files import PathAttribute, local_path
 from pytorch_accelerated._checkpoint.manifest import read_manifest
 from pytorch_accelerated._checkpoint.resume import entries_of
 from pytorch_accelerated._hints.arguments import explains_arguments
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._run import Run
 from pytorch_accelerated._views import run_of
 from pytorch_accelerated.callbacks.base import TrainerCallback
@@ -95,7 +96,6 @@ class WSDCheckpointCallback(TrainerCallback):
         Raises:
             SchedulerSettingsError: The scheduler of the run has no checkpoints.
             FileNotFoundError: There is no such initial checkpoint.
-            ValueError: The run would overwrite the checkpoint that it starts from.
         """
         scheduler = _get_scheduler(trainer)
         is_resumed = getattr(run_of(trainer), "is_resumed", False) is True
@@ -106,7 +106,7 @@ class WSDCheckpointCallback(TrainerCallback):
         self.checkpoint_steps = set(scheduler.get_checkpoint_steps())
         self.decay_info = scheduler.get_decay_info()
         self.decay_fraction = scheduler.decay_phase_ratio
-        self._check_not_overwritten()
+        self._warn_if_overwritten()
         if is_resumed:  # the state may have been saved just before the checkpoint that was due
             self._save_due_checkpoints(trainer, _num_updates_done(scheduler))
 
@@ -158,12 +158,12 @@ class WSDCheckpointCallback(TrainerCallback):
         if "step" in contents:  # otherwise it is a checkpoint of another origin
             trainer.print(f"Loaded the {_kind(is_state)} ({contents['checkpoint_type']}) of update {contents['step']}.")
 
-    def _check_not_overwritten(self) -> None:
+    def _warn_if_overwritten(self) -> None:
         for step in self.checkpoint_steps or ():
             if self._is_initial_checkpoint(self._post_decay_path(step)):
-                raise ValueError(
-                    f"`initial_checkpoint` is {str(self.initial_checkpoint)!r}, which this run would overwrite with "
-                    f"its own checkpoint after {step} updates. Pass a different `save_dir`."
+                warn(
+                    f"`initial_checkpoint` is {str(self.initial_checkpoint)!r}, which this run overwrites with its own "
+                    f"checkpoint after {step} updates. Pass a different `save_dir` to keep it."
                 )
 
     def _is_initial_checkpoint(self, path: Path) -> bool:

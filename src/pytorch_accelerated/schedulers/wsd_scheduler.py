@@ -368,6 +368,9 @@ class WSDLrScheduler(StatefulSchedulerBase):
         period = next(later, self.checkpoint_decay_info[-1])
         return period["period_end"] - period["period_start"], num_updates - period["period_start"]
 
+    # In 0.1.61, the method had a cache, which programs clear.
+    _get_checkpoint_info.cache_clear = lambda: None  # type: ignore[attr-defined]
+
     def get_current_phase_info(self) -> PhaseInfo:
         """Return the current period and phase of the schedule."""
         return self.get_phase_info(self.num_updates)
@@ -416,7 +419,7 @@ class WSDLrScheduler(StatefulSchedulerBase):
             SchedulerSettingsError: The run is too short for the number of checkpoints in the state.
             ValueError: It is the state of a different scheduler.
         """
-        position = state_dict.get("num_updates", self.num_updates if "base_lr_values" in state_dict else None)
+        position = state_dict.get("num_updates", self.num_updates if "checkpoint_decay_info" in state_dict else None)
         if self.is_continuation_from_checkpoint and position is not None:
             self._take_over_settings(state_dict)
             position = -1

@@ -620,3 +620,21 @@ def test_a_duck_typed_dataset_shows_too():
     trainer = train(make_trainer(), duck := Duck())
     assert trainer._train_dataloader.dataset is duck
     assert len(Samples(duck)) == len(trainer._train_dataloader.dataset) == 8
+
+
+def test_the_batch_size_may_be_none_if_the_arguments_of_the_loader_have_one():
+    """As programs write that keep all settings of their loaders in one dictionary."""
+    trainer = make_trainer()
+    given = {"batch_size": 6, "num_workers": 0}
+    trainer.train(
+        make_dataset(24), num_epochs=1, eval_dataset=make_dataset(8), per_device_batch_size=None,
+        train_dataloader_kwargs=given,
+    )  # fmt: skip
+    config = trainer.run_config
+    assert (config.train_per_device_batch_size, config.eval_per_device_batch_size) == (6, 6)
+    trainer.evaluate(make_dataset(8), per_device_batch_size=None, dataloader_kwargs={"batch_size": 4})
+    assert trainer.run_config.eval_per_device_batch_size == 4
+    assert len(trainer.predict(make_dataset(5), per_device_batch_size=None, dataloader_kwargs={"batch_size": 4})) == 5
+    for settings in ({}, {"train_dataloader_kwargs": {"num_workers": 0}}):
+        with pytest.raises(TypeError, match="`per_device_batch_size` is None"):
+            trainer.train(make_dataset(24), num_epochs=1, per_device_batch_size=None, **settings)

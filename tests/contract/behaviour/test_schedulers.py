@@ -530,6 +530,27 @@ def test_a_state_of_0_1_61_leaves_the_position_as_it_is():
     assert (scheduler.total_steps, rates_of(scheduler)) == (30, scheduler.get_updated_values(24))
 
 
+@pytest.mark.parametrize("is_continuation", [True, False])
+@pytest.mark.parametrize("left_out", ["base_lr_values", "param_group_field", "previous_checkpoint_step"])
+def test_a_state_of_0_1_61_that_a_program_has_put_together_is_accepted(left_out, is_continuation):
+    """Row 1.12: the settings and the checkpoints are enough."""
+    state = torch.load(WRITTEN / "wsd.pt", weights_only=True)["scheduler_state_dict"]
+    del state[left_out]
+    scheduler = make_wsd(total_steps=30, is_continuation_from_checkpoint=is_continuation, **_old.WSD)
+    own_rates = scheduler.base_lr_values
+    step_through(scheduler, 3)
+    scheduler.load_state_dict(state)
+    assert scheduler.num_updates == (-1 if is_continuation else 2)
+    assert scheduler.base_lr_values == state.get("base_lr_values", own_rates)
+
+
+def test_the_cache_that_the_wsd_scheduler_had_can_be_cleared():
+    """Row 1.18."""
+    scheduler = make_wsd(total_steps=100)
+    scheduler._get_checkpoint_info.cache_clear()
+    assert scheduler._get_checkpoint_info(95) == (100, 95)
+
+
 @pytest.mark.parametrize("is_before_the_run", [True, False])
 def test_a_checkpoint_that_0_1_61_wrote_can_be_continued(is_before_the_run):
     """Row 1.12: base rates and settings come from the file, and the model."""

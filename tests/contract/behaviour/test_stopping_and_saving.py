@@ -26,7 +26,7 @@ from pytorch_accelerated.callbacks import (
     StepBasedEvaluationCallback,
     TerminateOnNaNCallback,
 )
-from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
+from pytorch_accelerated.exceptions import CheckpointError, NonFiniteLossError, StopTrainingError
 from pytorch_accelerated.states import find_latest_state, list_states
 
 
@@ -300,7 +300,7 @@ def test_a_state_saved_in_the_event_of_a_stop_does_not_train_on(tmp_path, event)
     assert resumed.stop_reason == whole.stop_reason == "enough"
     assert resumed.progress.num_updates == 4
     train(resumed, num_epochs=1)
-    assert resumed.stop_reason == "1 epochs are done", "the request is gone with its run"
+    assert resumed.stop_reason == "1 epoch is done", "the request is gone with its run"
 
 
 @pytest.fixture(scope="module")
@@ -448,6 +448,19 @@ def test_a_stand_in_can_drive_the_callback(tmp_path, monkeypatch, kind, max_chec
         for name, step in (("step_3", 3), ("step_6", 6), ("epoch_1", 7), ("final", 7))
     ]
     assert folder.exists() == folder_is_made
+
+
+def test_a_stand_in_that_is_gone_does_not_keep_the_folder_locked(tmp_path):
+    """Row 9.10: tests of programs drive the callback one after another, without the end of a run. Mocks are cyclic."""
+    for _ in range(3):
+        stand_in = STAND_INS["mock"]([])
+        SaveTrainingStateCallback(tmp_path).on_training_run_start(stand_in)
+        del stand_in
+    save, stand_in = SaveTrainingStateCallback(tmp_path, save_at_end=False), STAND_INS["mock"]([])
+    save.on_training_run_start(stand_in)
+    with pytest.raises(CheckpointError, match="another trainer of this process"):
+        SaveTrainingStateCallback(tmp_path).on_training_run_start(STAND_INS["mock"]([]))
+    save.on_training_run_end(stand_in)
 
 
 def test_a_stand_in_that_makes_folders_sees_them_rotated(tmp_path):

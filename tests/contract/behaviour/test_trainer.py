@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import nullcontext
 from functools import partial
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -1092,3 +1094,57 @@ def test_evaluation_data_smaller_than_a_batch_counts_each_sample_once():
     trainer.evaluate(make_dataset(3), per_device_batch_size=8)
     inputs, targets = make_dataset(3)[:]
     assert losses(trainer, "evaluation_loss") == [pytest.approx(mse(trainer.model(inputs), targets).item())]
+
+
+# --- test doubles ------------------------------------------------------------------------------------------------
+
+
+class _Loader:
+    """What a run needs of a loader."""
+
+    def __init__(self, num_batches):
+        self.num_batches = num_batches
+
+    def __len__(self):
+        return self.num_batches
+
+    def __iter__(self):
+        return iter([{"index": index} for index in range(self.num_batches)])
+
+
+def doubled_accelerator(kind):
+    """Return a double of the accelerator that knows little more than the number of processes."""
+    known = {"num_processes": 1, "is_main_process": True, "is_local_main_process": True, "mixed_precision": "no"}
+    accelerator = kind(**known, device="cpu", optimizer_step_was_skipped=False)
+    accelerator.distributed_type.NO = "NO"
+    accelerator.prepare = kind(side_effect=lambda *args: args)
+    accelerator.no_sync.return_value = nullcontext()
+    return accelerator
+
+
+@pytest.mark.parametrize(
+    ("num_batches", "settings", "num_updates"),
+    [
+        (40, {"num_epochs": 10, "max_num_train_steps": 15, "gradient_accumulation_steps": 2}, 15),
+        (10, {"num_epochs": 2, "max_num_train_steps": 7}, 7),
+        (6, {"num_epochs": 2, "eval_dataset": "irrelevant"}, 12),
+    ],
+)
+@pytest.mark.parametrize("kind", [Mock, MagicMock])
+def test_the_loop_runs_with_doubles_of_everything(kind, num_batches, settings, num_updates):
+    """As programs test their own steps: the model, the optimizer, the loss function and the accelerator do nothing."""
+    updates = []
+    output = {"loss": torch.tensor(1.0), "model_outputs": None, "batch_size": 1}
+    accelerator = doubled_accelerator(kind)
+    doubled = subclass(
+        _create_accelerator=lambda self: accelerator,
+        create_train_dataloader=lambda self, batch_size, train_dl_kwargs: _Loader(num_batches),
+        create_eval_dataloader=lambda self, batch_size, eval_dl_kwargs: _Loader(2),
+        _prepare_model_optimizer_and_dataloaders=lambda self: None,
+        _perform_forward_and_backward_passes=lambda self, batch, step: None,
+        calculate_eval_batch_loss=lambda self, batch: output,
+        optimizer_step=lambda self: updates.append(1),
+    )
+    trainer = doubled(model=kind(), loss_func=kind(), optimizer=kind())
+    trainer.train(train_dataset=kind(), **settings)
+    assert len(updates) == num_updates

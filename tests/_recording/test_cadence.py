@@ -1,4 +1,4 @@
-"""When a callback that evaluates or saves every so often does so, for each unit of its length."""
+"""When something that is done every so often is done, for each unit of its length: evaluation, saving, logging."""
 
 from __future__ import annotations
 
@@ -19,10 +19,17 @@ from _support import (
     weights_of,
 )
 from pytorch_accelerated import Trainer
-from pytorch_accelerated.callbacks import SaveTrainingStateCallback, StepBasedEvaluationCallback, _cadence
+from pytorch_accelerated._recording import cadence
+from pytorch_accelerated.callbacks import SaveTrainingStateCallback, StepBasedEvaluationCallback, TrackerCallback
+from pytorch_accelerated.tracking import InMemoryRunHistory
 
 DATA = make_dataset(30)  # eight batches, the last of two samples
 NUM_BATCHES = 8
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where `Saves` locks its folder
 
 
 class Saves(SaveTrainingStateCallback):
@@ -110,7 +117,7 @@ def test_a_step_that_is_skipped_does_not_lose_an_evaluation_by_steps(monkeypatch
 
 def test_a_time_counts_from_one_save_to_the_next(monkeypatch):
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(_cadence, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(cadence, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
     def go_on(trainer, **kwargs):
         clock.now += 25
@@ -146,3 +153,60 @@ def test_a_resumed_run_evaluates_and_saves_at_the_same_moments(length, accumulat
 def _moment(state):
     kind, _, number = state.partition("_")
     return int(number) * (NUM_BATCHES if kind == "epoch" else 1) if number else 0
+
+
+# --- values of steps ---------------------------------------------------------------------------------------------
+
+
+class NoTracker:
+    """A tracker that keeps nothing."""
+
+    name, tracker, requires_logging_directory = "none", None, False
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+def moments_of_steps(*, record_every=None, log_every=None, accumulation=1, **kwargs):
+    """Return after how many batches values of steps were taken, and the run history."""
+    recorder, moments = recorder_of(lambda trainer: trainer.progress.num_batches, "on_step_values")
+    tracking = [TrackerCallback(NoTracker(), every_n_updates=None, log_every=log_every)] if log_every else []
+    trainer = make_trainer(
+        callbacks=[*tracking, recorder], seed=3, run_history=InMemoryRunHistory(record_every=record_every)
+    )
+    train(trainer, DATA, num_epochs=2, gradient_accumulation_steps=accumulation, **kwargs)
+    return moments, trainer.run_history
+
+
+@pytest.mark.parametrize("name", ["record_every", "log_every"])
+@pytest.mark.parametrize(("length", "accumulation", "within", "_"), MOMENTS)
+def test_values_of_steps_are_taken_at_these_moments_too(name, length, accumulation, within, _):
+    moments, history = moments_of_steps(**{name: length}, accumulation=accumulation)
+    assert moments == within
+    num_recorded = sum("train_loss_step" in row for row in history.to_rows())
+    assert num_recorded == (len(within) if name == "record_every" else 0)
+
+
+def test_values_of_steps_are_taken_for_all_that_want_them():
+    assert moments_of_steps(record_every="0.5 epochs", log_every="5 updates")[0] == [4, 5, 10, 12, 15]
+
+
+def test_values_of_steps_can_be_taken_by_time(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(cadence, "time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now))
+    monkeypatch.setattr(Trainer, "optimizer_step", _taking(clock, Trainer.optimizer_step))
+    assert moments_of_steps(record_every="1 min")[0] == [3, 6, 9, 12, 15]
+
+
+def _taking(clock, step):
+    def optimizer_step(trainer):
+        clock.now += 25
+        step(trainer)
+
+    return optimizer_step
+
+
+@pytest.mark.parametrize("arguments", [{"record_every": "1 epoch"}, {"log_every": "2 epochs"}])
+def test_values_of_whole_epochs_are_recorded_anyway(arguments):
+    with pytest.raises(ValueError, match="at the end of each epoch anyway"):
+        moments_of_steps(**arguments)
