@@ -308,3 +308,76 @@ def test_sparse_gradients_are_clipped_as_dense_ones(clipping, accumulation):
         assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     else:
         assert norms[0] == norms[1] == [None] * len(norms[0])
+
+
+# --- parameters that no optimizer holds --------------------------------------------------------------------------
+
+
+class TwoLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 2), nn.Linear(2, 1)
+        draw_parameters(self, seed=4)
+
+    def forward(self, inputs):
+        return self.head(self.body(inputs).tanh())
+
+
+def by_hand(dataset, *, num_epochs=2, accumulation=1, max_norm=None, new_group_in_epoch=None):
+    """Train the head, with all gradients discarded before each update; return the parameters and the norms."""
+    model, norms = TwoLayers(), []
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.5)
+    for epoch in range(1, num_epochs + 1):
+        if epoch == new_group_in_epoch:
+            optimizer.add_param_group({"params": list(model.body.parameters()), "lr": 0.1})
+        for start in range(0, len(dataset), 4 * accumulation):
+            inputs, targets = dataset[start : start + 4 * accumulation]
+            model.zero_grad()
+            nn.functional.mse_loss(model(inputs), targets).backward()
+            if max_norm is not None:
+                norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), max_norm)))
+            optimizer.step()
+    return weights_of(model), norms
+
+
+@pytest.mark.filterwarnings("ignore:The optimizer does not hold")
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("new_group_in_epoch", [None, 2])
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_gradients_that_no_optimizer_discards_do_not_add_up(accumulation, new_group_in_epoch, max_norm):
+    """Neither in the norm by which a run clips, nor in the first update of a group that is added later."""
+
+    def add_group(trainer, **kwargs):
+        if trainer.run_history.current_epoch == new_group_in_epoch:
+            trainer.optimizer.add_param_group({"params": list(trainer.get_model().body.parameters()), "lr": 0.1})
+
+    dataset, model, norms = make_dataset(16), TwoLayers(), []
+    note = Probe(on_optimizer_step_end=lambda trainer, **kwargs: norms.append(trainer.gradient_norm))
+    callbacks = [Probe(on_train_epoch_start=add_group), note]
+    trainer = Trainer(model, nn.MSELoss(), torch.optim.SGD(model.head.parameters(), lr=0.5), callbacks=callbacks)
+    trainer.train(
+        dataset,
+        num_epochs=2,
+        per_device_batch_size=4,
+        train_dataloader_kwargs=IN_ORDER,
+        gradient_accumulation_steps=accumulation,
+        gradient_clip_norm=max_norm,
+    )
+    expected, expected_norms = by_hand(
+        dataset, accumulation=accumulation, max_norm=max_norm, new_group_in_epoch=new_group_in_epoch
+    )
+    torch.testing.assert_close(weights_of(model), expected)
+    if max_norm is not None:
+        assert [float(norm) for norm in norms] == pytest.approx(expected_norms, rel=1e-5)
+
+
+@pytest.mark.parametrize("place", ["trainer", "callback"])
+def test_gradients_that_an_optimizer_of_the_program_holds_are_left_to_it(place):
+    """It may add up those of several updates."""
+    model, seen = TwoLayers(), []
+    note = Probe(on_train_step_end=lambda trainer, **kwargs: seen.append(trainer.get_model().body.bias.grad.clone()))
+    trainer = Trainer(model, nn.MSELoss(), torch.optim.SGD(model.head.parameters(), lr=0.0), callbacks=[note])
+    owner = trainer if place == "trainer" else note
+    owner.own_optimizer = torch.optim.SGD(model.body.parameters(), lr=0.0)
+    trainer.train(make_dataset(8), num_epochs=2, per_device_batch_size=8)
+    torch.testing.assert_close(seen[1], 2 * seen[0])

@@ -126,3 +126,13 @@ def test_a_marked_function_can_still_be_called():
 
     assert largest(torch.tensor([1.0, 2.0]), None) == 2
     assert largest.__name__ == "largest"
+
+
+@pytest.mark.parametrize("metric", [Accuracy(), TopKAccuracy(1), MeanAbsoluteError()])
+@pytest.mark.parametrize(
+    "inputs", [((torch.ones(3, 2), None), torch.ones(3)), (torch.ones(3, 2), {"y": torch.ones(3)})]
+)
+def test_what_is_no_tensor_is_told_with_a_remedy(metric, inputs):
+    """A model that returns a tuple, for example."""
+    with pytest.raises(TypeError, match=r"got (outputs|targets) of type (tuple|dict).*`get_metric_inputs`"):
+        metric(*inputs)

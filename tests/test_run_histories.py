@@ -8,6 +8,7 @@ import pickle
 import shutil
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from _support import Probe, history_of, make_dataset, make_trainer, train
 from pytorch_accelerated import Trainer
 from pytorch_accelerated._recording.host_copy import HostCopy
 from pytorch_accelerated._views import run_of
-from pytorch_accelerated.callbacks import SaveTrainingStateCallback, StepBasedEvaluationCallback
+from pytorch_accelerated.callbacks import CSVLogCallback, SaveTrainingStateCallback, StepBasedEvaluationCallback
 from pytorch_accelerated.tracking import InMemoryRunHistory, JsonlRunHistory, RunHistory
 
 POSITION = ("epoch", "update", "samples")
@@ -375,3 +376,59 @@ def test_what_the_run_is_made_of_is_kept_with_its_values(tmp_path):
     assert (info["settings"]["num_epochs"], info["settings"]["optimizer_groups/0/lr"]) == (2, 0.25)
     assert info["versions"]["torch"] == torch.__version__
     assert info.keys() == {"settings", "versions", "code"}
+
+
+def test_a_history_read_back_has_the_same_newest_values(tmp_path):
+    """Whether training or `evaluate` has recorded a metric of a callback last."""
+
+    def record(trainer, **kwargs):
+        trainer.run_history.update_metric("custom", float(len(values)))
+        values.append(None)
+
+    values = []
+    history = JsonlRunHistory(tmp_path / "history.jsonl")
+    trainer = make_trainer(callbacks=[Probe(on_eval_epoch_end=record)], run_history=history)
+    trainer.evaluate(make_dataset(8))
+    for _ in range(2):
+        read = JsonlRunHistory(history.path)
+        assert read.get_latest_metric("custom") == history.get_latest_metric("custom") == len(values) - 1
+        assert read.get_metric_values("custom") == history.get_metric_values("custom")
+        train(trainer, eval_dataset=make_dataset(8), reset_run_history=False)
+        read = JsonlRunHistory(history.path)
+        assert read.get_latest_metric("custom") == history.get_latest_metric("custom") == len(values) - 1
+        trainer.evaluate(make_dataset(8))
+
+
+@pytest.mark.parametrize("prefix", ["", "intermediate_"])
+def test_in_an_event_loss_means_that_of_the_pass_under_way(prefix):
+    seen = []
+
+    def note(trainer, **kwargs):
+        history = trainer.run_history
+        if history.metric_name_prefix == prefix:
+            seen.append(history.get_latest_metric("loss"))
+
+    callbacks = [Probe(on_eval_epoch_end=note, on_train_epoch_end=note), StepBasedEvaluationCallback(2)]
+    trainer = make_trainer(callbacks=callbacks)
+    train(trainer, eval_dataset=make_dataset(8), num_epochs=2)
+    of_evaluations = trainer.run_history.get_metric_values(f"{prefix}eval_loss_epoch")
+    of_training = trainer.run_history.get_metric_values("train_loss_epoch")
+    expected = of_evaluations if prefix else [x for pair in zip(of_training, of_evaluations, strict=True) for x in pair]
+    assert seen == expected
+    trainer.run_history.reset()
+    with pytest.raises(ValueError, match="Nothing was recorded under the metric name 'loss'"):
+        trainer.run_history.get_latest_metric("loss")
+
+
+@pytest.mark.parametrize("make", [JsonlRunHistory, CSVLogCallback, InMemoryRunHistory().to_csv])
+def test_what_is_no_file_is_refused_at_once(make, tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"which is a folder. Pass the path of a file in it"):
+        make(tmp_path)
+    with pytest.raises(TypeError, match=r"`path` is None, of type NoneType. Expected the path of a file"):
+        make(None)
+
+
+@pytest.mark.parametrize("history", ["runs/history.jsonl", Path("runs/history.jsonl"), JsonlRunHistory])
+def test_what_is_no_run_history_is_answered_with_one(history):
+    with pytest.raises(TypeError, match=r"Expected (a run history|an instance).* `JsonlRunHistory\("):
+        make_trainer(run_history=history)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from pytorch_accelerated._step import batch_loss, predictions, raise_bad_loss, read_batch_output
 
@@ -83,7 +84,21 @@ def fail(*args, **kwargs):
 def test_an_error_in_the_model_or_the_loss_function_gets_a_note_with_the_shapes(compute, note):
     with pytest.raises(IndexError, match="too small") as caught:
         compute()
-    assert caught.value.__notes__ == [note]
+    assert caught.value.__notes__[0] == note
+
+
+@pytest.mark.parametrize("outputs", [(INPUTS, INPUTS), {"logits": INPUTS}, None])
+def test_a_loss_function_that_fails_on_a_structure_gets_a_remedy(outputs):
+    """A model that returns a tuple, for example."""
+    with pytest.raises((TypeError, AttributeError)) as caught:
+        batch_loss(lambda inputs: outputs, nn.functional.mse_loss, (INPUTS, TARGETS))
+    assert "override `calculate_train_batch_loss`" in caught.value.__notes__[-1]
+
+
+def test_a_model_that_does_not_take_the_whole_batch_gets_a_remedy():
+    with pytest.raises(TypeError) as caught:
+        batch_loss(nn.Linear(2, 1), None, (INPUTS, TARGETS))
+    assert "pass a `loss_func`" in caught.value.__notes__[-1]
 
 
 def test_a_mapping_batch_may_have_any_keys():
@@ -104,13 +119,13 @@ class Opaque(list):
     __repr__ = __iter__
 
 
-def test_the_note_never_hides_the_error_and_has_at_most_400_characters():
+def test_the_note_never_hides_the_error_and_is_short():
     with pytest.raises(IndexError, match="too small") as caught:
         batch_loss(fail, len, (Opaque(), TARGETS))
-    assert getattr(caught.value, "__notes__", []) == []
+    assert caught.value.__notes__ == ["The model was called with Opaque"]
     with pytest.raises(IndexError, match="too small") as caught:
         batch_loss(fail, len, (["text"] * 1000, TARGETS))
-    assert len(caught.value.__notes__[0]) == 400
+    assert len(caught.value.__notes__[0]) == len("The model was called with ") + 400
 
 
 def test_the_failure_of_a_worker_gets_no_note_about_the_model():

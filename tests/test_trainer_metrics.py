@@ -90,9 +90,50 @@ def test_a_weight_may_differ_by_metric():
     assert history_of(trainer)["evaluation_of_class_1"] == [pytest.approx(outputs[targets == 1, 1].mean().item())]
 
 
-def test_what_was_never_measured_is_not_recorded():
-    history = train(make_trainer({"nothing": lambda outputs, targets: None}))
+@pytest.mark.parametrize("result", [None, (1.0, 0), {"a": None}, {}])
+def test_what_was_never_measured_is_not_recorded_but_told(result):
+    """A function that lacks its `return`, for example."""
+    with pytest.warns(UserWarning, match="The metric 'nothing' has measured nothing"):
+        history = train(make_trainer({"nothing": lambda outputs, targets: result}))
     assert set(history) == {"train_loss_epoch", "eval_loss_epoch"}
+
+
+def test_an_evaluation_of_skipped_batches_is_not_told_of():
+    class SkipAll(Trainer):
+        def calculate_train_batch_loss(self, batch):
+            self.skip_batch()
+            return super().calculate_train_batch_loss(batch)
+
+    model = nn.Linear(4, NUM_CLASSES)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = SkipAll(model, nn.CrossEntropyLoss(), optimizer, callbacks=[], metrics={"a": lambda o, t: None})
+    trainer.train(DATA, num_epochs=1, per_device_batch_size=5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 13])
+@pytest.mark.parametrize(
+    "as_result",
+    [
+        lambda values: (values.mean(), len(values)),
+        lambda values: (values.mean(), torch.tensor(len(values))),
+        lambda values: (values.mean().item(), float(len(values))),
+        lambda values: (values.mean(dim=0, keepdim=True).expand(2), len(values)),
+        lambda values: ({"of": values.mean()}, len(values)),
+        lambda values: ({"of": values.mean() if len(values) else None, "one": 1.0}, max(len(values), 1e-9)),
+    ],
+)
+def test_the_mean_of_nothing_does_not_count(batch_size, as_result):
+    """In a batch without a sample of the class it is NaN, and its weight is 0."""
+    data = make_classes(13)
+    trainer = make_trainer({"m": lambda outputs, targets: as_result(outputs[targets == 1, 1])})
+    trainer.evaluate(data, per_device_batch_size=batch_size)
+    outputs, targets = by_hand(trainer, data)
+    expected = pytest.approx(outputs[targets == 1, 1].mean().item())
+    history = history_of(trainer)
+    values = [history[name] for name in ("evaluation_m", "evaluation_m_0", "evaluation_m_1", "evaluation_m_of")
+              if name in history]  # fmt: skip
+    assert values
+    assert all(value == [expected] for value in values)
 
 
 def test_metrics_can_be_left_out_of_training():
@@ -107,7 +148,7 @@ def test_the_gradients_do_not_depend_on_metrics():
 
 def test_nothing_of_a_step_keeps_its_graph_alive():
     seen = []
-    trainer = make_trainer({"seen": lambda outputs, targets: seen.append(outputs)})
+    trainer = make_trainer({"seen": lambda outputs, targets: seen.append(outputs) or 0.0})
     train(trainer, num_epochs=1)
     assert not any(outputs.requires_grad for outputs in seen)
 
@@ -404,7 +445,13 @@ def test_what_is_no_metric_is_refused_when_the_trainer_is_created(metrics, error
 @pytest.mark.parametrize(
     ("metrics", "error", "message"),
     [
-        ({"m": lambda o, t: "good"}, TypeError, "It returned 'good'"),
+        ({"m": lambda o, t: "good"}, TypeError, "The metric 'm' returned 'good'"),
+        ({"m": lambda o, t: {"a": 1.0, "b": "good"}}, TypeError, "The metric 'm' returned 'good'"),
+        ({"m": lambda o, t: 1j}, TypeError, "The metric 'm' returned complex numbers"),
+        ({"m": lambda o, t: o.to(torch.complex64)}, TypeError, "The metric 'm' returned complex numbers"),
+        ({"m": lambda o, t: (0.5, -1.0)}, ValueError, "the weight of the value, is -1. Expected a finite number"),
+        ({"m": lambda o, t: (0.5, -1)}, ValueError, "the weight of the value, is -1. Expected a finite number"),
+        ({"m": lambda o, t: (0.5, torch.tensor(math.nan))}, ValueError, "the weight of the value, is nan"),
         ({"m": lambda o, t: (0.5, "weight")}, TypeError, "the weight of the value, is 'weight'"),
         ({"m": lambda o, t: (o.argmax(1) == t).float()}, ValueError, "Expected the mean over the batch"),
         ({"m": WholeSet(lambda o, t: "good")}, TypeError, "The metric 'm' is 'good'"),
@@ -420,6 +467,28 @@ def test_a_result_that_is_none_is_refused(metrics, error, message):
         return
     with pytest.raises(error, match=message):
         trainer.evaluate(DATA, per_device_batch_size=5)
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {"m": lambda o, t: [0.0, 1.0], "m_0": lambda o, t: 0.0},
+        {"m": lambda o, t: {"a": 0.0}, "m_a": Accuracy()},
+        {"m": lambda o, t: o.mean(dim=0), "m_2": Perplexity()},
+    ],
+)
+def test_results_of_the_same_name_are_refused_before_the_first_update(metrics):
+    trainer = make_trainer(metrics)
+    with pytest.raises(ValueError, match="results with the names"):
+        trainer.train(DATA, num_epochs=1, per_device_batch_size=5)
+    assert trainer.progress.num_updates == 0
+
+
+def test_the_error_of_a_metric_tells_what_it_was_called_with():
+    with pytest.raises(TypeError) as caught:
+        make_trainer({"m": lambda outputs: 0.0}).evaluate(DATA, per_device_batch_size=5)
+    notes = getattr(caught.value, "__notes__", [])
+    assert notes == ["in the metric 'm' of the Trainer", "The metric was called with float32 (5, 3), int64 (5,)"]
 
 
 def test_callbacks_know_the_metrics_that_a_run_records():
@@ -516,3 +585,32 @@ def test_one_sample_is_enough():
     trainer = make_trainer({"accuracy": Accuracy(), "micro": MulticlassAccuracy(NUM_CLASSES, average="micro")})
     trainer.evaluate(TensorDataset(torch.zeros(1, 4), torch.zeros(1, dtype=torch.long)))
     assert history_of(trainer)["evaluation_accuracy"][0] in (0.0, 1.0)
+
+
+class Longest(MeanMetric):
+    """Remembers the number of the pass in which its mean was largest, in numbers that `reset` leaves alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_passes, self.largest, self.pass_of_largest = 0, -math.inf, 0
+
+    def update(self, outputs, targets):
+        super().update(outputs)
+
+    def compute(self):
+        self.num_passes += 1
+        if super().compute() > self.largest:
+            self.largest, self.pass_of_largest = super().compute().item(), self.num_passes
+        return {"of": self.pass_of_largest, "all": self.num_passes}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: MinMaxMetric(MulticlassAccuracy(NUM_CLASSES)), Longest, lambda: MetricCollection([Longest()])]
+)
+def test_what_a_metric_remembers_of_earlier_passes_is_resumed(tmp_path, make):
+    """The smallest and largest value so far, for example, also of each evaluation dataset."""
+    data = {"a": make_classes(13, seed=2), "b": make_classes(7, seed=3)}
+    whole = train(resumable(tmp_path, {"m": make()}), num_epochs=3, eval_dataset=data)
+    for state in states_in(tmp_path)[1::3]:
+        trainer = resumable(tmp_path / "again", {"m": make()})
+        assert train(trainer, num_epochs=3, eval_dataset=data, resume_from=state) == whole, state.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ from pytorch_accelerated._distributed.peers import EndOnSignals
 from pytorch_accelerated._distributed.reasons import RunInterruptedError
 from pytorch_accelerated._measuring.metric_set import MetricSet
 from pytorch_accelerated._measuring.names import stem_of
-from pytorch_accelerated._optimizers.checks import as_optimizer, choose_optimizer, warn_about_missing_parameters
+from pytorch_accelerated._optimizers.checks import as_optimizer, choose_optimizer, find_untrained, warn_about_untrained
 from pytorch_accelerated._optimizers.closure import WindowStep, scaled
 from pytorch_accelerated._optimizers.group import discard_gradients, parameters_of
 from pytorch_accelerated._position import DataPass
@@ -268,8 +268,8 @@ class TrainingLoop(TrainerTools):
                 self._loop_fire(TrainerCallback.on_training_run_start)
                 run.consensus.sync()
                 run.complete_start()
-                if run.config.is_world_process_zero and not run.is_sharded:  # shards are other parameters
-                    warn_about_missing_parameters(self.get_model(), self.optimizer, vars(self).values())
+                if not run.is_sharded:  # shards are other parameters
+                    _find_untrained_parameters(self, run)
                 self._loop_epochs()
             except StopTrainingError as stop:
                 run.consensus.confirm(stop)
@@ -417,15 +417,15 @@ class TrainingLoop(TrainerTools):
             discard_gradients(self.optimizer, window.updated)
         total_weight, num_samples = run.finish_exchange() if run.consensus.is_needed else (None, window.num_samples)
         if num_samples == 0 and has_skipped_all(run):
-            self.optimizer_zero_grad()
+            _discard_gradients(self, run)
             return
         correction = window.close(total_weight, run.config.num_processes)
         self._loop_complete_gradients(correction)
+        run.ledger.switch(OPTIMIZER)
+        self._loop_fire(TrainerCallback.on_optimizer_step_start)
         if run.guards_updates:
             gradients = gradients_for(self.optimizer)  # held to the end: PyTorch creates the objects of each anew
             run.check_gradients(gradients, self.model)
-        run.ledger.switch(OPTIMIZER)
-        self._loop_fire(TrainerCallback.on_optimizer_step_start)
         if run.config.gradient_clip_value is not None or run.config.gradient_clip_norm is not None:
             self._clip_gradients()
         if run.closure is None:
@@ -441,7 +441,7 @@ class TrainingLoop(TrainerTools):
         if was_made and run.stepping.is_due_after_update and self.scheduler is not None:
             self.scheduler_step()
         self._loop_fire(TrainerCallback.on_optimizer_step_end)
-        self.optimizer_zero_grad()
+        _discard_gradients(self, run)
 
     def _loop_complete_gradients(self, correction: float | torch.Tensor | None) -> None:
         """Make the gradients those of the mean over the window on all ranks, and unscale them."""
@@ -796,6 +796,24 @@ def report_exception(trainer: TrainingLoop, error: BaseException) -> None:
     run_of(trainer).stop_reason = f"{type(error).__name__}: {error}"
     for secondary in trainer.callback_handler.call_event_on_all("on_exception", trainer, exception=error):
         add_note(error, f"a callback also failed in `on_exception`: {secondary!r}")
+
+
+def _find_untrained_parameters(trainer: TrainingLoop, run: Run) -> None:
+    """Warn about parameters that no optimizer holds, and keep them: nobody else discards their gradients."""
+    model = trainer.get_model()
+    attributes = [
+        getattr(each, "__dict__", {}).values() for each in (trainer, *trainer.callback_handler.with_nested_callbacks())
+    ]
+    untrained = find_untrained(model, trainer.optimizer, chain.from_iterable(attributes))
+    if run.config.is_world_process_zero:
+        warn_about_untrained(model, untrained)
+    run.untrained_parameters = list(untrained.values())
+
+
+def _discard_gradients(trainer: TrainingLoop, run: Run) -> None:
+    trainer.optimizer_zero_grad()
+    for parameter in run.untrained_parameters:
+        parameter.grad = None  # or they would add up, in the norm of the gradients for example
 
 
 def _cut_epoch_short(trainer: TrainingLoop, run: Run) -> None:

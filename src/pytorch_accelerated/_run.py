@@ -110,6 +110,9 @@ class Run:
         self.outside_parameters = OutsideParameters()
         """The parameters that the optimizer holds and the model does not."""
 
+        self.untrained_parameters: list[nn.Parameter] = []
+        """Those of the model that require a gradient, although no optimizer holds them."""
+
         self.limit_of_exactness: str | None = None
         """What a resumed run says if it may differ in the last bit from an uninterrupted one."""
 

@@ -231,6 +231,7 @@ class SavingLoop(TrainingLoop):
             recorder=training.recorder,
             means=training.epoch.means,
             metrics=run.metrics.of_training,
+            metric_set=run.metrics if run.metrics.names else None,
             window=training.window,
             stream=next((loader.stream for loader in run.seeded_train_loaders), None),
             order=next((loader.order_state for loader in run.seeded_train_loaders), None),
@@ -248,7 +249,8 @@ class SavingLoop(TrainingLoop):
     def _loop_companions(self) -> Companions:
         """Find what else has a state among the attributes of the trainer and its callbacks, and at Accelerate."""
         callbacks, model = self.callback_handler.nested_last(), portable.unwrap_model(self.model, self._accelerator)
-        saved = (model, self.model, self.optimizer, self.scheduler, self.run_history, self.callback_handler, *callbacks)
+        own = (self.optimizer, self.scheduler, self.run_history, self.callback_handler, self._loop_metrics)
+        saved = (model, self.model, *own, *callbacks)
         data = (self.train_dataset, self.eval_dataset)
         left_out = {"_callbacks", *_names_in(self.left_out_of_states)}
         owners = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import NoReturn, ParamSpec, TypeVar
 
@@ -14,14 +13,21 @@ from pytorch_accelerated._data.workers import is_worker_failure
 from pytorch_accelerated._measuring.comparison import one_number
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._tensors.batch_size import LABEL_NAMES, size_of_batch, size_of_pair
-from pytorch_accelerated._tensors.nested import named_items, rebuild
+from pytorch_accelerated._tensors.nested import named_items, outline_of_arguments
 from pytorch_accelerated._types import Batch, BatchOutput, LossFunction, ModelOutput, Nested
 from pytorch_accelerated.exceptions import add_note
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
-_MAX_NOTE_LENGTH = 400  # characters
+_REMEDY_FOR_OUTPUTS = (
+    "A loss function is called with all that the model returns. To use a part of it, pass a loss function that takes "
+    "it from there, or override `calculate_train_batch_loss` and `calculate_eval_batch_loss`."
+)
+_REMEDY_FOR_BATCH = (
+    "Because `loss_func` is None, the model is called with all items of a batch, and must return its loss. Otherwise, "
+    "pass a `loss_func`."
+)
 
 
 def batch_loss(model: Callable[..., ModelOutput], loss_func: LossFunction | None, batch: Batch) -> BatchOutput:
@@ -51,6 +57,8 @@ def batch_loss(model: Callable[..., ModelOutput], loss_func: LossFunction | None
     except Exception as error:
         check_loss_func(loss_func)
         _note_arguments(error, "The loss function", model_outputs, targets)
+        if not isinstance(model_outputs, torch.Tensor):
+            add_note(error, _REMEDY_FOR_OUTPUTS)
         raise
     is_plain = isinstance(targets, torch.Tensor) and targets.ndim > 0
     batch_size = targets.size(0) if is_plain else size_of_pair(inputs, targets)
@@ -76,10 +84,13 @@ def _loss_of_model(model: Callable[..., ModelOutput], batch: Batch) -> BatchOutp
         batch = {field.name: getattr(batch, field.name) for field in fields(batch)}
     if isinstance(batch, Mapping):
         model_outputs = call_model(model, **batch)
-    elif isinstance(batch, (tuple, list)):
-        model_outputs = call_model(model, *batch)
     else:
-        model_outputs = call_model(model, batch)
+        items = batch if isinstance(batch, (tuple, list)) else [batch]
+        try:
+            model_outputs = call_model(model, *items)
+        except TypeError as error:
+            add_note(error, _REMEDY_FOR_BATCH)
+            raise
     loss = getattr(model_outputs, "loss", None)
     if loss is None and isinstance(model_outputs, Mapping):
         loss = model_outputs.get("loss")
@@ -109,24 +120,8 @@ def call_model(model: Callable[P, Result], /, *args: P.args, **kwargs: P.kwargs)
 
 
 def _note_arguments(error: Exception, name: str, /, *args: Nested, **kwargs: Nested) -> None:
-    if is_worker_failure(error):
-        return
-    with suppress(Exception):  # the user's types may not be copied or printed
-        given = [*map(str, map(_outline, args)), *(f"{key}={_outline(kwargs[key])}" for key in kwargs)]
-        add_note(error, f"{name} was called with {', '.join(given)}"[:_MAX_NOTE_LENGTH])
-
-
-def _outline(value: Nested) -> Nested:
-    """Return types and shapes in place of the tensors of a batch.
-
-    Example:
-        >>> _outline((torch.zeros(8, 4), [torch.arange(3), "cat"]))
-        ('float32 (8, 4)', ['int64 (3,)', 'str'])
-    """
-    if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    outline = rebuild(value, _outline)
-    return type(value).__name__ if outline is value else outline
+    if not is_worker_failure(error):
+        add_note(error, f"{name} was called with {outline_of_arguments(args, kwargs)}")
 
 
 # --- what metrics are computed from ---------------------------------------------------------------------------------

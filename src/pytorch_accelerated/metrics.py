@@ -124,8 +124,10 @@ class Accuracy:
             targets: Indices of classes, or 0 and 1.
 
         Raises:
+            TypeError: Something is no tensor.
             ValueError: The shapes do not fit together.
         """
+        _check_tensors("Accuracy", outputs, targets)
         is_binary = outputs.numel() == targets.numel()
         dim = None if is_binary else _dim_of_classes("Accuracy", outputs, targets)
         scores, targets = _light(outputs, targets)
@@ -162,6 +164,7 @@ class TopKAccuracy:
         self, outputs: torch.Tensor, targets: torch.Tensor
     ) -> tuple[float | torch.Tensor, float | torch.Tensor]:
         """Return the accuracy of a batch, and the number of targets that count; see `Accuracy.__call__`."""
+        _check_tensors("TopKAccuracy", outputs, targets)
         dim = _dim_of_classes("TopKAccuracy", outputs, targets)
         of_targets = outputs.gather(dim, targets.clamp(min=0).unsqueeze(dim))  # what is ignored may be negative
         num_larger = (outputs > of_targets).sum(dim)  # faster than sorting
@@ -186,8 +189,10 @@ class MeanAbsoluteError:
             targets: As many, of the same shape except for dimensions of length 1.
 
         Raises:
+            TypeError: Something is no tensor.
             ValueError: The shapes do not fit together.
         """
+        _check_tensors("MeanAbsoluteError", outputs, targets)
         if outputs.shape != targets.shape:
             if [n for n in outputs.shape if n != 1] != [n for n in targets.shape if n != 1]:
                 raise ValueError(
@@ -197,6 +202,15 @@ class MeanAbsoluteError:
             outputs = outputs.reshape(targets.shape)
         numbers, others = _light(outputs, targets)
         return abs(numbers - others).sum() / targets.numel(), targets.numel()
+
+
+def _check_tensors(name: str, outputs: object, targets: object) -> None:
+    for role, value in (("outputs", outputs), ("targets", targets)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"`{name}` got {role} of type {type(value).__name__}. Expected a tensor. Choose the part to measure in "
+                "`get_metric_inputs`."
+            )
 
 
 def _dim_of_classes(name: str, outputs: torch.Tensor, targets: torch.Tensor) -> int:

@@ -19,7 +19,7 @@ from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._console.text import align, format_size
 from pytorch_accelerated._models.output_shapes import run_with_recorder
 from pytorch_accelerated._models.wrappers import without_wrappers
-from pytorch_accelerated._optimizers.checks import warn_about_missing_parameters
+from pytorch_accelerated._optimizers.checks import find_untrained, warn_about_untrained
 from pytorch_accelerated._types import Nested
 from pytorch_accelerated.exceptions import add_note
 from pytorch_accelerated.finetuning import is_kept_in_eval_mode
@@ -162,7 +162,7 @@ def summarize(
         check_positive_integer("depth", depth, "levels of modules")
     models = _as_models(model)
     for each in models.values():
-        warn_about_missing_parameters(each, *_optimizers(optimizer))
+        warn_about_untrained(each, find_untrained(each, *_optimizers(optimizer)))
     inputs = _as_inputs(example_input, models)
     shape_functions: dict[str, Callable[[nn.Module], Nested]] = {}
     for name, each in inputs.items():

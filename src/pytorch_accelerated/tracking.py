@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,8 +33,7 @@ from pytorch_accelerated._plots.curves import plot_series
 from pytorch_accelerated.exceptions import UnknownMetricError
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from matplotlib.figure import Figure
 
@@ -82,7 +82,7 @@ class RunHistory(ABC):
 
         In the events of a pass over the data, from its start to its end, a plain name means the metric of that pass, if
         it has one: ``accuracy`` is ``train_accuracy`` in a training epoch, ``intermediate_eval_accuracy`` in an
-        intermediate evaluation, and so on.
+        intermediate evaluation, and so on. ``loss`` is its mean loss.
 
         Raises:
             ValueError: Nothing was recorded under this name.
@@ -330,13 +330,16 @@ class InMemoryRunHistory(RunHistory):
 
         In the events of a pass over the data, from its start to its end, a plain name means the metric of that pass, if
         it has one: ``accuracy`` is ``train_accuracy`` in a training epoch, ``intermediate_eval_accuracy`` in an
-        intermediate evaluation, and so on.
+        intermediate evaluation, and so on. ``loss`` is its mean loss.
 
         Raises:
             ValueError: Nothing was recorded under this name.
         """
         names = [self._prefix + metric_name, self._prefix + self._stage + metric_name, metric_name]
-        for name in [*names, self._stage + metric_name]:
+        names.append(self._stage + metric_name)
+        if metric_name == "loss" and self._stage:
+            names += [f"{self._prefix}{self._stage}loss_epoch", f"{self._stage}loss_epoch"]
+        for name in names:
             values = self._metrics.get(self._newest_series.get(name, name)) or self._metrics.get(name)
             if values:
                 return values[-1]
@@ -592,7 +595,16 @@ class JsonlRunHistory(InMemoryRunHistory):
         else:
             self._metrics[record.name].append(record.value)
             self._moments.append((record.name, record.moment))
+            self._note_newest_series(record.name)
         self._current_epoch = max(self._current_epoch, (record.moment.epoch or 0) + 1)
+
+    def _note_newest_series(self, series: str) -> None:
+        """Note which of a metric and its series of `Trainer.evaluate` has the newest value."""
+        front, is_of_evaluation, rest = series.partition(EVALUATION_PREFIX)
+        if is_of_evaluation and rest != "loss":
+            self._newest_series[front + rest] = series
+        else:
+            self._newest_series.pop(series, None)
 
 
 def compare(
@@ -606,6 +618,7 @@ def compare(
 
     Raises:
         FileNotFoundError: There is no such file.
+        TypeError: Something else is in the place of a history, or of several.
 
     Example:
         >>> history = InMemoryRunHistory()
@@ -613,6 +626,10 @@ def compare(
         >>> compare({"first": history}).to_rows()[0]["accuracy"]
         0.5
     """
+    if isinstance(histories, (str, os.PathLike, RunHistory)) or not isinstance(histories, Iterable):
+        raise TypeError(
+            f"`histories` is {histories!r}. Expected a list of run histories, or a mapping of them by name."
+        )
     if not isinstance(histories, Mapping):
         names = (str(number) if isinstance(each, RunHistory) else str(each) for number, each in enumerate(histories, 1))
         histories = dict(zip(names, histories, strict=True))
@@ -622,6 +639,11 @@ def compare(
 def _opened(history: RunHistory | str | os.PathLike[str]) -> RunHistory:
     if isinstance(history, RunHistory):
         return history
+    if not isinstance(history, (str, os.PathLike)):
+        raise TypeError(
+            f"{history!r}, of type {type(history).__name__}, is no run history. Expected one, or the file of a "
+            "`JsonlRunHistory`."
+        )
     if not Path(history).expanduser().exists():
         raise FileNotFoundError(f"There is no file {str(history)!r}. Expected that of a `JsonlRunHistory`.")
     return JsonlRunHistory(history)

@@ -86,7 +86,7 @@ from pytorch_accelerated._predictions import OutputChoice, PredictionSettings
 from pytorch_accelerated._requests.time_limit import read_limits
 from pytorch_accelerated._run import Run, do_nothing
 from pytorch_accelerated._saving import SavingLoop
-from pytorch_accelerated._scheduling.start import choose_stepping
+from pytorch_accelerated._scheduling.start import choose_stepping, warn_about_no_scheduler
 from pytorch_accelerated._scheduling.stepping import Interval
 from pytorch_accelerated._start import checks
 from pytorch_accelerated._start.resuming import find_state, folders_of_states
@@ -816,6 +816,8 @@ def _what_completes_start(trainer: Trainer) -> Callable[[], None]:
                 run.training.num_metric_values_seen = run.stepping.num_values_before
             _load_pending_scheduler_state(trainer)
             restore_settings_of_groups(trainer.optimizer, settings)  # a new scheduler starts with its first rate
+        if trainer.scheduler is None and not overrides_any(trainer, ["scheduler_step"]):
+            warn_about_no_scheduler(run.stepping)
         if run.is_resumed:
             trainer._loop_pending_scheduler_state = None  # noqa: SLF001 - that of a run without a scheduler
         saved = run.training.lineage.origin

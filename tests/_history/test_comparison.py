@@ -149,3 +149,15 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'pytorch-accelerated\[plots\]'"):
         history_of().plot()
+
+
+@pytest.mark.parametrize("histories", ["history.jsonl", None, InMemoryRunHistory(), [None], {"a": 3}])
+def test_what_are_no_histories_is_told(histories):
+    with pytest.raises(TypeError, match=r"Expected (one, or the file of a|a list of run histories)"):
+        compare(histories)
+
+
+@pytest.mark.parametrize("other", [None, 3])
+def test_what_is_no_history_has_no_difference(other):
+    with pytest.raises(TypeError, match=f"{other}, of type {type(other).__name__}, is no run history"):
+        InMemoryRunHistory().diff(other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torchmetrics.wrappers import Running
 
 import _measured
 from pytorch_accelerated._checkpoint.files import as_plain
-from pytorch_accelerated._measuring.accumulators import create_accumulator, create_accumulators
+from pytorch_accelerated._measuring.accumulators import create_accumulator, create_accumulators, weighted
 from pytorch_accelerated.metrics import Accuracy, FromLoss, TopKAccuracy, WholeSet
 
 CPU = torch.device("cpu")
@@ -185,3 +186,9 @@ def test_the_first_batch_is_measured_at_once():
     (accumulator,) = create_accumulators({"accuracy": Accuracy()}, CPU).values()
     with pytest.raises(ValueError, match="got outputs of the shape"):
         accumulator.update((torch.ones(4, 5), torch.zeros(3, 2)), {}, 4)
+
+
+def test_a_weight_of_zero_on_an_accelerator_leaves_out_what_is_not_finite():
+    """There the host does not know the weight."""
+    values, weights = torch.tensor([math.nan, math.inf, 2.0]), torch.tensor([0.0, 0.0, 3.0])
+    assert [float(weighted(value, weight)) for value, weight in zip(values, weights, strict=True)] == [0.0, 0.0, 6.0]

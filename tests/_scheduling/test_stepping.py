@@ -614,3 +614,29 @@ def test_a_plateau_by_hand_has_the_same_rates():
 def test_rules_of_a_plateau_and_of_a_function():
     assert rule_of(ReduceLROnPlateau(make_optimizer(0.1))).needs_metric
     assert rule_of(StepLR(make_optimizer(0.1), 1)).is_plain
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"step_scheduler": "epoch"}, "`step_scheduler` has no effect"),
+        ({"scheduler_metric": "train_loss_epoch"}, "`scheduler_metric` has no effect"),
+        ({"step_scheduler": "update", "scheduler_metric": "x"}, "`step_scheduler` and `scheduler_metric` have no"),
+    ],
+)
+def test_arguments_for_a_scheduler_that_the_run_does_not_have_are_told_of(kwargs, words):
+    with pytest.warns(UserWarning, match=words):
+        train(make_trainer(), **kwargs)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_they_count_for_a_scheduler_that_the_program_sets(is_late):
+    def set_scheduler(trainer, **kwargs):
+        trainer.scheduler = StepLR(trainer.optimizer, step_size=1, gamma=0.5)
+
+    trainer = make_trainer(callbacks=[Probe(on_training_run_start=set_scheduler if is_late else lambda trainer: None)])
+    if not is_late:
+        set_scheduler(trainer)
+    before = trainer.optimizer.param_groups[0]["lr"]
+    train(trainer, num_epochs=2, step_scheduler="epoch")
+    assert trainer.optimizer.param_groups[0]["lr"] == before / 4

@@ -455,3 +455,9 @@ def test_all_processes_have_the_same_average_with_the_buffers_of_rank_0():
     assert_same_weights(other, main)
     assert main_loss == other_loss
     assert sorted(path.name for path in Path().glob("*.pt")) == ["ema.pt", "rank_0.pt", "rank_1.pt"]
+
+
+@pytest.mark.parametrize(("decay", "error"), [("average.pt", TypeError), (None, TypeError), (1.5, ValueError)])
+def test_a_decay_that_cannot_be_meant_is_refused_at_construction(decay, error):
+    with pytest.raises(error, match=r"`decay` is .* Expected the weight of the past"):
+        ModelEmaCallback(decay)

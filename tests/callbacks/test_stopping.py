@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+from torch import nn
 
 from _saved import assert_equal
 from _support import (
@@ -17,10 +18,12 @@ from _support import (
     Probe,
     assert_same_weights,
     make_dataset,
+    make_model,
     make_trainer,
     train,
     weights_of,
 )
+from pytorch_accelerated import Trainer
 from pytorch_accelerated._recording import loss_monitor
 from pytorch_accelerated.callbacks import (
     EarlyStoppingCallback,
@@ -466,6 +469,94 @@ def test_without_the_callback_nothing_is_checked():
     model.is_bad = True
     make_trainer(model).train(make_dataset(8), num_epochs=1)
     assert model.layer.weight.isnan().all()
+
+
+class ScaledLoss(nn.Module):
+    """A loss function with a parameter and a buffer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("num_calls", torch.zeros(()))
+
+    def forward(self, outputs, targets):
+        self.num_calls += 1
+        return nn.functional.mse_loss(outputs * self.scale, targets)
+
+
+def trainer_with_scaled_loss(tmp_path, *, stop_after=None):
+    """Watch losses that are best in epoch 2; in epoch 4 the program may die, after its state was saved."""
+
+    def note(trainer, **kwargs):
+        epoch = trainer.run_history.current_epoch
+        trainer.run_history.update_metric("score", [2.0, 1.0, 3.0, 4.0, 5.0][epoch - 1])
+        scales[epoch] = loss.scale.item()
+
+    def die(trainer, **kwargs):
+        if trainer.run_history.current_epoch == stop_after:
+            raise KeyError
+
+    loss, model, scales, extra = ScaledLoss(), make_model(), {}, nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters(), extra], lr=0.1)
+    callbacks = [
+        Probe(on_train_epoch_end=note, on_train_step_end=die),
+        EarlyStoppingCallback(3, watch_metric="score", restore_best_weights=True),
+        SaveTrainingStateCallback(tmp_path / "states"),
+    ]
+    trainer = Trainer(model, loss, optimizer, callbacks=callbacks)
+    trainer.extra = extra
+    return trainer, scales
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_the_best_weights_include_what_is_trained_outside_the_model(tmp_path, is_killed):
+    if is_killed:
+        with pytest.raises(KeyError):
+            train(trainer_with_scaled_loss(tmp_path, stop_after=4)[0], make_dataset(16), num_epochs=9)
+    trainer, scales = trainer_with_scaled_loss(tmp_path)
+    train(trainer, make_dataset(16), num_epochs=9, resume_from="latest")
+    assert trainer.stop_reason.startswith("score has not improved")
+    uninterrupted = scales if not is_killed else trained_scales(tmp_path / "again")
+    assert trainer.loss_func.scale.item() == uninterrupted[2] != uninterrupted[5]
+
+
+def trained_scales(path):
+    trainer, scales = trainer_with_scaled_loss(path)
+    train(trainer, make_dataset(16), num_epochs=9)
+    return scales
+
+
+@pytest.mark.parametrize("clipping", [{}, {"gradient_clip_norm": 1.0}, {"gradient_clip_value": 0.1}])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_on_a_cpu_a_gradient_that_a_callback_has_made_bad_changes_nothing(clipping, accumulation):
+    """`on_optimizer_step_start` is the last place to change gradients."""
+    before = []
+
+    def spoil(trainer, **kwargs):
+        before.append(weights_of(trainer.model))
+        if len(before) == 2:
+            next(trainer.model.parameters()).grad[0] = math.nan
+
+    trainer = make_trainer(callbacks=[TerminateOnNaNCallback(), Probe(on_optimizer_step_start=spoil)])
+    with pytest.raises(NonFiniteLossError, match="The gradient of"):
+        train(trainer, make_dataset(32), gradient_accumulation_steps=accumulation, **clipping)
+    torch.testing.assert_close(weights_of(trainer.model), before[1], rtol=0, atol=0)
+
+
+def test_a_callback_may_make_a_bad_gradient_good():
+    def mend(trainer, **kwargs):
+        for parameter in trainer.model.parameters():
+            parameter.grad.nan_to_num_()
+
+    class BadGradient(Trainer):
+        def backward_step(self, loss):
+            super().backward_step(loss)
+            next(self.model.parameters()).grad[0] = math.nan
+
+    callbacks = [TerminateOnNaNCallback(), Probe(on_optimizer_step_start=mend)]
+    trainer = make_trainer(cls=BadGradient, callbacks=callbacks)
+    train(trainer, make_dataset(32))
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
 def test_gradients_that_wait_for_an_update_are_checked_before_a_state_is_saved(tmp_path):

@@ -6,6 +6,7 @@ import warnings
 from functools import partial
 
 import pytest
+import torch
 
 from _support import Probe, make_dataset, make_trainer, train
 from pytorch_accelerated import Trainer
@@ -142,3 +143,54 @@ def test_a_value_that_is_not_a_number_is_told_of(callback_class):
 
     with pytest.warns(UserWarning, match=f"`{callback_class.__name__}` watches 'score', which is NaN"):
         run(callback_class(watch_metric="score"), cls=Own, num_epochs=1)
+
+
+# --- metrics that are measured in some epochs only ---------------------------------------------------------------
+
+
+def measured(values):
+    """Return a callback that records ``score`` in the epochs that are the keys, from 1."""
+
+    def record(trainer, **kwargs):
+        epoch = trainer.run_history.current_epoch
+        if epoch in values:
+            trainer.run_history.update_metric("score", values[epoch])
+
+    return Probe(on_eval_epoch_end=record)
+
+
+def test_the_first_value_may_be_measured_in_a_later_epoch(tmp_path):
+    """Those epochs say nothing, so they do not count for the patience."""
+    stopping = EarlyStoppingCallback(2, 0.0, watch_metric="score")
+    saving = SaveBestModelCallback(tmp_path / "best.pt", watch_metric="score")
+    trainer = make_trainer(callbacks=[measured({3: 0.5, 5: 0.6, 6: 0.7, 7: 0.8}), stopping, saving])
+    with pytest.warns(UserWarning, match="watches 'score', but nothing has been recorded under this name so far"):
+        train(trainer, num_epochs=8, eval_dataset=make_dataset(8))
+    assert trainer.progress.num_epochs_completed == 6
+    assert (stopping.best_metric, saving.best_metric) == (0.5, 0.5)
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["epoch"] == 3
+
+
+def test_the_average_may_be_chosen_by_a_metric_that_is_first_measured_in_a_later_epoch(tmp_path):
+    average = ModelEmaCallback(
+        0.9, save_path=tmp_path / "average.pt", watch_metric="ema_model_score", callbacks=[measured({2: 0.5})]
+    )
+    trainer = make_trainer(callbacks=[average])
+    with pytest.warns(UserWarning, match="nothing has been recorded under this name so far"):
+        train(trainer, num_epochs=3, eval_dataset=make_dataset(8))
+    assert torch.load(tmp_path / "average.pt", weights_only=True)["ema_model_score"] == 0.5
+
+
+def test_a_name_without_that_of_its_entry_is_an_error_after_the_first_epoch():
+    trainer = make_trainer(
+        callbacks=[EarlyStoppingCallback(watch_metric="eval_m")], metrics={"m": lambda outputs, targets: [0.0, 1.0]}
+    )
+    with pytest.raises(ValueError, match=r"'eval_m'. Recorded so far: .* Did you mean 'eval_m_1'?"):
+        train(trainer, eval_dataset=make_dataset(8))
+
+
+def test_an_average_of_several_datasets_is_answered_with_a_name_that_is_recorded():
+    trainer = make_trainer(callbacks=[ModelEmaCallback()])
+    with pytest.raises(ValueError, match=r"It records \[(.*)\]. Watch '(a|b)_ema_model_eval_loss_epoch'.") as caught:
+        train(trainer, eval_dataset={"a": make_dataset(8), "b": make_dataset(8)})
+    assert "'ema_model_a" not in str(caught.value)

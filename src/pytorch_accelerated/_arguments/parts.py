@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 
 from torch import nn
 from torch.optim import Optimizer
@@ -62,15 +63,20 @@ def check_optimizer(optimizer: object) -> None:
 
 
 def check_run_history(run_history: object) -> None:
-    """Raise if a class is given in place of a run history.
+    """Raise if a class or a path is given in place of a run history.
 
     Raises:
         TypeError: It is.
     """
+    if isinstance(run_history, (str, os.PathLike)):
+        raise TypeError(
+            f"`run_history` is {run_history!r}, of type {type(run_history).__name__}. Expected a run history. To write "
+            f"it to a file, pass `JsonlRunHistory({os.fspath(run_history)!r})`."
+        )
     if inspect.isclass(run_history):
         raise TypeError(
             f"`run_history` is the class `{run_history.__name__}`. Expected an instance. Pass "
-            f"`{run_history.__name__}()` to the Trainer."
+            f"`{run_history.__name__}(...)` to the Trainer."
         )
 
 

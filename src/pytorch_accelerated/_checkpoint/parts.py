@@ -52,6 +52,7 @@ class Parts:
         companions: What else has a state.
         recorder: What the run has recorded of steps last.
         metrics: What the metrics of the trainer have gathered in the epoch on this process; ``None`` if there are none.
+        metric_set: What they remember of earlier evaluations.
         num_metric_values_seen: How many values of its metric the scheduler has been stepped with.
         is_optimizer_training: Whether an optimizer that has modes is in training mode; ``None`` if there is none.
         is_epoch_cut_short: Whether the limit of updates ended the last epoch before its last batch.
@@ -75,6 +76,7 @@ class Parts:
     companions: Companions = field(default_factory=Companions)
     recorder: Stateful | None = None
     metrics: PassMetrics | None = None
+    metric_set: Stateful | None = None
     num_metric_values_seen: int = 0
     is_optimizer_training: bool | None = None
     is_epoch_cut_short: bool = False
@@ -83,7 +85,8 @@ class Parts:
     def shared(self) -> dict[str, object]:
         """The parts with a ``state_dict`` that is identical on every process."""
         shared = {"progress": self.progress, "run_history": self.run_history, "callbacks": self.callbacks}
-        return shared if self.recorder is None else {**shared, "recorder": self.recorder}
+        optional = {"recorder": self.recorder, "metric_set": self.metric_set}
+        return {**shared, **{name: part for name, part in optional.items() if part is not None}}
 
     @property
     def local(self) -> dict[str, object]:

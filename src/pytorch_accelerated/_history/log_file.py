@@ -25,10 +25,18 @@ class LogFile:
     Args:
         path: The file. Its folder is created when the first line is written.
         identity: Returns what tells a run from others, given lines of its file; something false if they tell nothing.
+
+    Raises:
+        TypeError: ``path`` is no path.
+        IsADirectoryError: There is a folder.
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: Callable[[Sequence[str]], object]) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"`path` is {path!r}, of type {type(path).__name__}. Expected the path of a file.")
         self.path = Path(path).expanduser().absolute()
+        if self.path.is_dir():
+            raise IsADirectoryError(f"`path` is {str(self.path)!r}, which is a folder. Pass the path of a file in it.")
         self._identity = identity
 
     def read(self) -> list[str]:

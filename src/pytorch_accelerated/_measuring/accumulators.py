@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import chain, groupby, zip_longest
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from pytorch_accelerated._means import wide_dtype
 from pytorch_accelerated._measuring.comparison import one_number
 from pytorch_accelerated._measuring.states import is_torchmetric, load_state, merged, metrics_in, on_device, state_of
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._tensors.joining import OutputJoiner
 from pytorch_accelerated._tensors.nested import rebuild
 from pytorch_accelerated._tensors.output_types import restorer_of_types
@@ -61,6 +62,10 @@ class Accumulator(ABC):
         """
         return {}
 
+    def zeros(self) -> MetricValue:
+        """Return a result of zeros in host memory, whose entries are those of the result; ``None`` if unknown yet."""
+        return None
+
     @abstractmethod
     def compute(self, states: Sequence[StateMapping], mean_loss: float) -> MetricValue:
         """Return the result for some states, or ``None`` if they hold nothing.
@@ -82,6 +87,14 @@ class Accumulator(ABC):
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
 
+    def memory(self) -> StateDict:
+        """Return what outlives `reset`, such as the best value so far; of most metrics nothing."""
+        return {}
+
+    def load_memory(self, memory: StateMapping) -> None:
+        """Restore what `memory` returned."""
+        return
+
 
 def create_accumulators(metrics: Mapping[str, Any], device: torch.device) -> dict[str, Accumulator]:
     """Create the accumulator of each metric; those of the library share one.
@@ -97,11 +110,11 @@ def create_accumulators(metrics: Mapping[str, Any], device: torch.device) -> dic
     accumulators: dict[str, Accumulator] = {", ".join(own): OfSampleMeans(own, device)} if own else {}
     for name, metric in metrics.items():
         if name not in own:
-            accumulators[name] = create_accumulator(metric, device)
+            accumulators[name] = create_accumulator(metric, device, name)
     return accumulators
 
 
-def create_accumulator(metric: Any, device: torch.device) -> Accumulator:
+def create_accumulator(metric: Any, device: torch.device, name: str = "") -> Accumulator:
     """Create the accumulator of a metric, which has a copy of the metric if that has a state."""
     if is_torchmetric(metric):
         return OfTorchMetric(metric, device)
@@ -109,7 +122,7 @@ def create_accumulator(metric: Any, device: torch.device) -> Accumulator:
         return OfWholeSet(metric, device)
     if isinstance(metric, FromLoss):
         return OfLoss(metric)
-    return OfBatchMeans(metric.to(device) if isinstance(metric, nn.Module) else metric, device)
+    return OfBatchMeans(metric.to(device) if isinstance(metric, nn.Module) else metric, device, name)
 
 
 # --- plain functions ---------------------------------------------------------------------------------------------
@@ -121,6 +134,7 @@ class OfBatchMeans(Accumulator):
     Args:
         function: Returns a number, or several in a tensor, sequence or mapping; in a pair, the second is the weight.
         device: Where tensors are.
+        name: The name of the metric, for messages.
 
     Example:
         >>> accumulator = OfBatchMeans(lambda outputs, targets: (outputs - targets).abs().mean(), torch.device("cpu"))
@@ -130,43 +144,48 @@ class OfBatchMeans(Accumulator):
         2.0
     """
 
-    def __init__(self, function: Callable[..., MetricValue], device: torch.device) -> None:
+    def __init__(self, function: Callable[..., MetricValue], device: torch.device, name: str = "") -> None:
         self._function = function
         self._device = device
+        self._name = name
         self._totals: dict[str, Number] = {}
         self._weights: dict[str, Number] = {}
+        self._was_called = False
 
     def update(self, args: Sequence[Nested], kwargs: Mapping[str, Nested], num_samples: int) -> None:
-        """Call the function, and add what it returned; nothing if it returned ``None``."""
+        """Call the function, and add what it returned; nothing where that is ``None`` or has a weight of 0."""
         weight: Any = num_samples
         value = self._function(*args, **kwargs)
+        self._was_called = True
         if isinstance(value, tuple) and len(value) == 2:
             value, weight = value
-        if weight.__class__ is not int:
-            weight = _as_weight(weight)
+            weight = _as_weight(weight, self._name)
+        if weight.__class__ is not torch.Tensor and weight == 0:
+            return
         if isinstance(value, Mapping):
             for key, item in value.items():
-                self._add(str(key), item, weight)
+                if item is not None:
+                    self._add(str(key), item, weight)
         elif value is not None:
             self._add("", value, weight)
 
     def _add(self, key: str, value: MetricValue, weight: Any) -> None:
         if value.__class__ is not float:
-            value = _as_summand(value)
+            value = _as_summand(value, self._name)
         total = self._totals.get(key, 0.0)
         if isinstance(value, torch.Tensor):
             if isinstance(total, torch.Tensor) and total.shape != value.shape:
                 raise ValueError(
-                    f"It returned the shape {tuple(value.shape)} for a batch, and {tuple(total.shape)} for those "
-                    "before. Expected the mean over the batch: return that, or use "
+                    f"The metric {self._name!r} returned the shape {tuple(value.shape)} for a batch, and "
+                    f"{tuple(total.shape)} for those before. Expected the mean over the batch: return that, or use "
                     "`pytorch_accelerated.metrics.WholeSet(function)` for a function of all samples."
                 )
             if isinstance(total, torch.Tensor) and weight.__class__ is int:
                 total.add_(value, alpha=weight)  # a single operation
             else:
-                self._totals[key] = value.to(wide_dtype(value.device)) * weight + total
+                self._totals[key] = weighted(value.to(wide_dtype(value.device)), weight) + total
         else:
-            self._totals[key] = value * weight + total
+            self._totals[key] = weighted(value, weight) + total
         self._weights[key] = self._weights.get(key, 0) + weight
 
     def sums(self) -> dict[str, tuple[Number, Number]]:
@@ -174,18 +193,28 @@ class OfBatchMeans(Accumulator):
         totals = self._totals.items()
         return {key: (total, self._weights[key]) for key, total in totals if getattr(total, "ndim", 0) == 0}
 
+    def zeros(self) -> MetricValue:
+        """Return zeros in the shapes of what the function has returned."""
+        zeros = {key: torch.zeros(getattr(total, "shape", ())) for key, total in self._totals.items()}
+        return zeros.get("", zeros)
+
     def compute(self, states: Sequence[StateMapping], mean_loss: float) -> MetricValue:
         """Return the mean, or a dictionary of means if the function returned a mapping."""
         pairs: dict[str, list[tuple[Number, Number]]] = {}
         for state in states:
             for key, total in state["totals"].items():
                 pairs.setdefault(key, []).append((total, state["weights"][key]))
+        if self._was_called and not pairs:
+            warn(
+                f"The metric {self._name!r} has measured nothing in a whole pass over the data: for each batch it "
+                "returned None, or a weight of 0. Check that the function returns its result."
+            )
         means = {key: _mean(of_processes) for key, of_processes in pairs.items()}
         return means.get("", means or None)
 
     def reset(self) -> None:
         """Forget all sums."""
-        self._totals, self._weights = {}, {}
+        self._totals, self._weights, self._was_called = {}, {}, False
 
     def state_dict(self) -> StateDict:
         """Return the weighted sums, and the sums of the weights."""
@@ -197,33 +226,45 @@ class OfBatchMeans(Accumulator):
         self._totals, self._weights = state["totals"], state["weights"]
 
 
-def _as_summand(value: MetricValue) -> Number:
+def weighted(value: Number, weight: Number) -> Number:
+    """Return the product; 0 for a weight of 0, also of a value that is not finite, such as the mean of nothing."""
+    if isinstance(weight, torch.Tensor):  # on an accelerator, where the host would wait for its value
+        product = torch.as_tensor(value * weight)
+        return torch.where(weight == 0, torch.zeros_like(product), product)
+    return value * weight
+
+
+def _as_summand(value: MetricValue, name: str) -> Number:
     """Return a number in host memory as such, and anything else as a tensor."""
-    if isinstance(value, torch.Tensor):
-        if value.is_complex():
-            raise TypeError("It returned complex numbers. Expected real ones.")
-        return _read_if_free(value) if value.numel() == 1 else value.detach()
-    if isinstance(value, np.floating):
-        return float(value)
-    number = one_number(value)
+    number = None if isinstance(value, torch.Tensor) else one_number(value)
+    if number is not None:
+        return number
     try:
-        return torch.as_tensor(value) if number is None else number
+        tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"It returned {value!r}, of type {type(value).__name__}. Expected a number, or a tensor or mapping of "
-            "numbers: the mean over the batch, and `None` where there is none."
+            f"The metric {name!r} returned {value!r}, of type {type(value).__name__}. Expected a number, or a tensor "
+            "or mapping of numbers: the mean over the batch, and `None` where there is none."
         ) from error
+    if tensor.is_complex():
+        raise TypeError(f"The metric {name!r} returned complex numbers. Expected real ones.")
+    return _read_if_free(tensor) if tensor.numel() == 1 else tensor.detach()
 
 
-def _as_weight(weight: Any) -> Number:
+def _as_weight(weight: Any, name: str) -> Number:
     number = one_number(weight)
     if number is None:
         raise TypeError(
-            f"It returned a pair whose second item, the weight of the value, is {weight!r}. Expected a single number. "
-            "Return several values as a tensor, list or mapping."
+            f"The metric {name!r} returned a pair whose second item, the weight of the value, is {weight!r}. Expected "
+            "a single number. Return several values as a tensor, list or mapping."
         )
     if isinstance(number, torch.Tensor):
-        return _read_if_free(number)
+        number = _read_if_free(number)
+    if not isinstance(number, torch.Tensor) and not 0 <= number < math.inf:
+        raise ValueError(
+            f"The metric {name!r} returned a pair whose second item, the weight of the value, is {number:g}. Expected "
+            "a finite number, not below 0. Return several values as a tensor, list or mapping."
+        )
     return number
 
 
@@ -290,6 +331,10 @@ class OfSampleMeans(Accumulator):
             sums[name] = total + pair[0], weight + pair[1]
         return sums
 
+    def zeros(self) -> MetricValue:
+        """Return a zero for each metric."""
+        return dict.fromkeys(self._metrics, 0.0)
+
     def compute(self, states: Sequence[StateMapping], mean_loss: float) -> MetricValue:
         """Return the mean of each metric, by name."""
         completed = [self._completed(state) for state in states]
@@ -323,7 +368,7 @@ class OfSampleMeans(Accumulator):
 
 
 def _means_of(metrics: Mapping[str, Callable[..., MetricValue]], device: torch.device) -> dict[str, OfBatchMeans]:
-    return {name: OfBatchMeans(metric, device) for name, metric in metrics.items()}
+    return {name: OfBatchMeans(metric, device, name) for name, metric in metrics.items()}
 
 
 def _measure(means: Mapping[str, OfBatchMeans], args: Sequence[Nested], kwargs: Mapping[str, Nested]) -> None:
@@ -418,6 +463,10 @@ class OfLoss(Accumulator):
     def update(self, args: Sequence[Nested], kwargs: Mapping[str, Nested], num_samples: int) -> None:
         """Do nothing."""
 
+    def zeros(self) -> MetricValue:
+        """Return a zero."""
+        return 0.0
+
     def compute(self, states: Sequence[StateMapping], mean_loss: float) -> MetricValue:
         """Call the function with the mean loss."""
         return self._metric.function(mean_loss)
@@ -450,6 +499,7 @@ class OfTorchMetric(Accumulator):
         self._num_updates = 0  # metrics around others do not count them
         for each in self._parts().values():
             each.distributed_available_fn = _is_never_available  # processes are put together by `compute`
+        self._initial_numbers = copy.deepcopy(self._numbers())
 
     def _parts(self) -> dict[str, Any]:
         return metrics_in(self._metric)
@@ -491,6 +541,30 @@ class OfTorchMetric(Accumulator):
         for name, part in parts.items():
             load_state(part, saved[name])
         self._num_updates = state_dict["num_updates"]
+
+    def _numbers(self) -> dict[str, StateDict]:
+        return {name: state_of(part)["numbers"] for name, part in self._parts().items()}
+
+    def memory(self) -> StateDict:
+        """Return the numbers that are not what they were at first; call it after `reset`."""
+        memory: StateDict = {}
+        for name, numbers in self._numbers().items():
+            initial = self._initial_numbers[name]
+            changed = {key: value for key, value in numbers.items() if not _are_equal(value, initial.get(key))}
+            memory |= {name: changed} if changed else {}
+        return memory
+
+    def load_memory(self, memory: StateMapping) -> None:
+        """Restore what `memory` returned."""
+        for name, part in self._parts().items():
+            for key, number in memory.get(name, {}).items():
+                setattr(part, key, on_device(number, part.device))
+
+
+def _are_equal(number: object, other: object) -> bool:
+    if isinstance(number, torch.Tensor) and isinstance(other, torch.Tensor):
+        return number.shape == other.shape and torch.equal(number.cpu(), other.cpu())
+    return type(number) is type(other) and number == other
 
 
 def _is_never_available() -> bool:

@@ -13,7 +13,7 @@ from pytorch_accelerated._measuring.accumulators import Accumulator, Number, cre
 from pytorch_accelerated._measuring.names import MetricNames, named_numbers, stems_of_run
 from pytorch_accelerated._measuring.states import is_torchmetric
 from pytorch_accelerated._messages import warn
-from pytorch_accelerated._tensors.nested import rebuild
+from pytorch_accelerated._tensors.nested import outline_of_arguments, rebuild
 from pytorch_accelerated._types import Batch, BatchOutput, Metrics, Nested, StateDict, StateMapping
 from pytorch_accelerated.exceptions import add_note
 
@@ -36,6 +36,8 @@ class PassMetrics:
         """States of further processes that the run had before it was resumed."""
 
         self._not_restored: set[str] = set()
+        self._has_names = False
+        """Whether the names of the results were compared."""
 
     def update(self, get_inputs: GetInputs, batch: Batch, batch_output: BatchOutput, num_samples: int) -> None:
         """Add a step.
@@ -45,6 +47,9 @@ class PassMetrics:
             batch: The batch.
             batch_output: What the step returned.
             num_samples: The number of its samples.
+
+        Raises:
+            ValueError: Two results have the same name.
         """
         if not self._updated:
             return
@@ -56,7 +61,23 @@ class PassMetrics:
                     accumulator.update(args, kwargs, num_samples)
                 except Exception as error:
                     _note_metric(error, name)
+                    add_note(error, f"The metric was called with {outline_of_arguments(args, kwargs)}")
                     raise
+        if not self._has_names:
+            self._check_names()
+
+    def _check_names(self) -> None:
+        """Raise at the first step if two results have the same name, as far as their names are known then.
+
+        Raises:
+            ValueError: Two have.
+        """
+        self._has_names = True
+        results: dict[str, float] = {}
+        for name, accumulator in self._accumulators.items():
+            numbers = dict(named_numbers("" if accumulator.has_names else name, accumulator.zeros()))
+            _check_differ(name, results, numbers)
+            results |= numbers
 
     def sums(self) -> dict[str, tuple[Number, Number]]:
         """Return the weighted sum and the total weight of each metric that is a mean of single numbers, by name."""
@@ -104,6 +125,16 @@ class PassMetrics:
         self._earlier, self._not_restored = {}, set()
         for accumulator in self._accumulators.values():
             accumulator.reset()
+
+    def memory(self) -> StateDict:
+        """Return what outlives `reset`, by the names of metrics; usually nothing."""
+        memories = {name: accumulator.memory() for name, accumulator in self._accumulators.items()}
+        return {name: memory for name, memory in memories.items() if memory}
+
+    def load_memory(self, memory: StateMapping) -> None:
+        """Restore what `memory` returned."""
+        for name, accumulator in self._accumulators.items():
+            accumulator.load_memory(memory.get(name, {}))
 
     def warn_about_rest(self) -> None:
         """Warn about metrics that the training state of a resumed epoch does not have."""
@@ -193,6 +224,9 @@ class MetricSet:
         self._of_evaluation: dict[str, PassMetrics] = {}
         """Those that no evaluation uses at the moment."""
 
+        self._memories: StateDict = {}
+        """What the others remember of earlier evaluations."""
+
         for name in self.names:
             MetricNames().check(name, "`metrics` has")
 
@@ -218,7 +252,11 @@ class MetricSet:
         if self._device is None:
             yield None
             return
-        metrics = self._of_evaluation.pop(key, None) or self._created(self._device)
+        metrics = self._of_evaluation.pop(key, None)
+        if metrics is None:
+            metrics = self._created(self._device)
+            metrics.load_memory(self._memories.get(key, {}))
+        self._memories[key] = metrics.memory()
         try:
             yield metrics
         finally:
@@ -227,6 +265,16 @@ class MetricSet:
 
     def _created(self, device: torch.device) -> PassMetrics:
         return PassMetrics(create_accumulators(self._metrics, device))
+
+    def state_dict(self) -> StateDict:
+        """Return what the metrics of evaluations remember of earlier ones, which is identical on every process."""
+        memories = {**self._memories, **{key: metrics.memory() for key, metrics in self._of_evaluation.items()}}
+        return {"memories": {key: memory for key, memory in memories.items() if memory}}
+
+    def load_state_dict(self, state_dict: StateMapping) -> None:
+        """Restore what `state_dict` returned."""
+        self._of_evaluation.clear()
+        self._memories = dict(state_dict["memories"])
 
     def check_names(self, dataset_names: Iterable[str], is_training_run: bool) -> None:
         """Raise at the start of a run if a metric would be recorded under the name of another.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from pytorch_accelerated._measuring.comparison import one_number
 from pytorch_accelerated._models.wrappers import without_compilation
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ class ModelEma(nn.Module):
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, should_average_buffers: bool = True) -> None:
         super().__init__()
-        if not 0 <= decay <= 1:
-            raise ValueError(f"`decay` is {decay!r}. Expected the weight of the past, a number between 0 and 1.")
+        check_decay(decay)
         self.decay = decay
         self.module = copy.deepcopy(without_compilation(model))
         self.module.eval()
@@ -149,3 +149,20 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
 def _can_be_averaged(tensor: torch.Tensor) -> bool:
     # The difference of two infinities is NaN, and every later average would be NaN too.
     return (tensor.is_floating_point() or tensor.is_complex()) and bool(tensor.isfinite().all())
+
+
+def check_decay(decay: object) -> None:
+    """Raise unless something can be the weight of the past.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not between 0 and 1.
+    """
+    number = one_number(decay)
+    if number is None:
+        raise TypeError(
+            f"`decay` is {decay!r}, of type {type(decay).__name__}. Expected the weight of the past, a number between "
+            "0 and 1."
+        )
+    if not 0 <= number <= 1:
+        raise ValueError(f"`decay` is {decay!r}. Expected the weight of the past, a number between 0 and 1.")

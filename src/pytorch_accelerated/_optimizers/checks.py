@@ -105,8 +105,8 @@ def check_closure(optimizer: object, *, has_scaler: bool, is_sharded: bool) -> b
     return True
 
 
-def warn_about_missing_parameters(model: object, optimizer: object, others: Iterable[object]) -> None:
-    """Warn if parameters of the model require a gradient, but no optimizer holds them.
+def find_untrained(model: object, optimizer: object, others: Iterable[object]) -> dict[str, nn.Parameter]:
+    """Return the parameters of a model that require a gradient, but that no optimizer holds, by name.
 
     Args:
         model: The model.
@@ -114,15 +114,20 @@ def warn_about_missing_parameters(model: object, optimizer: object, others: Iter
         others: Where a program may have optimizers of its own, such as the attributes of the trainer.
     """
     if not isinstance(model, nn.Module) or not isinstance(optimizer, Optimizer):
-        return
+        return {}
     held = {id(parameter) for each in [optimizer, *_optimizers_among(others)] for parameter in parameters_of(each)}
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    missing = [name for name, parameter in trainable if id(parameter) not in held]
-    if not missing:
+    return {name: each for name, each in model.named_parameters() if each.requires_grad and id(each) not in held}
+
+
+def warn_about_untrained(model: nn.Module, untrained: Mapping[str, nn.Parameter]) -> None:
+    """Warn about what `find_untrained` found."""
+    if not untrained:
         return
+    missing = list(untrained)
+    num_trainable = sum(parameter.requires_grad for parameter in model.parameters())
     more = f" and {len(missing) - _MAX_NAMES} more" if len(missing) > _MAX_NAMES else ""
     warn(
-        f"The optimizer does not hold {len(missing)} of the {len(trainable)} parameters of `{type(model).__name__}` "
+        f"The optimizer does not hold {len(missing)} of the {num_trainable} parameters of `{type(model).__name__}` "
         f"that require a gradient, so they are not trained: {', '.join(map(repr, missing[:_MAX_NAMES]))}{more}. "
         "If they were added or replaced after the optimizer was created, such as a new head, create it from "
         "`model.parameters()` now. If they are not to be trained, set `requires_grad` to False.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._scheduling.checks import (
     check_scheduler,
     check_step_scheduler,
@@ -76,3 +77,12 @@ def start_stepping(
     warn_about_length(stepping, config)
     if stepping.metric_name is not None:
         stepping.num_values_before, _ = read_metric(history, config, stepping.metric_name)
+
+
+def warn_about_no_scheduler(stepping: SchedulerStepping) -> None:
+    """Warn about arguments of `train` that say how the scheduler is stepped, in a run that has none."""
+    given = {"step_scheduler": stepping.requested_interval is not None, "scheduler_metric": stepping.is_metric_given}
+    names = [f"`{name}`" for name, is_given in given.items() if is_given]
+    if names:
+        has = "has" if len(names) == 1 else "have"
+        warn(f"{' and '.join(names)} {has} no effect, because the run has no scheduler. Pass `create_scheduler_fn`.")

@@ -170,7 +170,7 @@ class SchedulerStepping:
 
         self._has_warned = False
         self._is_timm = False
-        self._is_metric_given = metric_name is not None
+        self.is_metric_given = metric_name is not None
         self._scheduler: object = None
         self._without_arguments: list[Any] = []
         self._counting: list[Any] = []
@@ -206,7 +206,7 @@ class SchedulerStepping:
         """
         self._scheduler, self._is_timm = scheduler, is_timm
         self.rules = [
-            rule_of(member, is_timm=is_timm, is_metric_given=self._is_metric_given) for member in members_of(scheduler)
+            rule_of(member, is_timm=is_timm, is_metric_given=self.is_metric_given) for member in members_of(scheduler)
         ]
         is_per_update = self.interval == "update"
         self._without_arguments = [rule.scheduler for rule in self.rules if rule.is_plain and is_per_update]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
@@ -13,6 +13,8 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from pytorch_accelerated._types import Batch, Nested
+
+_MAX_OUTLINE_LENGTH = 400  # characters
 
 Key = TypeVar("Key")
 Item = TypeVar("Item")
@@ -146,6 +148,26 @@ def repeat_rows(value: Nested, num_rows: int, num_wanted: int) -> Nested:
         is_rows = value.ndim > 0 and value.shape[0] == num_rows
         return value[torch.arange(num_wanted, device=value.device) % num_rows] if is_rows else value
     return rebuild(value, lambda item: repeat_rows(item, num_rows, num_wanted))
+
+
+def outline_of_arguments(args: Sequence[Nested], kwargs: Mapping[str, Nested]) -> str:
+    """Return the types and shapes of what was passed to a function, for a message.
+
+    Example:
+        >>> outline_of_arguments((torch.zeros(8, 4), [torch.arange(3), "cat"]), {"mask": None})
+        "float32 (8, 4), ['int64 (3,)', 'str'], mask=NoneType"
+    """
+    with suppress(Exception):  # the user's types may not be copied or printed
+        given = [*map(str, map(_outline, args)), *(f"{key}={_outline(kwargs[key])}" for key in kwargs)]
+        return ", ".join(given)[:_MAX_OUTLINE_LENGTH]
+    return ", ".join(type(value).__name__ for value in (*args, *kwargs.values()))[:_MAX_OUTLINE_LENGTH]
+
+
+def _outline(value: Nested) -> Nested:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    outline = rebuild(value, _outline)
+    return type(value).__name__ if outline is value else outline
 
 
 def on_host(outputs: Nested) -> Nested:

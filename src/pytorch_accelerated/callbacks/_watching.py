@@ -30,7 +30,7 @@ def check_is_recorded(trainer: Trainer, watch_metric: str, callback_name: str) -
     of_trainer = _metrics_of_trainer(trainer, watch_metric)
     if watch_metric in known or watch_metric.startswith(tuple(f"{name}_" for name in of_trainer)):
         return  # a result with several entries has the name of the metric in front of theirs
-    classes = [type(trainer), *map(type, trainer.callback_handler.with_nested_callbacks())]
+    classes = _classes_of(trainer)
     meant = metric_meant(watch_metric, known)
     if all(map(is_of_library, (*classes, type(trainer.run_history)))) and not overrides_any(trainer, HOOKS):
         remedy = f"Watch {meant!r}." if meant else "Watch one of these, or record the metric in a callback or a hook."
@@ -43,6 +43,10 @@ def check_is_recorded(trainer: Trainer, watch_metric: str, callback_name: str) -
             f"`{callback_name}` watches {watch_metric!r}. Unless your program records a metric of this name, watch "
             f"{meant!r}, as it is called here."
         )
+
+
+def _classes_of(trainer: Trainer) -> list[type]:
+    return [type(trainer), *map(type, trainer.callback_handler.with_nested_callbacks())]
 
 
 def _metrics_of_run(trainer: Trainer, watch_metric: str) -> set[str]:
@@ -69,7 +73,7 @@ def _fronts_of_evaluations(trainer: Trainer, watch_metric: str) -> tuple[set[str
     names = {f"{name}_" if name else "" for name in run_of(trainer).eval_dataloaders}  # a single one has no name
     prefixes = ["intermediate_", *_texts_of(trainer, "_track_prefix")]
     prefix = next((prefix for prefix in prefixes if prefix in watch_metric), "")
-    return {front for name in names for front in (name, name + prefix, prefix + name)}, prefix
+    return {front for name in names for front in (name, name + prefix)}, prefix
 
 
 def _texts_of(trainer: Trainer, attribute: str) -> list[str]:
@@ -91,16 +95,15 @@ def watched_value(trainer: Trainer, watch_metric: str, callback_name: str) -> fl
     """Return the latest value of a metric, with a warning if it is NaN. Must be called on every process.
 
     Returns:
-        The value; ``None`` if it is one of intermediate evaluations, the first of which is still to come.
+        The value; ``None`` if the first one is still to come. Of what is not measured within an epoch, a warning tells.
 
     Raises:
-        ValueError: Nothing was recorded under this name, or the value is not a single number.
+        ValueError: Nothing was recorded under this name, which evidently means another one, or the value is not a
+            single number.
     """
-    dataset_name, is_intermediate, _ = watch_metric.partition("intermediate_")
-    if is_intermediate:
-        names = (watch_metric, f"{dataset_name}intermediate_update")
-        if not any(num_values_of(trainer, name) for name in names):
-            return None
+    if not num_values_of(trainer, watch_metric) and not _is_other_name(trainer, watch_metric):
+        _warn_about_missing_value(trainer, watch_metric, callback_name)
+        return None
     value = library_of(trainer).get_agreed_metric(watch_metric)
     if math.isnan(value):
         warn(
@@ -108,3 +111,30 @@ def watched_value(trainer: Trainer, watch_metric: str, callback_name: str) -> fl
             "Check how the metric is computed: it may divide by zero, for example."
         )
     return value
+
+
+def _is_other_name(trainer: Trainer, watch_metric: str) -> bool:
+    """Tell whether a name is that of another library, of a result whose entries have names, or misspelt."""
+    config = trainer.run_config
+
+    def is_other() -> bool:
+        names = trainer.run_history.get_metric_names()
+        if any(name.startswith(f"{watch_metric}_") for name in names) or metric_meant(watch_metric, names, cutoff=1):
+            return True
+        is_mentioned = any(watch_metric in words_around(cls) for cls in _classes_of(trainer))
+        return metric_meant(watch_metric, names) is not None and not is_mentioned
+
+    return run_on_main(is_other, config.is_world_process_zero, config.num_processes)
+
+
+def _warn_about_missing_value(trainer: Trainer, watch_metric: str, callback_name: str) -> None:
+    dataset_name, is_intermediate, _ = watch_metric.partition("intermediate_")
+    if not trainer.run_config.is_world_process_zero:
+        return
+    names = sorted(trainer.run_history.get_metric_names())
+    if not is_intermediate or f"{dataset_name}intermediate_update" in names:
+        warn(
+            f"`{callback_name}` watches {watch_metric!r}, but nothing has been recorded under this name so far, so "
+            f"there is nothing to compare. Recorded so far: {names}. Watch one of these, or record the metric before "
+            "the end of an epoch, in `on_eval_epoch_end` for example."
+        )

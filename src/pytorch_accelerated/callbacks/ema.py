@@ -12,9 +12,9 @@ from pytorch_accelerated._checkpoint.names import portable_state_dict
 from pytorch_accelerated._checkpoint.portable import check_save_path
 from pytorch_accelerated._checkpoint.schema import OF_AVERAGE, check_entries
 from pytorch_accelerated._hints.arguments import explains_arguments
-from pytorch_accelerated._models.ema import ModelEma
+from pytorch_accelerated._models.ema import ModelEma, check_decay
 from pytorch_accelerated._views import library_of, run_of
-from pytorch_accelerated.callbacks._watching import check_is_recorded, watched_value
+from pytorch_accelerated.callbacks._watching import check_is_recorded, num_values_of, watched_value
 from pytorch_accelerated.callbacks.handler import CallbackHandler
 from pytorch_accelerated.callbacks.reporting import has_table
 from pytorch_accelerated.callbacks.saving import SaveBestModelCallback
@@ -63,8 +63,8 @@ class ModelEmaCallback(SaveBestModelCallback):
         reset_on_train: Whether each run forgets the best value of earlier runs; false unless it is set.
 
     Raises:
-        ValueError: ``update_every_n_updates`` is below 1.
-        TypeError: ``update_every_n_updates`` is not an integer.
+        ValueError: ``update_every_n_updates`` is below 1, or ``decay`` not between 0 and 1.
+        TypeError: ``update_every_n_updates`` is not an integer, or ``decay`` no number.
 
     Example:
         >>> callback = ModelEmaCallback(decay=0.999, save_path="best_average.pt")
@@ -83,6 +83,8 @@ class ModelEmaCallback(SaveBestModelCallback):
         update_every_n_updates: int = 1,
     ) -> None:
         check_positive_integer("update_every_n_updates", update_every_n_updates, "updates")
+        if model_ema is ModelEma:
+            check_decay(decay)
         super().__init__(
             save_path,
             watch_metric,
@@ -165,7 +167,7 @@ class ModelEmaCallback(SaveBestModelCallback):
         if not self.evaluate_during_training:
             self._save(trainer, {"epoch": trainer.run_history.current_epoch})
         elif run_of(trainer).eval_dataloaders:
-            library_of(trainer).get_agreed_metric(self.watch_metric)
+            watched_value(trainer, self.watch_metric, type(self).__name__)
 
     def on_training_run_end(self, trainer: Trainer, **kwargs: Any) -> None:
         """Save the average if no evaluation has chosen one to save, unless it is saved already."""
@@ -222,10 +224,9 @@ class ModelEmaCallback(SaveBestModelCallback):
         return self._models[1]
 
     def _save_if_best(self, trainer: Trainer) -> None:
-        try:
-            value = watched_value(trainer, self.watch_metric, type(self).__name__)
-        except ValueError:
+        if not num_values_of(trainer, self.watch_metric):
             return  # the next dataset may record it; the end of the epoch checks that
+        value = watched_value(trainer, self.watch_metric, type(self).__name__)
         if value is not None and self._best.is_improved_by(value, self.greater_is_better):
             self._save_best(trainer, value)
 

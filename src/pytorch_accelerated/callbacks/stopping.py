@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
 
 from pytorch_accelerated._arguments.numbers import check_positive_integer
+from pytorch_accelerated._checkpoint.companions import TRAINED
 from pytorch_accelerated._checkpoint.schema import OF_EARLY_STOPPING, check_entries
 from pytorch_accelerated._console.text import counted
 from pytorch_accelerated._hints.arguments import explains_arguments
@@ -18,6 +21,7 @@ from pytorch_accelerated._measuring.comparison import (
     is_greater_better,
     rounded,
 )
+from pytorch_accelerated._measuring.states import on_device
 from pytorch_accelerated._messages import warn
 from pytorch_accelerated._proxy import WritableForwarded
 from pytorch_accelerated._recording.non_finite import describe_non_finite_loss
@@ -28,8 +32,7 @@ from pytorch_accelerated.callbacks.reporting import has_table
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
 if TYPE_CHECKING:
-    import torch
-
+    from pytorch_accelerated._checkpoint.companions import Companions
     from pytorch_accelerated._types import BatchOutput, StateDict, StateMapping
     from pytorch_accelerated.trainer import Trainer
 
@@ -128,9 +131,10 @@ class EarlyStoppingCallback(TrainerCallback):
         start_epoch: The epoch, counted from 1, from which on values count. Those before are not looked at.
         divergence_threshold: Value at which the run stops at once: when the metric is worse. ``None`` for none.
         check_finite: Whether the run stops at once when the metric is NaN or infinite.
-        restore_best_weights: Whether the model gets back the weights of its best value when the run ends, unless a
-            signal ends it. They are kept in host memory, and are part of training states. The optimizer keeps its
-            state; to save the best model to a file, use `SaveBestModelCallback`.
+        restore_best_weights: Whether the model, and what the optimizer trains besides, gets back the weights of its
+            best value when the run ends, unless a signal ends it. They are kept in host memory, and are part of
+            training states. The optimizer keeps its state; to save the best model to a file, use
+            `SaveBestModelCallback`.
 
     Raises:
         ValueError: A number is out of range, or ``threshold_mode`` is not known.
@@ -183,6 +187,9 @@ class EarlyStoppingCallback(TrainerCallback):
         self._counter = PatienceCounter(early_stopping_patience, greater_is_better, early_stopping_threshold)
         self._counter.is_relative = threshold_mode == "relative"
         self._best_weights: dict[str, torch.Tensor] | None = None
+        self._best_outside: StateDict = {}
+        """What the optimizer trains outside the model, such as parameters of the loss function."""
+
         self._new_values = NewValues()
 
     def on_training_run_start(self, trainer: Trainer, **kwargs: Any) -> None:
@@ -202,7 +209,7 @@ class EarlyStoppingCallback(TrainerCallback):
         self._new_values.start_run(num_values_of(trainer, self.watch_metric), run_of(trainer).is_resumed)
         if self.reset_on_train and not run_of(trainer).is_resumed:
             self._counter.reset()
-            self._best_weights = None
+            self._best_weights, self._best_outside = None, {}
 
     def on_eval_epoch_end(self, trainer: Trainer, is_intermediate: bool = False, **kwargs: Any) -> None:
         """Compare the metric if it is one of this intermediate evaluation.
@@ -232,9 +239,8 @@ class EarlyStoppingCallback(TrainerCallback):
         previous, is_used_up = self.best_metric, self._counter.update(value)
         if self.restore_best_weights and self.early_stopping_patience_counter == 0:
             model = trainer.get_model(keep_torch_compile=False)
-            self._best_weights = {
-                name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()
-            }
+            self._best_weights = on_device(dict(model.state_dict()), torch.device("cpu"))
+            self._best_outside = on_device(_companions_of(trainer).trained_state(), torch.device("cpu"))
         if is_used_up:
             raise StopTrainingError(
                 f"{self.watch_metric} has not improved on {rounded(self.best_metric)} "
@@ -264,6 +270,7 @@ class EarlyStoppingCallback(TrainerCallback):
             return
         trainer.print(f"Restoring the weights of the best value: {self.watch_metric} {self.best_metric}")
         trainer.get_model(keep_torch_compile=False).load_state_dict(self._best_weights)
+        _companions_of(trainer).load_trained_state(self._best_outside)
 
     def _note_on_threshold(self, value: float) -> str:
         """Say so if the metric still improves, but by less than the threshold."""
@@ -290,7 +297,7 @@ class EarlyStoppingCallback(TrainerCallback):
 
         With ``restore_best_weights``, the weights of the best value as well.
         """
-        weights = {} if self._best_weights is None else {"best_weights": dict(self._best_weights)}
+        weights = {} if self._best_weights is None else {"best_weights": dict(self._best_weights), **self._best_outside}
         return {
             "best": self.best_metric,
             "num_without_improvement": self.early_stopping_patience_counter,
@@ -306,6 +313,11 @@ class EarlyStoppingCallback(TrainerCallback):
         self._new_values.load_state_dict(state_dict)
         weights = state_dict.get("best_weights")
         self._best_weights = None if weights is None else {name: weights[name].clone() for name in weights}
+        self._best_outside = {name: copy.deepcopy(state_dict[name]) for name in (TRAINED,) if name in state_dict}
+
+
+def _companions_of(trainer: Trainer) -> Companions:
+    return trainer._loop_companions()  # noqa: SLF001 - only the library asks
 
 
 def warn_about_direction(watch_metric: str, greater_is_better: bool, callback_name: str) -> None:
