@@ -4,6 +4,7 @@
 #   make test                   run all tests with branch coverage; JOBS=4 runs more of them at once
 #   make soak KILLS=200         kill runs at random moments and restart them; SEED=7 repeats a soak
 #   make soak PROGRAMS=200      kill and resume random programs on 1 to 3 processes; SEED=7 repeats them
+#   make soak RANK_KILLS=300    kill one of two processes at random moments, and see the other one end
 #   make check                  everything a change must pass: format-check, lint, types, tests, docs
 #   make bench                  compare the speed with other frameworks and with hand-written loops; about an hour
 #   make bench CASES=A,B ROUNDS=3 FRAMEWORKS=pytorch_accelerated,lightning
@@ -20,8 +21,9 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 TESTS ?=
 JOBS ?= 2
-KILLS ?= $(if $(PROGRAMS),,200)
+KILLS ?= $(if $(PROGRAMS)$(RANK_KILLS),,200)
 PROGRAMS ?=
+RANK_KILLS ?=
 SEED ?=
 PYTEST_ARGS ?=
 CASES ?=
@@ -113,6 +115,7 @@ soak: SOAK = PYTHONPATH=tests/tools OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/p
 soak: $(VENV)/.stamp-dev
 	$(if $(KILLS),$(SOAK)/tools/_kills.py --kills $(KILLS) $(if $(SEED),--seed $(SEED)))
 	$(if $(PROGRAMS),$(SOAK)/faults/_programs.py --programs $(PROGRAMS) $(if $(SEED),--seed $(SEED)))
+	$(if $(RANK_KILLS),$(SOAK)/faults/_rank_kills.py --kills $(RANK_KILLS) $(if $(SEED),--seed $(SEED)))
 
 check: format-check lint types test docs
 

@@ -21,6 +21,7 @@ from pytorch_accelerated._distributed.accelerator import skip_batches
 from pytorch_accelerated._distributed.collectives import average_gradients
 from pytorch_accelerated._distributed.consensus import can_skip_exchange, overrides_any
 from pytorch_accelerated._distributed.fast_path import choose_no_sync
+from pytorch_accelerated._distributed.peers import EndOnSignals
 from pytorch_accelerated._distributed.reasons import RunInterruptedError
 from pytorch_accelerated._measuring.metric_set import MetricSet
 from pytorch_accelerated._measuring.names import stem_of
@@ -261,7 +262,7 @@ class TrainingLoop(TrainerTools):
         run_info = run_info_of(run.config, self.get_model(), self.optimizer, self.scheduler)
         run.record_in(self.run_history, run_info)
         run.training.recorder.start(run, self.run_history.record_every or self.run_history.record_every_n_updates)
-        with run.interrupt:
+        with run.interrupt, EndOnSignals(run.interrupt, run.config.num_processes):
             try:
                 run.call(self.training_run_start)
                 self._loop_fire(TrainerCallback.on_training_run_start)
@@ -271,6 +272,7 @@ class TrainingLoop(TrainerTools):
                     _find_untrained_parameters(self, run)
                 self._loop_epochs()
             except StopTrainingError as stop:
+                run.consensus.confirm(stop)
                 self._loop_stop(stop)
             self._loop_end_run(self.training_run_end, TrainerCallback.on_training_run_end)
         run.count_epoch(
@@ -312,7 +314,8 @@ class TrainingLoop(TrainerTools):
             run.consensus.sync()
         except RunInterruptedError:
             raise  # a state saved from now on continues within the epoch
-        except StopTrainingError:
+        except StopTrainingError as stop:
+            run.consensus.confirm(stop)
             if progress.phase == "training":
                 _cut_epoch_short(self, run)
             run.count_epoch(self.run_history)
@@ -546,6 +549,7 @@ class TrainingLoop(TrainerTools):
                 self._loop_fire(TrainerCallback.on_evaluation_run_start)
                 self._loop_evaluate(is_training=False)
             except StopTrainingError as stop:
+                run.consensus.confirm(stop)
                 self._loop_stop(stop)
             self._loop_end_run(self.evaluation_run_end, TrainerCallback.on_evaluation_run_end)
 

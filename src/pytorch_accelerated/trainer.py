@@ -76,7 +76,7 @@ from pytorch_accelerated._distributed.consensus import StopConsensus, overrides_
 from pytorch_accelerated._distributed.copies import attributes_of_copy, state_to_copy
 from pytorch_accelerated._distributed.fast_path import can_use_fast_path
 from pytorch_accelerated._distributed.precision import precision_of, warn_about_unused_precision
-from pytorch_accelerated._distributed.waiting import explain_vain_wait
+from pytorch_accelerated._distributed.waiting import announce_end, explain_vain_wait, start_run
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._hints.classes import words_of_user
 from pytorch_accelerated._history.records import metrics_of_evaluation, num_recorded, records_since
@@ -505,12 +505,14 @@ class Trainer(SavingLoop):
         run.metrics.place(self.device)
         run.is_active = True
         self.callback_handler.refresh()
+        start_run()
         try:
             with restore_generators(), run.keeping_time():
                 yield run
         except BaseException as error:
             with defer_worker_errors():  # the run has failed with another error already
                 try:
+                    announce_end(error)
                     explain_vain_wait(error)
                     self._loop_state_writer.finish(error)
                     report_exception(self, error)

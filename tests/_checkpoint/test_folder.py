@@ -12,6 +12,7 @@ import pytest
 from _saved import falsify_manifest, make_up_state, names_in
 from pytorch_accelerated._checkpoint import folder as folder_module
 from pytorch_accelerated._checkpoint import manifest as manifest_module
+from pytorch_accelerated._checkpoint.files import replace_folder
 from pytorch_accelerated._checkpoint.folder import (
     Lineage,
     Retention,
@@ -22,6 +23,7 @@ from pytorch_accelerated._checkpoint.folder import (
 )
 from pytorch_accelerated._checkpoint.lock import unlock
 from pytorch_accelerated._checkpoint.manifest import read_manifest
+from pytorch_accelerated._checkpoint.writer import CollectedState, write_state
 from pytorch_accelerated.exceptions import CheckpointError
 
 OWNER = object()
@@ -335,3 +337,34 @@ def test_rotation_deletes_unreadable_states_only_if_this_run_wrote_them(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1", "step_10", "step_11"]
     rotate(tmp_path, Retention(None), paths)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+PLACED = {
+    "file": lambda path: path.write_text("of the user"),
+    "pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("kind", PLACED)
+@pytest.mark.parametrize("name", [".step_2.tmp", ".final.tmp"])
+def test_what_is_in_the_place_of_a_temporary_folder_is_removed_and_not_waited_for(tmp_path, kind, name):
+    PLACED[kind](tmp_path / name)
+    claim_folder(tmp_path, OWNER)
+    unlock(tmp_path, OWNER)
+    assert names_in(tmp_path) == []
+    PLACED[kind](tmp_path / name)
+    target = tmp_path / name.removeprefix(".").removesuffix(".tmp")
+    write_state(target, CollectedState({}, {}, {}), lineage=Lineage(), is_main=True, num_processes=1)
+    assert names_in(tmp_path) == [target.name]
+
+
+@pytest.mark.parametrize("kind", PLACED)
+@pytest.mark.parametrize("name", ["step_2", "final", ".step_2.old"])
+def test_what_is_no_folder_in_the_place_of_a_state_is_refused_before_the_run_and_stays(tmp_path, kind, name):
+    PLACED[kind](tmp_path / name)
+    with pytest.raises(CheckpointError, match="it is no folder, so it is not replaced"):
+        claim_folder(tmp_path, OWNER)
+    with pytest.raises(FileExistsError):
+        replace_folder(tmp_path / names_in(tmp_path)[0])
+    assert len(names_in(tmp_path)) == 1
+    assert not (tmp_path / names_in(tmp_path)[0]).is_dir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import pytest
 from _saved import make_up_state, names_in
 from _support import run_python
 from pytorch_accelerated._checkpoint import lock as lock_module
-from pytorch_accelerated._checkpoint.folder import claim_folder
-from pytorch_accelerated._checkpoint.lock import LOCK, lock, unlock
+from pytorch_accelerated._checkpoint.folder import Lineage, claim_folder
+from pytorch_accelerated._checkpoint.lock import LOCK, keep_locked, lock, unlock
+from pytorch_accelerated._checkpoint.resume import open_state
+from pytorch_accelerated._checkpoint.writer import CollectedState, write_state
 from pytorch_accelerated.exceptions import CheckpointError
 
 needs_locks = pytest.mark.skipif(lock_module.fcntl is None, reason="this system cannot lock files")
@@ -233,3 +236,44 @@ def test_what_is_in_the_place_of_the_lock_file_is_refused_and_not_written_to(tmp
         claim_folder(states, owner)
     assert outside.exists() == (kind != "dangling link")
     assert not outside.exists() or outside.read_bytes() == OUTSIDE
+
+
+@needs_locks
+@pytest.mark.parametrize("deletes", ["file", "folder"])
+def test_a_lock_that_somebody_has_deleted_is_taken_again_at_the_next_save(tmp_path, owner, deletes):
+    claim_folder(tmp_path, owner)
+    if deletes == "folder":
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+    else:
+        (tmp_path / LOCK).unlink()
+    assert not is_locked(tmp_path)
+    keep_locked(tmp_path)
+    assert is_locked(tmp_path)
+    unlock(tmp_path, owner)
+    assert not is_locked(tmp_path)
+
+
+@needs_locks
+def test_a_run_whose_lock_was_deleted_and_taken_by_another_saves_nothing_there(tmp_path, owner):
+    claim_folder(tmp_path, owner)
+    (tmp_path / LOCK).unlink()
+    descriptor = os.open(tmp_path / LOCK, os.O_RDWR | os.O_CREAT)
+    lock_module.fcntl.flock(descriptor, lock_module.fcntl.LOCK_EX)
+    with pytest.raises(CheckpointError, match="Another run is saving"):
+        write_state(tmp_path / "final", CollectedState({}, {}, {}), lineage=Lineage(), is_main=True, num_processes=1)
+    assert names_in(tmp_path) == []
+    os.close(descriptor)
+
+
+@needs_locks
+def test_a_state_that_another_run_replaces_at_this_moment_is_not_touched_by_a_reader(tmp_path, owner):
+    make_up_state(tmp_path / ".final.old", epochs=1)
+    claim_folder(tmp_path / "elsewhere", owner)
+    lock(tmp_path, owner)
+    with pytest.raises(CheckpointError, match="Another run is saving"):
+        open_state(tmp_path / "final", is_main=True, num_processes=1, allow_other_num_processes=False)
+    assert ".final.old" in names_in(tmp_path)
+    unlock(tmp_path, owner)
+    open_state(tmp_path / "final", is_main=True, num_processes=1, allow_other_num_processes=False)
+    assert "final" in names_in(tmp_path)

@@ -472,4 +472,6 @@ def test_when_a_process_is_lost_the_others_exit_with_an_error(how, num_processes
         assert "Error: of rank 1 alone" in outputs[1]
         for rank in {*range(num_processes)} - {1}:
             assert "on_exception: " in outputs[rank]
-            assert "of rank 1 alone" not in outputs[rank]
+            assert "Error: of rank 1 alone" not in outputs[rank], "it is the error of the others"
+        assert "Rank 1 has ended with " in outputs[0]
+        assert ": of rank 1 alone." in outputs[0]

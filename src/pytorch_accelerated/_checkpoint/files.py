@@ -23,6 +23,7 @@ import torch
 from pytorch_accelerated._checkpoint.checksum import ZIP_SIGNATURE, seal
 from pytorch_accelerated._checkpoint.plausible import check_archive, check_contents
 from pytorch_accelerated._data.workers import is_worker_failure
+from pytorch_accelerated._messages import warn
 from pytorch_accelerated._tensors.nested import like_mapping
 from pytorch_accelerated._types import Nested, StateDict
 from pytorch_accelerated.exceptions import CheckpointError
@@ -33,6 +34,9 @@ _STORABLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _BLOCK_SIZE = 1 << 20  # bytes
 _NOT_PICKLABLE = (pickle.PicklingError, AttributeError, TypeError)  # what `pickle` raises
 _FSYNC_NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+_cannot_flush: set[int] = set()
+"""The file systems that cannot flush files, of which the user has been warned."""
+
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # not of one letter, as the drives of Windows
 _MAX_NAME_LENGTH = 143  # bytes; some encrypted file systems allow no more, most allow 255
 
@@ -176,8 +180,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         temporary.unlink(missing_ok=True)
         temporary.touch(exist_ok=False)  # a new file: a link of this name would be written through
         write(temporary)
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())
+        flush_to_disk(temporary)
         temporary.replace(path)
         kept = "It is complete, but may not survive a power loss."
         flush_to_disk(path.parent)
@@ -376,18 +379,28 @@ def create_folder(path: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Fsync a file, or the list of names in a folder."""
+    """Fsync a file, or the list of names in a folder. If the file system cannot, warn once."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot fsync folders.
-        if error.errno not in _FSYNC_NOT_SUPPORTED or not path.is_dir():
+        if error.errno not in _FSYNC_NOT_SUPPORTED:
             raise
+        if not path.is_dir():  # some network file systems cannot fsync folders only
+            _warn_about_flushing(path.parent, error, os.fstat(descriptor).st_dev)
     finally:
         os.close(descriptor)
+
+
+def _warn_about_flushing(folder: Path, error: OSError, file_system: int) -> None:
+    if file_system not in _cannot_flush:
+        _cannot_flush.add(file_system)
+        warn(
+            f"Files in {str(folder)!r} cannot be flushed to the disk ({error}): what is saved there may not survive a "
+            "power loss. Save to another file system if that matters."
+        )
 
 
 def temporary_path(target: Path) -> Path:
@@ -408,6 +421,7 @@ def replace_folder(target: Path) -> None:
     """
     temporary, backup = temporary_path(target), backup_path(target)
     if _is_there(target):
+        check_can_replace(target)
         target.rename(backup)
     try:
         temporary.rename(target)
@@ -418,22 +432,36 @@ def replace_folder(target: Path) -> None:
                 target.rename(temporary)
             backup.rename(target)
         raise
-    _remove(backup, ignore_errors=True)
+    remove(backup, ignore_errors=True)
+
+
+def check_can_replace(path: Path) -> None:
+    """Raise if there is something else than a folder, or a link, at a path.
+
+    Raises:
+        FileExistsError: There is.
+    """
+    if not (path.is_symlink() or path.is_dir()):
+        raise FileExistsError(errno.EEXIST, "it is no folder, so it is not replaced; move it away", str(path))
 
 
 def delete_folder(target: Path) -> None:
     """Delete a folder. It is renamed first, so that an interrupted deletion leaves nothing under its name."""
     temporary = temporary_path(target)
-    _remove(temporary, ignore_errors=True)
+    remove(temporary, ignore_errors=True)
     target.rename(temporary)
-    _remove(temporary)
+    remove(temporary)
+
+
+def is_replacement_interrupted(target: Path) -> bool:
+    """Tell whether the replacement of a folder was interrupted before the new one was in place, or is under way."""
+    return _is_there(backup_path(target)) and not _is_there(target)
 
 
 def restore_backup(target: Path) -> None:
     """Restore a folder whose replacement was interrupted before the new one was in place."""
-    backup = backup_path(target)
-    if _is_there(backup) and not _is_there(target):
-        backup.rename(target)
+    if is_replacement_interrupted(target):
+        backup_path(target).rename(target)
         flush_to_disk(target.parent)
 
 
@@ -441,7 +469,7 @@ def repair_folder(target: Path) -> None:
     """Undo or finish an interrupted write, replacement or deletion of a folder."""
     restore_backup(target)
     for leftover in (temporary_path(target), backup_path(target)):
-        _remove(leftover, ignore_errors=True)
+        remove(leftover, ignore_errors=True)
 
 
 def _is_there(path: Path) -> bool:
@@ -453,10 +481,13 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _remove(path: Path, ignore_errors: bool = False) -> None:
-    """Remove a folder. Of a link to a folder, only the link is removed: what it points to is not ours."""
+def remove(path: Path, ignore_errors: bool = False) -> None:
+    """Remove a folder, or what somebody has put in its place, such as a pipe, which must not be opened.
+
+    Of a link to a folder, only the link is removed: what it points to is not ours.
+    """
     with suppress(*(OSError,) if ignore_errors else ()):
-        if path.is_symlink():
+        if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
         else:
             shutil.rmtree(path, ignore_errors=ignore_errors)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pytorch_accelerated._checkpoint.files import create_folder, delete_folder, repair_folder
+from pytorch_accelerated._checkpoint.files import check_can_replace, create_folder, delete_folder, repair_folder
 from pytorch_accelerated._checkpoint.lock import lock, unlock
 from pytorch_accelerated._checkpoint.manifest import (
     FORMAT_VERSION,
@@ -224,6 +224,9 @@ def claim_folder(folder: Path, owner: object) -> None:
         for path in sorted(folder.iterdir()):
             if match := _LEFTOVER_NAME.fullmatch(path.name):
                 repair_folder(folder / match[1])
+        for path in sorted(folder.iterdir()):
+            if _STATE_NAME.fullmatch(path.name):
+                check_can_replace(path)
     except OSError as error:
         unlock(folder, owner)
         raise CheckpointError(

@@ -75,6 +75,24 @@ def lock(folder: Path, owner: object) -> None:
             _held[resolved] = _Lock(descriptor, _reference_to(owner))
 
 
+def keep_locked(folder: Path) -> None:
+    """Lock a folder again that this process had locked, if somebody has deleted the lock file or the folder since.
+
+    Raises:
+        CheckpointError: Another run has locked the folder meanwhile.
+        OSError: The lock file cannot be opened.
+    """
+    resolved = folder.resolve()
+    with _access:
+        current = _held.get(resolved)
+        if current is None or _is_still_there(folder / LOCK, current.descriptor):
+            return
+        descriptor = _open_locked(folder)
+        os.close(_held.pop(resolved).descriptor)
+        if descriptor is not None:
+            _held[resolved] = _Lock(descriptor, current.owner)
+
+
 def unlock(folder: Path, owner: object) -> None:
     """Unlock a folder for other runs, if this trainer has locked it."""
     resolved = folder.resolve()

@@ -18,6 +18,7 @@ from pytorch_accelerated._checkpoint.names import match_names, portable_state_di
 from pytorch_accelerated._checkpoint.optimizer_state import Named, entries_of, fit_optimizer_state, parameters_of
 from pytorch_accelerated._checkpoint.parts import OPTIMIZER, SCALER, WEIGHTS, Parts, StateContents
 from pytorch_accelerated._checkpoint.portable import unwrap_model
+from pytorch_accelerated._checkpoint.schema import check_process_state, check_trainer_state
 from pytorch_accelerated._distributed.accelerator import is_sharded
 from pytorch_accelerated._distributed.collectives import run_on_all
 from pytorch_accelerated._measuring.metric_set import joined_states
@@ -51,7 +52,7 @@ def read_state(saved: SavedState, accelerator: Accelerator, parts: Parts) -> Sta
 
         try:
             return _read_state(saved, accelerator, parts)
-        except (KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{name_state(saved.path)} has unexpected contents: {error!r}. Nothing was loaded. Use an older state."
             ) from error
@@ -65,6 +66,8 @@ def _read_state(saved: SavedState, accelerator: Accelerator, parts: Parts) -> St
     process_state = _read_process_state(saved, int(accelerator.process_index), num_processes)
     _check_entries(trainer_state["trainer"], "progress", "seed", "stopped")
     _check_entries(process_state, "means", "window", "gradients", "rng")
+    check_trainer_state(trainer_state, saved.position, parts.run_history)
+    check_process_state(process_state, None if is_sharded(accelerator) else unwrap_model(parts.model, accelerator))
     progress = trainer_state["trainer"]["progress"]
     then = BatchLayout.from_settings({**parts.settings, **saved.settings}, saved.num_processes)
     now = BatchLayout.from_settings({**saved.settings, **parts.settings}, num_processes)

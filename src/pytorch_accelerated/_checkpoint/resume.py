@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 
 from pytorch_accelerated._accumulation import groups_of
-from pytorch_accelerated._checkpoint.files import local_path, restore_backup
+from pytorch_accelerated._checkpoint.files import is_replacement_interrupted, local_path, restore_backup
 from pytorch_accelerated._checkpoint.folder import claim_folder, find_newest_state, list_states
+from pytorch_accelerated._checkpoint.lock import lock, unlock
 from pytorch_accelerated._checkpoint.manifest import MANIFEST, SavedState, installed_versions, name_state, verify_state
 from pytorch_accelerated._checkpoint.optimizer_state import members_of
 from pytorch_accelerated._checkpoint.scheduler_state import LENGTHS
@@ -139,8 +140,18 @@ def entries_of(returned: StateMapping | None, method: str) -> StateMapping:
     return returned
 
 
+class _Reader:
+    """Holds the lock of a folder while a state in it is repaired to be read."""
+
+
 def _repair_and_verify(path: Path) -> SavedState:
-    restore_backup(path)
+    if is_replacement_interrupted(path):  # by a kill, or a run that holds the lock is replacing it at this moment
+        reader = _Reader()
+        lock(path.parent, reader)
+        try:
+            restore_backup(path)
+        finally:
+            unlock(path.parent, reader)
     try:
         return verify_state(path)
     except CheckpointError as error:

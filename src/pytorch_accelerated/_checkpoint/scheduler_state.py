@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pytorch_accelerated._checkpoint.files import as_plain
 from pytorch_accelerated._checkpoint.optimizer_state import (
@@ -20,6 +20,7 @@ from pytorch_accelerated._checkpoint.optimizer_state import (
     origin_of,
     with_origin,
 )
+from pytorch_accelerated._checkpoint.schema import check_numbers
 from pytorch_accelerated.exceptions import CheckpointError
 
 if TYPE_CHECKING:
@@ -101,12 +102,17 @@ def check_scheduler_state(scheduler: object, state: StateMapping, source: str, s
         saved_class: The class of the scheduler that saved it, if the state does not know; ``None`` if unknown.
 
     Raises:
-        DifferentPartError: It does.
+        DifferentPartError: It does, or something else is in the place of a number.
     """
     now, described = describe_scheduler(scheduler), origin_of(state).get(CLASS)
     then = described or saved_class
     if then is not None and then != (now if described else class_name(scheduler)):
         raise _different_scheduler(source, f"its class is {then!r} instead of {now!r}.")
+    if type(scheduler).__module__ == "torch.optim.lr_scheduler" and isinstance(scheduler, LRScheduler):
+        try:
+            check_numbers(state, scheduler.state_dict())
+        except ValueError as error:
+            raise _different_scheduler(source, f"{error}.") from error
 
 
 def load_scheduler_state(state: StateDict, load: Callable[[StateDict], None], source: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from pytorch_accelerated._checkpoint.files import (
     flush_to_disk,
     local_path,
     name_for_pytorch,
+    remove,
     repair_folder,
     replace_folder,
     starts_like_zip,
@@ -28,6 +28,7 @@ from pytorch_accelerated._checkpoint.files import (
 )
 from pytorch_accelerated._checkpoint.folder import Lineage
 from pytorch_accelerated._checkpoint.host_memory import HostMemory
+from pytorch_accelerated._checkpoint.lock import keep_locked
 from pytorch_accelerated._checkpoint.manifest import FileMetadata, file_metadata, name_state, write_manifest
 from pytorch_accelerated._data.workers import defer_worker_errors, is_worker_failure
 from pytorch_accelerated._distributed.collectives import run_on_all
@@ -231,6 +232,7 @@ def write_state(
     def begin() -> None:
         if is_main:
             create_folder(target.parent)
+            keep_locked(target.parent)
             repair_folder(target)
             temporary.mkdir()
 
@@ -254,7 +256,7 @@ def write_state(
             run_on_all(_with_explained_errors(step, target), num_processes, group)
     except BaseException:
         if is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary, ignore_errors=True)
         raise
 
 

@@ -52,7 +52,7 @@ def seed_host_generators(seed: int) -> None:
 
 
 _SPARE_NUMPY_GENERATOR = np.random.MT19937(0)
-
+_NUM_WORDS = 624  # of a Mersenne twister
 
 _saved: list[tuple[torch.Tensor, Any, Any]] = []
 """The global generators that the open ``with`` blocks of this module will restore, outermost first."""
@@ -176,6 +176,33 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         (name, keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian),
         (version, tuple(internal), gauss_next),
     )
+
+
+def check_rng_state(state: Mapping[str, Any]) -> None:
+    """Raise if `set_rng_state` would refuse a state, or if a generator would read beyond its numbers.
+
+    Raises:
+        ValueError: It is none.
+        KeyError, TypeError, AttributeError, OverflowError: A part is missing, or something else.
+    """
+    name, keys, position, has_gauss, cached_gaussian = state["numpy"]
+    version, internal, gauss_next = state["python"]
+    is_right = (
+        name == "MT19937"
+        and 0 <= int(position) <= _NUM_WORDS
+        and keys.shape == (_NUM_WORDS,)
+        and isinstance(gauss_next, (float, type(None)))
+        and isinstance(state["cuda"], (list, tuple))
+        and all(isinstance(part, torch.Tensor) for part in (state["torch"], *state["cuda"]))
+    )
+    if not is_right:
+        raise ValueError("the state of the random number generators is none")
+    try:
+        np.random.RandomState(0).set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian))
+        random.Random(0).setstate((version, tuple(internal), gauss_next))
+        torch.Generator().set_state(state["torch"])
+    except RuntimeError as error:
+        raise ValueError(f"the state of a random number generator is none: {error}") from error
 
 
 @contextmanager

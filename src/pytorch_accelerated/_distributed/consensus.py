@@ -13,6 +13,7 @@ from torch import distributed
 
 from pytorch_accelerated._distributed.collectives import host_group
 from pytorch_accelerated._distributed.reasons import EpochEndedError, StopReason, first_of, packed, unpacked
+from pytorch_accelerated._distributed.waiting import stop_together
 from pytorch_accelerated.exceptions import NonFiniteLossError, StopTrainingError
 
 SECONDS_BETWEEN_EXCHANGES = 0.1
@@ -66,6 +67,7 @@ class StopConsensus:
 
         self._requests: list[Any] = []
         self._stop_reason: Exception | None = None
+        self._agreed_reason: Exception | None = None
         self._group = host_group() if self.is_needed else None
         self._numbers = torch.zeros(6, dtype=torch.float64)
         self._exchange: Any = None
@@ -173,9 +175,20 @@ class StopConsensus:
             if due:
                 self._requests, self._stop_reason = [], first_of(due)
         reason, self._stop_reason = self._stop_reason, None
+        self._agreed_reason = reason
         self.is_pending = not self.is_needed and bool(self._requests)
         if reason is not None:
             raise reason
+
+    def confirm(self, reason: StopTrainingError) -> None:
+        """Make sure that all ranks stop now, if a reason comes from elsewhere than an exchange.
+
+        Raises:
+            RuntimeError: They do not.
+        """
+        if self.is_needed and reason is not self._agreed_reason:
+            stop_together(reason)
+            self._agreed_reason = reason
 
     def sync(self) -> None:
         """Exchange requests outside an update, and raise if there is one. Must be called on every process.

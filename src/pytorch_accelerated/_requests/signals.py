@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pytorch_accelerated._distributed.reasons import name_of_signal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from types import FrameType
 
 
@@ -52,6 +52,11 @@ class InterruptFlag:
         while self._previous:
             number, previous = self._previous.popitem()
             signal.signal(number, previous)
+
+    @property
+    def signals(self) -> Collection[int]:
+        """The signals that raise the flag."""
+        return self._previous.keys()
 
     def listen_to(self, *signals: int) -> None:
         """Raise the flag on more signals, until the end of the block.

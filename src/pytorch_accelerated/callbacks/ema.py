@@ -10,6 +10,7 @@ from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._checkpoint.model_state import load_model_state
 from pytorch_accelerated._checkpoint.names import portable_state_dict
 from pytorch_accelerated._checkpoint.portable import check_save_path
+from pytorch_accelerated._checkpoint.schema import OF_AVERAGE, check_entries
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._models.ema import ModelEma, check_decay
 from pytorch_accelerated._views import library_of, run_of
@@ -198,8 +199,11 @@ class ModelEmaCallback(SaveBestModelCallback):
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore the callbacks, and keep the rest of what `state_dict` returned until the next run starts."""
-        self._waiting_state = state_dict or None
+        self._waiting_state = None
         if state_dict:
+            check_entries(state_dict, OF_AVERAGE)
+            required = ("ema_model", "ema_model_numbers", "has_saved", "best_metric", "best_metric_epoch")
+            self._waiting_state = {**state_dict, **{name: state_dict[name] for name in required}}
             self.callback_handler.load_state_dict(state_dict["callbacks"])
 
     def _restore(self, state: StateMapping) -> None:

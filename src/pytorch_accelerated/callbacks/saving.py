@@ -15,6 +15,7 @@ from pytorch_accelerated._checkpoint.folder import Retention, claim_folder, rota
 from pytorch_accelerated._checkpoint.lock import unlock
 from pytorch_accelerated._checkpoint.optimizer_state import DifferentPartError
 from pytorch_accelerated._checkpoint.portable import check_save_path
+from pytorch_accelerated._checkpoint.schema import OF_BEST_MODEL, check_entries, is_count
 from pytorch_accelerated._checkpoint.weights import frozen_in, frozen_parameters
 from pytorch_accelerated._distributed.collectives import run_on_main
 from pytorch_accelerated._hints.arguments import explains_arguments
@@ -239,6 +240,7 @@ class SaveBestModelCallback(TrainerCallback):
         self._new_values.load_state_dict(state_dict)
 
     def _load_state_of_best(self, state_dict: StateMapping) -> None:
+        check_entries(state_dict, OF_BEST_MODEL)
         self._best.load_state_dict(state_dict)
         self._has_saved = state_dict["has_saved"]
         self._file.load_state_dict(state_dict)
@@ -428,6 +430,7 @@ class SaveTrainingStateCallback(TrainerCallback):
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
+        check_entries(state_dict, {"num_steps": is_count})
         self._global_step = state_dict["num_steps"]
 
     def _is_due(self, run: Run) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 
 from pytorch_accelerated._arguments.numbers import check_positive_integer
 from pytorch_accelerated._checkpoint.companions import TRAINED
+from pytorch_accelerated._checkpoint.schema import OF_EARLY_STOPPING, check_entries
 from pytorch_accelerated._console.text import counted
 from pytorch_accelerated._hints.arguments import explains_arguments
 from pytorch_accelerated._measuring.comparison import (
@@ -306,6 +307,7 @@ class EarlyStoppingCallback(TrainerCallback):
 
     def load_state_dict(self, state_dict: StateMapping) -> None:
         """Restore what `state_dict` returned."""
+        check_entries(state_dict, OF_EARLY_STOPPING)
         self._counter.best.record(state_dict["best"])
         self._counter.num_without_improvement = state_dict["num_without_improvement"]
         self._new_values.load_state_dict(state_dict)
