@@ -737,7 +737,12 @@ class Trainer(SavingLoop):
 def _create_consensus(trainer: Trainer) -> StopConsensus:
     """Create what lets all processes end the run together. Must be called on every process."""
     run = trainer._loop_run  # noqa: SLF001 - same module
-    return StopConsensus(run.config.num_processes, run.find_non_finite_loss, partial(can_skip_exchange_in, trainer))
+    consensus = StopConsensus(
+        run.config.num_processes, run.find_non_finite_loss, partial(can_skip_exchange_in, trainer)
+    )
+    if run.consensus.requested_stop is not None:  # by a hook that creates a loader
+        consensus.request_stop(run.consensus.requested_stop)
+    return consensus
 
 
 @contextmanager

@@ -104,6 +104,21 @@ def test_a_stopped_run_that_is_resumed_stops_at_once_even_if_saved_in_the_event_
     assert_same_weights(weights_of(resumed.model), weights_of(trainer.model))
 
 
+@pytest.mark.parametrize("hook", ["create_train_dataloader", "create_eval_dataloader", "create_scheduler"])
+def test_a_stop_before_the_first_event_ends_the_run_there(hook):
+    trainer = make_trainer()
+    create = getattr(trainer, hook)
+
+    def stop_and_create(*args, **kwargs):
+        trainer.stop("too little data")
+        return create(*args, **kwargs)
+
+    setattr(trainer, hook, stop_and_create)
+    train(trainer, DATA, num_epochs=2, eval_dataset=DATA)
+    assert trainer.stop_reason == "too little data"
+    assert trainer.progress.num_updates == 0
+
+
 def test_the_next_run_knows_nothing_of_the_stop():
     trainer = train(trainer_that_asks([2], lambda trainer: trainer.stop()), DATA)
     trainer.callback_handler.clear_callbacks()
