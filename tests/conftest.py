@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
+import coverage
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -43,6 +44,22 @@ def _fresh_accelerate_state():
 def _in_an_empty_folder(tmp_path, monkeypatch):
     """Make an empty folder the current one, for what writes into the current one by default."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def _not_measured():
+    """Pause coverage while a worker of a loader is killed.
+
+    PyTorch raises the error in the handler of a signal, at any place in the program. If coverage holds its own lock
+    there, it never releases it, and the test hangs.
+    """
+    paused = []
+    while (measurement := coverage.Coverage.current()) is not None:  # that of a process may be on top of another one
+        measurement.stop()
+        paused.append(measurement)
+    yield
+    for measurement in reversed(paused):
+        measurement.start()
 
 
 @pytest.fixture

@@ -224,6 +224,7 @@ class Failing(Indices):
 
 
 @needs_sigchld
+@pytest.mark.usefixtures("_not_measured")
 def test_the_error_of_pytorch_for_a_killed_worker_is_recognized():
     """It is recognized by its text, which PyTorch may change."""
     with pytest.raises(RuntimeError) as caught:

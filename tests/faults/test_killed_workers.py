@@ -33,6 +33,7 @@ from pytorch_accelerated.states import list_states, verify_state
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("_not_measured"),
     pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="this system has no SIGCHLD"),
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
     # If the error is raised in a destructor, Python only reports it. The loader then raises it at the next batch.
@@ -44,23 +45,16 @@ STEP = 9
 """The step, of 18, at which the worker is killed: mid-epoch in the second epoch."""
 
 
-@pytest.fixture(autouse=True)
-def _not_measured():
-    """Pause coverage: the error could be raised while coverage holds its own lock, which it would never release."""
-    measurement = coverage.Coverage.current()
-    if measurement is not None:
-        measurement.stop()
-    yield
-    if measurement is not None:
-        measurement.start()
-
-
 @pytest.fixture(scope="module")
 def uninterrupted_run(tmp_path_factory):
     """The outcome of a run in which no worker is killed."""
     outcome = _runs.train(_runs.make_trainer(tmp_path_factory.mktemp("uninterrupted")), num_workers=2)
     assert_workers_end()
     return outcome
+
+
+def test_nothing_is_measured_here():
+    assert coverage.Coverage.current() is None
 
 
 def assert_workers_end():
