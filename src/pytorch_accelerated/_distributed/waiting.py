@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -109,16 +110,26 @@ def announce_end(error: BaseException) -> None:
     rank, store = distributed.get_rank(), _store()
     _call_in_time(lambda: store.set(_key(_ENDS, rank), reason), seconds=1)
     if rank == 0 and not _is_store_in_launcher() and distributed.get_backend() == "gloo":
-        atexit.register(_let_others_read, store, distributed.get_world_size())
+        _keep_store_at_exit()
 
 
-def _let_others_read(store: Any, num_processes: int) -> None:
-    """Keep the store a moment longer than the connections, so that ranks whose wait fails learn why."""
-    for name in ("last_exc", "last_value", "last_traceback"):  # whose frames hold the model, and that the group
-        if hasattr(sys, name):
-            delattr(sys, name)
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+@cache
+def _keep_store_at_exit() -> None:
+    atexit.register(_let_others_read)
+
+
+def _let_others_read() -> None:
+    """Keep the store a moment longer than the connections, so that ranks whose wait fails learn why.
+
+    Does nothing if the program ends otherwise than by an exception.
+    """
+    held = [name for name in ("last_exc", "last_value", "last_traceback") if hasattr(sys, name)]
+    if not held or not distributed.is_initialized():
+        return
+    for name in held:  # its frames hold the model, and that the group
+        delattr(sys, name)
+    store, num_processes = _store(), distributed.get_world_size()
+    distributed.destroy_process_group()
     gc.collect()
     names = [(_key(_ROLL, rank), _key(_ENDS, rank)) for rank in range(1, num_processes)]
     deadline = time.monotonic() + _LONGEST_ROLL_CALL.total_seconds()

@@ -541,15 +541,16 @@ def test_a_metric_of_an_intermediate_evaluation_may_come_after_the_first_epoch(n
     assert len(losses(trainer, metric)) == 3
 
 
-def test_a_metric_that_the_first_intermediate_evaluation_does_not_record_is_an_error():
+def test_a_metric_that_the_first_intermediate_evaluation_does_not_record_is_told_of():
     best = SaveBestModelCallback("best.pt", "intermediate_accuracy", greater_is_better=True)
     trainer = make_trainer(callbacks=[StepBasedEvaluationCallback(6), best])
     trainer.run_history.update_metric("mine", 1.0)
     own = Probe(on_train_epoch_end=lambda trainer, **_: trainer.run_history.update_metric("mine", 2.0))
     trainer.callback_handler.add_callback(own)  # a program that records something might record anything
-    with pytest.raises(ValueError, match="'intermediate_accuracy'"):
+    with pytest.warns(UserWarning, match="watches 'intermediate_accuracy', (but|which)"):
         train(trainer, 16, num_epochs=5, eval_dataset=make_dataset(4))
-    assert losses(trainer, "intermediate_update") == [6]
+    assert losses(trainer, "intermediate_update") == [6, 12, 18]
+    assert best.best_metric is None
 
 
 def test_a_metric_that_no_intermediate_evaluation_can_record_is_an_error_at_the_start():
