@@ -10,7 +10,7 @@ import pytest
 from _starting import run
 
 PROGRAMS = Path(__file__).with_name("_programs.py")
-NUM_PROGRAMS = 4
+NUM_PROGRAMS = 3
 SCRIPT = Path(__file__).parents[1] / "tools" / "_kills.py"
 NUM_KILLS = 6
 

@@ -52,8 +52,9 @@ def hang():
 )
 @pytest.mark.parametrize("is_persistent", [False, True])
 def test_an_error_in_a_worker_names_the_cause_and_the_trainer_stays_usable(
-    on_sample_6, message, settings, is_persistent
+    monkeypatch, on_sample_6, message, settings, is_persistent
 ):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds to wait for a worker's end
     trainer = make_trainer(callbacks=[recorder := EventRecorder()])
     model = trainer.model
     workers = {"num_workers": 1, "persistent_workers": is_persistent, "shuffle": False, **settings}
