@@ -7,8 +7,6 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 from pytorch_accelerated._accumulation import parameters_outside
 from pytorch_accelerated._checkpoint import portable, resume
 from pytorch_accelerated._checkpoint.collecting import collect_state
@@ -23,40 +21,22 @@ from pytorch_accelerated._checkpoint.weights import LoadedCheckpoint, frozen_par
 from pytorch_accelerated._checkpoint.writer import StateWriter
 from pytorch_accelerated._distributed.registry import AcceleratorRegistry
 from pytorch_accelerated._loop import TrainingLoop, early_stop_reason, record_steps
-from pytorch_accelerated._measuring.metric_set import MetricSet
 from pytorch_accelerated._optimizers.inner import inner_optimizers
 from pytorch_accelerated._scheduling.group import load_state_of, start_counting
-from pytorch_accelerated._types import LossFunction, Optimizers, StateDict, StateMapping
+from pytorch_accelerated._types import StateDict, StateMapping
 from pytorch_accelerated.time_ledger import SAVING
-from pytorch_accelerated.tracking import RunHistory
 
 
 class SavingLoop(TrainingLoop):
     """Saves a trainer, and everything that a run needs to continue. `Trainer` is derived from it.
 
     The methods find the parts, which `_checkpoint/` takes as values.
-
-    Args:
-        model: As for `Trainer`; so are the others.
-        loss_func: The loss function.
-        optimizer: The optimizer.
-        run_history: Where metrics are recorded.
-        metrics: The metrics of the trainer.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_func: LossFunction | None,
-        optimizer: Optimizers | None,
-        run_history: RunHistory | None = None,
-        metrics: MetricSet | None = None,
-    ) -> None:
-        super().__init__(model, loss_func, optimizer, run_history, metrics)
-        self.train_dataset: Any = None
-        self.eval_dataset: Any = None
-        self._loop_state_writer = StateWriter()
-        self._loop_pending_scheduler_state: StateDict | None = None
+    train_dataset: Any
+    eval_dataset: Any
+    _loop_state_writer: StateWriter
+    _loop_pending_scheduler_state: StateDict | None
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ from pytorch_accelerated._checkpoint.scheduler_state import (
     settings_of_groups,
 )
 from pytorch_accelerated._checkpoint.weights import LoadedCheckpoint as LoadedCheckpoint
+from pytorch_accelerated._checkpoint.writer import StateWriter
 from pytorch_accelerated._data.build import rebuild_loader
 from pytorch_accelerated._data.checks import (
     check_data_not_empty,
@@ -198,6 +199,8 @@ class Trainer(SavingLoop):
         check_seed(seed)
         check_run_history(run_history)
         super().__init__(model, loss_func, optimizer, run_history, MetricSet(metrics, compute_train_metrics))
+        self.train_dataset = None
+        self.eval_dataset = None
         self.collate_fn: CollateFunction | None = None
         self.create_scheduler_fn: SchedulerFactory | None = None
         self._loop_last_evaluation = EvaluationSettings()
@@ -205,6 +208,8 @@ class Trainer(SavingLoop):
         self._loop_seed = seed
         self._loop_accelerator_source = accelerator
         self._loop_mixed_precision = mixed_precision
+        self._loop_state_writer = StateWriter()
+        self._loop_pending_scheduler_state = None
         self._accelerator = self._create_accelerator()
         warn_about_unused_precision(self._accelerator)
         rank = rank_of(self._accelerator)

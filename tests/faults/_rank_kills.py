@@ -7,7 +7,6 @@ States are saved in the background. After each kill, every visible state must be
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
@@ -22,7 +21,7 @@ import torch
 import torch._dynamo  # optimizers import it at their first step, which would take seconds in each process
 
 import _runs
-from _kills import problems_of, start, wait
+from _kills import problems_of, read_arguments, start, wait
 from _processes import free_port
 
 END_SECONDS = 15
@@ -64,20 +63,14 @@ def kill_one(folder: Path, generator: random.Random, seconds: float) -> tuple[fl
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=None, help="decides when the kills happen (default: the time)")
-    arguments = parser.parse_args()
-    seed = int(time.time()) if arguments.seed is None else arguments.seed
-    print(f"seed {seed}", flush=True)
-    generator = random.Random(seed)
+    num_kills, generator = read_arguments(__doc__.partition("\n")[0], 300)
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="rank_kills_"))
     begin = time.monotonic()
     if any(wait(pid, 120) != 0 for pid in start_both(root / "uninterrupted")):
         raise RuntimeError((root / "uninterrupted" / "output-0.txt").read_text())
     duration, taken, num_failed = time.monotonic() - begin, [], 0
-    for number in range(arguments.kills):
+    for number in range(num_kills):
         seconds, problems = kill_one(root / str(number), generator, duration)
         taken.append(seconds)
         if problems:
@@ -85,7 +78,7 @@ def main() -> int:
             print(f"kill {number}: {problems}", flush=True)
         shutil.rmtree(root / str(number))
     print(
-        f"{arguments.kills} kills in {time.monotonic() - begin:.0f} s, {num_failed} failures; the other ended after "
+        f"{num_kills} kills in {time.monotonic() - begin:.0f} s, {num_failed} failures; the other ended after "
         f"{max(taken):.1f} s at most, {sum(each > 5 for each in taken)} times after more than 5 s"
     )
     shutil.rmtree(root)

@@ -159,26 +159,31 @@ def kill_runs(root: Path, kind: str, num_kills: int, generator: random.Random) -
     return kills, ends, failures
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=200)
+def read_arguments(description: str, num_kills: int) -> tuple[int, random.Random]:
+    """Return the number of kills that the command line asks for, and what decides when they happen; print its seed."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--kills", type=int, default=num_kills)
     parser.add_argument("--seed", type=int, default=None, help="decides when the kills happen (default: the time)")
     arguments = parser.parse_args()
     seed = int(time.time()) if arguments.seed is None else arguments.seed
     print(f"seed {seed}", flush=True)
-    generator = random.Random(seed)
+    return arguments.kills, random.Random(seed)
+
+
+def main() -> int:
+    num_kills, generator = read_arguments(__doc__.partition("\n")[0], 200)
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="kills_"))
     begin = time.monotonic()
     num_failed = 0
     for number, kind in enumerate(KINDS):
-        num_kills = arguments.kills // len(KINDS) + (number < arguments.kills % len(KINDS))
-        kills, ends, failures = kill_runs(root, kind, num_kills, generator)
+        num_of_kind = num_kills // len(KINDS) + (number < num_kills % len(KINDS))
+        kills, ends, failures = kill_runs(root, kind, num_of_kind, generator)
         print(f"{kind}: {kills} kills, {ends} runs finished, {len(failures)} failures", flush=True)
         for failure in failures:
             print(failure)
         num_failed += len(failures)
-    print(f"{arguments.kills} kills in {time.monotonic() - begin:.0f} s, {num_failed} failures")
+    print(f"{num_kills} kills in {time.monotonic() - begin:.0f} s, {num_failed} failures")
     if not num_failed:
         shutil.rmtree(root)
     return 1 if num_failed else 0
